@@ -1,0 +1,19 @@
+"""Merge methods: one paper, one file, one function of tensors."""
+
+from suture.methods.registry import MergeMethod, get_method, merge_method, methods
+from suture.methods.simple_average import simple_average
+from suture.methods.task_arithmetic import task_arithmetic
+from suture.methods.ties_merging import TiesStatistic, ties_merging, ties_rows, trim_thresholds
+
+__all__ = [
+    "MergeMethod",
+    "TiesStatistic",
+    "get_method",
+    "merge_method",
+    "methods",
+    "simple_average",
+    "task_arithmetic",
+    "ties_merging",
+    "ties_rows",
+    "trim_thresholds",
+]

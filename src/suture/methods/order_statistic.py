@@ -1,0 +1,86 @@
+"""The k-th smallest magnitude of every row of a stream, exact, without a sort and without keeping the stream.
+
+The magnitudes of IEEE floats are ordered like their bit patterns, so counting bit patterns finds the k-th value. A
+sample says where to look: one pass then counts what lies above that bracket and histograms what lies inside. If the
+sample misled, or the bracket holds more patterns than bins, the search goes on in the bin that holds the rank.
+"""
+
+import threading
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+_SAMPLE = 1 << 20
+_BINS = 1 << 20
+
+
+def kth_magnitudes(deltas, rank: int) -> Float[Tensor, " task"]:
+    """The `rank`-th smallest |entry| (1-based) of each row of a `DeltaStream`; zeros for rank 0, which keeps all."""
+    sample = deltas.sample(_SAMPLE)
+    if rank <= 0:
+        return torch.zeros(len(sample), dtype=sample.dtype)
+    searches = [_Search(_patterns(row), rank, deltas.num_entries) for row in sample]
+
+    def count(chunk: Tensor) -> None:
+        for search, row in zip(searches, chunk, strict=True):
+            if not search.found:
+                search.count(_patterns(row))
+
+    while not all(search.found for search in searches):
+        deltas.each(count)
+        for search in searches:
+            search.narrow()
+    values = np.array([search.low for search in searches])
+    float_type = sample[:0].numpy().dtype
+    return torch.from_numpy(values.astype(f"i{float_type.itemsize}").view(float_type))
+
+
+def _patterns(row: Tensor) -> np.ndarray:
+    """|x| as integers of the same width; their order is the order of the magnitudes."""
+    magnitudes = np.abs(row.numpy())
+    return magnitudes.view(f"i{magnitudes.itemsize}")
+
+
+class _Search:
+    """One row's search: the pattern wanted lies in [low, high]; counts of the current pass."""
+
+    def __init__(self, sample: np.ndarray, rank: int, num_entries: int):
+        self.from_top = num_entries - rank  # how many entries are larger, at most
+        self.largest = int(np.iinfo(sample.dtype).max)
+        self.lock, self.found = threading.Lock(), False
+        self._look_in(*self._bracket(np.sort(sample), rank / num_entries))
+
+    def _bracket(self, sample: np.ndarray, quantile: float) -> tuple[int, int]:
+        """Half a percent of ranks to each side of the sample's quantile; open at the ends of the sample."""
+        last, centre, margin = len(sample) - 1, quantile * len(sample), 8 + 0.005 * len(sample)
+        low, high = int(centre - margin), int(centre + margin)
+        return int(sample[low]) if low > 0 else 0, int(sample[high]) if high < last else self.largest
+
+    def _look_in(self, low: int, high: int) -> None:
+        self.low, self.high, self.above = low, high, 0
+        self.shift = max(0, (high - low).bit_length() - (_BINS.bit_length() - 1))
+        self.bins = np.zeros(((high - low) >> self.shift) + 1, dtype=np.int64)
+
+    def count(self, patterns: np.ndarray) -> None:
+        reaches, exceeds = patterns >= self.low, patterns > self.high
+        inside = (patterns[reaches ^ exceeds] - self.low) >> self.shift
+        above = np.count_nonzero(exceeds)
+        with self.lock:
+            self.above += above
+            np.add.at(self.bins, inside, 1)
+
+    def narrow(self) -> None:
+        """Move on to the bin that holds the rank; to everything if the bracket missed it."""
+        if self.found:
+            return
+        at_least = self.above + np.cumsum(self.bins[::-1])[::-1]  # entries at or above the start of each bin
+        if self.above > self.from_top or at_least[0] <= self.from_top:
+            return self._look_in(0, self.largest)
+        index = int(np.flatnonzero(at_least > self.from_top)[-1])
+        low = self.low + (index << self.shift)
+        if self.shift == 0:
+            self.low, self.found = low, True
+        else:
+            self._look_in(low, min(low + (1 << self.shift) - 1, self.high))

@@ -1,0 +1,111 @@
+"""The registry of merge methods, and what a method's signature says about it.
+
+A method is one function of tensors. Its positional arguments say what it is fed: `base` and either `deltas` (task
+vectors, fine-tuned − base) or `models` (the fine-tuned weights themselves), both stacked along a first `task` axis. Its
+keyword-only arguments are the knobs; the configuration schema, `--help` and the documentation are read from them.
+"""
+
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+from functools import cached_property
+from typing import Any, Literal, TypeVar
+
+from suture.errors import ConfigError
+
+_METHODS: dict[str, "MergeMethod"] = {}
+_ALIASES: dict[str, str] = {}
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+@dataclass(frozen=True)
+class MergeMethod:
+    """One registered method: its function, where it comes from, and its knobs.
+
+    `gather` and `vote` belong to methods that must see the whole model first. `gather(chunks, **knobs)` reads the stream
+    of deltas and returns the statistic that the function takes; `vote(base, deltas, statistic, **knobs)` merges like the
+    function and also returns what has to be counted over the whole model before some entries can be settled.
+    """
+
+    name: str
+    function: Callable[..., Any]
+    paper: str
+    aliases: tuple[str, ...] = ()
+    gather: Callable[..., Any] | None = None
+    vote: Callable[..., Any] | None = None
+    _parameters: Mapping[str, inspect.Parameter] = field(init=False, repr=False)
+
+    def __post_init__(self):
+        object.__setattr__(self, "_parameters", inspect.signature(self.function).parameters)
+
+    @property
+    def summary(self) -> str:
+        """The first sentence of the method's docstring."""
+        return (inspect.getdoc(self.function) or "").split("\n", 1)[0]
+
+    @property
+    def operand(self) -> Literal["deltas", "models"]:
+        """What the function is fed beside the base."""
+        return "models" if "models" in self._parameters else "deltas"
+
+    @property
+    def defaults(self) -> dict[str, Any]:
+        """Every knob with its default, in the order of the signature."""
+        return {name: p.default for name, p in self._parameters.items() if p.kind is p.KEYWORD_ONLY}
+
+    @cached_property
+    def _schema(self):
+        from pydantic import ConfigDict, create_model
+
+        knobs = {n: (p.annotation, p.default) for n, p in self._parameters.items() if p.kind is p.KEYWORD_ONLY}
+        return create_model(self.name, __config__=ConfigDict(extra="forbid"), **knobs)
+
+    def validate(self, knobs: Mapping[str, Any]) -> dict[str, Any]:
+        """All knobs with checked values; raises `ConfigError` for an unknown knob or a value out of its range."""
+        from pydantic import ValidationError
+
+        unknown = [name for name in knobs if name not in self.defaults]
+        if unknown:
+            raise ConfigError(unknown_name(f"knob of {self.name}", unknown[0], self.defaults))
+        try:
+            return dict(self._schema(**knobs))
+        except ValidationError as error:
+            raise ConfigError("; ".join(_in_one_line(self.name, e) for e in error.errors())) from None
+
+
+def merge_method(*, paper: str, aliases: tuple[str, ...] = (), gather=None, vote=None) -> Callable[[F], F]:
+    """Register the decorated function as a merge method under its own name."""
+
+    def register(function: F) -> F:
+        name = function.__name__
+        _METHODS[name] = MergeMethod(name, function, paper, aliases, gather, vote)
+        _ALIASES.update(dict.fromkeys(aliases, name))
+        return function
+
+    return register
+
+
+def methods() -> dict[str, MergeMethod]:
+    """All registered methods by name, sorted."""
+    return dict(sorted(_METHODS.items()))
+
+
+def get_method(name: str) -> MergeMethod:
+    """The method of this name or alias; raises `ConfigError` with the nearest names."""
+    name = _ALIASES.get(name, name)
+    if name not in _METHODS:
+        raise ConfigError(unknown_name("method", name, [*_METHODS, *_ALIASES]))
+    return _METHODS[name]
+
+
+def unknown_name(kind: str, name: str, known) -> str:
+    """One line for a name that does not exist: the nearest ones, then all of them."""
+    near = get_close_matches(str(name), [str(k) for k in known], n=2, cutoff=0.5)
+    hint = f" Did you mean {' or '.join(repr(n) for n in near)}?" if near else ""
+    return f"Unknown {kind} {name!r}.{hint} Known: {', '.join(sorted(map(str, known)))}."
+
+
+def _in_one_line(method: str, error: Mapping[str, Any]) -> str:
+    key = ".".join(str(part) for part in error["loc"])
+    return f"method.{key}={error['input']!r} does not fit {method}: {error['msg']}."

@@ -1,0 +1,159 @@
+"""TIES-Merging: trim, elect sign, disjoint merge. https://arxiv.org/abs/2306.01708
+
+Trim needs one number per task, the magnitude that the kept entries reach. With scope `model` (the authors) it is taken
+over the whole model, so it is gathered from the stream of task vectors before anything is merged; with scope `tensor`
+(as mergekit does) over one tensor. Everything after that works entry by entry.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Annotated, Literal, NamedTuple, Protocol
+
+import numpy as np
+import torch
+from annotated_types import Gt, Le
+from jaxtyping import Float
+from torch import Tensor
+
+from suture.errors import ConfigError
+from suture.methods.order_statistic import kth_magnitudes
+from suture.methods.registry import merge_method
+
+
+class TiesStatistic(NamedTuple):
+    """What TIES must know of the whole before it can merge a part.
+
+    `thresholds`: (task,) magnitude at which an entry survives the trim. `majority`: the sign, +1, −1 or 0, given to
+    columns whose survivors cancel exactly; None while the votes are still being counted.
+    """
+
+    thresholds: Float[Tensor, " task"]
+    majority: int | None
+
+
+class DeltaStream(Protocol):
+    """The task vectors of one tensor or of a whole model, as flat chunks of shape (task, entries)."""
+
+    num_entries: int
+
+    def sample(self, num_entries: int) -> Float[Tensor, "task sample"]: ...
+
+    def each(self, function: Callable[[Float[Tensor, "task chunk"]], None]) -> None: ...
+
+
+def trim_thresholds(deltas: DeltaStream, *, threshold: float = 20.0, scope: str = "model", **_) -> TiesStatistic:
+    """The k-th largest magnitude of every task vector, exact, from one pass over the stream.
+
+    With d entries and a kept fraction K, the authors keep `|τ| ≥` the (d − int(dK))-th smallest magnitude; mergekit
+    keeps max(1, int(dK)) entries of each tensor. Memory is a few MB whatever the size of the model.
+    """
+    fraction = threshold / 100 if threshold > 1 else threshold
+    kept = int(deltas.num_entries * fraction)
+    rank = deltas.num_entries - kept if scope == "model" else deltas.num_entries - max(1, kept) + 1
+    return TiesStatistic(kth_magnitudes(deltas, rank), None if scope == "model" else 1)
+
+
+def _merge_and_vote(base, deltas, statistic, *, merge_func="sum", scaling_factor=0.3, weights=None, **_):
+    """Like `ties_merging`, and beside it (votes, cancelled): Σ of column signs, and which columns wait for it."""
+    trimmed = [_trim(row, t) for row, t in zip(deltas, statistic.thresholds.tolist(), strict=True)]
+    if weights is not None:
+        trimmed = [row * weight for row, weight in zip(trimmed, weights, strict=True)]
+    column_sum, positive, negative = (torch.zeros_like(base) for _ in range(3))
+    for row in trimmed:
+        column_sum += row
+        positive += row.clamp_min(0)
+        negative += row.clamp_max(0)
+    side = column_sum.sign_()
+    cancelled = (side == 0).logical_and_(positive > 0)
+    votes = int(side.sum(dtype=torch.float64))
+    if statistic.majority:
+        side[cancelled] = float(statistic.majority)
+    if merge_func == "max":
+        merged = torch.stack([(row * side).clamp_min_(0) for row in trimmed]).amax(0) * side
+    else:
+        merged = torch.where(side > 0, positive, negative)
+    if merge_func == "mean":
+        merged = merged / _mass_of_agreement(trimmed, side, weights)
+    return base + scaling_factor * merged, votes, cancelled
+
+
+@merge_method(paper="https://arxiv.org/abs/2306.01708", gather=trim_thresholds, vote=_merge_and_vote)
+def ties_merging(
+    base: Float[Tensor, " *shape"],
+    deltas: Float[Tensor, " task *shape"],
+    statistic: TiesStatistic | None = None,
+    *,
+    scaling_factor: float = 0.3,
+    threshold: Annotated[float, Gt(0), Le(100)] = 20.0,
+    remove_keys: Sequence[str] = (),
+    merge_func: Literal["sum", "mean", "max"] = "sum",
+    scope: Literal["model", "tensor"] = "model",
+    weights: Sequence[float] | None = None,
+) -> Float[Tensor, " *shape"]:
+    """Trim each task vector to its largest entries, elect a sign per column, merge the entries that agree with it.
+
+    `threshold` above 1 is a percentage, else a fraction. `scope=model` trims over the whole model, with the authors'
+    count; `scope=tensor` per tensor, with mergekit's count, its `+` for cancelled columns, and `mean` as Σwδ/Σw.
+    `weights`: (task,) multiply the task vectors after the trim. `remove_keys` stay at the base.
+
+    Without a `statistic` the tensor given is taken as the whole model.
+
+    >>> base, deltas = torch.zeros(3), torch.tensor([[4.0, 1.0, -3.0], [2.0, -5.0, -1.0]])
+    >>> ties_merging(base, deltas, threshold=60, scaling_factor=1.0)
+    tensor([ 6., -5., -3.])
+    """
+    if weights is not None and len(weights) != len(deltas):
+        raise ConfigError(f"method.weights has {len(weights)} values; wanted one per model, {len(deltas)}.")
+    knobs = {"merge_func": merge_func, "scaling_factor": scaling_factor, "weights": weights}
+    if statistic is None:
+        whole = _OneTensor(deltas.reshape(len(deltas), -1))
+        statistic = trim_thresholds(whole, threshold=threshold, scope=scope)
+    if statistic.majority is None:
+        _, votes, _ = _merge_and_vote(base, deltas, statistic, **knobs)
+        statistic = settle(statistic, votes)
+    return _merge_and_vote(base, deltas, statistic, **knobs)[0]
+
+
+def settle(statistic: TiesStatistic, votes: int) -> TiesStatistic:
+    """The statistic with the majority sign that the votes of the whole model give."""
+    return statistic._replace(majority=int(np.sign(votes)))
+
+
+def ties_rows(deltas: Float[Tensor, " task *shape"], statistic: TiesStatistic) -> Float[Tensor, " task *shape"]:
+    """The task vectors of AdaMerging++: each task's trimmed entries that agree with the elected sign.
+
+    Their sum over tasks is the TIES merged vector with `merge_func=sum`. The statistic must be settled.
+    """
+    trimmed = torch.stack([_trim(row, t) for row, t in zip(deltas, statistic.thresholds.tolist(), strict=True)])
+    side = trimmed.sum(0).sign_()
+    side = torch.where(side == 0, float(statistic.majority or -1), side)
+    return trimmed * (trimmed * side > 0)
+
+
+def _trim(row: Tensor, threshold: float) -> Tensor:
+    """Zero the entries below the threshold. `hardshrink` keeps |x| > λ, so λ is one step of the dtype below it."""
+    if threshold == 0:
+        return row
+    dtype = row[:0].reshape(-1).numpy().dtype.type
+    return torch.nn.functional.hardshrink(row, float(np.nextafter(dtype(threshold), dtype(0))))
+
+
+def _mass_of_agreement(trimmed: list[Tensor], side: Tensor, weights: Sequence[float] | None) -> Tensor:
+    """Per column: the number of entries that are merged (at least 1), or the sum of their weights."""
+    side = torch.where(side > 0, 1.0, -1.0)
+    if weights is None:
+        return sum((row * side > 0).to(row.dtype) for row in trimmed).clamp_min(1)
+    mass = sum((row * side > 0) * weight for row, weight in zip(trimmed, weights, strict=True))
+    return torch.where(mass.abs() < 1e-8, torch.ones_like(side), mass)
+
+
+class _OneTensor:
+    """A stream over task vectors already in memory, (task, entries)."""
+
+    def __init__(self, deltas: Tensor):
+        self.deltas, self.num_entries = deltas, deltas.shape[1]
+
+    def sample(self, num_entries: int) -> Tensor:
+        return self.deltas[:, :: max(1, self.num_entries // num_entries)]
+
+    def each(self, function: Callable[[Tensor], None]) -> None:
+        function(self.deltas)
