@@ -1,0 +1,224 @@
+"""Accuracy of models on tasks, and the three summaries of it: mean, mean relative to the experts, gap closed.
+
+`evaluate(model, task)` is the whole job for one model and one task. The model is any callable: it gives
+features (B, D) where the task has a head, and logits (B, C) where it has none. What is undefined is nan.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from math import nan
+from statistics import fmean
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import normalize
+
+from suture import tasks as data
+from suture.errors import CheckpointError, ConfigError, DataError
+from suture.families.base import Family, Track, untracked
+from suture.tasks import Split, Task
+
+Model = Callable[[Tensor], Tensor]
+BATCH_SIZE = 256
+
+
+@dataclass(frozen=True, eq=False)
+class TaskInputs:
+    """One task, decoded: inputs (N, ...), labels (N,), and the head (C, D) with its scale, if it has one."""
+
+    name: str
+    inputs: Tensor
+    labels: Tensor
+    head: Tensor | None = None
+    logit_scale: float = 1.0
+    classnames: tuple[str, ...] | None = None
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def logits(self, output: Tensor) -> Tensor:
+        """Logits (B, C) from what the model gave: features (B, D), or logits where there is no head."""
+        if self.head is None:
+            return output
+        return zero_shot_logits(output, self.head.to(output.device), self.logit_scale)
+
+
+class Accuracy(NamedTuple):
+    """A share of correct answers and how many inputs it was measured on."""
+
+    value: float
+    samples: int
+
+
+@dataclass(frozen=True)
+class Row:
+    """One model's line of the table: accuracy, between 0 and 1, and sample count for each task."""
+
+    name: str
+    accuracies: Mapping[str, float]
+    samples: Mapping[str, int] = field(default_factory=dict)
+
+    @property
+    def mean(self) -> float:
+        """The average over tasks, each task counting the same."""
+        return fmean(self.accuracies.values())
+
+    def normalised(self, experts: "Row") -> dict[str, float]:
+        """Per task, accuracy / the expert's accuracy; nan where there is no expert or it has none right."""
+        return {task: _ratio(value, experts.on(task)) for task, value in self.accuracies.items()}
+
+    def normalised_mean(self, experts: "Row") -> float:
+        """The mean over tasks of accuracy / the expert's accuracy; nan when it is nan on any task."""
+        return fmean(self.normalised(experts).values())
+
+    def gaps_closed(self, pretrained: "Row", experts: "Row") -> dict[str, float]:
+        """Per task, (model − pretrained) / (expert − pretrained); nan where there is no gap to close."""
+        return {
+            task: _ratio(value - pretrained.on(task), experts.on(task) - pretrained.on(task))
+            for task, value in self.accuracies.items()
+        }
+
+    def gap_closed(self, pretrained: "Row", experts: "Row") -> float:
+        """(model − pretrained) / (expert − pretrained) of the means over tasks; nan where there is no gap."""
+        start, goal = (fmean(row.on(task) for task in self.accuracies) for row in (pretrained, experts))
+        return _ratio(self.mean - start, goal - start)
+
+    def on(self, task: str) -> float:
+        """The accuracy on one task; nan when this row was not measured on it."""
+        return self.accuracies.get(task, nan)
+
+
+def zero_shot_logits(features: Tensor, head: Tensor, logit_scale: float) -> Tensor:
+    """logit_scale · normalise(features) · headᵀ: features (B, D), head (C, D) → logits (B, C)."""
+    return logit_scale * normalize(features, dim=-1) @ head.T
+
+
+def evaluation_set(
+    family: Family, pool: Iterable[Task], split: Split = "test", track: Track = untracked
+) -> dict[str, TaskInputs]:
+    """All tasks of a pool, decoded once for every model that will be evaluated, with their heads."""
+    return {task.name: task_inputs(family, task, split, track) for task in pool}
+
+
+def task_inputs(family: Family, task: Task, split: Split = "test", track: Track = untracked) -> TaskInputs:
+    """One task, decoded by the family's processor, with its zero-shot head."""
+    images = data.load(task, split)
+    return TaskInputs(
+        name=task.name,
+        inputs=family.decode(images, track, f"Decoding {task.name}"),
+        labels=images.labels,
+        head=family.head(task.classnames, task.templates),
+        logit_scale=family.logit_scale,
+        classnames=task.classnames,
+    )
+
+
+def evaluate(
+    model: Model,
+    task: TaskInputs,
+    *,
+    batch_size: int = BATCH_SIZE,
+    track: Track = untracked,
+    name: str = "Evaluating",
+) -> Accuracy:
+    """The share of inputs whose largest logit is at the label.
+
+    A module is in evaluation mode meanwhile, and batches go to its device. Raises `DataError` for an empty task
+    or labels outside of the logits, `CheckpointError` when the output is not finite.
+
+    >>> task = TaskInputs("parity", torch.eye(2), torch.tensor([0, 0]))
+    >>> evaluate(lambda inputs: inputs, task)
+    Accuracy(value=0.5, samples=2)
+    """
+    if len(task) == 0:
+        raise DataError(f"Task {task.name!r} has no inputs to evaluate on.")
+    if batch_size < 1:
+        raise ConfigError(f"batch_size={batch_size} is not a size; give 1 or more.")
+    device, correct = _device(model), 0
+    with torch.inference_mode(), _evaluation_mode(model), track(f"{name}: {task.name}", len(task)) as advance:
+        for start in range(0, len(task), batch_size):
+            inputs = task.inputs[start : start + batch_size].to(device)
+            labels = task.labels[start : start + batch_size].to(device)
+            correct += _correct(task, task.logits(model(inputs)), labels)
+            advance(len(labels))
+    return Accuracy(correct / len(task), len(task))
+
+
+def evaluate_row(
+    name: str,
+    model: Model | Mapping[str, Model],
+    tasks: Mapping[str, TaskInputs],
+    *,
+    batch_size: int = BATCH_SIZE,
+    track: Track = untracked,
+) -> Row:
+    """One model on all tasks; where `model` is a mapping from task to model, each task with its own."""
+    results = {}
+    for task, inputs in tasks.items():
+        chosen = model[task] if isinstance(model, Mapping) else model
+        results[task] = evaluate(chosen, inputs, batch_size=batch_size, track=track, name=name)
+    return _row(name, results)
+
+
+def evaluate_experts(
+    expert: Callable[[str], Model],
+    tasks: Mapping[str, TaskInputs],
+    *,
+    batch_size: int = BATCH_SIZE,
+    track: Track = untracked,
+) -> Row:
+    """Each expert on its own task. `expert(task)` gives the model; it may reload one shared module."""
+    results = {}
+    for task, inputs in tasks.items():
+        results[task] = evaluate(expert(task), inputs, batch_size=batch_size, track=track, name="expert")
+    return _row("experts", results)
+
+
+def expert_matrix(
+    expert: Callable[[str], Model],
+    tasks: Mapping[str, TaskInputs],
+    *,
+    batch_size: int = BATCH_SIZE,
+    track: Track = untracked,
+) -> list[Row]:
+    """Every expert on every task: one row for each expert, named after its task."""
+    return [evaluate_row(task, expert(task), tasks, batch_size=batch_size, track=track) for task in tasks]
+
+
+def _correct(task: TaskInputs, logits: Tensor, labels: Tensor) -> int:
+    if not torch.isfinite(logits).all():
+        raise CheckpointError(f"The model's output on task {task.name!r} is not finite; check its weights.")
+    if int(labels.max()) >= logits.shape[-1]:
+        raise DataError(
+            f"Task {task.name!r} has labels up to {int(labels.max())} but the model only knows "
+            f"{logits.shape[-1]} classes."
+        )
+    return int((logits.argmax(-1) == labels).sum())
+
+
+def _row(name: str, results: Mapping[str, Accuracy]) -> Row:
+    return Row(name, {t: r.value for t, r in results.items()}, {t: r.samples for t, r in results.items()})
+
+
+def _ratio(part: float, whole: float) -> float:
+    return part / whole if whole else nan
+
+
+def _device(model: Model) -> torch.device:
+    tensors = model.parameters() if isinstance(model, nn.Module) else iter(())
+    return next((tensor.device for tensor in tensors), torch.device("cpu"))
+
+
+@contextmanager
+def _evaluation_mode(model: Model) -> Iterator[None]:
+    """Dropout off and statistics fixed inside the block; afterwards each submodule is as it was."""
+    modes = [(m, m.training) for m in model.modules()] if isinstance(model, nn.Module) else []
+    try:
+        for module, _ in modes:
+            module.training = False
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training

@@ -1,0 +1,26 @@
+"""Families of models: how to build one, encode a batch, make a head. One file for each family."""
+
+import importlib
+import pkgutil
+from difflib import get_close_matches
+
+from suture.errors import ConfigError
+from suture.families.base import Encoder, Family, Track, companion_files, untracked
+
+__all__ = ["Encoder", "Family", "Track", "companion_files", "families", "family", "untracked"]
+
+_SHARED = ("base", "heads")
+
+
+def families() -> list[str]:
+    """The names of all families, sorted."""
+    return sorted(m.name for m in pkgutil.iter_modules(__path__) if m.name not in _SHARED)
+
+
+def family(name: str) -> type[Family]:
+    """The family of this name; raises `ConfigError` with the nearest name."""
+    if name not in families():
+        near = get_close_matches(name, families(), n=1, cutoff=0.5)
+        hint = f" Did you mean {near[0]!r}?" if near else ""
+        raise ConfigError(f"Unknown model family {name!r}.{hint} Known: {', '.join(families())}.")
+    return importlib.import_module(f"{__name__}.{name}").FAMILY

@@ -1,0 +1,98 @@
+"""What a family of models has to provide so that its models can be merged, evaluated and saved."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import ClassVar
+
+from torch import Tensor, nn
+
+from suture.tasks.base import Images
+
+# track("Decoding mnist", total) opens a progress bar and gives the function that counts steps.
+Track = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]
+
+# Configuration, tokenizer and image processor, as the Hugging Face libraries name them.
+_COMPANIONS = (
+    "added_tokens.json",
+    "config.json",
+    "generation_config.json",
+    "merges.txt",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "special_tokens_map.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "vocab.json",
+    "vocab.txt",
+)
+
+
+def untracked(description: str, total: int) -> AbstractContextManager[Callable[[int], None]]:
+    """The `Track` that shows nothing."""
+    return nullcontext(lambda steps: None)
+
+
+def companion_files(directory: Path) -> list[Path]:
+    """The files of a model directory that go with the weights: configuration, tokenizer, processor."""
+    return [path for name in _COMPANIONS if (path := Path(directory) / name).is_file()]
+
+
+class Encoder(nn.Module, ABC):
+    """A frozen float32 module from a batch of inputs to features (B, D), which are not normalised.
+
+    Its parameters carry the canonical names of the family, so a merged state fits without renaming.
+    """
+
+    @abstractmethod
+    def load(self, state: Mapping[str, Tensor]) -> "Encoder":
+        """Copy the weights of another model of this architecture into this one, in place, and return it."""
+
+
+class Family(ABC):
+    """One pretrained model on disk, and what depends on it: encoder, inputs, heads, saving.
+
+    `directory` is the pretrained model as the family saves it. `weights` are its tensors, if already open.
+    """
+
+    name: ClassVar[str]
+
+    def __init__(self, directory: str | Path, weights: Mapping[str, Tensor] | None = None):
+        self.directory = Path(directory)
+        self._weights = weights
+
+    @property
+    def weights(self) -> Mapping[str, Tensor]:
+        """All tensors of the pretrained model, by their stored names."""
+        if self._weights is None:
+            from suture.checkpoints import open_checkpoint
+
+            self._weights = open_checkpoint(self.directory)
+        return self._weights
+
+    @staticmethod
+    @abstractmethod
+    def canonical_names(names: Iterable[str]) -> dict[str, str]:
+        """Canonical name → stored name, for the tensors that take part in a merge."""
+
+    @abstractmethod
+    def encoder(self, state: Mapping[str, Tensor] | None = None) -> Encoder:
+        """A new encoder with these weights (the pretrained ones when None)."""
+
+    @abstractmethod
+    def decode(self, images: Images, track: Track = untracked, description: str = "Decoding") -> Tensor:
+        """The inputs of the encoder for all images, decoded once, in their compact form."""
+
+    @abstractmethod
+    def head(self, classnames: Sequence[str], templates: Sequence[str]) -> Tensor:
+        """Zero-shot class directions (C, D), float32, each of length one."""
+
+    @property
+    @abstractmethod
+    def logit_scale(self) -> float:
+        """What cosine similarities are multiplied with to become logits."""
+
+    @abstractmethod
+    def save(self, state: Mapping[str, Tensor], out: Path) -> None:
+        """Write the model with these merged tensors as a directory that loads without suture."""

@@ -1,0 +1,321 @@
+"""CLIP as `transformers` saves it: https://arxiv.org/abs/2103.00020.
+
+The vision tower is merged. The text tower, both projections and the logit scale stay the pretrained ones.
+Canonical names are those of the vision tower inside a CLIPModel, `vision_model.…`; a CLIPVisionModel that
+transformers 5 saved has no such prefix, the published ones have it.
+"""
+
+import json
+import shutil
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from suture.errors import CheckpointError
+from suture.families.base import Encoder, Family, Track, companion_files, untracked
+from suture.families.heads import cached, digest, zero_shot_head
+from suture.tasks.base import Images
+
+_VISION, _TEXT = "vision_model.", "text_model."
+_BARE = ("embeddings.", "encoder.", "pre_layrnorm.", "post_layernorm.")
+_TOKENIZER = (
+    "added_tokens.json",
+    "merges.txt",
+    "special_tokens_map.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "vocab.json",
+)
+_BATCH = 256
+
+
+class Standardise(nn.Module):
+    """uint8 (B, 3, H, W) → float32, rescaled and normalised as an image processor says."""
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, processor: Any):
+        super().__init__()
+        self.rescale = processor.rescale_factor if processor.do_rescale else 1.0
+        mean, std = (processor.image_mean, processor.image_std) if processor.do_normalize else (0.0, 1.0)
+        self.register_buffer("mean", torch.tensor(mean).float().view(-1, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(std).float().view(-1, 1, 1), persistent=False)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        return (pixels.float() * self.rescale - self.mean) / self.std
+
+
+class ClipEncoder(Encoder):
+    """Vision tower and projection: pixels (B, 3, H, W) → features (B, D), not normalised.
+
+    Pixels are float32 as the processor makes them, or uint8 as decoded; those are standardised here, on the
+    device.
+    """
+
+    def __init__(self, tower: nn.Module, projection: nn.Module, standardise: "Standardise"):
+        super().__init__()
+        self.vision_model = tower
+        self.visual_projection = projection
+        self.standardise = standardise
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        if pixels.dtype == torch.uint8:
+            pixels = self.standardise(pixels)
+        return self.visual_projection(self.vision_model(pixel_values=pixels).pooler_output)
+
+    def load(self, state: Mapping[str, Tensor]) -> "ClipEncoder":
+        """Copy a vision tower in, in place, named with the prefix or without; raises `CheckpointError`."""
+        found = {name: state[key] for name, key in Clip.canonical_names(state).items()}
+        _copy_into(_parameters(self.vision_model, _VISION), found, state)
+        return self
+
+
+class Clip(Family):
+    """A CLIPModel directory: config.json, weights, tokenizer and image processor."""
+
+    name = "clip"
+
+    @staticmethod
+    def canonical_names(names: Iterable[str]) -> dict[str, str]:
+        """`vision_model.…` → stored name, for the vision tower's tensors; integer position ids are left out.
+
+        >>> Clip.canonical_names(["pre_layrnorm.bias", "embeddings.position_ids"])
+        {'vision_model.pre_layrnorm.bias': 'pre_layrnorm.bias'}
+        >>> Clip.canonical_names(["vision_model.pre_layrnorm.bias", "text_model.final_layer_norm.bias"])
+        {'vision_model.pre_layrnorm.bias': 'vision_model.pre_layrnorm.bias'}
+        """
+        names = [name for name in names if not name.endswith("position_ids")]
+        prefixed = {name: name for name in names if name.startswith(_VISION)}
+        if prefixed or any(name.startswith((_TEXT, "embeddings.token_embedding")) for name in names):
+            return prefixed
+        return {_VISION + name: name for name in names if name.startswith(_BARE)}
+
+    def encoder(self, state: Mapping[str, Tensor] | None = None) -> ClipEncoder:
+        with _quiet():
+            from transformers import CLIPVisionModel
+
+            tower = _build(CLIPVisionModel, self.config.vision_config, "vision_model")
+        projection = _linear(self.weights, "visual_projection.weight", self.directory)
+        encoder = ClipEncoder(tower, projection, self._standardise()).eval().requires_grad_(False)
+        return encoder.load(self.weights if state is None else state)
+
+    def decode(self, images: Images, track: Track = untracked, description: str = "Decoding") -> Tensor:
+        """uint8 (N, 3, H, W), resized and cropped by the model's own processor; the encoder standardises."""
+        side = self.config.vision_config.image_size
+        pixels = torch.empty((len(images), 3, side, side), dtype=torch.uint8)
+        with track(description, len(images)) as advance:
+            for start in range(0, len(images), _BATCH):
+                batch = images.pictures(start, start + _BATCH)
+                pixels[start : start + len(batch)] = self._resized(batch, side)
+                advance(len(batch))
+        return pixels
+
+    def preprocess(self, images: Images, track: Track = untracked, description: str = "Decoding") -> Tensor:
+        """float32 (N, 3, H, W), as `transformers` gives them: `decode` and then standardise."""
+        return self._standardise()(self.decode(images, track, description))
+
+    def head(self, classnames: Sequence[str], templates: Sequence[str]) -> Tensor:
+        """Zero-shot class directions (C, D) from the pretrained text tower; cached on disk by content."""
+        key = digest({}, [], "clip head", self._text_digest, list(classnames), list(templates))
+        return cached(key, lambda: zero_shot_head(self._encode_text, classnames, templates))
+
+    @cached_property
+    def logit_scale(self) -> float:
+        return _tensor(self.weights, "logit_scale", self.directory).float().exp().item()
+
+    def save(self, state: Mapping[str, Tensor], out: Path) -> None:
+        """A CLIPModel directory: the base with its vision tower replaced, in the base's names and dtypes."""
+        from suture.checkpoints import save_checkpoint
+
+        tensors = self.full_state(state)
+        out = Path(out)
+        out.mkdir(parents=True, exist_ok=True)
+        save_checkpoint(tensors, out / "model.safetensors", metadata={"format": "pt"})
+        for path in companion_files(self.directory):
+            shutil.copyfile(path, out / path.name)
+
+    def full_state(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Every tensor of the base, with those of the merged vision tower in their places."""
+        merged = {name: state[key] for name, key in self.canonical_names(state).items()}
+        stored = self.canonical_names(self.weights)
+        if unknown := sorted(merged.keys() - stored.keys()):
+            raise CheckpointError(f"'{unknown[0]}' is in the merged model but not in '{self.directory}'.")
+        tensors = dict(self.weights.items())
+        for name, tensor in merged.items():
+            base = tensors[stored[name]]
+            if tensor.shape != base.shape:
+                raise CheckpointError(_wrong_shape(name, tensor, base))
+            tensors[stored[name]] = tensor.detach().to(base.dtype)
+        return tensors
+
+    @cached_property
+    def config(self) -> Any:
+        """The CLIPConfig; raises `CheckpointError` when the directory holds another kind of model."""
+        path = self.directory / "config.json"
+        try:
+            settings = json.loads(path.read_text("utf-8"))
+        except (OSError, ValueError) as error:
+            reason = _one_line(error)
+            raise CheckpointError(
+                f"'{path}' cannot be read ({reason}); wanted a CLIPModel directory."
+            ) from error
+        if settings.get("model_type") != "clip":
+            raise CheckpointError(
+                f"'{path}' describes a model of type {settings.get('model_type')!r}, wanted 'clip': the "
+                f"pretrained model must be a whole CLIPModel, whose text tower makes the heads."
+            )
+        with _quiet():
+            from transformers import CLIPConfig
+
+            return CLIPConfig.from_dict(settings)
+
+    @cached_property
+    def processor(self) -> Any:
+        """The model's image processor, the variant that works on Pillow images."""
+        with _quiet():
+            import transformers
+
+            kind = getattr(transformers, "CLIPImageProcessorPil", None) or transformers.CLIPImageProcessor
+            return _from_disk(kind, self.directory, "preprocessor_config.json or processor_config.json")
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        with _quiet():
+            from transformers import AutoTokenizer
+
+            return _from_disk(AutoTokenizer, self.directory, "tokenizer.json, or vocab.json and merges.txt")
+
+    def _resized(self, pictures: list, side: int) -> Tensor:
+        geometry = {"do_rescale": False, "do_normalize": False, "do_convert_rgb": True}
+        made = [torch.from_numpy(np.asarray(x)) for x in self.processor(pictures, **geometry)["pixel_values"]]
+        if wrong := [tuple(x.shape) for x in made if x.shape != (3, side, side)]:
+            raise CheckpointError(
+                f"The processor of '{self.directory}' makes images of shape {wrong[0]}, the vision tower "
+                f"wants (3, {side}, {side}); correct its size or crop_size."
+            )
+        return torch.stack(made)
+
+    def _standardise(self) -> Standardise:
+        if self.processor.do_normalize and not (self.processor.image_mean and self.processor.image_std):
+            raise CheckpointError(
+                f"The processor of '{self.directory}' normalises without image_mean or image_std."
+            )
+        return Standardise(self.processor)
+
+    @cached_property
+    def _text_weights(self) -> dict[str, Tensor]:
+        prefixes = (_TEXT, "text_projection.")
+        found = {name: self.weights[name] for name in self.weights if name.startswith(prefixes)}
+        return {name: tensor for name, tensor in found.items() if not name.endswith("position_ids")}
+
+    @cached_property
+    def _text_digest(self) -> str:
+        files = [self.directory / name for name in _TOKENIZER if (self.directory / name).is_file()]
+        settings = {k: v for k, v in self.config.text_config.to_dict().items() if k != "transformers_version"}
+        return digest(self._text_weights, files, json.loads(json.dumps(settings, default=str)))
+
+    @cached_property
+    def _text_tower(self) -> nn.Module:
+        with _quiet():
+            from transformers import CLIPTextModel
+
+            tower = _build(CLIPTextModel, self.config.text_config, "text_model")
+        found = {name: tensor for name, tensor in self._text_weights.items() if name.startswith(_TEXT)}
+        _copy_into(_parameters(tower, _TEXT), found, self.weights)
+        return tower.eval().requires_grad_(False)
+
+    def _encode_text(self, prompts: list[str]) -> Tensor:
+        length = self.config.text_config.max_position_embeddings
+        options = {"padding": True, "truncation": True, "max_length": length, "return_tensors": "pt"}
+        tokens = self.tokenizer(prompts, **options)
+        out = self._text_tower(input_ids=tokens["input_ids"], attention_mask=tokens["attention_mask"])
+        return out.pooler_output @ _tensor(self.weights, "text_projection.weight", self.directory).float().T
+
+
+def _build(kind: Any, config: Any, inner: str) -> nn.Module:
+    """The bare tower with memory for its weights and no time spent on random ones."""
+    with torch.device("meta"):
+        model = kind(config)
+    tower = getattr(model, inner, model)  # transformers 4 wraps the tower once more
+    tower.to_empty(device="cpu")
+    for name, buffer in tower.named_buffers():
+        if name.endswith("position_ids"):
+            buffer.copy_(torch.arange(buffer.shape[-1]))
+    return tower.float()
+
+
+def _parameters(module: nn.Module, prefix: str) -> dict[str, nn.Parameter]:
+    return {prefix + name: parameter for name, parameter in module.named_parameters()}
+
+
+def _copy_into(parameters: Mapping[str, nn.Parameter], state: Mapping[str, Tensor], source: object) -> None:
+    """Copy every parameter from `state`, all checked before the first is written."""
+    label = repr(getattr(source, "label", "the model"))
+    if missing := [name for name in parameters if name not in state]:
+        raise CheckpointError(
+            f"'{missing[0]}' is missing from {label} ({len(missing)} of {len(parameters)} tensors are); wanted "
+            f"a CLIP of the pretrained model's architecture."
+        )
+    if extra := sorted(state.keys() - parameters.keys()):
+        raise CheckpointError(f"'{extra[0]}' in {label} is not part of the pretrained model's architecture.")
+    for name, parameter in parameters.items():
+        if state[name].shape != parameter.shape:
+            raise CheckpointError(_wrong_shape(name, state[name], parameter))
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(state[name])
+
+
+def _linear(weights: Mapping[str, Tensor], name: str, directory: Path) -> nn.Linear:
+    weight = _tensor(weights, name, directory)
+    linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False)
+    with torch.no_grad():
+        linear.weight.copy_(weight)
+    return linear
+
+
+def _tensor(weights: Mapping[str, Tensor], name: str, directory: Path) -> Tensor:
+    if name not in weights:
+        raise CheckpointError(f"'{name}' is missing from '{directory}'; wanted a whole CLIPModel.")
+    return weights[name]
+
+
+def _from_disk(kind: Any, directory: Path, wanted: str) -> Any:
+    try:
+        return kind.from_pretrained(directory, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"'{directory}' has no usable {wanted}: {_one_line(error)}") from error
+
+
+def _wrong_shape(name: str, found: Tensor, wanted: Tensor) -> str:
+    return f"'{name}' has shape {tuple(found.shape)} but {tuple(wanted.shape)} in the pretrained model."
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:160]
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """No load reports and no progress bars from transformers, only while we call it."""
+    from transformers.utils import logging
+
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
+
+
+FAMILY = Clip

@@ -1,0 +1,95 @@
+"""Zero-shot heads, and a cache of them that is keyed by content.
+
+Per class: encode all templates, normalise each, average, normalise. CLIP's own recipe,
+https://arxiv.org/abs/2103.00020, section 3.1.4.
+"""
+
+import hashlib
+import json
+import logging
+import os
+import tempfile
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+_BATCH = 256
+log = logging.getLogger(__name__)
+
+
+def zero_shot_head(
+    encode: Callable[[list[str]], Tensor], classnames: Sequence[str], templates: Sequence[str]
+) -> Tensor:
+    """Class directions (C, D) from `encode`, which maps B prompts to features (B, D)."""
+    prompts = [template.replace("{}", name) for name in classnames for template in templates]
+    with torch.inference_mode():
+        encoded = torch.cat([encode(prompts[i : i + _BATCH]) for i in range(0, len(prompts), _BATCH)])
+        directions = normalize(encoded.float(), dim=-1).unflatten(0, (len(classnames), len(templates)))
+        head = normalize(directions.mean(1), dim=-1)
+    return head.clone()  # made outside of inference mode, so that a head can take part in a backward pass
+
+
+def digest(tensors: Mapping[str, Tensor], files: Iterable[Path], *facts: object) -> str:
+    """sha256 over tensor names, dtypes, shapes and bytes, file names and bytes, and anything JSON can say."""
+    sha = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().cpu().contiguous()
+        sha.update(f"\0{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
+        sha.update(_bytes(tensor))
+    for path in sorted(files):
+        sha.update(f"\0{path.name}\0{path.stat().st_size}\0".encode())
+        sha.update(path.read_bytes())
+    return sha.hexdigest()
+
+
+def cached(key: str, make: Callable[[], Tensor]) -> Tensor:
+    """The tensor stored under `key`, or `make()`, stored for the next time. A damaged entry is made again."""
+    from suture.checkpoints import cache_directory
+
+    path = cache_directory() / "heads" / f"{key}.safetensors"
+    head = _read(path)
+    if head is None:
+        head = make()
+        _write(path, head)
+    return head
+
+
+def _read(path: Path) -> Tensor | None:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, "pt") as file:
+            head, stated = file.get_tensor("head"), (file.metadata() or {}).get("sha256")
+    except (OSError, SafetensorError, ValueError):
+        return None
+    return head if stated == _sha256(head) else None
+
+
+def _write(path: Path, head: Tensor) -> None:
+    """Atomic: a reader sees all or nothing. A cache that cannot be written costs time, not the run."""
+    from safetensors.torch import save
+
+    data = save({"head": head.contiguous()}, {"sha256": _sha256(head)})
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        try:
+            with os.fdopen(handle, "wb") as file:
+                file.write(data)
+            os.replace(temporary, path)
+        except BaseException:
+            Path(temporary).unlink(missing_ok=True)
+            raise
+    except OSError as error:
+        log.warning("The head is not cached: %s", error)
+
+
+def _sha256(tensor: Tensor) -> str:
+    return hashlib.sha256(_bytes(tensor.contiguous())).hexdigest()
+
+
+def _bytes(tensor: Tensor) -> memoryview:
+    return tensor.flatten().view(torch.uint8).numpy().data

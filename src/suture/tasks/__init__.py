@@ -1,0 +1,96 @@
+"""A task: class names, templates, and the images of a split. One file for each kind of source.
+
+`check(task, split)` says what is wrong from headers alone; `load(task, split)` gives images and labels.
+"""
+
+import importlib
+import pkgutil
+from difflib import get_close_matches
+from functools import cache
+from pathlib import Path
+
+from suture.errors import ConfigError, DataError, SutureError
+from suture.tasks.base import SPLITS, Images, Source, Split, Task
+
+__all__ = ["Images", "Source", "Split", "Task", "check", "load", "sources"]
+
+
+def load(task: Task, split: Split) -> Images:
+    """The images and labels of one split; raises `DataError` with the first problem that `check` names."""
+    if problems := check(task, split):
+        raise DataError(problems[0])
+    folder = _folder(task)
+    return _source(folder).load(folder, split, task.classnames)
+
+
+def check(task: Task, split: Split) -> list[str]:
+    """Everything wrong with a task, one line each; reads names, headers and labels but decodes no image."""
+    if split not in SPLITS:
+        raise ConfigError(f"Unknown split {split!r}. Known: {', '.join(SPLITS)}.")
+    problems = [*_wording_problems(task), *_data_problems(task, split)]
+    return [f"Task {task.name!r}: {problem}" for problem in problems]
+
+
+@cache
+def sources() -> dict[str, Source]:
+    """The kinds of source by name: every module of this package that defines `SOURCE`."""
+    modules = [importlib.import_module(f"{__name__}.{m.name}") for m in pkgutil.iter_modules(__path__)]
+    return {m.__name__.rsplit(".", 1)[-1]: m.SOURCE for m in modules if hasattr(m, "SOURCE")}
+
+
+def _wording_problems(task: Task) -> list[str]:
+    names = task.classnames
+    problems = []
+    if not names:
+        problems.append("it has no class names; list them in label order under `classnames`.")
+    if not task.templates:
+        problems.append("it has no templates; give at least one, such as 'a photo of a {}.'.")
+    problems += [
+        f"class name {n!r} is of type {type(n).__name__}, wanted text; put it in quotes."
+        for n in names
+        if not isinstance(n, str)
+    ]
+    problems += [
+        f"class name {n!r} is listed {names.count(n)} times; names must differ."
+        for n in dict.fromkeys(names)
+        if names.count(n) > 1
+    ]
+    problems += [
+        f"template {t!r} has no {{}}; put {{}} where the class name goes."
+        for t in task.templates
+        if "{}" not in str(t)
+    ]
+    return problems
+
+
+def _data_problems(task: Task, split: Split) -> list[str]:
+    try:
+        folder = _folder(task)
+        return _source(folder).problems(folder, split, task.classnames)
+    except SutureError as error:
+        return [str(error)]
+
+
+def _folder(task: Task) -> Path:
+    if task.source.startswith("zoo:"):
+        from suture.zoo import resolve
+
+        return Path(resolve(task.source))
+    folder = Path(task.source).expanduser()
+    if folder.is_dir():
+        return folder
+    siblings = [p.name for p in folder.parent.iterdir() if p.is_dir()] if folder.parent.is_dir() else []
+    near = get_close_matches(folder.name, siblings, n=1, cutoff=0.5)
+    hint = f" Did you mean '{folder.parent / near[0]}'?" if near else ""
+    raise DataError(
+        f"data folder '{folder}' does not exist.{hint} Put the data there or change the task's source."
+    )
+
+
+def _source(folder: Path) -> Source:
+    for source in sources().values():
+        if source.found(folder):
+            return source
+    wanted = " or ".join(source.wanted for source in sources().values())
+    found = sorted(p.name for p in folder.iterdir())[:4]
+    raise DataError(f"'{folder}' holds {', '.join(found) or 'nothing'}; wanted {wanted}.")

@@ -1,0 +1,117 @@
+"""Image folders: `<source>/<split>/<class name>/*.png`, as many archives and torchvision have them.
+
+A label is the position of the folder's name among the task's class names, never an alphabetical rank. In a
+folder name `_` may stand for a space.
+"""
+
+import os
+from collections.abc import Sequence
+from difflib import get_close_matches
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from suture.errors import DataError
+from suture.tasks.base import SPLITS, Images, Source, Split
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+_SPLIT_FOLDERS: dict[Split, tuple[str, ...]] = {"train": ("train",), "test": ("test", "val")}
+_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".ppm", ".webp")
+_SHOWN = 5
+
+
+class PictureFiles(Sequence):
+    """Pictures that are decoded, as RGB, each time they are asked for."""
+
+    def __init__(self, paths: Sequence[Path]):
+        self.paths = paths
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: int) -> "Image":
+        from PIL import Image
+
+        path = self.paths[index]
+        try:
+            with Image.open(path) as image:
+                return image.convert("RGB")
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+            reason = str(error).replace("\n", " ")
+            raise DataError(f"'{path}' cannot be decoded ({reason}); replace or remove it.") from error
+
+
+def _found(folder: Path) -> bool:
+    return any(_find_split(folder, split) for split in SPLITS)
+
+
+def _load(folder: Path, split: Split, classnames: tuple[str, ...]) -> Images:
+    folders = _class_folders(_split_folder(folder, split))
+    files = [_picture_files(folders[_key(name)]) for name in classnames]
+    labels = torch.repeat_interleave(torch.tensor([len(paths) for paths in files]))
+    names = tuple(folders[_key(name)].name for name in classnames)
+    return Images(PictureFiles([path for paths in files for path in paths]), labels, names)
+
+
+def _problems(folder: Path, split: Split, classnames: tuple[str, ...]) -> list[str]:
+    try:
+        root = _split_folder(folder, split)
+    except DataError as error:
+        return [str(error)]
+    folders = _class_folders(root)
+    wanted = {_key(name): name for name in classnames}
+    missing = [name for key, name in wanted.items() if key not in folders]
+    extra = [path.name for key, path in folders.items() if key not in wanted]
+    problems = [
+        f"class {n!r} has no folder in '{root}'{_nearest(n, extra)}; rename the folder or the class."
+        for n in missing
+    ]
+    problems += [
+        f"folder {n!r} in '{root}' is not among the class names{_nearest(n, missing)}; add or remove it."
+        for n in extra
+    ]
+    empty = [folders[key] for key in wanted if key in folders and not _picture_files(folders[key])]
+    problems += [f"'{path}' holds no image ({', '.join(_SUFFIXES)})." for path in empty]
+    return _shortened(problems)
+
+
+def _find_split(folder: Path, split: Split) -> Path | None:
+    return next((folder / name for name in _SPLIT_FOLDERS[split] if (folder / name).is_dir()), None)
+
+
+def _split_folder(folder: Path, split: Split) -> Path:
+    if path := _find_split(folder, split):
+        return path
+    names = " or ".join(f"'{name}'" for name in _SPLIT_FOLDERS[split])
+    raise DataError(f"'{folder}' has no folder {names} for the {split} split.")
+
+
+def _class_folders(root: Path) -> dict[str, Path]:
+    found = sorted(path for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
+    return {_key(path.name): path for path in found}
+
+
+def _picture_files(folder: Path) -> list[Path]:
+    with os.scandir(folder) as entries:
+        names = sorted(entry.name for entry in entries)
+    return [folder / n for n in names if n.lower().endswith(_SUFFIXES) and not n.startswith(".")]
+
+
+def _key(name: str) -> str:
+    return str(name).replace("_", " ")
+
+
+def _nearest(name: str, candidates: list[str]) -> str:
+    near = get_close_matches(str(name), candidates, n=1, cutoff=0.4)
+    return f" (nearest: {near[0]!r})" if near else ""
+
+
+def _shortened(problems: list[str]) -> list[str]:
+    more = len(problems) - _SHOWN
+    return problems if more <= 1 else [*problems[:_SHOWN], f"and {more} more class names that do not fit."]
+
+
+SOURCE = Source("an image folder (train/<class>/*.png, test/<class>/*.png)", _found, _load, _problems)
