@@ -1,0 +1,130 @@
+"""An open checkpoint: a read-only mapping name → tensor that reads a tensor when it is asked for."""
+
+import math
+from collections.abc import Callable, Hashable, Iterator, Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from suture.checkpoints.refusals import refusal, shown
+
+_DTYPE_NAMES = {
+    "BOOL": "bool",
+    "U8": "uint8",
+    "I8": "int8",
+    "U16": "uint16",
+    "I16": "int16",
+    "U32": "uint32",
+    "I32": "int32",
+    "U64": "uint64",
+    "I64": "int64",
+    "F8_E4M3": "float8_e4m3fn",
+    "F8_E5M2": "float8_e5m2",
+    "F8_E8M0": "float8_e8m0fnu",
+    "F16": "float16",
+    "BF16": "bfloat16",
+    "F32": "float32",
+    "F64": "float64",
+}
+#: The dtypes that can be read and written, by their names in a safetensors header.
+DTYPES: dict[str, torch.dtype] = {
+    code: getattr(torch, name) for code, name in _DTYPE_NAMES.items() if hasattr(torch, name)
+}
+SUPPORTED = frozenset(DTYPES.values())
+
+
+class TensorSpec(NamedTuple):
+    """Shape and dtype of a tensor that need not have been read."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def numel(self) -> int:
+        """Number of entries; 1 for a 0-dim tensor."""
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Size in bytes."""
+        return self.numel * self.dtype.itemsize
+
+
+class Entry(NamedTuple):
+    """One stored tensor. Entries of equal `identity` are one tensor under several names; None is never shared."""
+
+    spec: TensorSpec
+    read: Callable[[], Tensor]
+    identity: Hashable = None
+
+
+class Checkpoint(Mapping[str, Tensor]):
+    """A mapping name → tensor whose names, shapes and dtypes are known and whose tensors are read when asked for.
+
+    Tensors of files are views of a private memory map: reading takes no anonymous memory, and writing to such a tensor
+    changes that copy in memory only, never the file. Tensors of modules and mappings are the caller's own, detached:
+    do not write to them. A context manager; tensors that were handed out stay valid after it is closed.
+
+    - `label`: what to call it in messages.
+    - `specs`: name → `TensorSpec` for every name, tied ones included, from headers alone.
+    - `aliases`: tied name → the first, in sorted order, of the names of the same tensor.
+    - `files`: the files that the tensors come from; empty for a module or a mapping.
+    - `directory`: the model directory with its config and tokenizer, if there is one.
+    - `metadata`: the text that was saved beside the tensors (safetensors only).
+    """
+
+    def __init__(
+        self,
+        entries: Mapping[str, Entry],
+        label: str,
+        *,
+        files: tuple[Path, ...] = (),
+        directory: Path | None = None,
+        metadata: Mapping[str, str] | None = None,
+    ):
+        self.label, self.files, self.directory = label, files, directory
+        self.metadata: Mapping[str, str] = MappingProxyType(dict(metadata or {}))
+        self.specs: Mapping[str, TensorSpec] = MappingProxyType({name: e.spec for name, e in entries.items()})
+        self.aliases: Mapping[str, str] = MappingProxyType(_aliases(entries))
+        self._entries: Mapping[str, Entry] | None = dict(entries)
+
+    def __getitem__(self, name: str) -> Tensor:
+        if self._entries is None:
+            raise refusal(self.label, f"is closed, so {shown(name)!r} cannot be read", "open it again")
+        return self._entries[name].read()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.specs)
+
+    def __len__(self) -> int:
+        return len(self.specs)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.specs
+
+    def __repr__(self) -> str:
+        size = sum(spec.nbytes for name, spec in self.specs.items() if name not in self.aliases)
+        return f"Checkpoint({self.label!r}, {len(self)} tensors, {size / 1e6:.1f} MB)"
+
+    def __enter__(self) -> "Checkpoint":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Let go of the files. Names, specs and tensors already handed out stay usable."""
+        self._entries = None
+
+
+def _aliases(entries: Mapping[str, Entry]) -> dict[str, str]:
+    first: dict[Hashable, str] = {}
+    aliases: dict[str, str] = {}
+    for name in sorted(name for name, entry in entries.items() if entry.identity is not None):
+        canonical = first.setdefault(entries[name].identity, name)
+        if canonical != name:
+            aliases[name] = canonical
+    return aliases
