@@ -125,8 +125,8 @@ def evaluate(
 ) -> Accuracy:
     """The share of inputs whose largest logit is at the label.
 
-    A module is in evaluation mode meanwhile, and batches go to its device. Raises `DataError` for an empty task
-    or labels outside of the logits, `CheckpointError` when the output is not finite.
+    A module is in evaluation mode meanwhile, and batches go to its device. Raises `DataError` for an empty
+    task or labels outside of the logits, `CheckpointError` when the output is not finite.
 
     >>> task = TaskInputs("parity", torch.eye(2), torch.tensor([0, 0]))
     >>> evaluate(lambda inputs: inputs, task)

@@ -260,8 +260,8 @@ def _copy_into(parameters: Mapping[str, nn.Parameter], state: Mapping[str, Tenso
     label = repr(getattr(source, "label", "the model"))
     if missing := [name for name in parameters if name not in state]:
         raise CheckpointError(
-            f"'{missing[0]}' is missing from {label} ({len(missing)} of {len(parameters)} tensors are); wanted "
-            f"a CLIP of the pretrained model's architecture."
+            f"'{missing[0]}' is missing from {label} ({len(missing)} of {len(parameters)} tensors are); "
+            f"wanted a CLIP of the pretrained model's architecture."
         )
     if extra := sorted(state.keys() - parameters.keys()):
         raise CheckpointError(f"'{extra[0]}' in {label} is not part of the pretrained model's architecture.")

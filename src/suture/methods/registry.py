@@ -59,7 +59,7 @@ class MergeMethod:
         from pydantic import ConfigDict, create_model
 
         knobs = {n: (p.annotation, p.default) for n, p in self._parameters.items() if p.kind is p.KEYWORD_ONLY}
-        return create_model(self.name, __config__=ConfigDict(extra="forbid"), **knobs)
+        return create_model(self.name, __config__=ConfigDict(extra="forbid", allow_inf_nan=False), **knobs)
 
     def validate(self, knobs: Mapping[str, Any]) -> dict[str, Any]:
         """All knobs with checked values; raises `ConfigError` for an unknown knob or a value out of its range."""

@@ -6,7 +6,7 @@ over the whole model, so it is gathered from the stream of task vectors before a
 """
 
 from collections.abc import Callable, Sequence
-from typing import Annotated, Literal, NamedTuple, Protocol
+from typing import Annotated, Literal, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -30,6 +30,7 @@ class TiesStatistic(NamedTuple):
     majority: int | None
 
 
+@runtime_checkable
 class DeltaStream(Protocol):
     """The task vectors of one tensor or of a whole model, as flat chunks of shape (task, entries)."""
 
@@ -105,7 +106,7 @@ def ties_merging(
         raise ConfigError(f"method.weights has {len(weights)} values; wanted one per model, {len(deltas)}.")
     knobs = {"merge_func": merge_func, "scaling_factor": scaling_factor, "weights": weights}
     if statistic is None:
-        whole = _OneTensor(deltas.reshape(len(deltas), -1))
+        whole = OneTensor(deltas.reshape(len(deltas), -1))
         statistic = trim_thresholds(whole, threshold=threshold, scope=scope)
     if statistic.majority is None:
         _, votes, _ = _merge_and_vote(base, deltas, statistic, **knobs)
@@ -133,7 +134,7 @@ def _trim(row: Tensor, threshold: float) -> Tensor:
     """Zero the entries below the threshold. `hardshrink` keeps |x| > λ, so λ is one step of the dtype below it."""
     if threshold == 0:
         return row
-    dtype = row[:0].reshape(-1).numpy().dtype.type
+    dtype = np.float64 if row.dtype == torch.float64 else np.float32
     return torch.nn.functional.hardshrink(row, float(np.nextafter(dtype(threshold), dtype(0))))
 
 
@@ -146,7 +147,7 @@ def _mass_of_agreement(trimmed: list[Tensor], side: Tensor, weights: Sequence[fl
     return torch.where(mass.abs() < 1e-8, torch.ones_like(side), mass)
 
 
-class _OneTensor:
+class OneTensor:
     """A stream over task vectors already in memory, (task, entries)."""
 
     def __init__(self, deltas: Tensor):

@@ -62,8 +62,8 @@ class Images:
 class Source:
     """One kind of data set on disk.
 
-    `found(folder)` recognises it. `load(folder, split, classnames)` reads it. `problems`, of the same arguments,
-    says in one line each what `load` would stumble over, from names, sizes and labels alone.
+    `found(folder)` recognises it. `load(folder, split, classnames)` reads it. `problems`, of the same
+    arguments, says in one line each what `load` would stumble over, from names, sizes and labels alone.
     """
 
     wanted: str

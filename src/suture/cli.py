@@ -1,0 +1,170 @@
+"""The command line. It adds no feature: every verb is one call that Python has too."""
+
+import json
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from suture.errors import ConfigError, SutureError
+from suture.methods.registry import unknown_name
+
+_HELP = """\
+suture merges fine-tuned models into one and shows what that did.
+
+  suture method=METHOD modelpool=POOL taskpool=POOL [key=value …]
+                      merge, score on every task, and leave one folder with the model and a report;
+                      -m with several values (method.scaling_factor=0.1,0.3) runs them all
+  suture check …      the same words: what fits, what will be read, written and held; nothing is run
+  suture evaluate …   modelpool=POOL taskpool=POOL [model=PATH]: score the pool's models, or one of your own
+  suture methods      every method with its knobs, defaults and paper
+  suture zoo          the models that ship with suture; suture zoo build NAME --output DIR trains them anew
+  suture demo         the main job on the shipped models: eight experts into one
+  suture --cfg job method=…   the whole configuration of a run; --help after it explains hydra's flags
+
+Put --traceback anywhere to see where an error came from."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code: 0, or 2 after one line on standard error for bad input."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    traceback = "--traceback" in arguments
+    arguments = [argument for argument in arguments if argument != "--traceback"]
+    try:
+        _dispatch(arguments)
+    except SutureError as error:
+        if traceback:
+            raise
+        print(f"suture: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("suture: stopped.", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _dispatch(arguments: list[str]) -> None:
+    if not arguments or arguments in (["--help"], ["-h"]):
+        return _help()
+    if arguments == ["--version"]:
+        return _version()
+    verb, rest = arguments[0], arguments[1:]
+    if verb in _VERBS:
+        return _VERBS[verb](rest)
+    if "=" not in verb and not verb.startswith("-"):
+        raise ConfigError(unknown_name("command", verb, [*_VERBS, "method=…"]))
+    _pipeline(arguments)
+
+
+def _pipeline(arguments: list[str]) -> None:
+    from suture import config, pipeline
+
+    config.run_each(arguments, pipeline.run_configured)
+
+
+def _help() -> None:
+    from suture import config
+    from suture.methods import methods
+
+    print(_HELP)
+    print(f"\nmethods: {', '.join(methods())}")
+    for group in ("modelpool", "taskpool"):
+        print(f"{group}s: {', '.join(config.pools(group))}; or the path of a YAML file of your own")
+
+
+def _version() -> None:
+    from importlib.metadata import version
+
+    print(f"suture {version('suture')}")
+
+
+def _check(arguments: list[str]) -> None:
+    from suture import config, pipeline
+
+    as_json, arguments = _flag("--json", arguments)
+    found = pipeline.check_configured(config.compose(_with_default_method(arguments)))
+    if as_json:
+        print(json.dumps(found.__dict__, indent=2))
+    else:
+        from suture.report.terminal import print_preflight
+
+        print_preflight(found)
+    if found.problems:
+        raise SystemExit(2)
+
+
+def _evaluate(arguments: list[str]) -> None:
+    from suture import config, pipeline
+
+    model = next((a.partition("=")[2] for a in arguments if a.startswith("model=")), None)
+    arguments = [a for a in arguments if not a.startswith("model=")]
+    pipeline.evaluate_configured(config.compose(_with_default_method(arguments)), model)
+
+
+def _with_default_method(arguments: list[str]) -> list[str]:
+    chosen = any(argument.startswith("method=") for argument in arguments)
+    return arguments if chosen else ["method=simple_average", *arguments]
+
+
+def _methods(arguments: list[str]) -> None:
+    from suture.report.terminal import print_methods
+
+    _no_more(arguments)
+    print_methods()
+
+
+def _zoo(arguments: list[str]) -> None:
+    from suture import zoo
+
+    if not arguments:
+        for name in zoo.names():
+            print(name)
+        return
+    if arguments[0] != "build":
+        raise ConfigError(unknown_name("zoo command", arguments[0], ["build"]))
+    output, rest = _option("--output", arguments[1:])
+    seed, rest = _option("--seed", rest)
+    if len(rest) != 1 or output is None:
+        raise ConfigError("Wanted: suture zoo build NAME --output DIR [--seed N].")
+    if seed is not None and not seed.isdecimal():
+        raise ConfigError(f"--seed {seed}: wanted a whole number.")
+    zoo.build(rest[0], Path(output), seed=int(seed or 0))
+    print(f"Built {rest[0]} in {output}")
+
+
+def _demo(arguments: list[str]) -> None:
+    from suture import pipeline
+
+    output, rest = _option("--output", arguments)
+    _no_more(rest)
+    pipeline.demo(Path(output) if output else None)
+
+
+def _flag(name: str, arguments: list[str]) -> tuple[bool, list[str]]:
+    return name in arguments, [argument for argument in arguments if argument != name]
+
+
+def _option(name: str, arguments: list[str]) -> tuple[str | None, list[str]]:
+    """The value after `name` (or name=value), and the arguments without it."""
+    for i, argument in enumerate(arguments):
+        if argument.startswith(f"{name}="):
+            return argument.partition("=")[2], arguments[:i] + arguments[i + 1 :]
+        if argument == name:
+            if i + 1 == len(arguments):
+                raise ConfigError(f"{name} wants a value.")
+            return arguments[i + 1], arguments[:i] + arguments[i + 2 :]
+    return None, arguments
+
+
+def _no_more(arguments: list[str]) -> None:
+    if arguments:
+        raise ConfigError(f"Unexpected argument {arguments[0]!r}. See suture --help.")
+
+
+_VERBS: dict[str, Callable[[list[str]], Any]] = {
+    "check": _check,
+    "evaluate": _evaluate,
+    "methods": _methods,
+    "zoo": _zoo,
+    "demo": _demo,
+}

@@ -1,0 +1,112 @@
+"""Do these models fit together? Answered from headers alone: names, shapes, dtypes, ties, vocabularies."""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+
+from suture.checkpoints import Checkpoint, TensorSpec
+
+_LISTED = 5  # problems of one kind that are listed for one model before the rest is counted
+_VOCABULARY = ("embed", "lm_head", "wte", "shared.weight", "output.weight")
+
+
+def compatibility(
+    base: Checkpoint, models: Mapping[str, Checkpoint], *, frozen: Sequence[str] = (), mixed_dtypes: bool = False
+) -> list[str]:
+    """Every reason why the models cannot be merged, one line each; an empty list if they can.
+
+    Integer and bool tensors are taken from the base, so they may be missing or differ. `frozen` names are not compared.
+    `mixed_dtypes` lets floating-point dtypes differ from the base's.
+    """
+    if not models:
+        return ["There is no model to merge. Remedy: give at least one fine-tuned model beside the base."]
+    problems = [f"'{name}' is to be left at the base, but the base has no such tensor." for name in _unknown(base, frozen)]
+    for label, model in models.items():
+        problems += _some(_missing(base, model, label, frozen), label)
+        problems += _some(_extra(base, model, label), label)
+        problems += _some(_different(base, model, label, frozen, mixed_dtypes), label)
+        problems += _some(_untied(base, model, label), label)
+    return problems
+
+
+def merged_names(base: Checkpoint, frozen: Sequence[str] = ()) -> list[str]:
+    """The tensors that a merge works on, sorted: floating point, not frozen, the first of those tied together."""
+    left_out = {*frozen, *base.aliases}
+    return sorted(n for n, spec in base.specs.items() if spec.dtype.is_floating_point and n not in left_out)
+
+
+def _unknown(base: Checkpoint, frozen: Sequence[str]) -> list[str]:
+    return [name for name in frozen if name not in base.specs and name not in base.aliases]
+
+
+def _missing(base: Checkpoint, model: Checkpoint, label: str, frozen: Sequence[str]) -> Iterator[str]:
+    for name in merged_names(base, frozen):
+        if name not in model:
+            yield (
+                f"'{name}' is missing in '{label}' (the base has {_describe(base.specs[name])}). "
+                "Remedy: check that both are of one architecture and saved whole."
+            )
+
+
+def _extra(base: Checkpoint, model: Checkpoint, label: str) -> Iterator[str]:
+    for name in sorted(set(model.specs) - set(base)):
+        if model.specs[name].dtype.is_floating_point and name not in model.aliases:
+            yield (
+                f"'{name}' ({_describe(model.specs[name])}) is in '{label}' but not in the base. "
+                "Remedy: merge models of one architecture, or drop the tensor from that checkpoint."
+            )
+
+
+def _different(
+    base: Checkpoint, model: Checkpoint, label: str, frozen: Sequence[str], mixed_dtypes: bool
+) -> Iterator[str]:
+    for name in merged_names(base, frozen):
+        if name not in model:
+            continue
+        wanted, found = base.specs[name], spec_of(model, name)
+        if found.shape != wanted.shape:
+            yield _shape_problem(name, label, found, wanted)
+        elif found.dtype != wanted.dtype and not (mixed_dtypes and found.dtype.is_floating_point):
+            yield (
+                f"'{name}' is {_short(found.dtype)} in '{label}' but {_short(wanted.dtype)} in the base. "
+                "Remedy: convert one of them, or allow it with mixed_dtypes=true."
+            )
+
+
+def _shape_problem(name: str, label: str, found: TensorSpec, wanted: TensorSpec) -> str:
+    vocabulary = any(part in name for part in _VOCABULARY)
+    if vocabulary and found.shape[1:] == wanted.shape[1:]:
+        return (
+            f"'{name}' has {found.shape[0]} rows in '{label}' but {wanted.shape[0]} in the base: the vocabularies differ. "
+            f"Remedy: resize that model's embeddings to {wanted.shape[0]} rows, or leave the tensor at the base (frozen)."
+        )
+    return (
+        f"'{name}' has shape {tuple(found.shape)} in '{label}' but {tuple(wanted.shape)} in the base. "
+        "Remedy: merge models of one architecture."
+    )
+
+
+def _untied(base: Checkpoint, model: Checkpoint, label: str) -> Iterator[str]:
+    for alias, name in base.aliases.items():
+        if alias in model.specs and name in model.specs and model.aliases.get(alias, alias) == alias:
+            yield (
+                f"'{alias}' is tied to '{name}' in the base but not in '{label}'. "
+                "Remedy: tie them in that model, or untie them in the base."
+            )
+
+
+def spec_of(checkpoint: Checkpoint, name: str) -> TensorSpec:
+    """Shape and dtype of a tensor, by its own name or by one it is tied to."""
+    return checkpoint.specs[checkpoint.aliases.get(name, name)]
+
+
+def _describe(spec: TensorSpec) -> str:
+    return f"{_short(spec.dtype)} {tuple(spec.shape)}"
+
+
+def _short(dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _some(problems: Iterable[str], label: str) -> list[str]:
+    lines = list(problems)
+    rest = len(lines) - _LISTED
+    return lines if rest <= 0 else [*lines[:_LISTED], f"… and {rest} more of this kind in '{label}'."]

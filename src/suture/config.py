@@ -1,0 +1,174 @@
+"""The only room that knows hydra: from what was typed to one plain dict per run.
+
+Methods are put into hydra's config store with the defaults of their signatures; pools are the YAML files of conf/, or a
+YAML file of the user's own. What hydra or OmegaConf refuses comes out as a `ConfigError` of one line with the nearest names.
+"""
+
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from suture.errors import ConfigError
+from suture.methods import methods
+from suture.methods.registry import unknown_name
+
+_GROUPS = ("modelpool", "taskpool")
+
+
+def run_each(argv: Sequence[str], task: Callable[[dict[str, Any]], Any]) -> list[Any]:
+    """Call `task` with the resolved configuration of every run that the command line asks for; returns the results.
+
+    All of hydra's own flags work: `--multirun` with any sweeper and launcher, `--cfg`, `--config-dir`, `--help`.
+    """
+    import hydra
+
+    _register()
+    results: list[Any] = []
+
+    def job(config):
+        results.append(task(_plain(config)))
+
+    entry = hydra.main(version_base="1.3", config_path="pkg://suture.conf", config_name="config")(job)
+    with _one_line_errors(), _hydra_environment(argv):
+        entry()
+    return results
+
+
+def compose(argv: Sequence[str]) -> dict[str, Any]:
+    """The resolved configuration of one run, without running it."""
+    import hydra
+
+    _register()
+    with _one_line_errors(), hydra.initialize_config_module("suture.conf", version_base="1.3"):
+        return _plain(hydra.compose("config", overrides=_rewritten(argv)))
+
+
+def pools(group: str) -> list[str]:
+    """The pools that ship with suture: `modelpool` or `taskpool`, names with their folder."""
+    root = files("suture") / "conf" / group
+    with_folder = sorted(str(path.relative_to(str(root)).with_suffix("")) for path in Path(str(root)).rglob("*.yaml"))
+    return [name.replace(os.sep, "/") for name in with_folder]
+
+
+def save(config: dict[str, Any], path: Path) -> None:
+    """Write a configuration as YAML."""
+    from omegaconf import OmegaConf
+
+    OmegaConf.save(OmegaConf.create(config), path)
+
+
+def _register() -> None:
+    from hydra.core.config_store import ConfigStore
+
+    store = ConfigStore.instance()
+    for method in methods().values():
+        node = {"name": method.name} | {k: _as_data(v) for k, v in method.defaults.items()}
+        for name in (method.name, *method.aliases):
+            store.store(group="method", name=name, node=node, provider="suture")
+
+
+def _as_data(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _plain(config) -> dict[str, Any]:
+    from hydra.core.hydra_config import HydraConfig
+    from hydra.types import RunMode
+    from omegaconf import OmegaConf
+
+    plain: dict[str, Any] = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)  # type: ignore[assignment]
+    if HydraConfig.initialized():
+        hydra_config = HydraConfig.get()
+        plain["choices"] = {k: v for k, v in hydra_config.runtime.choices.items() if not k.startswith("hydra/")}
+        if hydra_config.mode == RunMode.MULTIRUN and plain["output"] is None:
+            plain["output"], plain["overwrite"] = hydra_config.runtime.output_dir, True
+    return plain
+
+
+def _rewritten(argv: Sequence[str]) -> list[str]:
+    return [_rewrite(argument) for argument in argv]
+
+
+def _rewrite(argument: str) -> str:
+    """Pools go by their name with or without their folder, or by the path of a YAML file."""
+    group, equals, value = argument.partition("=")
+    if group not in _GROUPS or not equals or not value or value == "null":
+        return argument
+    return f"{group}={','.join(_pool(group, name) for name in value.split(','))}"
+
+
+def _pool(group: str, name: str) -> str:
+    known = pools(group)
+    if name in known:
+        return name
+    if name.endswith((".yaml", ".yml")):
+        return _own_pool(group, Path(name))
+    matches = [candidate for candidate in known if candidate.split("/")[-1] == name]
+    return matches[0] if matches else name
+
+
+def _own_pool(group: str, path: Path) -> str:
+    from hydra.core.config_store import ConfigStore
+    from omegaconf import OmegaConf
+    from yaml import YAMLError
+
+    if not path.is_file():
+        raise ConfigError(f"{group}={path}: there is no such file. Remedy: give the path of a pool's YAML file.")
+    try:
+        node = OmegaConf.load(path)
+    except YAMLError as error:
+        raise ConfigError(f"{group}={path} is not valid YAML: {' '.join(str(error).split())}") from None
+    name = f"{path.stem}_{abs(hash(str(path.resolve())))}"
+    ConfigStore.instance().store(group=group, name=name, node=OmegaConf.to_container(node), provider="suture")
+    return name
+
+
+@contextmanager
+def _hydra_environment(argv: Sequence[str]) -> Iterator[None]:
+    """What hydra reads from the process: the arguments, and that it should raise instead of printing."""
+    before, sys.argv = sys.argv, ["suture", *_rewritten(argv)]
+    full_error = os.environ.get("HYDRA_FULL_ERROR")
+    os.environ["HYDRA_FULL_ERROR"] = "1"
+    try:
+        yield
+    finally:
+        sys.argv = before
+        if full_error is None:
+            del os.environ["HYDRA_FULL_ERROR"]
+
+
+@contextmanager
+def _one_line_errors() -> Iterator[None]:
+    from hydra.errors import HydraException
+    from omegaconf.errors import OmegaConfBaseException
+
+    try:
+        yield
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ConfigError(_explain(error)) from None
+
+
+def _explain(error: BaseException) -> str:
+    from hydra.errors import MissingConfigException
+
+    if isinstance(error, MissingConfigException) and error.missing_cfg_file and error.options is not None:
+        group, _, name = str(error.missing_cfg_file).partition("/")
+        return unknown_name(group, name, _all_names(group, error.options))
+    for cause in (error, error.__cause__):
+        key, parent = getattr(cause, "key", None), getattr(cause, "parent_node", None)
+        if key is not None and parent is not None and hasattr(parent, "keys"):
+            return unknown_name("key", getattr(cause, "full_key", None) or str(key), _full_keys(parent))
+    return " ".join(str(error).split())
+
+
+def _full_keys(parent) -> list[str]:
+    prefix = parent._get_full_key(None) if parent._get_parent() is not None else ""
+    return [f"{prefix}.{key}" if prefix else str(key) for key in parent if key != "hydra"]
+
+
+def _all_names(group: str, options: Sequence[str]) -> list[str]:
+    return pools(group) if group in _GROUPS else list(options)

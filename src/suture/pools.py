@@ -1,0 +1,70 @@
+"""Pools: a pretrained model with its fine-tuned versions, and the tasks that they are scored on."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from suture.checkpoints import Source
+from suture.errors import ConfigError
+from suture.methods.registry import unknown_name
+from suture.tasks import Task
+
+PRETRAINED = "_pretrained_"
+
+
+@dataclass(frozen=True)
+class ModelPool:
+    """The models of one merge. `frozen` tensors stay at the base; `mixed_dtypes` lets dtypes differ from the base's."""
+
+    base: Source
+    models: Mapping[str, Source]
+    family: str = "clip"
+    frozen: tuple[str, ...] = ()
+    mixed_dtypes: bool = False
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> "ModelPool":
+        """Read a pool's YAML; raises `ConfigError` for a missing `_pretrained_`, no models, or an unknown key."""
+        _refuse_unknown("modelpool", config, {"family", "models", "frozen", "mixed_dtypes"})
+        models = dict(config.get("models") or {})
+        if PRETRAINED not in models:
+            raise ConfigError(
+                f"modelpool.models has no '{PRETRAINED}' (found: {', '.join(models) or 'nothing'}). "
+                "Remedy: name the pretrained model that all others were fine-tuned from."
+            )
+        base = models.pop(PRETRAINED)
+        if not models:
+            raise ConfigError("modelpool.models names no fine-tuned model. Remedy: add at least one beside _pretrained_.")
+        options = {key: config[key] for key in ("family", "mixed_dtypes") if key in config}
+        return cls(base, models, frozen=tuple(config.get("frozen") or ()), **options)
+
+
+@dataclass(frozen=True)
+class TaskPool:
+    """The tasks of one evaluation, and the pool's own recommended knobs by method, if it has any."""
+
+    tasks: tuple[Task, ...]
+    recommended: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> "TaskPool":
+        """Read a pool's YAML; raises `ConfigError` for a missing or an unknown key."""
+        _refuse_unknown("taskpool", config, {"tasks", "recommended"})
+        if not config.get("tasks"):
+            raise ConfigError("taskpool.tasks is empty. Remedy: name at least one task.")
+        tasks = tuple(_task(name, task) for name, task in config["tasks"].items())
+        return cls(tasks, config.get("recommended") or {})
+
+
+def _task(name: str, config: Mapping[str, Any]) -> Task:
+    _refuse_unknown(f"taskpool.tasks.{name}", config, {"source", "classnames", "templates"})
+    missing = [key for key in ("source", "classnames", "templates") if not config.get(key)]
+    if missing:
+        raise ConfigError(f"taskpool.tasks.{name} has no {missing[0]}. Wanted: source, classnames, templates.")
+    return Task(name, str(config["source"]), tuple(map(str, config["classnames"])), tuple(config["templates"]))
+
+
+def _refuse_unknown(where: str, config: Mapping[str, Any], known: set[str]) -> None:
+    for key in config:
+        if key not in known:
+            raise ConfigError(unknown_name(f"key of {where}", key, known))

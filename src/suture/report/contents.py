@@ -1,0 +1,88 @@
+"""The contents of a report, as plain data; every way of showing it starts here."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from suture.evaluation import Row
+
+
+@dataclass(frozen=True)
+class Report:
+    """Accuracies of several models on the same tasks, and what it takes to repeat the run.
+
+    `pretrained` and `experts` are among the `rows`; without them nothing can be said of the gap. Times are seconds.
+    """
+
+    title: str
+    rows: Sequence[Row]
+    pretrained: Row | None = None
+    experts: Row | None = None
+    config: Mapping[str, Any] = field(default_factory=dict)
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+    profile: Mapping[str, float] = field(default_factory=dict)
+    notes: Sequence[str] = ()
+    command: str = ""
+    curves: Mapping[str, Mapping[float, float]] = field(default_factory=dict)
+
+    @property
+    def tasks(self) -> list[str]:
+        """The tasks in the order of the pool."""
+        return list(dict.fromkeys(task for row in self.rows for task in row.accuracies))
+
+    @property
+    def samples(self) -> dict[str, int]:
+        """How many test inputs each task was scored on."""
+        return {task: count for row in self.rows for task, count in row.samples.items()}
+
+    def normalised(self, row: Row) -> float:
+        """Mean over tasks of accuracy / expert accuracy; nan without experts."""
+        return row.normalised_mean(self.experts) if self.experts else math.nan
+
+    def gap_closed(self, row: Row) -> float:
+        """(row − pretrained) / (experts − pretrained) of the means; nan without either."""
+        if self.pretrained is None or self.experts is None:
+            return math.nan
+        return row.gap_closed(self.pretrained, self.experts)
+
+    def as_data(self) -> dict[str, Any]:
+        """Everything as JSON can hold it; what is not known is null."""
+        return {
+            "title": self.title,
+            "command": self.command,
+            "tasks": self.tasks,
+            "samples": self.samples,
+            "rows": [self._row_as_data(row) for row in self.rows],
+            "curves": {name: [list(point) for point in curve.items()] for name, curve in self.curves.items()},
+            "profile_seconds": dict(self.profile),
+            "notes": list(self.notes),
+            "config": dict(self.config),
+            "provenance": dict(self.provenance),
+        }
+
+    def _row_as_data(self, row: Row) -> dict[str, Any]:
+        known = lambda value: value if math.isfinite(value) else None
+        return {
+            "name": row.name,
+            "accuracies": dict(row.accuracies),
+            "mean": known(row.mean),
+            "normalised_mean": known(self.normalised(row)),
+            "gap_closed": known(self.gap_closed(row)),
+        }
+
+
+def percent(value: float | None) -> str:
+    """One decimal, or a dash where there is nothing to say."""
+    return "–" if value is None or not math.isfinite(value) else f"{100 * value:.1f}"
+
+
+def columns(report: Report) -> list[str]:
+    """The heads of the accuracy table."""
+    return ["", *report.tasks, "mean", "norm.", "gap closed"]
+
+
+def cells(report: Report, row: Row) -> list[str]:
+    """One row of the accuracy table, in percent."""
+    accuracies = [percent(row.accuracies.get(task)) for task in report.tasks]
+    return [row.name, *accuracies, *map(percent, (row.mean, report.normalised(row), report.gap_closed(row)))]

@@ -1,0 +1,56 @@
+"""Tables for people at a terminal; plain when standard output is not one."""
+
+from rich.console import Console
+from rich.table import Table
+
+from suture.preflight import Preflight, in_bytes
+from suture.report.contents import Report, cells, columns
+
+
+def print_report(report: Report) -> None:
+    """The accuracy table, in percent: tasks down, models across when there are few models, so that it fits 80 columns."""
+    console = Console()
+    table = Table(title=report.title, caption="accuracy in %; norm.: mean of accuracy / expert", title_justify="left")
+    heads, body = columns(report), [cells(report, row) for row in report.rows]
+    table.add_column("")
+    for line in body:
+        table.add_column(line[0], justify="right")
+    table.add_column("samples", justify="right", style="dim")
+    for i, head in enumerate(heads[1:], start=1):
+        if head == "mean":
+            table.add_section()
+        samples = str(report.samples[head]) if head in report.samples else ""
+        table.add_row(head, *(line[i] for line in body), samples)
+    console.print(table)
+    for note in report.notes:
+        console.print(f"note: {note}", highlight=False)
+
+
+def print_preflight(found: Preflight) -> None:
+    """Sizes, then notes, then problems."""
+    console = Console(soft_wrap=True, highlight=False)
+    console.print(f"{found.tensors} tensors to merge, {found.parameters / 1e6:.1f} M parameters")
+    console.print(f"reads {in_bytes(found.bytes_read)}, writes {in_bytes(found.bytes_written)}", end="")
+    console.print(f", merging holds about {in_bytes(found.memory)} beside the result")
+    if found.disk_free:
+        console.print(f"free on disk {in_bytes(found.disk_free)}")
+    for note in found.notes:
+        console.print(f"note: {note}")
+    for problem in found.problems:
+        console.print(f"[red]problem:[/red] {problem}" if console.is_terminal else f"problem: {problem}", markup=True)
+    if not found.problems:
+        console.print("everything fits")
+
+
+def print_methods() -> None:
+    """Every method with its knobs, defaults, aliases and paper."""
+    from suture.methods import methods
+
+    console = Console(soft_wrap=True, highlight=False)
+    for method in methods().values():
+        aliases = f" (also {', '.join(method.aliases)})" if method.aliases else ""
+        console.print(f"[bold]{method.name}[/bold]{aliases}: {method.summary}")
+        for knob, default in method.defaults.items():
+            shown = list(default) if isinstance(default, tuple) else default
+            console.print(f"    method.{knob}={'null' if shown is None else shown}", markup=False)
+        console.print(f"    {method.paper}")

@@ -1,0 +1,169 @@
+"""The models of one merge side by side: what is merged, and the stream of task vectors, one slice at a time."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from suture.checkpoints import Checkpoint, Source, TensorSpec, open_checkpoint
+from suture.compatibility import compatibility, merged_names
+from suture.errors import IncompatibleModels
+
+_CHUNK = 1 << 16  # entries of one model handled at once: the chunks of all models together stay in the cache
+
+
+class Piece(NamedTuple):
+    """A slice of one tensor, flattened: entries start … stop of the tensor called name."""
+
+    name: str
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True)
+class TaskVectors:
+    """A base and its fine-tuned models, opened; nothing is read before it is asked for.
+
+    `frozen` names are not merged and stay at the base. Of tied names only the first is merged. Integer and bool tensors
+    always come from the base. Arithmetic is in float32, in float64 for float64 tensors.
+    """
+
+    base: Checkpoint
+    models: Mapping[str, Checkpoint]
+    frozen: Sequence[str] = ()
+    threads: int = 0
+
+    @cached_property
+    def names(self) -> list[str]:
+        """The tensors that are merged, sorted."""
+        return merged_names(self.base, self.frozen)
+
+    @cached_property
+    def kept(self) -> list[str]:
+        """The tensors that are taken from the base as they are, sorted; tied names are in neither list."""
+        return sorted(set(self.base.specs) - set(self.names) - set(self.base.aliases))
+
+    @property
+    def specs(self) -> dict[str, TensorSpec]:
+        """Shape and dtype of every tensor of the result but the tied ones: those of the base."""
+        return {name: self.base.specs[name] for name in sorted([*self.names, *self.kept])}
+
+    def stream(self, names: Sequence[str] | None = None) -> "DeltaStream":
+        """The task vectors of some tensors (all by default) as a stream of flat chunks."""
+        return DeltaStream(self, self.names if names is None else names)
+
+    def each_piece(
+        self, names: Sequence[str], function: Callable[[Piece, Tensor, Tensor], None], operand: str = "deltas"
+    ) -> None:
+        """Call `function(piece, base, rows)` on every slice, on several threads, in no particular order.
+
+        base: (chunk,); rows: (task, chunk), the task vectors, or the models' own weights if `operand` is "models".
+        """
+        with _workers(self.threads) as pool:
+            for name in names:
+                flat_base, flat_models = self._flat(name)
+                work = lambda piece, base=flat_base, models=flat_models: function(
+                    piece, *_rows(piece, base, models, operand)
+                )
+                for _ in pool.map(work, self._pieces(name)):
+                    pass
+
+    def columns(self, name: str, index: Tensor) -> tuple[Tensor, Float[Tensor, "task column"]]:
+        """Base and task vectors at some flat positions of one tensor."""
+        flat_base, flat_models = self._flat(name)
+        dtype = compute_dtype(flat_base.dtype)
+        base = flat_base[index].to(dtype)
+        return base, torch.stack([model[index].to(dtype) - base for model in flat_models])
+
+    def _flat(self, name: str) -> tuple[Tensor, list[Tensor]]:
+        return self.base[name].reshape(-1), [model[name].reshape(-1) for model in self.models.values()]
+
+    def _pieces(self, name: str) -> Iterator[Piece]:
+        numel = self.base.specs[name].numel
+        return (Piece(name, start, min(start + _CHUNK, numel)) for start in range(0, numel, _CHUNK))
+
+
+class DeltaStream:
+    """Task vectors of several tensors as one long row per task, read in chunks; what a gathering method is given."""
+
+    def __init__(self, vectors: TaskVectors, names: Sequence[str]):
+        self.vectors, self.names = vectors, names
+        self.num_entries = sum(vectors.base.specs[name].numel for name in names)
+
+    def each(self, function: Callable[[Float[Tensor, "task chunk"]], None]) -> None:
+        """Call `function` on every chunk, on several threads, in no particular order."""
+        self.vectors.each_piece(self.names, lambda piece, base, deltas: function(deltas))
+
+    def sample(self, num_entries: int) -> Float[Tensor, "task sample"]:
+        """About `num_entries` entries of every task vector, spread evenly over all tensors in short runs."""
+        run = 256
+        stride = max(1, self.num_entries // num_entries)
+        parts = []
+        for name in self.names:
+            numel = self.vectors.base.specs[name].numel
+            starts = torch.arange(0, numel, run * stride)
+            index = (starts[:, None] + torch.arange(run)).flatten()
+            parts.append(self.vectors.columns(name, index[index < numel])[1])
+        dtype = parts[0].dtype if parts else torch.float32
+        return torch.cat([part.to(dtype) for part in parts], dim=1) if parts else torch.zeros(len(self.vectors.models), 0)
+
+
+def open_task_vectors(
+    base: Source,
+    models: Mapping[str, Source] | Sequence[Source],
+    *,
+    frozen: Sequence[str] = (),
+    mixed_dtypes: bool = False,
+    threads: int = 0,
+) -> TaskVectors:
+    """Open all models and refuse, from their headers alone, what does not fit together (`IncompatibleModels`)."""
+    if not isinstance(models, Mapping):
+        models = {f"model_{i}": model for i, model in enumerate(models, start=1)}
+    opened = {name: open_checkpoint(model, label=name) for name, model in models.items()}
+    vectors = TaskVectors(open_checkpoint(base), opened, frozen, threads)
+    problems = compatibility(vectors.base, opened, frozen=frozen, mixed_dtypes=mixed_dtypes)
+    if problems:
+        more = f" (and {len(problems) - 1} more; `suture check` lists them)" if len(problems) > 1 else ""
+        raise IncompatibleModels(problems[0] + more)
+    return vectors
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype that tensors of this dtype are merged in."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def working_memory(num_models: int, threads: int = 0) -> int:
+    """Bytes that merging holds beside the result, whatever the size of the models: buffers and histograms."""
+    buffers = (threads or torch.get_num_threads()) * (3 * num_models + 8) * _CHUNK * 4
+    return buffers + num_models * (8 + 4) * (1 << 20)
+
+
+def _rows(piece: Piece, base: Tensor, models: list[Tensor], operand: str) -> tuple[Tensor, Tensor]:
+    dtype = compute_dtype(base.dtype)
+    base = base[piece.start : piece.stop].to(dtype)
+    rows = torch.empty(len(models), len(base), dtype=dtype)
+    for row, model in zip(rows, models, strict=True):
+        model = model[piece.start : piece.stop]
+        if operand == "models":
+            row.copy_(model)
+        else:
+            torch.sub(model.to(dtype), base, out=row)
+    return base, rows
+
+
+@contextmanager
+def _workers(threads: int) -> Iterator[ThreadPoolExecutor]:
+    """Threads that each run torch on one core; torch's own thread count is put back at the end."""
+    intra_op = torch.get_num_threads()
+    try:
+        with ThreadPoolExecutor(threads or intra_op, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            yield pool
+    finally:
+        torch.set_num_threads(intra_op)
