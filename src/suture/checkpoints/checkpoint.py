@@ -115,6 +115,13 @@ class Checkpoint(Mapping[str, Tensor]):
     def __exit__(self, *exception: object) -> None:
         self.close()
 
+    def select(self, names: Mapping[str, str]) -> "Checkpoint":
+        """The same checkpoint with some of its tensors only, under other names: new name → name here."""
+        if self._entries is None:
+            raise refusal(self.label, "is closed", "open it again")
+        entries = {new: self._entries[name] for new, name in names.items()}
+        return Checkpoint(entries, self.label, files=self.files, directory=self.directory, metadata=self.metadata)
+
     def close(self) -> None:
         """Let go of the files. Names, specs and tensors already handed out stay usable."""
         self._entries = None
