@@ -174,7 +174,12 @@ class Clip(Family):
         with _quiet():
             from transformers import CLIPConfig
 
-            return CLIPConfig.from_dict(settings)
+            try:
+                return CLIPConfig.from_dict(settings)
+            except (
+                Exception
+            ) as error:  # the library has an exception class of its own for almost every setting
+                raise CheckpointError(f"'{path}' describes no valid CLIP: {_one_line(error)}") from error
 
     @cached_property
     def processor(self) -> Any:
@@ -187,10 +192,18 @@ class Clip(Family):
 
     @cached_property
     def tokenizer(self) -> Any:
+        """The model's tokenizer; raises `CheckpointError` when it does not belong to the text tower."""
+        wanted = "tokenizer.json, or vocab.json and merges.txt"
+        if not any((self.directory / name).is_file() for name in ("tokenizer.json", "vocab.json")):
+            raise CheckpointError(
+                f"'{self.directory}' has no usable {wanted}; put back the model's tokenizer."
+            )
         with _quiet():
             from transformers import AutoTokenizer
 
-            return _from_disk(AutoTokenizer, self.directory, "tokenizer.json, or vocab.json and merges.txt")
+            tokenizer = _from_disk(AutoTokenizer, self.directory, wanted)
+        _check_tokenizer(tokenizer, self.config.text_config, self.directory)
+        return tokenizer
 
     def _resized(self, pictures: list, side: int) -> Tensor:
         geometry = {"do_rescale": False, "do_normalize": False, "do_convert_rgb": True}
@@ -249,6 +262,20 @@ def _build(kind: Any, config: Any, inner: str) -> nn.Module:
         if name.endswith("position_ids"):
             buffer.copy_(torch.arange(buffer.shape[-1]))
     return tower.float()
+
+
+def _check_tokenizer(tokenizer: Any, config: Any, directory: Path) -> None:
+    if len(tokenizer) > config.vocab_size:
+        raise CheckpointError(
+            f"The tokenizer of '{directory}' has {len(tokenizer)} tokens but the text tower "
+            f"{config.vocab_size}; they belong to different models."
+        )
+    # The tower pools at its end token, at the first token when there is none. 2 stands for the highest id.
+    if config.eos_token_id not in (2, tokenizer.eos_token_id):
+        raise CheckpointError(
+            f"The tokenizer of '{directory}' ends texts with token {tokenizer.eos_token_id} but the text "
+            f"tower looks for {config.eos_token_id}; correct eos_token_id in config.json."
+        )
 
 
 def _parameters(module: nn.Module, prefix: str) -> dict[str, nn.Parameter]:

@@ -69,6 +69,8 @@ def _data_problems(task: Task, split: Split) -> list[str]:
         return _source(folder).problems(folder, split, task.classnames)
     except SutureError as error:
         return [str(error)]
+    except OSError as error:
+        return [f"'{error.filename}' cannot be read ({error.strerror}); check the permissions."]
 
 
 def _folder(task: Task) -> Path:

@@ -98,9 +98,9 @@ def _label_problems(folder: Path, split: Split, classnames: tuple[str, ...]) -> 
     """Labels and names must match one to one: judged over both splits, as a small split may lack a class."""
     path = _file(folder, split, "labels")
     try:
-        highest = int(read_idx(path).max(initial=-1))
+        highest = _highest(path)
         files = [_find(folder, other, "labels") for other in SPLITS]
-        overall = max(int(read_idx(file).max(initial=-1)) for file in files if file)
+        overall = max(_highest(file) for file in files if file)
     except DataError as error:
         return [str(error)]
     if highest >= len(classnames):
@@ -114,6 +114,11 @@ def _label_problems(folder: Path, split: Split, classnames: tuple[str, ...]) -> 
             f"list a name for every label and no more."
         ]
     return []
+
+
+def _highest(path: Path) -> int:
+    labels = read_idx(path)
+    return int(labels.max()) if labels.size else -1
 
 
 def _find(folder: Path, split: Split, what: str) -> Path | None:
