@@ -109,7 +109,7 @@ def task_inputs(family: Family, task: Task, split: Split = "test", track: Track 
         name=task.name,
         inputs=family.decode(images, track, f"Decoding {task.name}"),
         labels=images.labels,
-        head=family.head(task.classnames, task.templates),
+        head=family.head(task.classnames, task.templates, track),
         logit_scale=family.logit_scale,
         classnames=task.classnames,
     )

@@ -85,7 +85,7 @@ class Family(ABC):
         """The inputs of the encoder for all images, decoded once, in their compact form."""
 
     @abstractmethod
-    def head(self, classnames: Sequence[str], templates: Sequence[str]) -> Tensor:
+    def head(self, classnames: Sequence[str], templates: Sequence[str], track: Track = untracked) -> Tensor:
         """Zero-shot class directions (C, D), float32, each of length one."""
 
     @property

@@ -121,10 +121,10 @@ class Clip(Family):
         """float32 (N, 3, H, W), as `transformers` gives them: `decode` and then standardise."""
         return self._standardise()(self.decode(images, track, description))
 
-    def head(self, classnames: Sequence[str], templates: Sequence[str]) -> Tensor:
+    def head(self, classnames: Sequence[str], templates: Sequence[str], track: Track = untracked) -> Tensor:
         """Zero-shot class directions (C, D) from the pretrained text tower; cached on disk by content."""
         key = digest({}, [], "clip head", self._text_digest, list(classnames), list(templates))
-        return cached(key, lambda: zero_shot_head(self._encode_text, classnames, templates))
+        return cached(key, lambda: zero_shot_head(self._encode_text, classnames, templates, track))
 
     @cached_property
     def logit_scale(self) -> float:

@@ -16,18 +16,27 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-_BATCH = 256
+from suture.families.base import Track, untracked
+
+_BATCH = 64
 log = logging.getLogger(__name__)
 
 
 def zero_shot_head(
-    encode: Callable[[list[str]], Tensor], classnames: Sequence[str], templates: Sequence[str]
+    encode: Callable[[list[str]], Tensor],
+    classnames: Sequence[str],
+    templates: Sequence[str],
+    track: Track = untracked,
 ) -> Tensor:
     """Class directions (C, D) from `encode`, which maps B prompts to features (B, D)."""
     prompts = [template.replace("{}", name) for name in classnames for template in templates]
-    with torch.inference_mode():
-        encoded = torch.cat([encode(prompts[i : i + _BATCH]) for i in range(0, len(prompts), _BATCH)])
-        directions = normalize(encoded.float(), dim=-1).unflatten(0, (len(classnames), len(templates)))
+    encoded = []
+    with torch.inference_mode(), track("Encoding class names", len(prompts)) as advance:
+        for start in range(0, len(prompts), _BATCH):
+            encoded.append(encode(prompts[start : start + _BATCH]))
+            advance(len(encoded[-1]))
+        directions = normalize(torch.cat(encoded).float(), dim=-1)
+        directions = directions.unflatten(0, (len(classnames), len(templates)))
         head = normalize(directions.mean(1), dim=-1)
     return head.clone()  # made outside of inference mode, so that a head can take part in a backward pass
 
