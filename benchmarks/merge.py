@@ -1,0 +1,162 @@
+"""Merge eight ViT-B/32-sized checkpoints: suture against the textbook TIES and against plain reading and writing.
+
+    python benchmarks/merge.py [--folder DIR] [--repeats 3] [--models 8] [--scale 1.0]
+
+The checkpoints are made on the spot (vision tower of CLIP ViT-B/32, 87 M parameters, float32, random weights). Every
+measurement is a process of its own: wall time of the work (imports excluded) and the peak of its anonymous memory above
+what the imports took. Files are read from the page cache in all of them.
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from suture.checkpoints import allocate_checkpoint
+from suture.merge import merge_task_vectors
+from suture.methods import get_method
+from suture.task_vectors import open_task_vectors
+
+
+def shapes(scale: float) -> dict[str, tuple[int, ...]]:
+    """The tensors of CLIP ViT-B/32's vision tower."""
+    width, layers = int(768 * scale), 12
+    found = {"class_embedding": (width,), "patch.weight": (width, 3, 32, 32), "position.weight": (50, width)}
+    for name in ("pre_norm", "post_norm", *(f"{i}.norm{j}" for i in range(layers) for j in (1, 2))):
+        found |= {f"{name}.weight": (width,), f"{name}.bias": (width,)}
+    for i in range(layers):
+        for name, rows, columns in [*((f"{p}_proj", width, width) for p in "qkvo"), ("fc1", 4 * width, width), ("fc2", width, 4 * width)]:
+            found |= {f"{i}.{name}.weight": (rows, columns), f"{i}.{name}.bias": (rows,)}
+    return found
+
+
+def make(folder: Path, models: int, scale: float) -> None:
+    generator = torch.Generator().manual_seed(0)
+    base = {name: 0.02 * torch.randn(shape, generator=generator) for name, shape in shapes(scale).items()}
+    save_file(base, folder / "base.safetensors")
+    for i in range(models):
+        tuned = {name: w + 1e-3 * torch.randn(w.shape, generator=generator) for name, w in base.items()}
+        save_file(tuned, folder / f"model_{i}.safetensors")
+
+
+def suture(folder: Path, method: str) -> None:
+    """What `suture` runs: memory-mapped in, streamed, memory-mapped out."""
+    chosen = get_method(method)
+    models = {path.stem: path for path in sorted(folder.glob("model_*.safetensors"))}
+    vectors = open_task_vectors(folder / "base.safetensors", models)
+    with allocate_checkpoint(vectors.specs, folder / "merged.safetensors") as out:
+        merge_task_vectors(vectors, chosen, chosen.validate({}), out)
+
+
+def textbook_ties(folder: Path) -> None:
+    """The published way: flatten every model, stack, kthvalue, elect, disjoint sum, and back to a state dict."""
+    base = load_file(folder / "base.safetensors")
+    flatten = lambda state: torch.nn.utils.parameters_to_vector([state[name] for name in sorted(state)])
+    flat = flatten(base)
+    rows = torch.vstack([flatten(load_file(path)) for path in sorted(folder.glob("model_*.safetensors"))]) - flat
+    kept = int(rows.shape[1] * 0.2)
+    thresholds = rows.abs().kthvalue(rows.shape[1] - kept, dim=1, keepdim=True).values
+    rows = rows * (rows.abs() >= thresholds)
+    side = torch.sign(rows.sum(0))
+    side[side == 0] = torch.sign(side.sum())
+    agrees = torch.where(side > 0, rows > 0, rows < 0)
+    merged = flat + 0.3 * (rows * agrees).sum(0)
+    state = {name: base[name].clone() for name in sorted(base)}
+    torch.nn.utils.vector_to_parameters(merged, list(state.values()))
+    save_file({n: w.contiguous() for n, w in state.items()}, folder / "merged.safetensors")
+
+
+def plain_io(folder: Path) -> None:
+    """Read every byte of the inputs once into one buffer, and write as many bytes as the result has."""
+    buffer = bytearray(1 << 24)
+    for path in [folder / "base.safetensors", *folder.glob("model_*.safetensors")]:
+        with open(path, "rb", buffering=0) as file:
+            while file.readinto(buffer):
+                pass
+    size = (folder / "base.safetensors").stat().st_size
+    with open(folder / "merged.safetensors.tmp", "wb", buffering=0) as file:
+        for start in range(0, size, len(buffer)):
+            file.write(buffer[: min(len(buffer), size - start)])
+        file.flush()
+        import os
+
+        os.fsync(file.fileno())
+
+
+WORK = {
+    "plain input and output": plain_io,
+    "suture simple_average": lambda folder: suture(folder, "simple_average"),
+    "suture task_arithmetic": lambda folder: suture(folder, "task_arithmetic"),
+    "suture ties_merging": lambda folder: suture(folder, "ties_merging"),
+    "textbook ties": textbook_ties,
+}
+
+
+def anonymous() -> int:
+    """Anonymous memory of this process in bytes."""
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("RssAnon"))
+    return int(line.split()[1]) * 1024
+
+
+def measure(work, folder: Path) -> dict[str, float]:
+    """Seconds, and the peak of added anonymous memory in bytes, sampled every 5 ms."""
+    before, peak, running = anonymous(), [0], threading.Event()
+
+    def watch():
+        while not running.is_set():
+            peak[0] = max(peak[0], anonymous() - before)
+            time.sleep(0.005)
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    start = time.perf_counter()
+    work(folder)
+    seconds = time.perf_counter() - start
+    running.set()
+    watcher.join()
+    return {"seconds": seconds, "memory": peak[0]}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--folder", type=Path)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--models", type=int, default=8)
+    parser.add_argument("--scale", type=float, default=1.0, help="width relative to ViT-B/32")
+    parser.add_argument("--one", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.one:
+        print(json.dumps(measure(WORK[options.one], options.folder)))
+        return
+    with tempfile.TemporaryDirectory(dir=options.folder) as folder:
+        make(Path(folder), options.models, options.scale)
+        compare(Path(folder), options.repeats, (Path(folder) / "base.safetensors").stat().st_size)
+
+
+def compare(folder: Path, repeats: int, size: int) -> None:
+    command = [sys.executable, __file__, "--folder", str(folder), "--one"]
+    runs = {name: [] for name in WORK}
+    for _ in range(repeats):
+        for name in WORK:  # interleaved, so that a noisy minute hits all of them
+            done = subprocess.run([*command, name], capture_output=True, text=True, check=True)
+            runs[name].append(json.loads(done.stdout))
+    print(f"model size {size / 1e6:.0f} MB; median of {repeats} (min – max)")
+    for name, measured in runs.items():
+        seconds = [run["seconds"] for run in measured]
+        memory = statistics.median(run["memory"] for run in measured)
+        print(f"{name:24s} {statistics.median(seconds):7.2f} s ({min(seconds):.2f} – {max(seconds):.2f})   {memory / size:5.2f} model sizes")
+    ratio = lambda a, b: statistics.median(x["seconds"] / y["seconds"] for x, y in zip(runs[a], runs[b], strict=True))
+    print(f"textbook TIES / suture TIES: {ratio('textbook ties', 'suture ties_merging'):.1f}")
+    print(f"suture Task Arithmetic / plain input and output: {ratio('suture task_arithmetic', 'plain input and output'):.2f}")
+
+
+if __name__ == "__main__":
+    main()
