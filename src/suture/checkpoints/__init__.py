@@ -2,17 +2,18 @@
 
 What happens to the tensors that are no ordinary weights:
 
-- Tied tensors (several names of one storage, offset, shape and stride) are one tensor. The first name in sorted order
-  counts, the others are `aliases`; it is read once, merged once and written once, and comes back under all its names.
-  Views that overlap only in part are separate tensors and are written as such.
+- Tied tensors (several names of one storage, offset, shape and stride) are one tensor. The first name in
+  sorted order counts, the others are `aliases`; it is read once, merged once and written once, and comes back
+  under all its names. Views that overlap only in part are separate tensors and are written as such.
 - 0-dim tensors stay 0-dim.
-- Integer and bool buffers (`num_batches_tracked`, `position_ids`, masks) keep their dtype; merging takes them from the
-  base and never averages them.
+- Integer and bool buffers (`num_batches_tracked`, `position_ids`, masks) keep their dtype; merging takes them
+  from the base and never averages them.
 - Float buffers (the running statistics of BatchNorm) are merged like weights.
 - Every dtype is kept. Sparse, quantised, meta and complex tensors are refused.
 """
 
 from suture.checkpoints.checkpoint import Checkpoint, TensorSpec
+from suture.checkpoints.hashing import cache_directory, content_hash, file_sha256, provenance
 from suture.checkpoints.opening import Source, open_checkpoint
 from suture.checkpoints.writing import allocate_checkpoint, new_directory, save_checkpoint
 
@@ -21,7 +22,11 @@ __all__ = [
     "Source",
     "TensorSpec",
     "allocate_checkpoint",
+    "cache_directory",
+    "content_hash",
+    "file_sha256",
     "new_directory",
     "open_checkpoint",
+    "provenance",
     "save_checkpoint",
 ]

@@ -54,7 +54,7 @@ class TensorSpec(NamedTuple):
 
 
 class Entry(NamedTuple):
-    """One stored tensor. Entries of equal `identity` are one tensor under several names; None is never shared."""
+    """One stored tensor. Entries of equal `identity` are one tensor under several names."""
 
     spec: TensorSpec
     read: Callable[[], Tensor]
@@ -62,11 +62,12 @@ class Entry(NamedTuple):
 
 
 class Checkpoint(Mapping[str, Tensor]):
-    """A mapping name → tensor whose names, shapes and dtypes are known and whose tensors are read when asked for.
+    """A mapping name → tensor: names, shapes and dtypes are known at once, tensors are read when asked for.
 
-    Tensors of files are views of a private memory map: reading takes no anonymous memory, and writing to such a tensor
-    changes that copy in memory only, never the file. Tensors of modules and mappings are the caller's own, detached:
-    do not write to them. A context manager; tensors that were handed out stay valid after it is closed.
+    Tensors of files are views of a private memory map: reading takes no anonymous memory, and writing to such
+    a tensor changes that copy in memory only, never the file. Tensors of modules and mappings are the
+    caller's own, detached: do not write to them. A context manager; tensors that were handed out stay valid
+    after it is closed.
 
     - `label`: what to call it in messages.
     - `specs`: name → `TensorSpec` for every name, tied ones included, from headers alone.
@@ -120,7 +121,9 @@ class Checkpoint(Mapping[str, Tensor]):
         if self._entries is None:
             raise refusal(self.label, "is closed", "open it again")
         entries = {new: self._entries[name] for new, name in names.items()}
-        return Checkpoint(entries, self.label, files=self.files, directory=self.directory, metadata=self.metadata)
+        return Checkpoint(
+            entries, self.label, files=self.files, directory=self.directory, metadata=self.metadata
+        )
 
     def close(self) -> None:
         """Let go of the files. Names, specs and tensors already handed out stay usable."""

@@ -31,7 +31,8 @@ def _checked_name(name: Any, label: str) -> str:
 
 def _entry(name: str, tensor: Any, label: str) -> Entry:
     if not isinstance(tensor, Tensor):
-        raise refusal(label, f"holds a {type(tensor).__name__} under {shown(name)!r}, not a tensor", _STATE_DICT)
+        problem = f"holds a {type(tensor).__name__} under {shown(name)!r}, not a tensor"
+        raise refusal(label, problem, _STATE_DICT)
     kind = _unsupported(tensor)
     if kind:
         raise refusal(label, f"holds {kind} under {shown(name)!r}", _STATE_DICT)
@@ -40,7 +41,7 @@ def _entry(name: str, tensor: Any, label: str) -> Entry:
 
 
 def _unsupported(tensor: Tensor) -> str | None:
-    """What is wrong with a tensor, in words; None if it is dense, in memory and of a dtype that can be saved."""
+    """What is wrong with a tensor, in words; None if it is dense, in memory and of a supported dtype."""
     if tensor.is_quantized:
         return "a quantised tensor"
     if tensor.is_nested or tensor.layout != torch.strided:

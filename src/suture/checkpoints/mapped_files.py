@@ -11,23 +11,23 @@ from torch import Tensor
 
 from suture.checkpoints.refusals import refusal
 
-# Without it Linux sets swap space aside for a whole private mapping, and refuses one that is larger than its memory.
+# Without it Linux counts a whole private mapping as memory, and refuses one that is larger than what it has.
 _NO_RESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000 if sys.platform == "linux" else 0)
 
 
 class MappedFile:
-    """The bytes of a file. It is mapped when the first tensor is read; the mapping lives as long as its tensors."""
+    """The bytes of a file, mapped when the first tensor is read. The mapping lives as long as its tensors."""
 
     def __init__(self, path: Path):
         self.path = path
 
     def tensor(self, begin: int, count: int, dtype: torch.dtype) -> Tensor:
-        """`count` entries from byte `begin` on, 1-D. A view with a storage of its own; copied if it is not aligned."""
+        """`count` entries from byte `begin` on, 1-D: a view with its own storage, or a copy if unaligned."""
         end = begin + count * dtype.itemsize
         if count == 0:
             return torch.empty(0, dtype=dtype)
         if end > len(self._bytes):
-            raise refusal(self.path, "became shorter after it was opened", "leave it alone while it is being read")
+            raise refusal(self.path, "became shorter after it was opened", "leave it alone while it is read")
         if begin % dtype.itemsize:
             return torch.frombuffer(bytearray(self._bytes[begin:end]), dtype=dtype)
         return torch.frombuffer(self._bytes, dtype=dtype, count=count, offset=begin)

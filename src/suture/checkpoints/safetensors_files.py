@@ -1,7 +1,7 @@
 """Safetensors files: 8 bytes of header length, a JSON header, then the tensors one after another."""
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,6 @@ from torch import Tensor
 from suture.checkpoints.checkpoint import DTYPES, Entry, TensorSpec
 from suture.checkpoints.mapped_files import MappedFile
 from suture.checkpoints.refusals import refusal, shown
-from suture.errors import CheckpointError
 
 ALIASES_KEY = "aliases"  # the metadata entry in which tied names are kept, as JSON: alias → name
 _LONGEST_HEADER = 100_000_000  # the format's own limit
@@ -19,19 +18,19 @@ _AGAIN = "copy or download it again"
 
 
 def read_safetensors(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
-    """The entries and the metadata of a safetensors file, from its header alone; `CheckpointError` if it is not whole."""
+    """The entries and the metadata of a safetensors file, from its header; `CheckpointError` if not whole."""
     header, data_start, data_size = _read_header(path)
     metadata = _metadata(path, header.pop("__metadata__", {}))
     where = {name: _location(path, name, value) for name, value in header.items()}
     _check_layout(path, where, data_size)
     file = MappedFile(path)
     entries = {
-        name: Entry(spec, _reader(file, data_start + begin, spec), (path, begin) if spec.nbytes else None)
+        name: Entry(spec, partial(_read, file, data_start + begin, spec))
         for name, (spec, begin) in where.items()
     }
     for alias, name in _tied_names(path, metadata, entries).items():
-        entries[alias] = entries[name] if entries[name].identity else entries[name]._replace(identity=(path, name))
-        entries[name] = entries[alias]
+        entries[name] = entries[name]._replace(identity=(path, name))
+        entries[alias] = entries[name]
     return entries, metadata
 
 
@@ -40,7 +39,7 @@ def _read_header(path: Path) -> tuple[dict[str, Any], int, int]:
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         if size < 10 or not 2 <= length <= min(size - 8, _LONGEST_HEADER):
-            problem = f"is truncated or no safetensors file: its header would take {length} of its {size} bytes"
+            problem = f"is truncated or no safetensors file: its header takes {length} of its {size} bytes"
             raise refusal(path, problem, _AGAIN)
         text = file.read(length)
     try:
@@ -95,17 +94,13 @@ def _check_layout(path: Path, where: Mapping[str, tuple[TensorSpec, int]], data_
         raise refusal(path, f"is {state}: its tensors take {reached} bytes, but it holds {data_size}", _AGAIN)
 
 
-def _reader(file: MappedFile, begin: int, spec: TensorSpec) -> Callable[[], Tensor]:
-    return partial(_read, file, begin, spec)
-
-
 def _read(file: MappedFile, begin: int, spec: TensorSpec) -> Tensor:
     return file.tensor(begin, spec.numel, spec.dtype).view(spec.shape)
 
 
 def _tied_names(path: Path, metadata: Mapping[str, str], entries: Mapping[str, Entry]) -> dict[str, str]:
     """Tied names that the metadata speaks of: our own record, or that of `safetensors.torch.save_model`."""
-    if ALIASES_KEY not in metadata:  # there every dropped name is a key of its own; a dot tells it from other remarks
+    if ALIASES_KEY not in metadata:  # there each dropped name is a key; a dot tells it from other remarks
         return {a: n for a, n in metadata.items() if a not in entries and n in entries and "." in a}
     try:
         aliases = json.loads(metadata[ALIASES_KEY], object_pairs_hook=_unique)
@@ -113,4 +108,4 @@ def _tied_names(path: Path, metadata: Mapping[str, str], entries: Mapping[str, E
             return aliases
     except (ValueError, RecursionError, AttributeError, TypeError):
         pass
-    raise CheckpointError(f"'{shown(path)}' has a corrupt record of tied names in its metadata. Remedy: {_AGAIN}.")
+    raise refusal(path, "has a corrupt record of tied names in its metadata", _AGAIN)

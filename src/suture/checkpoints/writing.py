@@ -27,8 +27,9 @@ def save_checkpoint(
 ) -> None:
     """Save a mapping name → tensor (or a module, or a checkpoint) as a safetensors file, whole or not at all.
 
-    Tied names are written once and come back as tied when the file is opened. An existing file is replaced. Raises
-    `OutputError` if it cannot be written and `CheckpointError` for what is no dense tensor; then nothing is left behind.
+    Tied names are written once and come back as tied when the file is opened. An existing file is replaced.
+    Raises `OutputError` if it cannot be written and `CheckpointError` for what is no dense tensor; then
+    nothing is left behind.
 
     >>> import tempfile, torch
     >>> file = Path(tempfile.mkdtemp()) / "model.safetensors"
@@ -53,9 +54,9 @@ def allocate_checkpoint(
 ) -> Iterator[dict[str, Tensor]]:
     """A safetensors file of known shapes to be filled in: a dict name → writable tensor, memory-mapped.
 
-    The disk space is taken at once, so a full disk is an `OutputError` before any work. The file gets its name when the
-    block ends, and is removed if the block raises; tensors must not be written to after that. `aliases` (alias → name)
-    are tied names: in the dict they are the same tensor.
+    The disk space is taken at once, so a full disk is an `OutputError` before any work. The file gets its
+    name when the block ends, and is removed if the block raises; tensors must not be written to after that.
+    `aliases` (alias → name) are tied names: in the dict they are the same tensor.
     """
     path, aliases = Path(path), dict(aliases or {})
     stored = {name: spec for name, spec in specs.items() if name not in aliases}
@@ -99,7 +100,7 @@ def _view(mapping: mmap.mmap, begin: int, spec: TensorSpec) -> Tensor:
 
 @contextmanager
 def new_file(path: Path, size: int) -> Iterator[int]:
-    """A descriptor of a hidden file of `size` bytes that takes the name `path` when the block ends without error."""
+    """A descriptor of a hidden file of `size` bytes that takes the name `path` when the block ends well."""
     if path.is_dir():
         raise output_refusal(path, "is a directory, not a file", "name a file to write")
     partial = partial_path(path)
@@ -121,10 +122,10 @@ def new_file(path: Path, size: int) -> Iterator[int]:
 
 @contextmanager
 def new_directory(path: str | os.PathLike[str], *, overwrite: bool = False) -> Iterator[Path]:
-    """An empty hidden directory beside `path` that takes its name when the block ends, and is removed if it raises.
+    """An empty hidden directory beside `path` that takes its name when the block ends; removed if it raises.
 
-    An existing directory with something in it is an `OutputError`, unless `overwrite` is given: then it stays in place
-    until the new one is complete, and is removed only after that.
+    An existing directory with something in it is an `OutputError`, unless `overwrite` is given: then it stays
+    in place until the new one is complete, and is removed only after that.
     """
     path = Path(path)
     _check_replaceable(path, overwrite)
@@ -141,7 +142,7 @@ def new_directory(path: str | os.PathLike[str], *, overwrite: bool = False) -> I
 
 
 def partial_path(path: Path) -> Path:
-    """A hidden name beside `path` for what is not complete yet; a leftover of this name is never read as a result."""
+    """A hidden name beside `path` for what is not complete yet; a leftover is never read as a result."""
     return path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.partial")
 
 
@@ -165,7 +166,8 @@ def _check_replaceable(path: Path, overwrite: bool) -> None:
     if path.exists() and not path.is_dir():
         raise output_refusal(path, "is a file, not a directory", "name another folder")
     if path.is_dir() and not overwrite and any(path.iterdir()):
-        raise output_refusal(path, "already exists and is not empty", "name another folder, or allow overwriting")
+        remedy = "name another folder, or allow overwriting"
+        raise output_refusal(path, "already exists and is not empty", remedy)
 
 
 def _put_in_place(partial: Path, path: Path) -> None:

@@ -1,0 +1,61 @@
+"""Tell by its first bytes what a file is, and read the entries of what holds weights."""
+
+from pathlib import Path
+
+from suture.checkpoints.checkpoint import Entry
+from suture.checkpoints.refusals import refusal
+from suture.checkpoints.safetensors_files import read_safetensors
+from suture.checkpoints.torch_files import read_legacy_torch, read_torch_zip
+from suture.errors import CheckpointError
+
+PICKLE_SUFFIXES = (".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth")
+SUFFIXES = (".safetensors", *PICKLE_SUFFIXES)
+_DOWNLOAD = "download the weights themselves"
+_STRANGERS = [
+    (
+        b"version https://git-lfs",
+        "is a git-lfs pointer, not the weights",
+        "run `git lfs pull` in its repository",
+    ),
+    (b"GGUF", "is a GGUF file, which is not read", "give a safetensors or PyTorch file"),
+    (b"\x89HDF", "is an HDF5 file, which is not read", "give a safetensors or PyTorch file"),
+    (b"\x1f\x8b", "is compressed with gzip", "unpack it"),
+    (b"\x93NUMPY", "is a NumPy array, not a checkpoint", "give a safetensors or PyTorch file"),
+]
+
+
+def read_entries(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
+    """The entries of a file and the text saved beside them; `CheckpointError` if it holds no weights."""
+    try:
+        with path.open("rb") as file:
+            start = file.read(512)
+        return _read(path, start)
+    except OSError as error:
+        problem = f"cannot be read: {error.strerror or error}"
+        raise refusal(path, problem, "check the path and its permissions") from error
+    except RecursionError as error:
+        raise refusal(path, "is nested too deeply to be a checkpoint", "copy or download it again") from error
+
+
+def _read(path: Path, start: bytes) -> tuple[dict[str, Entry], dict[str, str]]:
+    stranger = _stranger(path, start)
+    if stranger:
+        raise stranger
+    if start[:4] == b"PK\x03\x04":
+        return read_torch_zip(path), {}
+    if path.suffix == ".safetensors" or start[8:9] == b"{":
+        return read_safetensors(path)
+    if start[:1] == b"\x80" or path.suffix in PICKLE_SUFFIXES:
+        return read_legacy_torch(path), {}
+    problem = f"is no checkpoint; it starts with the bytes {start[:8].hex(' ')}"
+    raise refusal(path, problem, "give a safetensors or PyTorch file")
+
+
+def _stranger(path: Path, start: bytes) -> CheckpointError | None:
+    if not start:
+        return refusal(path, "is empty", "copy or download it again")
+    if not any(start):
+        return refusal(path, "starts with nothing but zeros: its download was not finished", _DOWNLOAD)
+    if start.lstrip()[:1] == b"<" and b">" in start:
+        return refusal(path, "is a web page, not the weights", _DOWNLOAD)
+    return next((refusal(path, *words) for magic, *words in _STRANGERS if start.startswith(magic)), None)
