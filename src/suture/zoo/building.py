@@ -5,9 +5,10 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from suture.errors import ConfigError, OutputError
 from suture.progress import bar
@@ -51,7 +52,7 @@ def _write_data(folder: Path, recipe: Recipe, seed: int) -> dict[str, Batches]:
     return batches
 
 
-def _pretrained(folder: Path, recipe: Recipe, seed: int) -> tuple[nn.Module, object]:
+def _pretrained(folder: Path, recipe: Recipe, seed: int) -> tuple[Any, object]:
     tokenizer = clip_files.make_tokenizer()
     model = clip_files.make_model(tokenizer, recipe)
     with bar("Pretraining", recipe.pretraining_steps) as advance:

@@ -2,9 +2,10 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from suture.zoo.drawing import MEAN, SIDE, STD
 from suture.zoo.recipe import Recipe
@@ -23,7 +24,7 @@ def make_tokenizer():
     from transformers import CLIPTokenizer
 
     lines = (Path(__file__).parent / "merges.txt").read_text(encoding="utf-8").splitlines()
-    merges = [(left, right) for left, right in (line.split(" ") for line in lines)]
+    merges: list[Any] = [(left, right) for left, right in (line.split(" ") for line in lines)]
     letters = sorted(ByteLevel.alphabet())
     symbols = [*letters, *(letter + "</w>" for letter in letters), *(left + right for left, right in merges)]
     vocabulary = {symbol: index for index, symbol in enumerate([*dict.fromkeys(symbols), START, END])}
@@ -48,7 +49,7 @@ def make_processor(tokenizer):
     return CLIPProcessor(image_processor=images, tokenizer=tokenizer)
 
 
-def make_model(tokenizer, recipe: Recipe) -> nn.Module:
+def make_model(tokenizer, recipe: Recipe) -> Any:
     """An untrained CLIPModel of the recipe's size, with plain attention (fastest at 17 tokens on a CPU)."""
     from transformers import CLIPConfig, CLIPModel
 
@@ -87,7 +88,7 @@ def as_pixels(images: Tensor) -> Tensor:
     return ((images.float() - MEAN) / STD)[:, None].expand(-1, 3, -1, -1)
 
 
-def save_pretrained_clip(model: nn.Module, processor, folder: Path) -> None:
+def save_pretrained_clip(model: Any, processor, folder: Path) -> None:
     """The whole CLIP in Hugging Face format, float16."""
     model.half().save_pretrained(folder)
     (folder / "model.safetensors").chmod(0o644)
@@ -97,7 +98,7 @@ def save_pretrained_clip(model: nn.Module, processor, folder: Path) -> None:
     model.float()
 
 
-def save_vision_tower(model: nn.Module, folder: Path) -> None:
+def save_vision_tower(model: Any, folder: Path) -> None:
     """One vision tower as the published experts are stored: float16, every key under `vision_model.`."""
     from safetensors.torch import save_file
 
@@ -113,7 +114,7 @@ def save_vision_tower(model: nn.Module, folder: Path) -> None:
     (folder / "model.safetensors").chmod(0o644)
 
 
-def round_to_half(model: nn.Module) -> None:
+def round_to_half(model: Any) -> None:
     """Round every weight to what float16 can store, so that the model in memory is the model on disk."""
     with torch.no_grad():
         for parameter in model.parameters():

@@ -8,6 +8,7 @@ import copy
 import hashlib
 import math
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -92,10 +93,10 @@ class HandwrittenDigits:
     """scikit-learn's digits: 8 x 8 pixels doubled to 16 x 16, bent a little when trained on."""
 
     def __init__(self, recipe: Recipe, seed: int):
-        self.recipe = recipe
         from sklearn.datasets import load_digits
 
-        digits = load_digits()
+        self.recipe = recipe
+        digits: Any = load_digits()
         pages = torch.from_numpy(digits.images).float()[:, None] / 16
         self.pages = F.interpolate(pages, size=(drawing.PAGE, drawing.PAGE), mode="bicubic")[:, 0].clamp(0, 1)
         self.labels = torch.from_numpy(digits.target).long()
@@ -115,7 +116,7 @@ class HandwrittenDigits:
         return drawing.standardise(drawing.bend(padded, 0.5, generator)), self.labels[members]
 
 
-def pretrain(model: nn.Module, tokenizer, recipe: Recipe, seed: int, advance: Advance) -> None:
+def pretrain(model: Any, tokenizer, recipe: Recipe, seed: int, advance: Advance) -> None:
     """Contrastive training of both towers, as CLIP's; leaves weights that float16 holds exactly."""
     stream, generator = CaptionedGlyphs(tokenizer, recipe), generator_for(seed, "pretraining")
     optimizer = torch.optim.AdamW(_groups(model), lr=recipe.pretraining_rate, betas=(0.9, 0.98))
@@ -134,13 +135,13 @@ def pretrain(model: nn.Module, tokenizer, recipe: Recipe, seed: int, advance: Ad
 
 
 def finetune(
-    pretrained: nn.Module,
+    pretrained: Any,
     head: Tensor,
     batches: Callable[[torch.Generator], tuple[Tensor, Tensor]],
     recipe: Recipe,
     generator: torch.Generator,
     advance: Advance,
-) -> nn.Module:
+) -> Any:
     """A copy whose vision tower has learned one task; text tower, projections and `head` stay as they are.
 
     The weights returned are the mean over the last half of the steps.
@@ -171,7 +172,7 @@ def finetune(
     return model
 
 
-def image_logits(model: nn.Module, images: Tensor, head: Tensor) -> Tensor:
+def image_logits(model: Any, images: Tensor, head: Tensor) -> Tensor:
     """Zero-shot logits of uint8 images (n, 16, 16): float32 (n, classes)."""
     with half_precision():
         pooled = model.vision_model(pixel_values=as_pixels(images)).pooler_output
@@ -180,7 +181,7 @@ def image_logits(model: nn.Module, images: Tensor, head: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def zero_shot_head(model: nn.Module, tokenizer, classnames: tuple[str, ...]) -> Tensor:
+def zero_shot_head(model: Any, tokenizer, classnames: tuple[str, ...]) -> Tensor:
     """The mean of the normalised caption embeddings of each class, normalised: (classes, projection)."""
     rows = []
     for name in classnames:
@@ -215,7 +216,7 @@ def _pick(choices: Tensor, generator: torch.Generator) -> Tensor:
     return choices.gather(1, column)[:, 0]
 
 
-def _groups(model: nn.Module) -> list[dict[str, object]]:
+def _groups(model: Any) -> list[dict[str, object]]:
     """Weight decay for matrices alone, as CLIP was trained."""
     matrices = [parameter for parameter in model.parameters() if parameter.ndim > 1]
     others = [parameter for parameter in model.parameters() if parameter.ndim <= 1]
@@ -231,7 +232,7 @@ def _set_rate(optimizer: torch.optim.Optimizer, peak: float, step: int, steps: i
         group["lr"] = rate
 
 
-def _step(loss: Tensor, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+def _step(loss: Tensor, model: Any, optimizer: torch.optim.Optimizer) -> None:
     optimizer.zero_grad(set_to_none=True)
     loss.backward()
     nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], 1.0)
