@@ -1,4 +1,6 @@
 import json
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -45,9 +47,7 @@ def head_cache(tmp_path, monkeypatch):
 def counted(monkeypatch):
     """How often the text tower has been asked."""
     calls, encode = [], Clip._encode_text
-    monkeypatch.setattr(
-        Clip, "_encode_text", lambda self, prompts: calls.append(prompts) or encode(self, prompts)
-    )
+    monkeypatch.setattr(Clip, "_encode_text", lambda self, prompts: calls.append(prompts) or encode(self, prompts))
     return calls
 
 
@@ -63,17 +63,13 @@ def drifted(weights, seed=1):
     """Another vision tower of the same architecture, by canonical names."""
     generator = torch.Generator().manual_seed(seed)
     names = Clip.canonical_names(weights)
-    return {
-        name: weights[name] + 0.1 * torch.randn(weights[name].shape, generator=generator) for name in names
-    }
+    return {name: weights[name] + 0.1 * torch.randn(weights[name].shape, generator=generator) for name in names}
 
 
 def test_the_registry_knows_clip_and_refuses_others_with_the_nearest_name():
     assert families() == ["clip"]
     assert family("clip") is Clip
-    with pytest.raises(
-        ConfigError, match=r"Unknown model family 'clipp'\. Did you mean 'clip'\? Known: clip"
-    ):
+    with pytest.raises(ConfigError, match=r"Unknown model family 'clipp'\. Did you mean 'clip'\? Known: clip"):
         family("clipp")
 
 
@@ -177,6 +173,11 @@ def test_loading_replaces_the_weights_in_place(clip):
     torch.testing.assert_close(after, encoder.load(bare)(pixels))
 
 
+def test_the_weights_are_read_from_the_directory_when_none_are_given(clip, directory):
+    pixels = clip.decode(images(noise()))
+    torch.testing.assert_close(Clip(directory).encoder()(pixels), clip.encoder()(pixels), atol=0, rtol=0)
+
+
 def test_half_precision_weights_are_computed_in_float32(clip):
     encoder = clip.encoder({name: tensor.half() for name, tensor in drifted(clip.weights).items()})
     assert {p.dtype for p in encoder.parameters()} == {torch.float32}
@@ -187,13 +188,9 @@ def test_weights_that_do_not_fit_are_refused_before_anything_is_written(clip):
     encoder, name = clip.encoder(), "vision_model.post_layernorm.bias"
     before = {n: p.clone() for n, p in encoder.named_parameters()}
     state = drifted(clip.weights)
-    with pytest.raises(
-        CheckpointError, match=rf"'{name}' is missing from 'the model' \(1 of 39 tensors are\)"
-    ):
+    with pytest.raises(CheckpointError, match=rf"'{name}' is missing from 'the model' \(1 of 39 tensors are\)"):
         encoder.load({n: t for n, t in state.items() if n != name})
-    with pytest.raises(
-        CheckpointError, match=rf"'{name}' has shape \(3,\) but \(16,\) in the pretrained model"
-    ):
+    with pytest.raises(CheckpointError, match=rf"'{name}' has shape \(3,\) but \(16,\) in the pretrained model"):
         encoder.load({**state, name: torch.zeros(3)})
     with pytest.raises(CheckpointError, match=r"'vision_model\.adapter\.bias' in 'the model' is not part of"):
         encoder.load({**state, "vision_model.adapter.bias": torch.zeros(3)})
@@ -231,9 +228,7 @@ def test_another_tokenizer_makes_another_head(tmp_path, clip, head_cache, counte
     assert len(counted) == 2
 
 
-def test_the_vision_weights_and_the_model_s_place_do_not_matter_to_a_head(
-    clip, directory, head_cache, counted
-):
+def test_the_vision_weights_and_the_model_s_place_do_not_matter_to_a_head(clip, directory, head_cache, counted):
     clip.head(NAMES, TEMPLATES)
     Clip(directory, {**clip.weights, **drifted(clip.weights)}).head(NAMES, TEMPLATES)
     assert len(counted) == 1
@@ -308,9 +303,7 @@ def test_companion_files_are_the_configuration_tokenizer_and_processor(directory
 
 
 def test_a_model_of_another_kind_is_refused_in_one_line(directory, tmp_path):
-    with pytest.raises(
-        CheckpointError, match=r"config\.json' cannot be read .* wanted a CLIPModel directory"
-    ):
+    with pytest.raises(CheckpointError, match=r"config\.json' cannot be read .* wanted a CLIPModel directory"):
         _ = Clip(tmp_path, {}).config
     (tmp_path / "config.json").write_text('{"model_type": "clip_vision_model"}')
     with pytest.raises(CheckpointError, match="a model of type 'clip_vision_model', wanted 'clip'"):
@@ -320,9 +313,7 @@ def test_a_model_of_another_kind_is_refused_in_one_line(directory, tmp_path):
 def test_missing_parts_of_the_pretrained_model_are_named(clip, directory, tmp_path):
     (tmp_path / "config.json").write_bytes((directory / "config.json").read_bytes())
     bare = Clip(tmp_path, clip.weights)
-    with pytest.raises(
-        CheckpointError, match=r"no usable preprocessor_config\.json or processor_config\.json"
-    ):
+    with pytest.raises(CheckpointError, match=r"no usable preprocessor_config\.json or processor_config\.json"):
         bare.decode(images(noise()))
     with pytest.raises(CheckpointError, match=r"no usable tokenizer\.json, or vocab\.json and merges\.txt"):
         bare.head(("never", "seen", "before"), TEMPLATES)
@@ -358,6 +349,12 @@ def test_a_processor_of_another_size_than_the_tower_s_is_refused(tmp_path):
     edit_json(directory / "config.json", vision_config={"image_size": 32})
     with pytest.raises(CheckpointError, match=r"makes images of shape \(3, 16, 16\), the vision tower wants"):
         Clip(directory, {}).decode(images(noise()))
+
+
+def test_evaluation_imports_neither_transformers_nor_an_image_library():
+    heavy = "transformers", "PIL", "hydra", "matplotlib"
+    code = f"import sys, suture.evaluation; print([name for name in {heavy} if name in sys.modules])"
+    assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "[]"
 
 
 def test_nothing_is_printed_and_transformers_keeps_its_settings(clip, capfd):
