@@ -33,7 +33,11 @@ def shapes(scale: float) -> dict[str, tuple[int, ...]]:
     for name in ("pre_norm", "post_norm", *(f"{i}.norm{j}" for i in range(layers) for j in (1, 2))):
         found |= {f"{name}.weight": (width,), f"{name}.bias": (width,)}
     for i in range(layers):
-        for name, rows, columns in [*((f"{p}_proj", width, width) for p in "qkvo"), ("fc1", 4 * width, width), ("fc2", width, 4 * width)]:
+        for name, rows, columns in [
+            *((f"{p}_proj", width, width) for p in "qkvo"),
+            ("fc1", 4 * width, width),
+            ("fc2", width, 4 * width),
+        ]:
             found |= {f"{i}.{name}.weight": (rows, columns), f"{i}.{name}.bias": (rows,)}
     return found
 
@@ -152,10 +156,13 @@ def compare(folder: Path, repeats: int, size: int) -> None:
     for name, measured in runs.items():
         seconds = [run["seconds"] for run in measured]
         memory = statistics.median(run["memory"] for run in measured)
-        print(f"{name:24s} {statistics.median(seconds):7.2f} s ({min(seconds):.2f} – {max(seconds):.2f})   {memory / size:5.2f} model sizes")
+        spread = f"{statistics.median(seconds):7.2f} s ({min(seconds):.2f} – {max(seconds):.2f})"
+        print(f"{name:24s} {spread}   {memory / size:5.2f} model sizes")
     ratio = lambda a, b: statistics.median(x["seconds"] / y["seconds"] for x, y in zip(runs[a], runs[b], strict=True))
     print(f"textbook TIES / suture TIES: {ratio('textbook ties', 'suture ties_merging'):.1f}")
-    print(f"suture Task Arithmetic / plain input and output: {ratio('suture task_arithmetic', 'plain input and output'):.2f}")
+    print(
+        f"suture Task Arithmetic / plain input and output: {ratio('suture task_arithmetic', 'plain input and output'):.2f}"
+    )
 
 
 if __name__ == "__main__":

@@ -1,14 +1,12 @@
 import os
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
-
-from jaxtyping import install_import_hook
-
-# Shapes in signatures are enforced here and nowhere else.
-_hook = install_import_hook(["suture.methods", "suture.task_vectors"], "typecheck.checked")
-
 import pytest
 import torch
+from jaxtyping import install_import_hook
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# Shapes in signatures are enforced here and nowhere else.
+install_import_hook(["suture.methods", "suture.task_vectors"], "typecheck.checked")
 
 
 @pytest.fixture(autouse=True)

@@ -7,7 +7,6 @@ from suture.errors import ConfigError
 from suture.methods import get_method, methods
 
 METHODS = list(methods().values())
-# What makes a method return `base + Σ deltas` scaled linearly, so that scaling laws can be stated for all of them.
 every_method = pytest.mark.parametrize("method", METHODS, ids=lambda method: method.name)
 
 
@@ -104,4 +103,9 @@ def test_a_bad_value_is_refused_in_one_line(knob, value, says):
 
 def test_defaults_are_those_of_the_signature():
     knobs = get_method("ties_merging").validate({})
-    assert (knobs["scaling_factor"], knobs["threshold"], knobs["merge_func"], knobs["scope"]) == (0.3, 20.0, "sum", "model")
+    assert (knobs["scaling_factor"], knobs["threshold"], knobs["merge_func"], knobs["scope"]) == (
+        0.3,
+        20.0,
+        "sum",
+        "model",
+    )

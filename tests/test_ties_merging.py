@@ -63,14 +63,28 @@ def test_by_hand():
     deltas = torch.tensor([[4.0, 1.0, -3.0, 0.0], [2.0, -5.0, 2.0, 1.0]])
     # Half of four entries: the authors keep |τ| ≥ the 2nd smallest, so 3 of 4 with distinct magnitudes.
     assert ties_merging(base, deltas, threshold=50, scaling_factor=1.0).tolist() == [6.0, -5.0, -3.0, 0.0]
-    assert ties_merging(base, deltas, threshold=50, scaling_factor=1.0, merge_func="mean").tolist() == [3.0, -5.0, -3.0, 0.0]
-    assert ties_merging(base, deltas, threshold=50, scaling_factor=1.0, merge_func="max").tolist() == [4.0, -5.0, -3.0, 0.0]
+    assert ties_merging(base, deltas, threshold=50, scaling_factor=1.0, merge_func="mean").tolist() == [
+        3.0,
+        -5.0,
+        -3.0,
+        0.0,
+    ]
+    assert ties_merging(base, deltas, threshold=50, scaling_factor=1.0, merge_func="max").tolist() == [
+        4.0,
+        -5.0,
+        -3.0,
+        0.0,
+    ]
 
 
 def test_the_whole_of_it_may_be_kept():
     base, deltas = torch.zeros(3), torch.tensor([[1.0, -2.0, 3.0], [1.0, 1.0, 1.0]])
     for everything in (100, 1.0):
-        assert ties_merging(base, deltas, threshold=everything, scaling_factor=1.0).tolist() == [2.0, -2.0, 4.0]
+        assert ties_merging(base, deltas, threshold=everything, scaling_factor=1.0).tolist() == [
+            2.0,
+            -2.0,
+            4.0,
+        ]
 
 
 @pytest.mark.parametrize(("votes", "expected"), [(5, 2.0), (-5, -2.0), (0, -2.0)])
@@ -86,7 +100,9 @@ def test_a_cancelled_column_is_zero_for_max_without_a_majority():
 
 
 magnitudes = st.lists(
-    st.floats(-1e6, 1e6, width=32, allow_subnormal=True) | st.sampled_from([0.0, -0.0, 1.0, -1.0, 0.5]), min_size=1, max_size=300
+    st.floats(-1e6, 1e6, width=32, allow_subnormal=True) | st.sampled_from([0.0, -0.0, 1.0, -1.0, 0.5]),
+    min_size=1,
+    max_size=300,
 )
 
 

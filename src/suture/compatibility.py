@@ -9,7 +9,11 @@ _VOCABULARY = ("embed", "lm_head", "wte", "shared.weight", "output.weight")
 
 
 def compatibility(
-    base: Checkpoint, models: Mapping[str, Checkpoint], *, frozen: Sequence[str] = (), mixed_dtypes: bool = False
+    base: Checkpoint,
+    models: Mapping[str, Checkpoint],
+    *,
+    frozen: Sequence[str] = (),
+    mixed_dtypes: bool = False,
 ) -> list[str]:
     """Every reason why the models cannot be merged, one line each; an empty list if they can.
 
@@ -18,7 +22,9 @@ def compatibility(
     """
     if not models:
         return ["There is no model to merge. Remedy: give at least one fine-tuned model beside the base."]
-    problems = [f"'{name}' is to be left at the base, but the base has no such tensor." for name in _unknown(base, frozen)]
+    problems = [
+        f"'{name}' is to be left at the base, but the base has no such tensor." for name in _unknown(base, frozen)
+    ]
     for label, model in models.items():
         problems += _some(_missing(base, model, label, frozen), label)
         problems += _some(_extra(base, model, label), label)
@@ -75,8 +81,9 @@ def _shape_problem(name: str, label: str, found: TensorSpec, wanted: TensorSpec)
     vocabulary = any(part in name for part in _VOCABULARY)
     if vocabulary and found.shape[1:] == wanted.shape[1:]:
         return (
-            f"'{name}' has {found.shape[0]} rows in '{label}' but {wanted.shape[0]} in the base: the vocabularies differ. "
-            f"Remedy: resize that model's embeddings to {wanted.shape[0]} rows, or leave the tensor at the base (frozen)."
+            f"'{name}' has {found.shape[0]} rows in '{label}' but {wanted.shape[0]} in the base: the vocabularies "
+            f"differ. Remedy: resize that model's embeddings to {wanted.shape[0]} rows, or leave the tensor at the base "
+            "by naming it under `frozen` in the pool."
         )
     return (
         f"'{name}' has shape {tuple(found.shape)} in '{label}' but {tuple(wanted.shape)} in the base. "

@@ -1,7 +1,8 @@
 """The only room that knows hydra: from what was typed to one plain dict per run.
 
 Methods are put into hydra's config store with the defaults of their signatures; pools are the YAML files of conf/, or a
-YAML file of the user's own. What hydra or OmegaConf refuses comes out as a `ConfigError` of one line with the nearest names.
+YAML file of the user's own. What hydra or OmegaConf refuses comes out as a `ConfigError` of one line with the nearest
+names.
 """
 
 import os

@@ -6,7 +6,7 @@ features (B, D) where the task has a head, and logits (B, C) where it has none. 
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import nan
 from statistics import fmean
 from typing import NamedTuple
@@ -37,6 +37,10 @@ class TaskInputs:
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    def first(self, count: int) -> "TaskInputs":
+        """The same task with its first inputs only."""
+        return replace(self, inputs=self.inputs[:count], labels=self.labels[:count])
 
     def logits(self, output: Tensor) -> Tensor:
         """Logits (B, C) from what the model gave: features (B, D), or logits where there is no head."""

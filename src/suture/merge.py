@@ -46,7 +46,10 @@ def merge(
 
 
 def merge_task_vectors(
-    vectors: TaskVectors, method: MergeMethod, knobs: Mapping[str, Any], out: Mapping[str, Tensor] | None = None
+    vectors: TaskVectors,
+    method: MergeMethod,
+    knobs: Mapping[str, Any],
+    out: Mapping[str, Tensor] | None = None,
 ) -> dict[str, Tensor]:
     """`merge` for models that are already open and checked, with validated knobs."""
     if out is None:

@@ -2,7 +2,7 @@
 
 import shlex
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from functools import cached_property
@@ -16,7 +16,7 @@ from suture.errors import ConfigError
 from suture.evaluation import Row, TaskInputs, evaluate_experts, evaluate_row, evaluation_set
 from suture.families import Family, companion_files, family
 from suture.merge import merge_task_vectors
-from suture.methods import MergeMethod, get_method
+from suture.methods import MergeMethod, get_method, methods
 from suture.pools import ModelPool, TaskPool
 from suture.preflight import Preflight, preflight
 from suture.progress import Profile, bar
@@ -57,10 +57,15 @@ class Run:
             fast=bool(config["fast_dev_run"]),
         )
 
+    @property
+    def frozen(self) -> tuple[str, ...]:
+        """The tensors that stay at the base."""
+        return (*self.pool.frozen, *self.knobs.get("remove_keys", ()))
+
 
 def run_configured(config: Mapping[str, Any]) -> Path | None:
     """One run from its configuration: prints the table and returns the folder; None after a dry run."""
-    from suture.report.terminal import print_preflight, print_report
+    from suture.report.terminal import print_preflight
 
     run = Run.from_config(config)
     models = OpenModels(run)
@@ -68,44 +73,53 @@ def run_configured(config: Mapping[str, Any]) -> Path | None:
     if config["dry_run"]:
         print_preflight(found)
     found.refuse()
-    if config["dry_run"]:
-        return None
-    report = run_pipeline(run, models, config, found.notes)
-    if report.rows:
-        print_report(report)
-    print(f"The merged model and the report are in {run.output}")
-    return run.output
+    return None if config["dry_run"] else merge_and_report([run], models, config, found.notes)
 
 
-def run_pipeline(run: Run, models: "OpenModels", config: Mapping[str, Any], notes: list[str]):
-    """Merge into a new folder, score what was merged, write the report; the folder appears when all is done."""
+def demo(output: Path | None = None) -> Path:
+    """The main job on the models that ship with suture: eight experts into one, by every method."""
+    from suture.config import compose
+
+    pools = ["modelpool=glyphs8", "taskpool=glyphs8", f"output={output or _new_folder('demo')}"]
+    configs = [compose([f"method={name}", *pools]) for name in methods()]
+    runs = [Run.from_config(config) for config in configs]
+    models = OpenModels(runs[0])
+    found = models.preflight()
+    found.refuse()
+    return merge_and_report(
+        runs, models, configs[0] | {"method": [config["method"] for config in configs]}, found.notes
+    )
+
+
+def merge_and_report(
+    runs: Sequence[Run], models: "OpenModels", config: Mapping[str, Any], notes: Sequence[str]
+) -> Path:
+    """Merge by one or several methods, score every result, report. The run's folder appears when all is there."""
     from suture import config as configuration
-    from suture.report import Report, write
+    from suture.report import Report, print_report, write
 
-    profile = Profile()
-    with new_directory(run.output, overwrite=run.overwrite) as folder:
-        with profile("merging weights"):
-            merged = models.merge_into(folder / "model")
-        rows, pretrained, experts = [], None, None
-        if run.taskpool is not None:
-            inputs = models.inputs(profile)
-            with profile("evaluation"):
-                pretrained, experts = models.reference_rows(inputs)
-                rows = [pretrained, *([experts] if experts else []), models.row(run.method.name, merged, inputs)]
+    first, profile = runs[0], Profile()
+    with new_directory(first.output, overwrite=first.overwrite) as folder:
+        merged = {}
+        for run in runs:
+            with profile("merging weights"):
+                place = folder / "model" if len(runs) == 1 else folder / "models" / run.method.name
+                merged[run.method.name] = models.merge_into(place, run)
+        scores = models.score(merged, profile) if first.taskpool else ([], None, None)
         report = Report(
-            title=f"{run.method.name} of {len(run.pool.models)} models",
-            rows=rows,
-            pretrained=pretrained,
-            experts=experts,
+            f"{', '.join(merged)} of {len(models.models)} models",
+            *scores,
             config=config,
             provenance=models.provenance(),
             profile=profile.seconds,
             notes=notes,
-            command=_command(),
+            command=shlex.join(["suture", *sys.argv[1:]]),
         )
         write(report, folder)
         configuration.save(dict(config), folder / "config.yaml")
-    return report
+    print_report(report)
+    print(f"The merged model and the report are in {first.output}")
+    return first.output
 
 
 class OpenModels:
@@ -115,8 +129,8 @@ class OpenModels:
         self.run = run
         self.kind = family(run.pool.family)
         self.whole_base = open_checkpoint(run.pool.base, label="_pretrained_")
-        self.base = self._mergeable(self.whole_base)
-        self.models = {n: self._mergeable(open_checkpoint(m, label=n)) for n, m in run.pool.models.items()}
+        self.base = self.mergeable(self.whole_base)
+        self.models = {n: self.mergeable(open_checkpoint(m, label=n)) for n, m in run.pool.models.items()}
 
     def preflight(self) -> Preflight:
         """All that can be said before the slow part."""
@@ -126,44 +140,51 @@ class OpenModels:
             self.models,
             run.method,
             run.taskpool,
-            frozen=self._frozen,
+            frozen=run.frozen,
             mixed_dtypes=run.pool.mixed_dtypes,
             output=run.output,
             bytes_written=sum(spec.nbytes for spec in self.whole_base.specs.values()),
             threads=run.threads,
         )
 
-    def merge_into(self, folder: Path) -> dict[str, Tensor]:
+    def merge_into(self, folder: Path, run: Run) -> dict[str, Tensor]:
         """Write the merged model as its family saves it; returns its merged tensors, memory-mapped from there."""
         folder.mkdir(parents=True)
         stored = self.kind.canonical_names(self.whole_base)
-        with allocate_checkpoint(self.whole_base.specs, folder / "model.safetensors", {"format": "pt"}) as tensors:
-            vectors = TaskVectors(self.base, self.models, self._frozen, self.run.threads)
+        base = self.whole_base
+        with allocate_checkpoint(base.specs, folder / "model.safetensors", aliases=base.aliases) as tensors:
+            vectors = TaskVectors(self.base, self.models, run.frozen, run.threads)
             out = {name: tensors[stored[name]] for name in vectors.specs}
-            merge_task_vectors(vectors, self.run.method, self.run.knobs, out)
+            merge_task_vectors(vectors, run.method, run.knobs, out)
             for name in set(tensors) - set(stored.values()):
-                tensors[name].copy_(self.whole_base[name])
+                tensors[name].copy_(base[name])
         for path in companion_files(self.family.directory):
             (folder / path.name).write_bytes(path.read_bytes())
-        return dict(self._mergeable(open_checkpoint(folder)))
+        return dict(self.mergeable(open_checkpoint(folder)))
 
-    def inputs(self, profile: Profile) -> dict[str, TaskInputs]:
-        """The test inputs of all tasks, decoded once, with their heads."""
-        assert self.run.taskpool is not None
+    def score(self, merged: Mapping[str, Mapping[str, Tensor]], profile: Profile) -> tuple[list[Row], Row, Row | None]:
+        """The rows of the table, then again the pretrained model's and the experts' (None if a task has no expert)."""
         with profile("data loading"):
-            inputs = evaluation_set(self.family, self.run.taskpool.tasks, "test", bar)
-        return {name: _first(task, self.run.batch_size) for name, task in inputs.items()} if self.run.fast else inputs
+            inputs = self._inputs()
+        with profile("construct the wrapped model"):
+            self.encoder.eval()
+        with profile("evaluation"):
+            pretrained, experts = self._row("pretrained", self.base, inputs), self._experts(inputs)
+            rows = [self._row(name, state, inputs) for name, state in merged.items()]
+        return [pretrained, *([experts] if experts else []), *rows], pretrained, experts
 
-    def reference_rows(self, inputs: Mapping[str, TaskInputs]) -> tuple[Row, Row | None]:
-        """The pretrained model on every task, and each expert on its own; None if a task has no expert."""
-        pretrained = self.row("pretrained", self.base, inputs)
+    def _inputs(self) -> dict[str, TaskInputs]:
+        assert self.run.taskpool is not None
+        inputs = evaluation_set(self.family, self.run.taskpool.tasks, "test", bar)
+        return {name: task.first(self.run.batch_size) for name, task in inputs.items()} if self.run.fast else inputs
+
+    def _experts(self, inputs: Mapping[str, TaskInputs]) -> Row | None:
         if not set(inputs) <= set(self.models):
-            return pretrained, None
+            return None
         expert = lambda task: self.encoder.load(self.models[task])
-        return pretrained, evaluate_experts(expert, inputs, batch_size=self.run.batch_size, track=bar)
+        return evaluate_experts(expert, inputs, batch_size=self.run.batch_size, track=bar)
 
-    def row(self, name: str, state: Mapping[str, Tensor], inputs: Mapping[str, TaskInputs]) -> Row:
-        """One model on every task."""
+    def _row(self, name: str, state: Mapping[str, Tensor], inputs: Mapping[str, TaskInputs]) -> Row:
         return evaluate_row(name, self.encoder.load(state), inputs, batch_size=self.run.batch_size, track=bar)
 
     def provenance(self) -> dict[str, Any]:
@@ -174,7 +195,9 @@ class OpenModels:
     def family(self) -> Family:
         """The pretrained model's family: encoder, heads, what is saved beside the weights."""
         if self.whole_base.directory is None:
-            raise ConfigError(f"'{self.whole_base.label}' is no model directory. Remedy: give one with config and tokenizer.")
+            raise ConfigError(
+                f"'{self.whole_base.label}' is no model directory. Remedy: give one with config and tokenizer."
+            )
         return self.kind(self.whole_base.directory, self.whole_base)
 
     @cached_property
@@ -182,11 +205,8 @@ class OpenModels:
         """One module that every model of the run is loaded into in turn."""
         return self.family.encoder()
 
-    @property
-    def _frozen(self) -> tuple[str, ...]:
-        return (*self.run.pool.frozen, *self.run.knobs.get("remove_keys", ()))
-
-    def _mergeable(self, checkpoint: Checkpoint) -> Checkpoint:
+    def mergeable(self, checkpoint: Checkpoint) -> Checkpoint:
+        """The tensors of a checkpoint that a merge works on, under the family's canonical names."""
         return checkpoint.select(self.kind.canonical_names(checkpoint))
 
 
@@ -195,16 +215,25 @@ def check_configured(config: Mapping[str, Any]) -> Preflight:
     return OpenModels(Run.from_config(config)).preflight()
 
 
-def _first(task: TaskInputs, count: int) -> TaskInputs:
-    from dataclasses import replace
+def evaluate_configured(config: Mapping[str, Any], model: str | None = None) -> list[Row]:
+    """Score the pool's pretrained model and experts, and one more model of the same architecture if it is named."""
+    from suture.report import Report, print_report
 
-    return replace(task, inputs=task.inputs[:count], labels=task.labels[:count])
+    run = Run.from_config(config)
+    if run.taskpool is None:
+        raise ConfigError("There is nothing to evaluate on. Remedy: name a taskpool=…")
+    models = OpenModels(run)
+    models.preflight().refuse()
+    named = {Path(model).name: models.mergeable(open_checkpoint(model))} if model else {}
+    rows, pretrained, experts = models.score(named, Profile())
+    print_report(Report("evaluation", rows, pretrained, experts))
+    return rows
 
 
 def _default_output(config: Mapping[str, Any], method: MergeMethod) -> Path:
     pool = str((config.get("choices") or {}).get("modelpool", "pool")).split("/")[-1]
-    return Path("outputs") / pool / method.name / datetime.now().strftime("%Y%m%d-%H%M%S")
+    return _new_folder(f"{pool}/{method.name}")
 
 
-def _command() -> str:
-    return shlex.join(["suture", *sys.argv[1:]])
+def _new_folder(name: str) -> Path:
+    return Path("outputs") / name / datetime.now().strftime("%Y%m%d-%H%M%S")

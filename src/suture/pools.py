@@ -34,7 +34,9 @@ class ModelPool:
             )
         base = models.pop(PRETRAINED)
         if not models:
-            raise ConfigError("modelpool.models names no fine-tuned model. Remedy: add at least one beside _pretrained_.")
+            raise ConfigError(
+                "modelpool.models names no fine-tuned model. Remedy: add at least one beside _pretrained_."
+            )
         options = {key: config[key] for key in ("family", "mixed_dtypes") if key in config}
         return cls(base, models, frozen=tuple(config.get("frozen") or ()), **options)
 

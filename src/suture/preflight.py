@@ -1,10 +1,9 @@
-"""Everything that can be known before the slow part: what does not fit, what will be read, written and held in memory."""
+"""What can be known before the slow part: what does not fit, what will be read, written and held in memory."""
 
 import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -134,7 +133,9 @@ def _disk_problems(found: Preflight, output: Path) -> list[str]:
 
 def _expert_notes(models: Mapping[str, Checkpoint], taskpool: TaskPool) -> list[str]:
     named = {task.name for task in taskpool.tasks}
-    notes = [f"Task '{task}' has no model of its name: no expert to compare with." for task in sorted(named - set(models))]
+    notes = [
+        f"Task '{task}' has no model of its name: no expert to compare with." for task in sorted(named - set(models))
+    ]
     return notes + [f"Model '{model}' is merged but has no task of its name." for model in sorted(set(models) - named)]
 
 

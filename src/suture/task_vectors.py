@@ -67,7 +67,7 @@ class TaskVectors:
         """
         with _workers(self.threads) as pool:
             for name in names:
-                flat_base, flat_models = self._flat(name)
+                flat_base, flat_models = self.flat(name)
                 work = lambda piece, base=flat_base, models=flat_models: function(
                     piece, *_rows(piece, base, models, operand)
                 )
@@ -76,12 +76,13 @@ class TaskVectors:
 
     def columns(self, name: str, index: Tensor) -> tuple[Tensor, Float[Tensor, "task column"]]:
         """Base and task vectors at some flat positions of one tensor."""
-        flat_base, flat_models = self._flat(name)
+        flat_base, flat_models = self.flat(name)
         dtype = compute_dtype(flat_base.dtype)
         base = flat_base[index].to(dtype)
         return base, torch.stack([model[index].to(dtype) - base for model in flat_models])
 
-    def _flat(self, name: str) -> tuple[Tensor, list[Tensor]]:
+    def flat(self, name: str) -> tuple[Tensor, list[Tensor]]:
+        """One tensor of the base and of every model, each as one row of entries."""
         return self.base[name].reshape(-1), [model[name].reshape(-1) for model in self.models.values()]
 
     def _pieces(self, name: str) -> Iterator[Piece]:
@@ -102,16 +103,26 @@ class DeltaStream:
 
     def sample(self, num_entries: int) -> Float[Tensor, "task sample"]:
         """About `num_entries` entries of every task vector, spread evenly over all tensors in short runs."""
-        run = 256
         stride = max(1, self.num_entries // num_entries)
-        parts = []
-        for name in self.names:
-            numel = self.vectors.base.specs[name].numel
-            starts = torch.arange(0, numel, run * stride)
-            index = (starts[:, None] + torch.arange(run)).flatten()
-            parts.append(self.vectors.columns(name, index[index < numel])[1])
-        dtype = parts[0].dtype if parts else torch.float32
-        return torch.cat([part.to(dtype) for part in parts], dim=1) if parts else torch.zeros(len(self.vectors.models), 0)
+        parts = [self._deltas_of_runs(name, stride) for name in self.names]
+        if not parts:
+            return torch.zeros(len(self.vectors.models), 0)
+        dtype = torch.promote_types(parts[0].dtype, parts[-1].dtype)
+        return torch.cat([part.to(dtype) for part in parts], dim=1)
+
+    def _deltas_of_runs(self, name: str, stride: int) -> Tensor:
+        """One run of neighbouring entries in every `stride` runs of one tensor: few pages of a file are touched."""
+        base, models = self.vectors.flat(name)
+        dtype = compute_dtype(base.dtype)
+        base = _runs(base, stride).to(dtype)
+        return torch.stack([_runs(model, stride).to(dtype) - base for model in models])
+
+
+def _runs(flat: Tensor, stride: int, length: int = 256) -> Tensor:
+    blocks = len(flat) // (length * stride)
+    if blocks == 0:
+        return flat[: max(1, len(flat) // stride)]
+    return flat[: blocks * length * stride].view(blocks, stride, length)[:, 0].reshape(-1)
 
 
 def open_task_vectors(

@@ -23,9 +23,9 @@ F = TypeVar("F", bound=Callable[..., Any])
 class MergeMethod:
     """One registered method: its function, where it comes from, and its knobs.
 
-    `gather` and `vote` belong to methods that must see the whole model first. `gather(chunks, **knobs)` reads the stream
-    of deltas and returns the statistic that the function takes; `vote(base, deltas, statistic, **knobs)` merges like the
-    function and also returns what has to be counted over the whole model before some entries can be settled.
+    `gather` and `vote` belong to methods that must see the whole model first. `gather(deltas, **knobs)` reads the
+    stream of deltas and returns the statistic that the function takes; `vote(base, deltas, statistic, **knobs)` merges
+    like the function and also returns what has to be counted over the whole model before some entries are settled.
     """
 
     name: str
@@ -58,7 +58,8 @@ class MergeMethod:
     def _schema(self):
         from pydantic import ConfigDict, create_model
 
-        knobs = {n: (p.annotation, p.default) for n, p in self._parameters.items() if p.kind is p.KEYWORD_ONLY}
+        parameters = self._parameters.items()
+        knobs: Any = {n: (p.annotation, p.default) for n, p in parameters if p.kind is p.KEYWORD_ONLY}
         return create_model(self.name, __config__=ConfigDict(extra="forbid", allow_inf_nan=False), **knobs)
 
     def validate(self, knobs: Mapping[str, Any]) -> dict[str, Any]:

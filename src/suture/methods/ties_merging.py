@@ -142,8 +142,8 @@ def _mass_of_agreement(trimmed: list[Tensor], side: Tensor, weights: Sequence[fl
     """Per column: the number of entries that are merged (at least 1), or the sum of their weights."""
     side = torch.where(side > 0, 1.0, -1.0)
     if weights is None:
-        return sum((row * side > 0).to(row.dtype) for row in trimmed).clamp_min(1)
-    mass = sum((row * side > 0) * weight for row, weight in zip(trimmed, weights, strict=True))
+        return torch.stack([row * side > 0 for row in trimmed]).sum(0).clamp_min(1)
+    mass = torch.stack([(row * side > 0) * weight for row, weight in zip(trimmed, weights, strict=True)]).sum(0)
     return torch.where(mass.abs() < 1e-8, torch.ones_like(side), mass)
 
 

@@ -2,5 +2,6 @@
 
 from suture.report.contents import Report
 from suture.report.files import write
+from suture.report.terminal import print_report
 
-__all__ = ["Report", "write"]
+__all__ = ["Report", "print_report", "write"]

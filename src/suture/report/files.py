@@ -32,10 +32,18 @@ def write(report: Report, folder: Path) -> None:
 def _markdown(report: Report, figures: list[Path]) -> str:
     line = lambda values: f"| {' | '.join(values)} |"
     heads = columns(report)
-    table = [line(heads), line(["---", *["---:"] * (len(heads) - 1)]), *(line(cells(report, r)) for r in report.rows)]
+    table = [
+        line(heads),
+        line(["---", *["---:"] * (len(heads) - 1)]),
+        *(line(cells(report, r)) for r in report.rows),
+    ]
     counts = ", ".join(f"{task} {count}" for task, count in report.samples.items())
     pictures = [f"![{figure.stem}](figures/{figure.with_suffix('.png').name})" for figure in figures]
-    parts = [f"# {report.title}", "\n".join(table), "Accuracy in %. Norm.: mean over tasks of accuracy / expert accuracy."]
+    parts = [
+        f"# {report.title}",
+        "\n".join(table),
+        "Accuracy in %. Norm.: mean over tasks of accuracy / expert accuracy.",
+    ]
     parts += [f"Test samples: {counts}."] if counts else []
     parts += [f"- {note}" for note in report.notes] + pictures
     profile = [line(["activity", "seconds"]), line(["---", "---:"])]

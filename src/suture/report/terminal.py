@@ -1,5 +1,6 @@
 """Tables for people at a terminal; plain when standard output is not one."""
 
+from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
@@ -8,13 +9,16 @@ from suture.report.contents import Report, cells, columns
 
 
 def print_report(report: Report) -> None:
-    """The accuracy table, in percent: tasks down, models across when there are few models, so that it fits 80 columns."""
+    """The accuracy table, in percent, tasks down and models across; nothing without rows."""
+    if not report.rows:
+        return
     console = Console()
-    table = Table(title=report.title, caption="accuracy in %; norm.: mean of accuracy / expert", title_justify="left")
+    caption = "accuracy in %; norm.: mean of accuracy / expert; gap closed: of pretrained to experts"
+    table = Table(title=report.title, caption=caption, box=SIMPLE, padding=(0, 1, 0, 0), title_justify="left")
     heads, body = columns(report), [cells(report, row) for row in report.rows]
     table.add_column("")
     for line in body:
-        table.add_column(line[0], justify="right")
+        table.add_column(line[0].replace("_", " "), justify="right")
     table.add_column("samples", justify="right", style="dim")
     for i, head in enumerate(heads[1:], start=1):
         if head == "mean":
