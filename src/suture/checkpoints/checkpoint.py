@@ -121,9 +121,7 @@ class Checkpoint(Mapping[str, Tensor]):
         if self._entries is None:
             raise refusal(self.label, "is closed", "open it again")
         entries = {new: self._entries[name] for new, name in names.items()}
-        return Checkpoint(
-            entries, self.label, files=self.files, directory=self.directory, metadata=self.metadata
-        )
+        return Checkpoint(entries, self.label, files=self.files, directory=self.directory, metadata=self.metadata)
 
     def close(self) -> None:
         """Let go of the files. Names, specs and tensors already handed out stay usable."""

@@ -21,20 +21,14 @@ _AGAIN = "copy or download the directory again"
 
 
 def weight_file(directory: Path) -> Path:
-    """The weight file or index of a model directory; hidden files, such as unfinished results, are no result."""
+    """The weight file or index of a model directory; hidden files, such as unfinished results, are not."""
     for name in _USUAL:
         if (directory / name).is_file():
             return directory / name
-    found = sorted(
-        p for p in directory.iterdir() if p.suffix in SUFFIXES and p.is_file() and p.name[0] != "."
-    )
+    found = sorted(p for p in directory.iterdir() if p.suffix in SUFFIXES and p.is_file() and p.name[0] != ".")
     if len(found) == 1:
         return found[0]
-    problem = (
-        f"has several weight files ({', '.join(p.name for p in found[:4])})"
-        if found
-        else "has no weight file"
-    )
+    problem = f"has several weight files ({', '.join(p.name for p in found[:4])})" if found else "has no weight file"
     raise refusal(directory, f"{problem} and none is called {_USUAL[0]}", "give the file itself")
 
 
@@ -66,14 +60,10 @@ def _weight_map(index: Path) -> dict[str, str]:
 
 
 def _file_name(file: Any) -> bool:
-    return (
-        isinstance(file, str) and file not in ("", "..") and PurePath(file).name == file and "\\" not in file
-    )
+    return isinstance(file, str) and file not in ("", "..") and PurePath(file).name == file and "\\" not in file
 
 
-def _unlisted(
-    index: Path, weight_map: Mapping[str, str], read: Mapping[str, Mapping[str, Entry]]
-) -> dict[str, Entry]:
+def _unlisted(index: Path, weight_map: Mapping[str, str], read: Mapping[str, Mapping[str, Entry]]) -> dict[str, Entry]:
     """What the shards hold beyond the index: kept, unless two shards disagree about it."""
     entries: dict[str, Entry] = {}
     for shard in read.values():

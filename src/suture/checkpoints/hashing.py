@@ -1,5 +1,6 @@
 """What went into a run: versions, and the sha256 of every input file, remembered between runs."""
 
+import contextlib
 import hashlib
 import json
 import os
@@ -17,9 +18,7 @@ from suture.checkpoints.checkpoint import Checkpoint
 from suture.checkpoints.refusals import refusal, short
 from suture.checkpoints.writing import partial_path
 
-_SETTLED = (
-    2_000_000_000  # ns; a file changed this recently may change again without its time stamp showing it
-)
+_SETTLED = 2_000_000_000  # ns; a file changed this recently may change again without its time stamp showing it
 
 
 def cache_directory() -> Path:
@@ -53,9 +52,7 @@ def file_sha256(path: str | os.PathLike[str]) -> str:
         with path.open("rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
-        raise refusal(
-            path, f"cannot be read: {error.strerror or error}", "check that it still exists"
-        ) from error
+        raise refusal(path, f"cannot be read: {error.strerror or error}", "check that it still exists") from error
     if time.time_ns() - state.st_mtime_ns > _SETTLED:
         _remember(str(path), [state.st_size, state.st_mtime_ns, digest])
     return digest
@@ -105,4 +102,5 @@ def _remember(path: str, entry: list[Any]) -> None:
         partial.write_text(json.dumps(_known() | {path: entry}), encoding="utf-8")
         os.replace(partial, file)
     except OSError:
-        partial.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            partial.unlink()

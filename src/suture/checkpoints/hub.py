@@ -13,11 +13,7 @@ _COMPANIONS = ["*.json", "*.txt", "*.model"]
 
 def is_hub_id(text: str) -> bool:
     """Whether "org/name" can be a hub id and not a local path that happens to be missing."""
-    return (
-        bool(_ID.fullmatch(text))
-        and not text.endswith((*SUFFIXES, ".json"))
-        and not Path(text).parent.is_dir()
-    )
+    return bool(_ID.fullmatch(text)) and not text.endswith((*SUFFIXES, ".json")) and not Path(text).parent.is_dir()
 
 
 def download(name: str, revision: str | None = None) -> Path:

@@ -25,13 +25,15 @@ def mapping_entries(tensors: Mapping[Any, Any], label: str) -> dict[str, Entry]:
 
 def _checked_name(name: Any, label: str) -> str:
     if not isinstance(name, str):
-        raise refusal(label, f"has the key {shown(name)}, a {type(name).__name__} and no name", _STATE_DICT)
+        raise refusal(
+            label, f"has the key {shown(name)}, which is an object of {type(name).__name__} and no name", _STATE_DICT
+        )
     return name
 
 
 def _entry(name: str, tensor: Any, label: str) -> Entry:
     if not isinstance(tensor, Tensor):
-        problem = f"holds a {type(tensor).__name__} under {shown(name)!r}, not a tensor"
+        problem = f"holds an object of {type(tensor).__name__}, not a tensor, under {shown(name)!r}"
         raise refusal(label, problem, _STATE_DICT)
     kind = _unsupported(tensor)
     if kind:

@@ -57,9 +57,7 @@ def _locate(source: str | os.PathLike[str], revision: str | None) -> Path:
             return download(source, revision)
         raise refusal(source, "does not exist", "check the path, or give a hub id of the form org/name")
     if revision is not None:
-        raise refusal(
-            source, f"is on disk, so it has no revision '{shown(revision)}'", "leave the revision out"
-        )
+        raise refusal(source, f"is on disk, so it has no revision '{shown(revision)}'", "leave the revision out")
     return path
 
 

@@ -40,20 +40,17 @@ class Inert:
 
 
 class StorageRef(NamedTuple):
-    """A storage of the file: where it is kept (`key`), and how many entries it is said to have."""
+    """A storage of the file: the key of its record, its dtype, and where in it a view of it starts."""
 
     key: str
     dtype: torch.dtype
-    numel: int
     start: int = 0
 
 
 class TensorRef:
     """A tensor of the file: a strided view of a storage, in entries of `dtype`."""
 
-    def __init__(
-        self, storage: StorageRef, offset: Any, shape: Any, stride: Any, dtype: torch.dtype | None = None
-    ):
+    def __init__(self, storage: StorageRef, offset: Any, shape: Any, stride: Any, dtype: torch.dtype | None = None):
         numbers = [offset, *shape, *stride]
         whole = all(type(n) is int and n >= 0 for n in numbers) and len(shape) == len(stride)
         if not isinstance(storage, StorageRef) or not whole:
@@ -116,15 +113,14 @@ def storage(identifier: Any) -> Any:
     kind, named_type, *rest = identifier
     if kind == "module":
         return named_type
-    key, _, numel = rest[:3]
-    view = rest[3] if len(rest) > 3 else None
-    if kind != "storage" or type(key) is not str or type(numel) is not int or numel < 0:
-        raise ValueError("a storage without a key or a size")
+    key, view = rest[0], rest[3] if len(rest) > 3 else None
+    if kind != "storage" or type(key) is not str:
+        raise ValueError("a storage without a key")
     dtype = _STORAGES[named_type.qualname]
     start = view[1] if view else 0
     if type(start) is not int or start < 0:
         raise ValueError("a storage that starts nowhere")
-    return StorageRef(key, dtype, numel, start)
+    return StorageRef(key, dtype, start)
 
 
 def _root(name: Name) -> str:
@@ -153,9 +149,7 @@ def _tensor(storage: Any, offset: Any, shape: Any, stride: Any, *_: Any) -> Tens
     return TensorRef(storage, offset, shape, stride)
 
 
-def _tensor_with_dtype(
-    storage, offset, shape, stride, requires_grad, hooks, dtype, metadata=None
-) -> TensorRef:
+def _tensor_with_dtype(storage, offset, shape, stride, requires_grad, hooks, dtype, metadata=None) -> TensorRef:
     return TensorRef(storage, offset, shape, stride, _DTYPES[dtype.qualname])
 
 

@@ -7,9 +7,7 @@ from suture.checkpoints.pickle_calls import Inert, TensorRef, Unsupported
 from suture.checkpoints.refusals import refusal, shown
 
 _WRAPPERS = ("state_dict", "model_state_dict", "model", "module")
-_MOST_NAMES = (
-    1_000_000  # modules that hold each other in a tangle would give a name for every path through it
-)
+_MOST_NAMES = 200_000  # modules that hold each other in a tangle would give a name for every path through it
 _STATE_DICT = "save the model's state_dict(), or better a safetensors file"
 
 
@@ -27,7 +25,7 @@ def weights(value: Any, where: object) -> Mapping[str, TensorRef]:
         if wrapped:
             found = {n: t for n, t in found.items() if isinstance(t, TensorRef | Unsupported)}
     else:
-        raise refusal(where, f"holds a {_kind(value)}, not a state dict or a module", _STATE_DICT)
+        raise refusal(where, f"holds {_kind(value)}, not a state dict or a module", _STATE_DICT)
     return _checked(found, where)
 
 
@@ -75,9 +73,7 @@ def _module_tensors(module: Inert, where: object) -> dict[str, Any]:
             if _is_module(child):
                 waiting.append((f"{prefix}{name}.", child, inside))
             elif child is not None:
-                raise refusal(
-                    where, f"holds a {_kind(child)} as the part '{shown(prefix + str(name))}'", _STATE_DICT
-                )
+                raise refusal(where, f"holds {_kind(child)} as the part '{shown(prefix + str(name))}'", _STATE_DICT)
     return found
 
 
@@ -87,15 +83,15 @@ def _checked(found: Mapping[Any, Any], where: object) -> Mapping[str, TensorRef]
         raise refusal(where, f"holds no tensors, only: {names}", _STATE_DICT)
     for name, tensor in found.items():
         if not isinstance(name, str):
-            raise refusal(where, f"has the key {shown(name)}, a {_kind(name)} and no name", _STATE_DICT)
+            raise refusal(where, f"has the key {shown(name)}, which is {_kind(name)} and no name", _STATE_DICT)
         if isinstance(tensor, Unsupported):
             raise refusal(where, f"holds {tensor.kind} under {shown(name)!r}", _STATE_DICT)
         if not isinstance(tensor, TensorRef):
-            raise refusal(where, f"holds a {_kind(tensor)} under {shown(name)!r}, not a tensor", _STATE_DICT)
+            raise refusal(where, f"holds {_kind(tensor)}, not a tensor, under {shown(name)!r}", _STATE_DICT)
     return found
 
 
 def _kind(value: Any) -> str:
     if isinstance(value, Inert):
-        return str(value.name)
-    return "tensor" if isinstance(value, TensorRef | Unsupported) else type(value).__name__
+        return f"an object of {value.name}"
+    return "a tensor" if isinstance(value, TensorRef | Unsupported) else f"an object of {type(value).__name__}"

@@ -59,9 +59,7 @@ def read_legacy_torch(path: Path) -> dict[str, Entry]:
             raise refusal(path, f"is a plain pickle of a {type(magic).__name__}, not a PyTorch file", _PLAIN)
         protocol, system = read_pickle(file, path), read_pickle(file, path)
         if protocol != _LEGACY_PROTOCOL or not isinstance(system, dict) or not system.get("little_endian"):
-            raise refusal(
-                path, "was written by an unknown version of PyTorch or with another byte order", _PLAIN
-            )
+            raise refusal(path, "was written by an unknown version of PyTorch or with another byte order", _PLAIN)
         seen: dict[str, StorageRef] = {}
         value = read_pickle(file, path, seen)
         keys = read_pickle(file, path)
@@ -104,16 +102,10 @@ def _record(file: IO[bytes], info: zipfile.ZipInfo) -> Extent:
 
 def _archive_prefix(path: Path, records: Mapping[str, Extent]) -> str:
     """The folder that everything in the archive is under, with its slash."""
-    roots = [
-        name.removesuffix("data.pkl")
-        for name in records
-        if name.endswith("/data.pkl") and name.count("/") == 1
-    ]
+    roots = [name.removesuffix("data.pkl") for name in records if name.endswith("/data.pkl") and name.count("/") == 1]
     prefix = roots[0] if roots else ""
     if len(roots) != 1:
-        raise refusal(
-            path, "is a zip file, but not one that PyTorch saved", "give a safetensors or PyTorch file"
-        )
+        raise refusal(path, "is a zip file, but not one that PyTorch saved", "give a safetensors or PyTorch file")
     if f"{prefix}constants.pkl" in records or any(name.startswith(f"{prefix}code/") for name in records):
         raise refusal(path, "is a TorchScript archive, which holds a program", _PLAIN)
     return prefix
@@ -124,9 +116,7 @@ def _bytes_of(file: IO[bytes], extent: Extent) -> bytes:
     return file.read(extent.nbytes)
 
 
-def _legacy_storages(
-    file: IO[bytes], path: Path, keys: Any, seen: Mapping[str, StorageRef]
-) -> dict[str, Extent]:
+def _legacy_storages(file: IO[bytes], path: Path, keys: Any, seen: Mapping[str, StorageRef]) -> dict[str, Extent]:
     """After the pickles come, in the order of `keys`, each storage's length (8 bytes) and its bytes."""
     begin, size = file.tell(), file.seek(0, 2)
     storages = {}
@@ -142,9 +132,7 @@ def _legacy_storages(
     return storages
 
 
-def _entries(
-    path: Path, tensors: Mapping[str, TensorRef], storages: Mapping[str, Extent]
-) -> dict[str, Entry]:
+def _entries(path: Path, tensors: Mapping[str, TensorRef], storages: Mapping[str, Extent]) -> dict[str, Entry]:
     file = MappedFile(path)
     return {name: _entry(file, name, tensor, storages) for name, tensor in tensors.items()}
 
@@ -162,9 +150,7 @@ def _entry(file: MappedFile, name: str, tensor: TensorRef, storages: Mapping[str
     length = 1 + sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride, strict=True))
     end = (tensor.offset + max(length, spec.numel)) * spec.dtype.itemsize
     if end > record.nbytes:
-        problem = (
-            f"claims {end} bytes for {shown(name)!r} {tensor.shape}, but its record holds {record.nbytes}"
-        )
+        problem = f"claims {end} bytes for {shown(name)!r} {tensor.shape}, but its record holds {record.nbytes}"
         raise refusal(file.path, problem, _PLAIN)
     begin = record.begin + tensor.offset * spec.dtype.itemsize
     read = partial(_view, file, begin, length, tensor)

@@ -86,9 +86,7 @@ def read_pickle(stream: IO[bytes], where: object, storages: dict[str, StorageRef
                 return machine.stack.pop()
             machine.step(opcode.name, argument)
     except _DAMAGE as error:
-        problem = (
-            f"is truncated, corrupt or no PyTorch file: its pickle holds {error or type(error).__name__}"
-        )
+        problem = f"is truncated, corrupt or no PyTorch file: its pickle holds {error or type(error).__name__}"
         raise refusal(where, problem, "copy or download it again") from error
     raise refusal(where, "holds a pickle without an end", "copy or download it again")
 

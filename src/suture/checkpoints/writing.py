@@ -1,11 +1,13 @@
 """Write results so that a kill at any moment leaves the old file or the whole new one, never a part of it."""
 
 import contextlib
+import ctypes
 import json
 import mmap
 import os
 import secrets
 import shutil
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,9 +24,7 @@ _CODES = {dtype: code for code, dtype in DTYPES.items()}
 _ALIGNMENT = 64
 
 
-def save_checkpoint(
-    tensors: Source, path: str | os.PathLike[str], metadata: Mapping[str, str] | None = None
-) -> None:
+def save_checkpoint(tensors: Source, path: str | os.PathLike[str], metadata: Mapping[str, str] | None = None) -> None:
     """Save a mapping name → tensor (or a module, or a checkpoint) as a safetensors file, whole or not at all.
 
     Tied names are written once and come back as tied when the file is opened. An existing file is replaced.
@@ -173,15 +173,24 @@ def _check_replaceable(path: Path, overwrite: bool) -> None:
 def _put_in_place(partial: Path, path: Path) -> None:
     if not path.exists():
         os.rename(partial, path)
-        return
-    old = partial_path(path)
-    os.rename(path, old)
-    try:
-        os.rename(partial, path)
-    except BaseException:
-        os.rename(old, path)
-        raise
-    shutil.rmtree(old)
+    elif _exchange(partial, path):
+        shutil.rmtree(partial)
+    else:
+        old = partial_path(path)
+        os.rename(path, old)
+        try:
+            os.rename(partial, path)
+        except BaseException:
+            os.rename(old, path)
+            raise
+        shutil.rmtree(old)
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Swap two directories in one step, so that no kill can fall in between; False where the system cannot."""
+    rename = getattr(ctypes.CDLL(None), "renameat2", None) if sys.platform == "linux" else None
+    here, swap = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    return rename is not None and rename(here, os.fsencode(one), here, os.fsencode(other), swap) == 0
 
 
 def _sync_tree(directory: Path) -> None:
