@@ -257,6 +257,13 @@ def test_a_closed_checkpoint_keeps_its_specs_and_refuses_to_read(tmp_path):
     assert "is closed" in refused(checkpoint.__getitem__, "w", kind=CheckpointError)
 
 
+def test_some_tensors_can_be_selected_under_other_names(tmp_path):
+    path = _safetensors_file(tmp_path, {"vision.w": torch.ones(2), "text.w": torch.zeros(2)})
+    selected = open_checkpoint(path).select({"w": "vision.w"})
+    assert_same(selected, {"w": torch.ones(2)})
+    assert selected.files == (path,)
+
+
 def test_an_unknown_name_is_a_key_error():
     checkpoint = open_checkpoint({"w": torch.ones(2)})
     assert "v" not in checkpoint
