@@ -16,9 +16,7 @@ LABELS = [0, 1, 2, 1]
 
 
 def idx_bytes(array):
-    return (
-        struct.pack(f">HBB{array.ndim}I", 0, 8, array.ndim, *array.shape) + array.astype(np.uint8).tobytes()
-    )
+    return struct.pack(f">HBB{array.ndim}I", 0, 8, array.ndim, *array.shape) + array.astype(np.uint8).tobytes()
 
 
 def pixels(count=4, side=6):

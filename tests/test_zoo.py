@@ -37,9 +37,7 @@ def clip():
     from transformers import CLIPModel, CLIPTokenizer
 
     folder = GLYPHS8 / "pretrained"
-    return CLIPModel.from_pretrained(folder, dtype=torch.float32).eval(), CLIPTokenizer.from_pretrained(
-        folder
-    )
+    return CLIPModel.from_pretrained(folder, dtype=torch.float32).eval(), CLIPTokenizer.from_pretrained(folder)
 
 
 def accuracy(model, tokenizer, task: str) -> float:
@@ -105,9 +103,7 @@ def test_the_shipped_processor_and_tokenizer_load_without_torchvision(clip):
     from transformers import CLIPProcessor
 
     processor = CLIPProcessor.from_pretrained(GLYPHS8 / "pretrained")
-    batch = processor(
-        text=["a glyph of digit one"], images=[Image.new("L", (16, 16), 255)], return_tensors="pt"
-    )
+    batch = processor(text=["a glyph of digit one"], images=[Image.new("L", (16, 16), 255)], return_tensors="pt")
     assert batch["pixel_values"].shape == (1, 3, 16, 16)
     assert torch.allclose(batch["pixel_values"], torch.tensor(2.0), atol=1e-4)
     model, tokenizer = clip
