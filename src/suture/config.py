@@ -13,7 +13,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from suture.errors import ConfigError
+from suture.errors import ConfigError, SutureError
 from suture.methods import methods
 from suture.methods.registry import unknown_name
 
@@ -29,13 +29,21 @@ def run_each(argv: Sequence[str], task: Callable[[dict[str, Any]], Any]) -> list
 
     _register()
     results: list[Any] = []
+    refused: list[SutureError] = []
 
     def job(config):
-        results.append(task(_plain(config)))
+        try:
+            results.append(task(_plain(config)))
+        except SutureError as error:
+            if _is_multirun():
+                raise
+            refused.append(error)  # hydra would print a line of its own before handing it on
 
     entry = hydra.main(version_base="1.3", config_path="pkg://suture.conf", config_name="config")(job)
     with _one_line_errors(), _hydra_environment(argv):
         entry()
+    if refused:
+        raise refused[0]
     return results
 
 
@@ -78,16 +86,22 @@ def _as_data(value: Any) -> Any:
 
 def _plain(config) -> dict[str, Any]:
     from hydra.core.hydra_config import HydraConfig
-    from hydra.types import RunMode
     from omegaconf import OmegaConf
 
     plain: dict[str, Any] = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)  # type: ignore[assignment]
     if HydraConfig.initialized():
         hydra_config = HydraConfig.get()
         plain["choices"] = {k: v for k, v in hydra_config.runtime.choices.items() if not k.startswith("hydra/")}
-        if hydra_config.mode == RunMode.MULTIRUN and plain["output"] is None:
+        if _is_multirun() and plain["output"] is None:
             plain["output"], plain["overwrite"] = hydra_config.runtime.output_dir, True
     return plain
+
+
+def _is_multirun() -> bool:
+    from hydra.core.hydra_config import HydraConfig
+    from hydra.types import RunMode
+
+    return HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
 
 
 def _rewritten(argv: Sequence[str]) -> list[str]:

@@ -1,0 +1,305 @@
+"""The command line: a run from words to a folder, and every kind of bad input in one line with nothing written."""
+
+import json
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from tiny_clip import save_tiny_clip
+
+from suture.checkpoints import open_checkpoint, save_checkpoint
+from suture.cli import main
+
+CLASSES = ["zero", "one", "two"]
+
+
+@pytest.fixture(scope="session")
+def shop(tmp_path_factory):
+    """A tiny pool of three models and two tasks; tests copy what they damage."""
+    folder = tmp_path_factory.mktemp("shop")
+    base = save_tiny_clip(folder / "base")
+    tensors = dict(open_checkpoint(base))
+    generator = torch.Generator().manual_seed(0)
+    for name in ("first", "second"):
+        tower = {
+            k: t + 0.05 * torch.randn(t.shape, generator=generator)
+            for k, t in tensors.items()
+            if k.startswith("vision_model.") and t.is_floating_point()
+        }
+        save_checkpoint(tower, folder / f"{name}.safetensors")
+        write_idx(folder / "data" / name, generator)
+    return folder
+
+
+def write_idx(folder, generator, count=12):
+    folder.mkdir(parents=True)
+    for split in ("train", "t10k"):
+        pixels = torch.randint(0, 256, (count, 16, 16), generator=generator).to(torch.uint8).numpy().tobytes()
+        head = b"".join(size.to_bytes(4, "big") for size in (2051, count, 16, 16))
+        (folder / f"{split}-images-idx3-ubyte").write_bytes(head + pixels)
+        labels = bytes(i % len(CLASSES) for i in range(count))
+        (folder / f"{split}-labels-idx1-ubyte").write_bytes(
+            b"".join(size.to_bytes(4, "big") for size in (2049, count)) + labels
+        )
+
+
+@pytest.fixture
+def desk(shop, tmp_path, monkeypatch):
+    """The words of a run on the shop's pool, and a working directory of its own."""
+    monkeypatch.chdir(tmp_path)
+    return Desk(shop, tmp_path)
+
+
+class Desk:
+    def __init__(self, shop, folder):
+        self.folder = folder
+        self.models = {"_pretrained_": str(shop / "base")}
+        self.models |= {name: str(shop / f"{name}.safetensors") for name in ("first", "second")}
+        self.tasks = {
+            name: {"source": str(shop / "data" / name), "classnames": CLASSES, "templates": ["a {}."]}
+            for name in ("first", "second")
+        }
+
+    def words(self, *more, method="ties_merging"):
+        (self.folder / "pool.yaml").write_text(yaml.safe_dump({"family": "clip", "models": self.models}))
+        (self.folder / "tasks.yaml").write_text(yaml.safe_dump({"tasks": self.tasks}))
+        return [f"method={method}", "modelpool=pool.yaml", "taskpool=tasks.yaml", "output=out", *more]
+
+    def replace(self, name, tensors):
+        self.models[name] = str(self.folder / f"{name}.safetensors")
+        save_checkpoint(tensors, self.models[name])
+
+    def tensors(self, name):
+        return {key: tensor.clone() for key, tensor in open_checkpoint(self.models[name]).items()}
+
+
+def refused(capsys, words):
+    """Run, expect one line on standard error and exit code 2; returns the line."""
+    before = sorted(os.listdir())
+    assert main(words) == 2
+    error = capsys.readouterr().err.strip()
+    assert "\n" not in error, error
+    assert error.startswith("suture: ")
+    assert set(os.listdir()) <= {*before, "pool.yaml", "tasks.yaml"}
+    return error
+
+
+def test_a_run_leaves_one_folder_with_everything(desk, capsys):
+    assert main(desk.words()) == 0
+    out = desk.folder / "out"
+    written = {path.relative_to(out).as_posix() for path in out.rglob("*") if path.is_file()}
+    wanted = {"config.yaml", "report.json", "report.md", "report.html", "figures/accuracy.png", "figures/accuracy.svg"}
+    assert wanted | {"model/model.safetensors", "model/config.json", "model/tokenizer.json"} <= written
+    report = json.loads((out / "report.json").read_text())
+    assert [row["name"] for row in report["rows"]] == ["pretrained", "experts", "ties_merging"]
+    assert report["samples"] == {"first": 12, "second": 12}
+    assert report["config"]["method"]["scaling_factor"] == 0.3
+    assert set(report["provenance"]["inputs"]) == {"_pretrained_", "first", "second"}
+    assert "ties merging" in capsys.readouterr().out
+    page = (out / "report.html").read_text()
+    assert "<img" in page
+    assert "http" not in page.replace("http://www.w3.org", "")
+
+
+def test_the_merged_model_loads_in_transformers_with_nothing_of_ours(desk):
+    assert main(desk.words(method="task_arithmetic")) == 0
+    program = """
+import sys, torch, transformers
+transformers.utils.logging.set_verbosity_error()
+model = transformers.CLIPModel.from_pretrained(sys.argv[1])
+processor = transformers.CLIPTokenizer.from_pretrained(sys.argv[1])
+assert "suture" not in sys.modules
+torch.save({k: v.clone() for k, v in model.state_dict().items()}, sys.argv[2])
+"""
+    command = [sys.executable, "-c", program, desk.folder / "out" / "model", desk.folder / "loaded.pt"]
+    subprocess.run(command, check=True, capture_output=True)
+    loaded = torch.load(desk.folder / "loaded.pt")
+    base, first, second = (desk.tensors(name) for name in ("_pretrained_", "first", "second"))
+    for name, tensor in loaded.items():
+        expected = base[name] + 0.3 * (first[name] + second[name] - 2 * base[name]) if name in first else base[name]
+        torch.testing.assert_close(tensor, expected)
+
+
+def test_the_same_words_give_the_same_bits(desk):
+    assert main(desk.words()) == 0
+    assert main(desk.words("output=again")) == 0
+    one, two = ((desk.folder / name / "model" / "model.safetensors").read_bytes() for name in ("out", "again"))
+    assert one == two
+
+
+def test_a_sweep_runs_every_value(desk):
+    words = [
+        word for word in desk.words("method.scaling_factor=0.1,0.3", "hydra.sweep.dir=sweep") if word != "output=out"
+    ]
+    assert main(["--multirun", *words]) == 0
+    factors = []
+    for job in ("0", "1"):
+        factors.append(
+            json.loads((desk.folder / "sweep" / job / "report.json").read_text())["config"]["method"]["scaling_factor"]
+        )
+    assert factors == [0.1, 0.3]
+
+
+def test_a_dry_run_writes_nothing(desk, capsys):
+    assert main(desk.words("dry_run=true")) == 0
+    assert not (desk.folder / "out").exists()
+    assert "everything fits" in capsys.readouterr().out
+
+
+def test_check_lists_all_problems(desk, capsys):
+    broken = desk.tensors("first")
+    broken.pop("vision_model.pre_layrnorm.weight")
+    desk.replace("first", broken)
+    desk.tasks["second"]["classnames"] = ["zero", "one"]
+    with pytest.raises(SystemExit) as caught:
+        main(["check", *desk.words()])
+    assert caught.value.code == 2
+    out = capsys.readouterr().out
+    assert "'vision_model.pre_layrnorm.weight' is missing in 'first'" in out
+    assert "Task 'second'" in out
+
+
+def test_evaluate_scores_a_model_of_one_s_own(desk, capsys):
+    assert main(desk.words()) == 0
+    assert main(["evaluate", *desk.words(), f"model={desk.folder / 'out' / 'model'}"]) == 0
+    assert "model" in capsys.readouterr().out
+
+
+def test_the_other_verbs_answer(capsys):
+    for words, says in (
+        ([], "suture method="),
+        (["methods"], "task_arithmetic"),
+        (["zoo"], "glyphs8"),
+        (["--version"], "suture"),
+    ):
+        assert main(words) == 0
+        assert says in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("word", "says"),
+    [
+        ("method=ties_mergin", "Did you mean 'ties_merging'"),
+        ("method.merge_func=avrage", "'sum', 'mean' or 'max'"),
+        ("method.threshold=-5", "greater than 0"),
+        ("method.scaling_factor=abc", "valid number"),
+        ("method.scaling_facto=0.3", "scaling_factor"),
+        ("outptu=x", "output"),
+        ("batch_size=0", "batch_size"),
+        ("modelpool=nowhere.yaml", "there is no such file"),
+        ("taskpool=glyphs9", "glyphs8"),
+    ],
+)
+def test_an_unknown_name_or_value_is_answered_with_what_is_known(desk, capsys, word, says):
+    key = word.split("=")[0]
+    words = [other for other in desk.words() if not other.startswith(f"{key}=")]
+    assert says in refused(capsys, [*words, word])
+
+
+def test_an_unknown_verb_is_answered_with_the_nearest(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert "'check'" in refused(capsys, ["chekc"])
+
+
+def test_a_missing_pretrained_model(desk, capsys):
+    desk.models.pop("_pretrained_")
+    assert "_pretrained_" in refused(capsys, desk.words())
+
+
+def test_a_missing_tensor(desk, capsys):
+    tensors = desk.tensors("first")
+    tensors.pop("vision_model.pre_layrnorm.bias")
+    desk.replace("first", tensors)
+    assert "'vision_model.pre_layrnorm.bias' is missing in 'first'" in refused(capsys, desk.words())
+
+
+def test_a_tensor_of_another_shape(desk, capsys):
+    desk.replace("first", desk.tensors("first") | {"vision_model.pre_layrnorm.bias": torch.zeros(5)})
+    assert "(5,) in 'first' but (16,) in the base" in refused(capsys, desk.words())
+
+
+def test_a_tensor_of_another_dtype(desk, capsys):
+    desk.replace("first", {name: tensor.half() for name, tensor in desk.tensors("first").items()})
+    assert "float16 in 'first' but float32 in the base" in refused(capsys, desk.words())
+
+
+def test_an_extra_tensor(desk, capsys):
+    desk.replace("first", desk.tensors("first") | {"vision_model.more": torch.zeros(5)})
+    assert "'vision_model.more'" in refused(capsys, desk.words())
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite(desk, capsys, bad):
+    tensors = desk.tensors("first")
+    tensors["vision_model.pre_layrnorm.bias"][3] = bad
+    desk.replace("first", tensors)
+    assert "NaN or Inf in 'first'" in refused(capsys, desk.words())
+
+
+def test_a_truncated_file(desk, capsys):
+    content = Path(desk.models["first"]).read_bytes()
+    desk.models["first"] = str(desk.folder / "cut.safetensors")
+    (desk.folder / "cut.safetensors").write_bytes(content[: len(content) // 2])
+    assert "cut.safetensors" in refused(capsys, desk.words())
+
+
+def test_a_pickle_that_asks_to_run_code(desk, capsys):
+    class Hostile:
+        def __reduce__(self):
+            return os.system, (f"touch {desk.folder / 'ran'}",)
+
+    torch.save({"weights": Hostile()}, desk.folder / "hostile.pt")
+    desk.models["first"] = str(desk.folder / "hostile.pt")
+    assert "system" in refused(capsys, desk.words())
+    assert not (desk.folder / "ran").exists()
+
+
+def test_class_names_that_do_not_fit_the_labels(desk, capsys):
+    desk.tasks["first"]["classnames"] = ["zero", "one"]
+    assert "first" in refused(capsys, desk.words())
+
+
+def test_an_empty_dataset(desk, capsys):
+    (desk.folder / "nothing").mkdir()
+    desk.tasks["first"]["source"] = str(desk.folder / "nothing")
+    assert "nothing" in refused(capsys, desk.words())
+
+
+def test_a_full_disk(desk, capsys, monkeypatch):
+    from collections import namedtuple
+
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr("shutil.disk_usage", lambda path: usage(10, 10, 1000))
+    assert "1.0 kB free" in refused(capsys, desk.words())
+
+
+def test_an_output_folder_that_is_in_use(desk, capsys):
+    (desk.folder / "out").mkdir()
+    (desk.folder / "out" / "mine").write_text("precious")
+    assert "out" in refused(capsys, desk.words())
+    assert (desk.folder / "out" / "mine").read_text() == "precious"
+
+
+def test_a_kill_leaves_no_result_that_looks_whole(desk):
+    """Killed at several moments of the run, the output folder is either whole or not there."""
+    for delay in (1.5, 2.5, 3.5):
+        process = subprocess.Popen([sys.executable, "-m", "suture.cli", *desk.words()], stderr=subprocess.PIPE)
+        time.sleep(delay)
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+        if (desk.folder / "out").exists():
+            assert (desk.folder / "out" / "report.json").exists()
+            break
+
+
+def test_pickles_of_the_standard_library_are_not_taken_for_checkpoints(desk, capsys):
+    (desk.folder / "list.pt").write_bytes(pickle.dumps([1, 2]))
+    desk.models["first"] = str(desk.folder / "list.pt")
+    assert "list.pt" in refused(capsys, desk.words())
