@@ -160,9 +160,8 @@ def compare(folder: Path, repeats: int, size: int) -> None:
         print(f"{name:24s} {spread}   {memory / size:5.2f} model sizes")
     ratio = lambda a, b: statistics.median(x["seconds"] / y["seconds"] for x, y in zip(runs[a], runs[b], strict=True))
     print(f"textbook TIES / suture TIES: {ratio('textbook ties', 'suture ties_merging'):.1f}")
-    print(
-        f"suture Task Arithmetic / plain input and output: {ratio('suture task_arithmetic', 'plain input and output'):.2f}"
-    )
+    overhead = ratio("suture task_arithmetic", "plain input and output")
+    print(f"suture Task Arithmetic / plain input and output: {overhead:.2f}")
 
 
 if __name__ == "__main__":

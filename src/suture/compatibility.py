@@ -82,8 +82,8 @@ def _shape_problem(name: str, label: str, found: TensorSpec, wanted: TensorSpec)
     if vocabulary and found.shape[1:] == wanted.shape[1:]:
         return (
             f"'{name}' has {found.shape[0]} rows in '{label}' but {wanted.shape[0]} in the base: the vocabularies "
-            f"differ. Remedy: resize that model's embeddings to {wanted.shape[0]} rows, or leave the tensor at the base "
-            "by naming it under `frozen` in the pool."
+            f"differ. Remedy: resize that model's embeddings to {wanted.shape[0]} rows, or leave the tensor at the "
+            "base by naming it under `frozen` in the pool."
         )
     return (
         f"'{name}' has shape {tuple(found.shape)} in '{label}' but {tuple(wanted.shape)} in the base. "

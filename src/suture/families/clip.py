@@ -163,9 +163,7 @@ class Clip(Family):
             settings = json.loads(path.read_text("utf-8"))
         except (OSError, ValueError) as error:
             reason = _one_line(error)
-            raise CheckpointError(
-                f"'{path}' cannot be read ({reason}); wanted a CLIPModel directory."
-            ) from error
+            raise CheckpointError(f"'{path}' cannot be read ({reason}); wanted a CLIPModel directory.") from error
         if settings.get("model_type") != "clip":
             raise CheckpointError(
                 f"'{path}' describes a model of type {settings.get('model_type')!r}, wanted 'clip': the "
@@ -176,9 +174,7 @@ class Clip(Family):
 
             try:
                 return CLIPConfig.from_dict(settings)
-            except (
-                Exception
-            ) as error:  # the library has an exception class of its own for almost every setting
+            except Exception as error:  # the library has an exception class of its own for almost every setting
                 raise CheckpointError(f"'{path}' describes no valid CLIP: {_one_line(error)}") from error
 
     @cached_property
@@ -195,9 +191,7 @@ class Clip(Family):
         """The model's tokenizer; raises `CheckpointError` when it does not belong to the text tower."""
         wanted = "tokenizer.json, or vocab.json and merges.txt"
         if not any((self.directory / name).is_file() for name in ("tokenizer.json", "vocab.json")):
-            raise CheckpointError(
-                f"'{self.directory}' has no usable {wanted}; put back the model's tokenizer."
-            )
+            raise CheckpointError(f"'{self.directory}' has no usable {wanted}; put back the model's tokenizer.")
         with _quiet():
             from transformers import AutoTokenizer
 
@@ -217,9 +211,7 @@ class Clip(Family):
 
     def _standardise(self) -> Standardise:
         if self.processor.do_normalize and not (self.processor.image_mean and self.processor.image_std):
-            raise CheckpointError(
-                f"The processor of '{self.directory}' normalises without image_mean or image_std."
-            )
+            raise CheckpointError(f"The processor of '{self.directory}' normalises without image_mean or image_std.")
         return Standardise(self.processor)
 
     @cached_property

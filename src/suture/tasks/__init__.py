@@ -56,9 +56,7 @@ def _wording_problems(task: Task) -> list[str]:
         if names.count(n) > 1
     ]
     problems += [
-        f"template {t!r} has no {{}}; put {{}} where the class name goes."
-        for t in task.templates
-        if "{}" not in str(t)
+        f"template {t!r} has no {{}}; put {{}} where the class name goes." for t in task.templates if "{}" not in str(t)
     ]
     return problems
 
@@ -84,9 +82,7 @@ def _folder(task: Task) -> Path:
     siblings = [p.name for p in folder.parent.iterdir() if p.is_dir()] if folder.parent.is_dir() else []
     near = get_close_matches(folder.name, siblings, n=1, cutoff=0.5)
     hint = f" Did you mean '{folder.parent / near[0]}'?" if near else ""
-    raise DataError(
-        f"data folder '{folder}' does not exist.{hint} Put the data there or change the task's source."
-    )
+    raise DataError(f"data folder '{folder}' does not exist.{hint} Put the data there or change the task's source.")
 
 
 def _source(folder: Path) -> Source:

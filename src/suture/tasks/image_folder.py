@@ -66,12 +66,10 @@ def _problems(folder: Path, split: Split, classnames: tuple[str, ...]) -> list[s
     missing = [name for key, name in wanted.items() if key not in folders]
     extra = [path.name for key, path in folders.items() if key not in wanted]
     problems = [
-        f"class {n!r} has no folder in '{root}'{_nearest(n, extra)}; rename the folder or the class."
-        for n in missing
+        f"class {n!r} has no folder in '{root}'{_nearest(n, extra)}; rename the folder or the class." for n in missing
     ]
     problems += [
-        f"folder {n!r} in '{root}' is not among the class names{_nearest(n, missing)}; add or remove it."
-        for n in extra
+        f"folder {n!r} in '{root}' is not among the class names{_nearest(n, missing)}; add or remove it." for n in extra
     ]
     empty = [folders[key] for key in wanted if key in folders and not _picture_files(folders[key])]
     problems += [f"'{path}' holds no image ({', '.join(_SUFFIXES)})." for path in empty]

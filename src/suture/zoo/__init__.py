@@ -14,9 +14,7 @@ _BUILDERS = ("glyphs8",)
 
 def names() -> list[str]:
     """The zoos whose files are installed."""
-    return sorted(
-        folder.name for folder in _HERE.iterdir() if (folder / "pretrained" / "config.json").is_file()
-    )
+    return sorted(folder.name for folder in _HERE.iterdir() if (folder / "pretrained" / "config.json").is_file())
 
 
 def resolve(source: str) -> Path:

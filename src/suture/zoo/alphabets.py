@@ -57,9 +57,7 @@ GLYPH_TASKS = (
         ("STIXGeneralItalic", "STIXGeneralBolIta", "cmti10", "DejaVuSerif-Italic"),
         "ruled",
     ),
-    GlyphTask(
-        "greek", _span("α", "ω", "ς"), ("STIXGeneralItalic", "STIXGeneralBol", "DejaVuSerif-Italic"), "noise"
-    ),
+    GlyphTask("greek", _span("α", "ω", "ς"), ("STIXGeneralItalic", "STIXGeneralBol", "DejaVuSerif-Italic"), "noise"),
     GlyphTask(
         "cyrillic",
         _span("А", "Я", "ЙЩ"),
@@ -74,9 +72,7 @@ GLYPH_TASKS = (
         ("DejaVuSansMono-Bold", "DejaVuSerif-BoldItalic", "DejaVuSans-Oblique"),
         "neighbours",
     ),
-    GlyphTask(
-        "operators", _OPERATORS, ("STIXGeneralBol", "DejaVuSerif-Bold", "DejaVuSans-BoldOblique"), "weave"
-    ),
+    GlyphTask("operators", _OPERATORS, ("STIXGeneralBol", "DejaVuSerif-Bold", "DejaVuSans-BoldOblique"), "weave"),
 )
 
 DIGITS = "digits"

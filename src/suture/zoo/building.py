@@ -65,9 +65,7 @@ def _require_scikit_learn() -> None:
     try:
         import sklearn  # noqa: F401
     except ImportError:
-        raise ConfigError(
-            "Building glyphs8 needs scikit-learn, for its digits: pip install 'suture[zoo]'."
-        ) from None
+        raise ConfigError("Building glyphs8 needs scikit-learn, for its digits: pip install 'suture[zoo]'.") from None
 
 
 @contextmanager

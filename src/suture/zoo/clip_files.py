@@ -107,9 +107,7 @@ def save_vision_tower(model: Any, folder: Path) -> None:
     config = {"architectures": ["CLIPVisionModel"], **tower.config.to_diff_dict(), "dtype": "float16"}
     config["projection_dim"] = model.projection_dim
     (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
-    tensors = {
-        f"vision_model.{name}": tensor.half().contiguous() for name, tensor in tower.state_dict().items()
-    }
+    tensors = {f"vision_model.{name}": tensor.half().contiguous() for name, tensor in tower.state_dict().items()}
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     (folder / "model.safetensors").chmod(0o644)
 

@@ -43,9 +43,7 @@ class CaptionedGlyphs:
         """uint8 images (n, 16, 16) and token ids (n, 24)."""
         recipe = self.recipe
         chosen = torch.randperm(len(self.tokens), generator=generator)[: recipe.pretraining_batch]
-        pages = drawing.bend(
-            self.bank[_pick(self.choices[chosen], generator)], recipe.pretraining_bend, generator
-        )
+        pages = drawing.bend(self.bank[_pick(self.choices[chosen], generator)], recipe.pretraining_bend, generator)
         pages = self._spoil_some(pages, generator)
         template = torch.randint(self.tokens.shape[1], (len(chosen),), generator=generator)
         return drawing.standardise(pages), self.tokens[chosen, template]
@@ -69,17 +67,13 @@ class TaskGlyphs:
 
     def batch(self, labels: Tensor, generator: torch.Generator) -> Tensor:
         """uint8 images (n, 16, 16) of the given classes."""
-        pages = drawing.bend(
-            self.bank[_pick(self.choices[labels], generator)], self.recipe.task_bend, generator
-        )
+        pages = drawing.bend(self.bank[_pick(self.choices[labels], generator)], self.recipe.task_bend, generator)
         strength = 0.6 + 0.4 * torch.rand(len(pages), generator=generator)
         return drawing.standardise(drawing.spoil(pages, self.task.style, strength, generator))
 
     def draw(self, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """One batch to learn from: uint8 images (n, 16, 16) of random classes, and their labels."""
-        labels = torch.randint(
-            len(self.task.characters), (self.recipe.finetuning_batch,), generator=generator
-        )
+        labels = torch.randint(len(self.task.characters), (self.recipe.finetuning_batch,), generator=generator)
         return self.batch(labels, generator), labels
 
     def split(self, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -109,9 +103,7 @@ class HandwrittenDigits:
 
     def draw(self, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """Training digits, lightly bent: uint8 images (n, 16, 16) and labels."""
-        members = self.train[
-            torch.randint(len(self.train), (self.recipe.finetuning_batch,), generator=generator)
-        ]
+        members = self.train[torch.randint(len(self.train), (self.recipe.finetuning_batch,), generator=generator)]
         padded = F.pad(self.pages[members], [(drawing.CANVAS - drawing.PAGE) // 2] * 4)
         return drawing.standardise(drawing.bend(padded, 0.5, generator)), self.labels[members]
 
@@ -151,9 +143,7 @@ def finetune(
     model.vision_model.requires_grad_(True)
     start = [parameter.detach().clone() for parameter in model.vision_model.parameters()]
     mean = [torch.zeros_like(parameter) for parameter in start]
-    optimizer = torch.optim.AdamW(
-        model.vision_model.parameters(), lr=recipe.finetuning_rate, weight_decay=0.0
-    )
+    optimizer = torch.optim.AdamW(model.vision_model.parameters(), lr=recipe.finetuning_rate, weight_decay=0.0)
     kept = recipe.finetuning_steps - recipe.finetuning_steps // 2
     for step in range(recipe.finetuning_steps):
         _set_rate(optimizer, recipe.finetuning_rate, step, recipe.finetuning_steps)
