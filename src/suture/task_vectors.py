@@ -15,7 +15,7 @@ from suture.checkpoints import Checkpoint, Source, TensorSpec, open_checkpoint
 from suture.compatibility import compatibility, merged_names
 from suture.errors import IncompatibleModels
 
-_CHUNK = 1 << 16  # entries of one model handled at once: the chunks of all models together stay in the cache
+_CHUNK = 1 << 17  # entries of one model handled at once: the chunks of all models together stay in the cache
 
 
 class Piece(NamedTuple):
