@@ -1,0 +1,29 @@
+"""AdaMerging: merging coefficients learned from unlabelled inputs, on any module."""
+
+from suture.adaptation.adamerging import OPTIMIZERS, AdaMergingResult, adapt
+from suture.adaptation.coefficients import Coefficients, Layout, layout, load_coefficients, save_coefficients
+from suture.adaptation.objectives import (
+    OBJECTIVES,
+    Objective,
+    entropy,
+    entropy_epsilon,
+    expert_cross_entropy,
+    expert_feature_l1,
+)
+
+__all__ = [
+    "OBJECTIVES",
+    "OPTIMIZERS",
+    "AdaMergingResult",
+    "Coefficients",
+    "Layout",
+    "Objective",
+    "adapt",
+    "entropy",
+    "entropy_epsilon",
+    "expert_cross_entropy",
+    "expert_feature_l1",
+    "layout",
+    "load_coefficients",
+    "save_coefficients",
+]

@@ -1,0 +1,234 @@
+"""A model whose weights are θ = θ₀ + Σ λ_t τ_t, with the gradient of λ but no graph through the merge.
+
+The merged parameters are plain leaves of a copy of the caller's module. With G = ∂L/∂θ of one tensor,
+∂L/∂λ_t = ⟨G, τ_t⟩, so each G is turned into one number a task as soon as it is ready, and freed.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from copy import deepcopy
+from functools import partial
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from suture.errors import IncompatibleModels
+from suture.methods import TiesStatistic, get_method, settle, ties_rows, trim_thresholds
+from suture.task_vectors import TaskVectors, compute_dtype
+
+Rows = Mapping[str, Float[Tensor, "task entry"]]
+
+
+class MergedModel:
+    """A copy of a module that is rewritten in place for each set of coefficients.
+
+    `module`: the copy, on the caller's device and in its mode. `names`: the merged tensors, the module's parameters in
+    its own order and then its floating-point buffers; these follow their coefficients but give them no gradient.
+    Integer and bool buffers, and all that is frozen, are the base's.
+    """
+
+    def __init__(self, module: nn.Module, vectors: TaskVectors, rows: Rows):
+        self.vectors = vectors
+        self.names, targets = matched_tensors(module, vectors)
+        self.module = _copy_of(module)
+        state = self.module.state_dict(keep_vars=True)
+        self.targets = [state[target] for target in targets]
+        self._place_kept(state)
+        self.device = self.targets[0].device if self.targets else torch.device("cpu")
+        self._rows = [rows[name].to(self.device) for name in self.names]
+        self._base = [_computed(vectors.base[name]).to(self.device) for name in self.names]
+        self._leaves = [target for target in self.targets if isinstance(target, nn.Parameter)]
+        self._products: list[Tensor] = []
+        self._waiting = False
+
+    @torch.no_grad()
+    def write(self, coefficients: Float[Tensor, "task tensor"]) -> None:
+        """Put θ₀ + Σ λ_t τ_t into the module."""
+        for target, base, rows, column in zip(self.targets, self._base, self._rows, coefficients.T, strict=True):
+            target.copy_(combine(base, rows, column))
+
+    @torch.no_grad()
+    def write_expert(self, task: str) -> None:
+        """Put one fine-tuned model itself into the module."""
+        for target, name in zip(self.targets, self.names, strict=True):
+            target.copy_(self.vectors.models[task][name])
+
+    @contextmanager
+    def collecting(self) -> Iterator[None]:
+        """Inside the block every backward pass adds to the gradient of the coefficients."""
+        parameters = [(i, p) for i, p in enumerate(self.targets) if isinstance(p, nn.Parameter)]
+        hooks = [
+            p.requires_grad_(True).register_post_accumulate_grad_hook(partial(self._take, i)) for i, p in parameters
+        ]
+        self._clear()
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    @contextmanager
+    def waiting(self, wait: bool) -> Iterator[None]:
+        """Inside the block gradients are kept, to be added to those of the next backward pass."""
+        self._waiting = wait
+        try:
+            yield
+        finally:
+            self._waiting = False
+
+    def backward(self, loss: Tensor) -> None:
+        """Backpropagate to the merged parameters only: heads of the caller's get no gradient."""
+        loss.backward(inputs=self._leaves)
+
+    def gradient(self) -> Float[Tensor, "task tensor"]:
+        """∂L/∂λ of all backward passes since the last call, float64 on the CPU."""
+        for i, target in enumerate(self.targets):
+            if target.grad is not None:  # the last backward pass did not reach this tensor, an earlier one did
+                self._take(i, target)
+        gradient = torch.stack(self._products, dim=1).to("cpu", torch.float64)
+        self._clear()
+        return gradient
+
+    def merged(self, coefficients: Float[Tensor, "task tensor"]) -> dict[str, Tensor]:
+        """The merged checkpoint: the base's names, shapes and dtypes, tied names as one tensor, on the CPU."""
+        base = self.vectors.base
+        state = {name: base[name].clone() for name in self.vectors.specs}
+        for name, start, rows, column in zip(self.names, self._base, self._rows, coefficients.T, strict=True):
+            state[name].copy_(combine(start, rows, column))
+        return state | {alias: state[name] for alias, name in base.aliases.items()}
+
+    def _take(self, i: int, parameter: Tensor) -> None:
+        if self._waiting or parameter.grad is None:
+            return
+        gradient = parameter.grad.to_dense() if parameter.grad.is_sparse else parameter.grad
+        self._products[i] += inner_products(self._rows[i], gradient)
+        parameter.grad = None
+
+    def _clear(self) -> None:
+        self._products = [torch.zeros(len(rows), dtype=base.dtype, device=base.device) for rows, base in self._pairs()]
+
+    def _pairs(self) -> Iterator[tuple[Tensor, Tensor]]:
+        return zip(self._rows, self._base, strict=True)
+
+    @torch.no_grad()
+    def _place_kept(self, state: Mapping[str, Tensor]) -> None:
+        for name in self.vectors.kept:
+            if name in state:
+                state[name].copy_(self.vectors.base[name])
+
+
+@torch.no_grad()
+def combine(base: Tensor, rows: Float[Tensor, "task entry"], column: Float[Tensor, " task"]) -> Tensor:
+    """θ₀ + Σ λ_t τ_t of one tensor, in the base's shape and dtype.
+
+    Equal coefficients multiply the sum of the task vectors, so that they give Task Arithmetic and TIES to the last bit.
+    """
+    factors = column.tolist()
+    if len(set(factors)) == 1:
+        total = torch.zeros_like(base).view(-1)
+        for row in rows:
+            total += row
+        total *= factors[0]
+    elif rows.dtype == base.dtype:
+        total = torch.mv(rows.T, column.to(rows))
+    else:
+        total = torch.zeros_like(base).view(-1)
+        for row, factor in zip(rows, factors, strict=True):
+            total.add_(row, alpha=factor)
+    return base + total.view(base.shape)
+
+
+def inner_products(rows: Float[Tensor, "task entry"], gradient: Tensor) -> Float[Tensor, " task"]:
+    """⟨G, τ_t⟩ for every task, in float32, or float64 for a float64 gradient."""
+    flat = gradient.reshape(-1).to(compute_dtype(gradient.dtype))
+    if rows.dtype == flat.dtype:
+        return torch.mv(rows, flat)
+    return torch.stack([torch.dot(row.to(flat.dtype), flat) for row in rows])
+
+
+def task_vector_rows(
+    vectors: TaskVectors, *, plus_plus: bool = False, threshold: float = 20.0, dtype: torch.dtype | None = None
+) -> dict[str, Float[Tensor, "task entry"]]:
+    """All task vectors, one row a task for each tensor; of AdaMerging++ if `plus_plus`, with TIES's `threshold` (%).
+
+    They are computed in float32 (float64 for float64 tensors) and held in `dtype` if it is given. Raises
+    `IncompatibleModels` for weights that are not finite.
+    """
+    statistic = settled_statistic(vectors, threshold) if plus_plus else None
+    rows = {}
+    for name in vectors.names:
+        base, models = vectors.flat(name)
+        base = _computed(base)
+        deltas = torch.stack([model.to(base.dtype) - base for model in models])
+        _refuse_non_finite(name, vectors, deltas)
+        rows[name] = (deltas if statistic is None else ties_rows(deltas, statistic)).to(dtype or deltas.dtype)
+    return rows
+
+
+def settled_statistic(vectors: TaskVectors, threshold: float = 20.0) -> TiesStatistic:
+    """TIES's statistic of the whole model: the thresholds of the trim, and the majority sign from one more pass."""
+    method, votes = get_method("ties_merging"), []
+    assert method.vote is not None
+    merge_and_vote, knobs = method.vote, method.validate({"threshold": threshold, "scope": "model"})
+    statistic = trim_thresholds(vectors.stream(), **knobs)
+    count = lambda piece, base, deltas: votes.append(merge_and_vote(base, deltas, statistic, **knobs)[1])
+    vectors.each_piece(vectors.names, count)
+    return settle(statistic, sum(votes))
+
+
+def matched_tensors(module: nn.Module, vectors: TaskVectors) -> tuple[list[str], list[str]]:
+    """(names in the checkpoints, names in the module) of the merged tensors, in the module's order.
+
+    Raises `IncompatibleModels` if the base has a weight that the module lacks, or the other way round, or if they
+    differ in shape or in what is tied.
+    """
+    state, base = module.state_dict(keep_vars=True), vectors.base
+    parameters = [name for name, tensor in state.items() if isinstance(tensor, nn.Parameter)]
+    found: dict[str, str] = {}
+    for target in [*parameters, *(name for name in state if name not in set(parameters))]:
+        name = base.aliases.get(target, target)
+        if name in vectors.names:
+            _check_fit(name, found.setdefault(name, target), target, state, base.specs[name].shape)
+    known = {id(state[target]) for target in found.values()}
+    for target, tensor in state.items():
+        if target not in base and isinstance(tensor, Tensor) and tensor.is_floating_point() and id(tensor) not in known:
+            raise IncompatibleModels(f"'{target}' is in the module but not in the base. {_REMEDY}")
+    missing = sorted(set(vectors.names) - set(found))
+    if missing:
+        raise IncompatibleModels(f"'{missing[0]}' is in the base but not in the module. {_REMEDY}")
+    return list(found), list(found.values())
+
+
+_REMEDY = "Remedy: give the module that these checkpoints belong to."
+
+
+def _check_fit(name: str, first: str, target: str, state: Mapping[str, Tensor], shape: Sequence[int]) -> None:
+    if state[target] is not state[first]:
+        raise IncompatibleModels(f"'{target}' is tied to '{first}' in the base but not in the module. {_REMEDY}")
+    if tuple(state[target].shape) != tuple(shape):
+        found = tuple(state[target].shape)
+        raise IncompatibleModels(f"'{name}' has shape {found} in the module but {tuple(shape)} in the base. {_REMEDY}")
+
+
+def _copy_of(module: nn.Module) -> nn.Module:
+    """A copy whose parameters have no gradient and ask for none."""
+    copy = deepcopy(module)
+    for parameter in copy.parameters():
+        parameter.requires_grad_(False)
+        parameter.grad = None
+    return copy
+
+
+def _computed(tensor: Tensor) -> Tensor:
+    return tensor.to(compute_dtype(tensor.dtype))
+
+
+def _refuse_non_finite(name: str, vectors: TaskVectors, deltas: Float[Tensor, "task entry"]) -> None:
+    if deltas.sum().isfinite():
+        return
+    for label, row in zip(vectors.models, deltas, strict=True):
+        if not row.isfinite().all():
+            raise IncompatibleModels(
+                f"'{name}' is not finite in '{label}' or in the base. Remedy: export that checkpoint again."
+            )

@@ -1,0 +1,73 @@
+"""What AdaMerging minimises: the entropy of its own predictions, or the distance to the task's expert.
+
+Each objective gives one scalar for one task's batch, a mean over the batch; the loop adds them up over tasks.
+Entropy: https://arxiv.org/abs/2310.02575, equation 5.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn import functional as F
+
+from suture.errors import ConfigError
+from suture.methods.registry import unknown_name
+
+
+def entropy(logits: Float[Tensor, "batch class"]) -> Float[Tensor, ""]:
+    """−Σ p·log p in nats, p = softmax(logits), mean over the batch; exact for logits of any size.
+
+    >>> entropy(torch.zeros(3, 4)).exp()
+    tensor(4.)
+    """
+    return -(logits.softmax(-1) * logits.log_softmax(-1)).sum(-1).mean()
+
+
+def entropy_epsilon(logits: Float[Tensor, "batch class"]) -> Float[Tensor, ""]:
+    """−Σ p·log(p + 1e-8), as FusionBench computes it: a little below `entropy`."""
+    probabilities = logits.softmax(-1)
+    return -(probabilities * torch.log(probabilities + 1e-8)).sum(-1).mean()
+
+
+def expert_cross_entropy(
+    logits: Float[Tensor, "batch class"], expert: Float[Tensor, "batch class"]
+) -> Float[Tensor, ""]:
+    """Cross-entropy, in nats, to the class that the task's expert predicts for the same input."""
+    return F.cross_entropy(logits, expert.argmax(-1))
+
+
+def expert_feature_l1(features: Float[Tensor, " *shape"], expert: Float[Tensor, " *shape"]) -> Float[Tensor, ""]:
+    """Mean absolute difference, over batch and dimensions, to the feature of the task's expert."""
+    return (features - expert).abs().mean()
+
+
+@dataclass(frozen=True)
+class Objective:
+    """A loss for one task's batch: `function(seen)`, or `function(seen, expert's)` where `expert` is set.
+
+    `of` says what it is fed: the logits, or the features, which are what the module gives before any head.
+    """
+
+    function: Callable[..., Tensor]
+    of: Literal["logits", "features"] = "logits"
+    expert: bool = False
+
+
+OBJECTIVES = {
+    "entropy": Objective(entropy),
+    "entropy_epsilon": Objective(entropy_epsilon),
+    "expert_cross_entropy": Objective(expert_cross_entropy, expert=True),
+    "expert_feature_l1": Objective(expert_feature_l1, of="features", expert=True),
+}
+
+
+def get_objective(objective: str | Objective) -> Objective:
+    """The objective of this name, or the one given; `ConfigError` for an unknown name."""
+    if isinstance(objective, Objective):
+        return objective
+    if objective not in OBJECTIVES:
+        raise ConfigError(unknown_name("objective", objective, OBJECTIVES))
+    return OBJECTIVES[objective]
