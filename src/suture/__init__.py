@@ -5,6 +5,7 @@
 Everything here is one call, and the command line has the same verbs. Heavy libraries are imported where they are used.
 """
 
+from suture.adaptation import adapt
 from suture.algorithms import SimpleAverageAlgorithm, TaskArithmeticAlgorithm, TiesMergingAlgorithm
 from suture.checkpoints import Checkpoint, open_checkpoint, save_checkpoint
 from suture.compatibility import compatibility
@@ -28,6 +29,7 @@ __all__ = [
     "TaskInputs",
     "TaskPool",
     "TiesMergingAlgorithm",
+    "adapt",
     "compatibility",
     "demo",
     "evaluate",

@@ -168,3 +168,7 @@ _VERBS: dict[str, Callable[[list[str]], Any]] = {
     "zoo": _zoo,
     "demo": _demo,
 }
+
+
+if __name__ == "__main__":
+    sys.exit(main())

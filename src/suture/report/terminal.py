@@ -13,7 +13,7 @@ def print_report(report: Report) -> None:
     if not report.rows:
         return
     console = Console()
-    caption = "accuracy in %; norm.: mean of accuracy / expert; gap closed: of pretrained to experts"
+    caption = "accuracy in %; norm.: relative to the experts"
     table = Table(title=report.title, caption=caption, box=SIMPLE, padding=(0, 1, 0, 0), title_justify="left")
     heads, body = columns(report), [cells(report, row) for row in report.rows]
     table.add_column("")
