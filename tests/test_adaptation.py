@@ -12,6 +12,7 @@ from torch.nn.functional import normalize
 from suture import merge
 from suture.adaptation import adapt
 from suture.adaptation import entropy as entropy_of
+from suture.adaptation.merged_model import MergedModel
 from suture.errors import ConfigError, DataError, IncompatibleModels
 
 OBJECTIVE = {"log_softmax": "entropy", "log(p+1e-8)": "entropy_epsilon"}
@@ -189,6 +190,13 @@ def test_plus_plus_settles_cancelled_columns_by_the_majority_of_the_whole_model(
     assert merged["0.bias"][0] == torch.tensor(0.3)
 
 
+def test_plus_plus_trims_over_what_is_not_frozen_as_ties_does():
+    module, base, models, _ = problem()
+    merged = adapt(module, base, models, {}, frozen=["0.weight"], plus_plus=True, max_steps=0).merged
+    expected = merge(base, models, "ties_merging", remove_keys=["0.weight"])
+    assert all(torch.equal(merged[name], expected[name]) for name in expected)
+
+
 def test_without_plus_plus_it_starts_at_task_arithmetic():
     module, base, models, _ = problem(tasks=8)
     merged = adapt(module, base, models, {}, max_steps=0).merged
@@ -337,6 +345,37 @@ def test_tied_weights_share_a_coefficient_and_stay_tied():
     assert result.merged["up.weight"] is result.merged["down.weight"]
 
 
+def test_a_tied_name_that_the_files_leave_out_is_merged_all_the_same():
+    module, base, models, batches = problem(build=lambda: nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6)))
+    module[1].weight = module[0].weight
+    for state in (base, *models.values()):
+        del state["0.weight"]
+    result = adapt(module, base, models, batches, max_steps=3, lr=0.1)
+    assert set(result.coefficients.layers) == {"0.bias", "1.weight", "1.bias"}
+    assert (result.history[-1] != 0.3).all()
+
+
+def test_names_tied_in_the_base_must_be_tied_in_the_module():
+    module, base, models, batches = problem(build=lambda: nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6)))
+    for state in (base, *models.values()):
+        state["1.weight"] = state["0.weight"]
+    with pytest.raises(IncompatibleModels, match=r"tied to '0.weight' in the base but not in the module"):
+        adapt(module, base, models, batches)
+
+
+@pytest.mark.parametrize("concatenate", [True, False])
+def test_gradients_are_freed_as_soon_as_they_are_ready(concatenate, monkeypatch):
+    alive, take = [], MergedModel._take
+
+    def counting(self, i, parameter):
+        take(self, i, parameter)
+        alive.append(sum(target.grad is not None for target in self.targets))
+
+    monkeypatch.setattr(MergedModel, "_take", counting)
+    adapt(*problem(tasks=1), max_steps=2, concatenate=concatenate)
+    assert alive == [0] * 8
+
+
 def test_frozen_tensors_stay_at_the_base():
     module, base, models, batches = problem()
     result = adapt(module, base, models, batches, frozen=["2.weight", "2.bias"], max_steps=3)
@@ -377,6 +416,7 @@ def test_a_layer_that_only_the_first_task_uses_gets_its_gradient():
         ({"max_steps": -1}, "max_steps=-1"),
         ({"clamp_weights": True, "softmax": True}, "both given"),
         ({"init_values": [0.1, 0.2]}, r"shape \(2,\)"),
+        ({"init_values": float("nan")}, "init_values=nan"),
         ({"threshold": 0, "plus_plus": True}, "threshold"),
         ({"batches": {"t0": []}}, "batches lacks 't1'"),
         ({"batches": {"t0": [], "t1": [], "t2": [], "t3": []}}, "batches has something for 't3'"),
@@ -413,6 +453,10 @@ def test_weights_that_do_not_fit_the_module_are_refused():
         adapt(nn.Sequential(*network(), nn.Tanh(), nn.Linear(4, 4)), base, models, batches)
     with pytest.raises(IncompatibleModels, match=r"has shape \(4, 6\) in the module"):
         adapt(nn.Sequential(nn.Linear(6, 4), nn.Tanh(), nn.Linear(5, 4)), base, models, batches)
+    module = network()
+    module.register_buffer("positions", torch.arange(4))
+    with pytest.raises(IncompatibleModels, match=r"'positions' has shape \(4,\) in the module but \(5,\)"):
+        adapt(module, base | {"positions": torch.arange(5)}, models, batches)
 
 
 def test_weights_that_are_not_finite_are_refused():
@@ -430,3 +474,13 @@ def test_a_module_that_gives_no_tensor_is_refused():
     module, *rest = problem(build=lambda: Pair(6, 4))
     with pytest.raises(ConfigError, match="gives a tuple"):
         adapt(module, *rest)
+
+
+def test_a_batch_with_labels_needs_a_forward_that_takes_the_inputs():
+    module, base, models, batches = problem()
+    labelled = {task: [(batch, torch.zeros(3)) for batch in found] for task, found in batches.items()}
+    with pytest.raises(ConfigError, match="A batch is a tuple"):
+        adapt(module, base, models, labelled)
+    plain = adapt(module, base, models, batches, max_steps=3, concatenate=False)
+    by_forward = adapt(module, base, models, labelled, forward=lambda module, batch: module(batch[0]), max_steps=3)
+    assert torch.equal(plain.history, by_forward.history)

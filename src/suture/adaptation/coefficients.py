@@ -6,6 +6,7 @@ named group of tensors.
 
 import io
 import json
+import math
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -26,7 +27,7 @@ from suture.methods.registry import unknown_name
 Granularity = str | Sequence[str] | Mapping[str, str]
 
 #: A tensor's name up to its first number: encoder.layers.3.mlp.weight is in the block encoder.layers.3
-_BLOCK = (r"^(?:[^.\d]\w*\.)*?\d+(?=\.)",)
+_BLOCK = (r"^(?:[^.\d][^.]*\.)*?\d+(?=\.)",)
 _REST = "rest"
 _SUFFIXES = (".pt", ".safetensors", ".npy")
 
@@ -100,6 +101,8 @@ def effective(values: Tensor, *, clamp: bool = False, softmax: bool = False) -> 
 def initial_values(source: Any, wanted: Layout) -> Tensor:
     """Starting values of the layout's shape, float64: one number for all, or whatever `load_coefficients` takes."""
     if isinstance(source, int | float):
+        if not math.isfinite(source):
+            raise ConfigError(f"init_values={source} is not a finite number.")
         return torch.full(wanted.shape, float(source), dtype=torch.float64)
     if isinstance(source, Coefficients) and source.layers is None and wanted.columns is not None:
         tasks = Layout(wanted.tasks, wanted.tensors, None, wanted.index)

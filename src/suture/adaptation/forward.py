@@ -19,8 +19,10 @@ Logits = Callable[[nn.Module, Any, str], Tensor] | Mapping[str, Head] | nn.Modul
 def call(module: nn.Module, inputs: Any) -> Tensor:
     """What the module gives for a batch: (batch, …). Mappings are keyword arguments; of an output with `logits`, those.
 
-    Raises `ConfigError` if the module gives anything else.
+    Raises `ConfigError` if the module gives anything else, and for a batch that is a tuple.
     """
+    if isinstance(inputs, tuple | list):
+        raise ConfigError("A batch is a tuple; give forward=lambda module, batch: module(batch[0]), or inputs alone.")
     output = module(**inputs) if isinstance(inputs, Mapping) else module(inputs)
     found = output if isinstance(output, Tensor) else getattr(output, "logits", None)
     if not isinstance(found, Tensor):
@@ -53,6 +55,8 @@ def to_device(inputs: Any, device: torch.device) -> Any:
     """The batch on a device."""
     if isinstance(inputs, Mapping):
         return {key: to_device(value, device) for key, value in inputs.items()}
+    if isinstance(inputs, tuple | list):
+        return tuple(to_device(value, device) for value in inputs)
     return inputs.to(device) if isinstance(inputs, Tensor) else inputs
 
 

@@ -93,7 +93,7 @@ class MergedModel:
     def merged(self, coefficients: Float[Tensor, "task tensor"]) -> dict[str, Tensor]:
         """The merged checkpoint: the base's names, shapes and dtypes, tied names as one tensor, on the CPU."""
         base = self.vectors.base
-        state = {name: base[name].clone() for name in self.vectors.specs}
+        state = {name: base[name].to("cpu", copy=True) for name in self.vectors.specs}
         for name, start, rows, column in zip(self.names, self._base, self._rows, coefficients.T, strict=True):
             state[name].copy_(combine(start, rows, column))
         return state | {alias: state[name] for alias, name in base.aliases.items()}
@@ -190,6 +190,8 @@ def matched_tensors(module: nn.Module, vectors: TaskVectors) -> tuple[list[str],
         name = base.aliases.get(target, target)
         if name in vectors.names:
             _check_fit(name, found.setdefault(name, target), target, state, base.specs[name].shape)
+    for name in set(vectors.kept) & set(state):
+        _check_fit(name, name, name, state, base.specs[name].shape)
     known = {id(state[target]) for target in found.values()}
     for target, tensor in state.items():
         if target not in base and isinstance(tensor, Tensor) and tensor.is_floating_point() and id(tensor) not in known:
