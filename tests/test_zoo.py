@@ -155,6 +155,8 @@ def test_two_builds_are_the_same_bit_for_bit_and_load(tmp_path: Path):
     second = zoo.build("glyphs8", tmp_path / "second", seed=3, recipe=MINIATURE)
     assert digests(first) == digests(second)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["first", "second"]
+    shipped = digests(GLYPHS8 / "pretrained")
+    assert digests(first / "pretrained")["tokenizer.json"] == shipped["tokenizer.json"]
     CLIPModel.from_pretrained(first / "pretrained")
     CLIPProcessor.from_pretrained(first / "pretrained")
     CLIPVisionModel.from_pretrained(first / "experts" / "latin")

@@ -92,6 +92,9 @@ def save_pretrained_clip(model: Any, processor, folder: Path) -> None:
     """The whole CLIP in Hugging Face format, float16."""
     model.half().save_pretrained(folder)
     (folder / "model.safetensors").chmod(0o644)
+    # The tokenizer remembers how it last padded and would save that too.
+    processor.tokenizer.backend_tokenizer.no_padding()
+    processor.tokenizer.backend_tokenizer.no_truncation()
     processor.save_pretrained(folder)
     # transformers 5 puts this into processor_config.json; other readers look for a file of its own.
     processor.image_processor.save_pretrained(folder)
