@@ -1,0 +1,33 @@
+"""The README's words are tried: its Python runs, and its commands are ones that the command line knows."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from suture import config
+from suture.methods import get_method
+
+README = (Path(__file__).parent.parent / "README.md").read_text("utf-8")
+BLOCKS = re.findall(r"```python\n(.*?)```", README, re.S)
+COMMANDS = re.findall(r"^    suture (-m )?(method=.*)$", README, re.M)
+
+
+@pytest.mark.parametrize("block", BLOCKS)
+def test_python_in_the_readme_runs(block):
+    exec(compile(block, "README.md", "exec"), {})
+
+
+@pytest.mark.parametrize(("multirun", "words"), COMMANDS)
+def test_commands_in_the_readme_compose(multirun, words):
+    words = [re.sub(r",.*", "", word) if multirun else word for word in shlex.split(words)]
+    composed = config.compose(words)
+    knobs = dict(composed["method"])
+    get_method(knobs.pop("name")).validate(knobs)
+    assert composed["modelpool"]["models"]["_pretrained_"] == "zoo:glyphs8/pretrained"
+
+
+def test_the_readme_has_code_and_commands():
+    assert BLOCKS
+    assert len(COMMANDS) >= 3
