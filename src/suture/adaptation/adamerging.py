@@ -67,11 +67,12 @@ def adapt(
 ) -> AdaMergingResult:
     """Learn the coefficients λ of θ = θ₀ + Σ λ_t τ_t by gradient descent on unlabelled inputs.
 
-    `module` gives the architecture, the device and the mode (`eval()` it first unless dropout and batch statistics are
-    wanted); it, `base` and `models` are not changed. `batches` has an iterable of inputs for each model's name: tensors
-    or mappings of tensors for keyword arguments. One batch of each is used a step; lists and loaders start over at
-    their end. `logits` is a mapping task → head, from what `forward(module, inputs)` gives to (batch, class); or a
-    function of (module, inputs, task); or None where the module gives logits.
+    `module` gives the architecture, the device, the mode (`eval()` it first unless dropout and batch statistics are
+    wanted), and what the base lacks, as a head. It, `base` and `models` are not changed. `batches` has an iterable of
+    inputs for each model's name: tensors, or mappings of tensors for keyword arguments. One batch of each is used a
+    step; lists and loaders start over at their end. `logits` is a mapping task → head, from what
+    `forward(module, inputs)` gives to (batch, class); or a function of (module, inputs, task); or None where the
+    module gives logits.
 
     `granularity`, `init_values` and `objective`: see `layout`, `initial_values` and `OBJECTIVES`. `softmax` normalises
     over tasks. With `concatenate` all tasks share one forward and backward pass; by default where this is exact.

@@ -180,8 +180,8 @@ def settled_statistic(vectors: TaskVectors, threshold: float = 20.0) -> TiesStat
 def matched_tensors(module: nn.Module, vectors: TaskVectors) -> tuple[list[str], list[str]]:
     """(names in the checkpoints, names in the module) of the merged tensors, in the module's order.
 
-    Raises `IncompatibleModels` if the base has a weight that the module lacks, or the other way round, or if they
-    differ in shape or in what is tied.
+    What the base lacks, such as a head or a projection, stays as it is in the module. Raises `IncompatibleModels` if
+    the base has a weight that the module lacks, or if they differ in shape or in what is tied.
     """
     state, base = module.state_dict(keep_vars=True), vectors.base
     parameters = [name for name, tensor in state.items() if isinstance(tensor, nn.Parameter)]
@@ -192,10 +192,6 @@ def matched_tensors(module: nn.Module, vectors: TaskVectors) -> tuple[list[str],
             _check_fit(name, found.setdefault(name, target), target, state, base.specs[name].shape)
     for name in set(vectors.kept) & set(state):
         _check_fit(name, name, name, state, base.specs[name].shape)
-    known = {id(state[target]) for target in found.values()}
-    for target, tensor in state.items():
-        if target not in base and isinstance(tensor, Tensor) and tensor.is_floating_point() and id(tensor) not in known:
-            raise IncompatibleModels(f"'{target}' is in the module but not in the base. {_REMEDY}")
     missing = sorted(set(vectors.names) - set(found))
     if missing:
         raise IncompatibleModels(f"'{missing[0]}' is in the base but not in the module. {_REMEDY}")
