@@ -10,9 +10,8 @@ from torch import nn
 from torch.nn.functional import normalize
 
 from suture import merge
-from suture.adaptation import adapt
+from suture.adaptation import adapt, merged_model
 from suture.adaptation import entropy as entropy_of
-from suture.adaptation.merged_model import MergedModel
 from suture.errors import ConfigError, DataError, IncompatibleModels
 
 OBJECTIVE = {"log_softmax": "entropy", "log(p+1e-8)": "entropy_epsilon"}
@@ -322,6 +321,13 @@ def test_task_vectors_may_be_held_in_a_smaller_dtype():
     assert small.merged["0.weight"].dtype == torch.float32
 
 
+def test_inner_products_with_a_smaller_dtype_do_not_depend_on_the_slices(monkeypatch):
+    rows, gradient = torch.randn(3, 50).bfloat16(), torch.randn(5, 10)
+    monkeypatch.setitem(merged_model._CHUNK, "cpu", 7)
+    found = merged_model.inner_products(rows, gradient)
+    torch.testing.assert_close(found, rows.float() @ gradient.reshape(-1))
+
+
 def test_a_half_precision_model_is_adapted_and_keeps_its_dtype():
     result = adapt(*problem(torch.bfloat16), max_steps=10, lr=0.05)
     assert result.losses[-2:].sum() < result.losses[:2].sum()
@@ -374,13 +380,13 @@ def test_names_tied_in_the_base_must_be_tied_in_the_module():
 
 @pytest.mark.parametrize("concatenate", [True, False])
 def test_gradients_are_freed_as_soon_as_they_are_ready(concatenate, monkeypatch):
-    alive, take = [], MergedModel._take
+    alive, take = [], merged_model.MergedModel._take
 
     def counting(self, i, parameter):
         take(self, i, parameter)
         alive.append(sum(target.grad is not None for target in self.targets))
 
-    monkeypatch.setattr(MergedModel, "_take", counting)
+    monkeypatch.setattr(merged_model.MergedModel, "_take", counting)
     adapt(*problem(tasks=1), max_steps=2, concatenate=concatenate)
     assert alive == [0] * 8
 

@@ -17,6 +17,8 @@ from suture.errors import IncompatibleModels
 from suture.methods import TiesStatistic, get_method, settle, ties_rows, trim_thresholds
 from suture.task_vectors import TaskVectors, compute_dtype
 
+_CHUNK = {"cpu": 1 << 15}  # entries of each task vector that are widened at once: they stay in the cache
+_CHUNK_ELSEWHERE = 1 << 22  # fewer and larger kernels
 Rows = Mapping[str, Float[Tensor, "task entry"]]
 
 
@@ -144,7 +146,11 @@ def inner_products(rows: Float[Tensor, "task entry"], gradient: Tensor) -> Float
     flat = gradient.reshape(-1).to(compute_dtype(gradient.dtype))
     if rows.dtype == flat.dtype:
         return torch.mv(rows, flat)
-    return torch.stack([torch.dot(row.to(flat.dtype), flat) for row in rows])
+    products = torch.zeros(len(rows), dtype=flat.dtype, device=flat.device)
+    chunk = _CHUNK.get(flat.device.type, _CHUNK_ELSEWHERE)
+    for part, gradients in zip(rows.split(chunk, dim=1), flat.split(chunk), strict=True):
+        products += torch.mv(part.to(flat.dtype), gradients)
+    return products
 
 
 def task_vector_rows(
