@@ -83,7 +83,9 @@ def _merge_with_statistic(vectors, names, method, knobs, out: MutableMapping[str
         _refuse_non_finite(vectors, piece, deltas)
         merged, piece_votes, cancelled = method.vote(base, deltas, statistic, **knobs)
         out[piece.name].view(-1)[piece.start : piece.stop] = merged
-        columns = cancelled.nonzero()[:, 0] + piece.start if statistic.majority is None and cancelled.any() else None
+        columns = (
+            cancelled.nonzero()[:, 0] + piece.start if statistic.majority is None and cancelled is not None else None
+        )
         with lock:
             votes[0] += piece_votes
             if columns is not None:

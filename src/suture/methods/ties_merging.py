@@ -18,6 +18,8 @@ from suture.errors import ConfigError
 from suture.methods.order_statistic import kth_magnitudes
 from suture.methods.registry import merge_method
 
+_EXACT = 1 << 24  # up to here float32 counts without error
+
 
 class TiesStatistic(NamedTuple):
     """What TIES must know of the whole before it can merge a part.
@@ -58,20 +60,21 @@ def _merge_and_vote(base, deltas, statistic, *, merge_func="sum", scaling_factor
     trimmed = [_trim(row, t) for row, t in zip(deltas, statistic.thresholds.tolist(), strict=True)]
     if weights is not None:
         trimmed = [row * weight for row, weight in zip(trimmed, weights, strict=True)]
-    column_sum, positive, negative = (torch.zeros_like(base) for _ in range(3))
+    column_sum, positive, negative, scratch = (torch.zeros_like(base) for _ in range(4))
     for row in trimmed:
         column_sum += row
-        positive += row.clamp_min(0)
-        negative += row.clamp_max(0)
+        positive += torch.clamp_min(row, 0, out=scratch)
+        negative += torch.clamp_max(row, 0, out=scratch)
     side = column_sum.sign_()
-    cancelled = (side == 0).logical_and_(positive > 0)
-    votes = int(side.sum(dtype=torch.float64))
-    if statistic.majority:
+    cancelled = _cancelled(side, positive, scratch)
+    votes = int(side.sum() if side.numel() <= _EXACT else side.sum(dtype=torch.float64))
+    if statistic.majority and cancelled is not None:
         side[cancelled] = float(statistic.majority)
     if merge_func == "max":
         merged = torch.stack([(row * side).clamp_min_(0) for row in trimmed]).amax(0) * side
     else:
-        merged = torch.where(side > 0, positive, negative)
+        up = torch.gt(side, 0, out=scratch)  # 1 or 0: products are several times faster than a choice by a mask
+        merged = positive.mul_(up).add_(negative.mul_(1 - up))
     if merge_func == "mean":
         merged = merged / _mass_of_agreement(trimmed, side, weights)
     return base + scaling_factor * merged, votes, cancelled
@@ -136,6 +139,12 @@ def _trim(row: Tensor, threshold: float) -> Tensor:
         return row
     dtype = np.float64 if row.dtype == torch.float64 else np.float32
     return torch.nn.functional.hardshrink(row, float(np.nextafter(dtype(threshold), dtype(0))))
+
+
+def _cancelled(side: Tensor, positive: Tensor, scratch: Tensor) -> Tensor | None:
+    """Which columns have survivors that sum to exactly 0; None if there is no such column, as nearly always."""
+    survivors = torch.eq(side, 0, out=scratch).mul_(positive)
+    return survivors > 0 if survivors.sum() > 0 else None
 
 
 def _mass_of_agreement(trimmed: list[Tensor], side: Tensor, weights: Sequence[float] | None) -> Tensor:
