@@ -58,8 +58,11 @@ def _dispatch(arguments: list[str]) -> None:
 
 def _pipeline(arguments: list[str]) -> None:
     from suture import config, pipeline
+    from suture.report.sweep import summarise
 
-    config.run_each(arguments, pipeline.run_configured)
+    folders = [folder for folder in config.run_each(arguments, pipeline.run_configured) if folder is not None]
+    if len(folders) > 1:
+        summarise(folders)
 
 
 def _help() -> None:

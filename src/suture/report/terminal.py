@@ -7,6 +7,8 @@ from rich.table import Table
 from suture.preflight import Preflight, in_bytes
 from suture.report.contents import Report, cells, columns
 
+_ACROSS = 6  # models that fit beside each other in 80 columns
+
 
 def print_report(report: Report) -> None:
     """The accuracy table, in percent, tasks down and models across; nothing without rows."""
@@ -15,6 +17,14 @@ def print_report(report: Report) -> None:
     console = Console()
     caption = "accuracy in %; norm.: relative to the experts"
     table = Table(title=report.title, caption=caption, box=SIMPLE, padding=(0, 1, 0, 0), title_justify="left")
+    fill = _models_across if len(report.rows) <= _ACROSS else _models_down
+    fill(table, report)
+    console.print(table)
+    for note in report.notes:
+        console.print(f"note: {note}", highlight=False)
+
+
+def _models_across(table: Table, report: Report) -> None:
     heads, body = columns(report), [cells(report, row) for row in report.rows]
     table.add_column("")
     for line in body:
@@ -25,9 +35,15 @@ def print_report(report: Report) -> None:
             table.add_section()
         samples = str(report.samples[head]) if head in report.samples else ""
         table.add_row(head, *(line[i] for line in body), samples)
-    console.print(table)
-    for note in report.notes:
-        console.print(f"note: {note}", highlight=False)
+
+
+def _models_down(table: Table, report: Report) -> None:
+    """Too many models for 80 columns: their summaries only; the report has every task."""
+    for head in ("", *columns(report)[-3:]):
+        table.add_column(head, justify="right" if head else "left")
+    for row in report.rows:
+        line = cells(report, row)
+        table.add_row(line[0], *line[-3:])
 
 
 def print_preflight(found: Preflight) -> None:
