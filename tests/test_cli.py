@@ -208,6 +208,12 @@ def test_an_unknown_name_or_value_is_answered_with_what_is_known(desk, capsys, w
     assert says in refused(capsys, [*words, word])
 
 
+def test_a_group_left_out_is_answered_with_what_is_known(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert "CLIPVisionModelPool/glyphs8" in refused(capsys, ["method=ties_merging"])
+    assert "ties_merging" in refused(capsys, ["modelpool=glyphs8"])
+
+
 def test_an_unknown_verb_is_answered_with_the_nearest(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert "'check'" in refused(capsys, ["chekc"])

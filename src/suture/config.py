@@ -173,6 +173,9 @@ def _explain(error: BaseException) -> str:
     if isinstance(error, MissingConfigException) and error.missing_cfg_file and error.options is not None:
         group, _, name = str(error.missing_cfg_file).partition("/")
         return unknown_name(group, name, _all_names(group, error.options))
+    for group in ("method", *_GROUPS):
+        if f"You must specify '{group}'" in str(error):
+            return f"There is no {group}=… among the words. Known: {', '.join(_all_names(group, list(methods())))}."
     for cause in (error, error.__cause__):
         key, parent = getattr(cause, "key", None), getattr(cause, "parent_node", None)
         if key is not None and parent is not None and hasattr(parent, "keys"):
