@@ -159,11 +159,8 @@ def evaluate_row(
     track: Track = untracked,
 ) -> Row:
     """One model on all tasks; where `model` is a mapping from task to model, each task with its own."""
-    results = {}
-    for task, inputs in tasks.items():
-        chosen = model[task] if isinstance(model, Mapping) else model
-        results[task] = evaluate(chosen, inputs, batch_size=batch_size, track=track, name=name)
-    return _row(name, results)
+    chosen = (lambda task: model[task]) if isinstance(model, Mapping) else (lambda task: model)
+    return _evaluate_each(name, chosen, tasks, batch_size, track, name)
 
 
 def evaluate_experts(
@@ -174,10 +171,7 @@ def evaluate_experts(
     track: Track = untracked,
 ) -> Row:
     """Each expert on its own task. `expert(task)` gives the model; it may reload one shared module."""
-    results = {}
-    for task, inputs in tasks.items():
-        results[task] = evaluate(expert(task), inputs, batch_size=batch_size, track=track, name="expert")
-    return _row("experts", results)
+    return _evaluate_each("experts", expert, tasks, batch_size, track, "expert")
 
 
 def expert_matrix(
@@ -202,7 +196,13 @@ def _correct(task: TaskInputs, logits: Tensor, labels: Tensor) -> int:
     return int((logits.argmax(-1) == labels).sum())
 
 
-def _row(name: str, results: Mapping[str, Accuracy]) -> Row:
+def _evaluate_each(
+    name: str, model: Callable[[str], Model], tasks: Mapping[str, TaskInputs], batch_size: int, track: Track, label: str
+) -> Row:
+    results = {
+        task: evaluate(model(task), inputs, batch_size=batch_size, track=track, name=label)
+        for task, inputs in tasks.items()
+    }
     return Row(name, {t: r.value for t, r in results.items()}, {t: r.samples for t, r in results.items()})
 
 

@@ -2,10 +2,10 @@
 
 import importlib
 import pkgutil
-from difflib import get_close_matches
 
 from suture.errors import ConfigError
 from suture.families.base import Encoder, Family, Track, companion_files, untracked
+from suture.methods.registry import unknown_name
 
 __all__ = ["Encoder", "Family", "Track", "companion_files", "families", "family", "untracked"]
 
@@ -20,7 +20,5 @@ def families() -> list[str]:
 def family(name: str) -> type[Family]:
     """The family of this name; raises `ConfigError` with the nearest name."""
     if name not in families():
-        near = get_close_matches(name, families(), n=1, cutoff=0.5)
-        hint = f" Did you mean {near[0]!r}?" if near else ""
-        raise ConfigError(f"Unknown model family {name!r}.{hint} Known: {', '.join(families())}.")
+        raise ConfigError(unknown_name("model family", name, families()))
     return importlib.import_module(f"{__name__}.{name}").FAMILY
