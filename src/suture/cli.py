@@ -6,8 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from suture.errors import ConfigError, SutureError
-from suture.methods.registry import unknown_name
+from suture.errors import ConfigError, SutureError, unknown_name
 
 _HELP = """\
 suture merges fine-tuned models into one and shows what that did.

@@ -13,9 +13,8 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from suture.errors import ConfigError, SutureError
+from suture.errors import ConfigError, SutureError, unknown_name
 from suture.methods import methods
-from suture.methods.registry import unknown_name
 
 _GROUPS = ("modelpool", "taskpool")
 

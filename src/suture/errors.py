@@ -4,6 +4,9 @@ Each message is one line that a user can act on: which file or key, which model,
 what to do. The command line prints it and exits with code 2.
 """
 
+from collections.abc import Iterable
+from difflib import get_close_matches
+
 
 class SutureError(Exception):
     """Base of all errors that are the input's fault and not suture's."""
@@ -27,3 +30,11 @@ class DataError(SutureError):
 
 class OutputError(SutureError):
     """The result cannot be written: no space, no permission, or something is already there."""
+
+
+def unknown_name(kind: str, name: str, known: Iterable) -> str:
+    """One line for a name that does not exist: the nearest ones, then all of them."""
+    names = sorted(map(str, known))
+    near = get_close_matches(str(name), names, n=2, cutoff=0.5)
+    hint = f" Did you mean {' or '.join(repr(n) for n in near)}?" if near else ""
+    return f"Unknown {kind} {name!r}.{hint} Known: {', '.join(names)}."

@@ -5,8 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from suture.checkpoints import Source
-from suture.errors import ConfigError
-from suture.methods.registry import unknown_name
+from suture.errors import ConfigError, unknown_name
 from suture.tasks import Task
 
 PRETRAINED = "_pretrained_"

@@ -9,12 +9,12 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from suture.adaptation.coefficients import Coefficients, Granularity, Layout, effective, initial_values, layout
-from suture.adaptation.forward import Forward, Logits, Network, call, check_concatenation, to_device
+from suture.adaptation.forward import Forward, Logits, Network, call, check_concatenation
 from suture.adaptation.merged_model import MergedModel, matched_tensors, task_vector_rows
 from suture.adaptation.objectives import Objective, get_objective
+from suture.batches import to_device
 from suture.checkpoints import Source
-from suture.errors import ConfigError, DataError
-from suture.methods.registry import unknown_name
+from suture.errors import ConfigError, DataError, unknown_name
 from suture.task_vectors import open_task_vectors
 
 OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {

@@ -21,8 +21,7 @@ from torch import Tensor
 
 from suture.checkpoints import open_checkpoint, save_checkpoint
 from suture.checkpoints.writing import new_file
-from suture.errors import ConfigError
-from suture.methods.registry import unknown_name
+from suture.errors import ConfigError, unknown_name
 
 Granularity = str | Sequence[str] | Mapping[str, str]
 

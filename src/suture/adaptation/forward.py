@@ -1,6 +1,6 @@
 """Inputs through the module and on to the objective: all tasks in one pass, or one task after another."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -9,6 +9,8 @@ from torch import Tensor, nn
 
 from suture.adaptation.merged_model import MergedModel
 from suture.adaptation.objectives import Objective
+from suture.batches import concatenate as concatenate_batches
+from suture.batches import size
 from suture.errors import ConfigError
 
 Forward = Callable[[nn.Module, Any], Tensor]
@@ -51,15 +53,6 @@ def depends_on_batch(module: nn.Module) -> str | None:
     return None
 
 
-def to_device(inputs: Any, device: torch.device) -> Any:
-    """The batch on a device."""
-    if isinstance(inputs, Mapping):
-        return {key: to_device(value, device) for key, value in inputs.items()}
-    if isinstance(inputs, tuple | list):
-        return tuple(to_device(value, device) for value in inputs)
-    return inputs.to(device) if isinstance(inputs, Tensor) else inputs
-
-
 class Network:
     """The merged module with its heads and the objective."""
 
@@ -71,7 +64,7 @@ class Network:
 
     def backward(self, inputs: Mapping[str, Any], wanted: Mapping[str, Tensor], concatenate: bool) -> Tensor:
         """Backpropagate the objective, Σ over tasks of a mean over the batch, and give its value."""
-        joined = _concatenated(list(inputs.values())) if concatenate else None
+        joined = concatenate_batches(list(inputs.values())) if concatenate else None
         if joined is not None:
             return self._backward_at_once(inputs, joined, wanted)
         total, last = torch.zeros((), dtype=torch.float64), len(inputs) - 1
@@ -93,7 +86,7 @@ class Network:
         return outputs
 
     def _backward_at_once(self, inputs: Mapping[str, Any], joined: Any, wanted: Mapping[str, Tensor]) -> Tensor:
-        outputs = self.forward(self.model.module, joined).split([_size(batch) for batch in inputs.values()])
+        outputs = self.forward(self.model.module, joined).split([size(batch) for batch in inputs.values()])
         losses = [
             self._loss(self._after_head(output, task), wanted.get(task))
             for task, output in zip(inputs, outputs, strict=True)
@@ -113,20 +106,6 @@ class Network:
 
     def _loss(self, seen: Tensor, wanted: Tensor | None) -> Tensor:
         return self.objective.function(seen) if wanted is None else self.objective.function(seen, wanted)
-
-
-def _concatenated(batches: Sequence[Any]) -> Any:
-    """One batch of all; None where they do not fit together, as texts padded to different lengths."""
-    if all(isinstance(batch, Tensor) for batch in batches):
-        return torch.cat(list(batches)) if len({batch.shape[1:] for batch in batches}) == 1 else None
-    if not all(isinstance(batch, Mapping) and batch.keys() == batches[0].keys() for batch in batches):
-        return None
-    joined = {key: _concatenated([batch[key] for batch in batches]) for key in batches[0]}
-    return None if any(value is None for value in joined.values()) else joined
-
-
-def _size(batch: Any) -> int:
-    return len(batch) if isinstance(batch, Tensor) else len(next(iter(batch.values())))
 
 
 def _is_dropout_rate(key: str, value: Any) -> bool:

@@ -13,8 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
 
-from suture.errors import ConfigError
-from suture.methods.registry import unknown_name
+from suture.errors import ConfigError, unknown_name
 
 
 def entropy(logits: Float[Tensor, "batch class"]) -> Float[Tensor, ""]:

@@ -3,9 +3,8 @@
 import importlib
 import pkgutil
 
-from suture.errors import ConfigError
+from suture.errors import ConfigError, unknown_name
 from suture.families.base import Encoder, Family, Track, companion_files, untracked
-from suture.methods.registry import unknown_name
 
 __all__ = ["Encoder", "Family", "Track", "companion_files", "families", "family", "untracked"]
 

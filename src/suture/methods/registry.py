@@ -8,11 +8,10 @@ keyword-only arguments are the knobs; the configuration schema, `--help` and the
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from difflib import get_close_matches
 from functools import cached_property
 from typing import Any, Literal, TypeVar
 
-from suture.errors import ConfigError
+from suture.errors import ConfigError, unknown_name
 
 _METHODS: dict[str, "MergeMethod"] = {}
 _ALIASES: dict[str, str] = {}
@@ -98,13 +97,6 @@ def get_method(name: str) -> MergeMethod:
     if name not in _METHODS:
         raise ConfigError(unknown_name("method", name, [*_METHODS, *_ALIASES]))
     return _METHODS[name]
-
-
-def unknown_name(kind: str, name: str, known) -> str:
-    """One line for a name that does not exist: the nearest ones, then all of them."""
-    near = get_close_matches(str(name), [str(k) for k in known], n=2, cutoff=0.5)
-    hint = f" Did you mean {' or '.join(repr(n) for n in near)}?" if near else ""
-    return f"Unknown {kind} {name!r}.{hint} Known: {', '.join(sorted(map(str, known)))}."
 
 
 def _in_one_line(method: str, error: Mapping[str, Any]) -> str:

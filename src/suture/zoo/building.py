@@ -12,6 +12,7 @@ from torch import Tensor
 
 from suture.errors import ConfigError, OutputError
 from suture.progress import bar
+from suture.randomness import generator_for
 from suture.zoo import alphabets, clip_files, training
 from suture.zoo.idx import save_split
 from suture.zoo.recipe import Recipe
@@ -29,7 +30,7 @@ def build_glyphs8(out: Path, seed: int = 0, recipe: Recipe | None = None) -> Pat
         model, tokenizer = _pretrained(folder / "pretrained", recipe, seed)
         for task, stream in batches.items():
             head = training.zero_shot_head(model, tokenizer, alphabets.classnames_of(task))
-            generator = training.generator_for(seed, f"{task}/ft")
+            generator = generator_for(seed, f"{task}/ft")
             with bar(f"Fine-tuning {task}", recipe.finetuning_steps) as advance:
                 expert = training.finetune(model, head, stream, recipe, generator, lambda: advance(1))
             clip_files.save_vision_tower(expert, folder / "experts" / task)
@@ -42,7 +43,7 @@ def _write_data(folder: Path, recipe: Recipe, seed: int) -> dict[str, Batches]:
     for task in alphabets.GLYPH_TASKS:
         glyphs = training.TaskGlyphs(task, recipe)
         for prefix, count in (("train", recipe.train_images), ("t10k", recipe.test_images)):
-            generator = training.generator_for(seed, f"{task.name}/{prefix}")
+            generator = generator_for(seed, f"{task.name}/{prefix}")
             save_split(folder / task.name, prefix, *glyphs.split(count, generator))
         batches[task.name] = glyphs.draw
     digits = training.HandwrittenDigits(recipe, seed)

@@ -5,7 +5,6 @@ Randomness comes from one generator per stage, seeded by name, so that no stage 
 
 import contextlib
 import copy
-import hashlib
 import math
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -14,17 +13,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from suture.randomness import generator_for
 from suture.zoo import alphabets, drawing
 from suture.zoo.clip_files import CAPTION_LENGTH, as_pixels, round_to_half
 from suture.zoo.recipe import Recipe
 
 Advance = Callable[[], None]
-
-
-def generator_for(seed: int, stage: str) -> torch.Generator:
-    """A generator that depends on the seed and the stage's name alone."""
-    digest = hashlib.sha256(f"{seed}/{stage}".encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
 
 
 class CaptionedGlyphs:

@@ -1,0 +1,88 @@
+"""Batches of inputs: a tensor, or a mapping of tensors for keyword arguments; the first axis counts the inputs."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from functools import lru_cache
+from typing import Any
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from suture.errors import ConfigError, DataError
+from suture.randomness import generator_for
+
+Inputs = Tensor | Mapping[str, Tensor]
+
+
+class ShuffledBatches:
+    """Endless batches of one task's inputs, in an order that depends on seed, name and step alone.
+
+    Every input comes once before any comes again; a batch that reaches the end goes on in the next order. The batch of
+    any step can be had at once, so that a loop taken up again goes on where it was.
+
+    >>> batches = ShuffledBatches(torch.arange(5), 3, seed=1, name="digits")
+    >>> sorted(torch.cat([batches[0], batches[1]])[:5].tolist())
+    [0, 1, 2, 3, 4]
+    """
+
+    def __init__(self, inputs: Inputs, batch_size: int = 16, *, seed: int = 0, name: str = ""):
+        if batch_size < 1:
+            raise ConfigError(f"batch_size={batch_size}: wanted 1 or more.")
+        if size(inputs) == 0:
+            raise DataError(f"Task {name!r} has no inputs.")
+        self.inputs, self.batch_size, self.seed, self.name = inputs, batch_size, seed, name
+        self._order = lru_cache(maxsize=2)(self._shuffled)
+
+    def __getitem__(self, step: int) -> Inputs:
+        return take(self.inputs, self.indices(step))
+
+    def __iter__(self) -> Iterator[Inputs]:
+        step = 0
+        while True:
+            yield self[step]
+            step += 1
+
+    def indices(self, step: int) -> Int[Tensor, " batch"]:
+        """Which inputs make up the batch of a step, counted from 0."""
+        start, parts, wanted = step * self.batch_size, [], self.batch_size
+        while wanted:
+            epoch, offset = divmod(start, size(self.inputs))
+            part = self._order(epoch)[offset : offset + wanted]
+            parts.append(part)
+            start, wanted = start + len(part), wanted - len(part)
+        return torch.cat(parts)
+
+    def _shuffled(self, epoch: int) -> Tensor:
+        generator = generator_for(self.seed, f"{self.name}/order/{epoch}")
+        return torch.randperm(size(self.inputs), generator=generator)
+
+
+def size(batch: Any) -> int:
+    """How many inputs a batch holds."""
+    return len(batch) if isinstance(batch, Tensor) else len(next(iter(batch.values())))
+
+
+def take(batch: Any, index: Tensor | slice) -> Any:
+    """The inputs at some positions."""
+    if isinstance(batch, Mapping):
+        return {key: take(value, index) for key, value in batch.items()}
+    return batch[index]
+
+
+def concatenate(batches: Sequence[Any]) -> Any:
+    """One batch of all; None where they do not fit together, as texts padded to different lengths."""
+    if all(isinstance(batch, Tensor) for batch in batches):
+        return torch.cat(list(batches)) if len({batch.shape[1:] for batch in batches}) == 1 else None
+    if not all(isinstance(batch, Mapping) and batch.keys() == batches[0].keys() for batch in batches):
+        return None
+    joined = {key: concatenate([batch[key] for batch in batches]) for key in batches[0]}
+    return None if any(value is None for value in joined.values()) else joined
+
+
+def to_device(inputs: Any, device: torch.device) -> Any:
+    """The batch on a device."""
+    if isinstance(inputs, Mapping):
+        return {key: to_device(value, device) for key, value in inputs.items()}
+    if isinstance(inputs, tuple | list):
+        return tuple(to_device(value, device) for value in inputs)
+    return inputs.to(device) if isinstance(inputs, Tensor) else inputs
