@@ -12,7 +12,7 @@ every_method = pytest.mark.parametrize("method", METHODS, ids=lambda method: met
 
 def run(method, base, deltas, **knobs):
     operand = base + deltas if method.operand == "models" else deltas
-    return method.function(base, operand, **method.validate(knobs))
+    return method.function(base, operand, **method.knobs.validate(knobs))
 
 
 @pytest.fixture
@@ -62,7 +62,7 @@ def test_a_scalar_tensor_is_merged(method, base, deltas):
 @every_method
 def test_a_method_says_where_it_comes_from_and_what_it_does(method):
     assert method.paper.startswith("https://arxiv.org/abs/")
-    assert method.summary.endswith(".")
+    assert method.knobs.summary.endswith(".")
 
 
 def test_the_weight_average_is_the_mean_of_the_models(base, deltas):
@@ -96,13 +96,13 @@ def test_an_unknown_method_is_answered_with_the_nearest_names():
 )
 def test_a_bad_value_is_refused_in_one_line(knob, value, says):
     with pytest.raises(ConfigError, match=says) as caught:
-        get_method("ties_merging").validate({knob: value})
+        get_method("ties_merging").knobs.validate({knob: value})
     assert "\n" not in str(caught.value)
     assert knob in str(caught.value)
 
 
 def test_defaults_are_those_of_the_signature():
-    knobs = get_method("ties_merging").validate({})
+    knobs = get_method("ties_merging").knobs.validate({})
     assert (knobs["scaling_factor"], knobs["threshold"], knobs["merge_func"], knobs["scope"]) == (
         0.3,
         20.0,

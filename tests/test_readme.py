@@ -24,7 +24,7 @@ def test_commands_in_the_readme_compose(multirun, words):
     words = [re.sub(r",.*", "", word) if multirun else word for word in shlex.split(words)]
     composed = config.compose(words)
     knobs = dict(composed["method"])
-    get_method(knobs.pop("name")).validate(knobs)
+    get_method(knobs.pop("name")).knobs.validate(knobs)
     assert composed["modelpool"]["models"]["_pretrained_"] == "zoo:glyphs8/pretrained"
 
 

@@ -19,7 +19,7 @@ class _StaticAlgorithm:
     method: ClassVar[str]
 
     def __init__(self, **knobs: Any):
-        self.knobs = get_method(self.method).validate(knobs)
+        self.knobs = get_method(self.method).knobs.validate(knobs)
 
     @torch.no_grad()
     def run(self, modelpool: Mapping[str, nn.Module]) -> nn.Module:

@@ -74,7 +74,7 @@ def _register() -> None:
 
     store = ConfigStore.instance()
     for method in methods().values():
-        node = {"name": method.name} | {k: _as_data(v) for k, v in method.defaults.items()}
+        node = {"name": method.name} | {k: _as_data(v) for k, v in method.knobs.defaults.items()}
         for name in (method.name, *method.aliases):
             store.store(group="method", name=name, node=node, provider="suture")
 

@@ -39,7 +39,7 @@ def merge(
     {'w': tensor([0.5000, 0.5000])}
     """
     chosen = get_method(method)
-    knobs = chosen.validate(knobs)
+    knobs = chosen.knobs.validate(knobs)
     frozen = knobs.get("remove_keys", ())
     vectors = open_task_vectors(base, models, frozen=frozen, mixed_dtypes=mixed_dtypes, threads=threads)
     return merge_task_vectors(vectors, chosen, knobs, out)

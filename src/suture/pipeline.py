@@ -49,7 +49,7 @@ class Run:
             pool=ModelPool.from_config(config["modelpool"]),
             taskpool=TaskPool.from_config(config["taskpool"]) if config.get("taskpool") else None,
             method=method,
-            knobs=method.validate(knobs),
+            knobs=method.knobs.validate(knobs),
             output=Path(config["output"] or _default_output(config, method)),
             overwrite=bool(config["overwrite"]),
             threads=config["threads"],

@@ -176,7 +176,7 @@ def settled_statistic(vectors: TaskVectors, threshold: float = 20.0) -> TiesStat
     """TIES's statistic of the whole model: the thresholds of the trim, and the majority sign from one more pass."""
     method, votes = get_method("ties_merging"), []
     assert method.vote is not None
-    merge_and_vote, knobs = method.vote, method.validate({"threshold": threshold, "scope": "model"})
+    merge_and_vote, knobs = method.vote, method.knobs.validate({"threshold": threshold, "scope": "model"})
     statistic = trim_thresholds(vectors.stream(), **knobs)
     count = lambda piece, base, deltas: votes.append(merge_and_vote(base, deltas, statistic, **knobs)[1])
     vectors.each_piece(vectors.names, count)

@@ -6,12 +6,13 @@ keyword-only arguments are the knobs; the configuration schema, `--help` and the
 """
 
 import inspect
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal, TypeVar
 
 from suture.errors import ConfigError, unknown_name
+from suture.knobs import Knobs
 
 _METHODS: dict[str, "MergeMethod"] = {}
 _ALIASES: dict[str, str] = {}
@@ -33,45 +34,16 @@ class MergeMethod:
     aliases: tuple[str, ...] = ()
     gather: Callable[..., Any] | None = None
     vote: Callable[..., Any] | None = None
-    _parameters: Mapping[str, inspect.Parameter] = field(init=False, repr=False)
 
-    def __post_init__(self):
-        object.__setattr__(self, "_parameters", inspect.signature(self.function).parameters)
-
-    @property
-    def summary(self) -> str:
-        """The first sentence of the method's docstring."""
-        return (inspect.getdoc(self.function) or "").split("\n", 1)[0]
+    @cached_property
+    def knobs(self) -> Knobs:
+        """The function's knobs: names, defaults and what they may be."""
+        return Knobs(self.name, self.function)
 
     @property
     def operand(self) -> Literal["deltas", "models"]:
         """What the function is fed beside the base."""
-        return "models" if "models" in self._parameters else "deltas"
-
-    @property
-    def defaults(self) -> dict[str, Any]:
-        """Every knob with its default, in the order of the signature."""
-        return {name: p.default for name, p in self._parameters.items() if p.kind is p.KEYWORD_ONLY}
-
-    @cached_property
-    def _schema(self):
-        from pydantic import ConfigDict, create_model
-
-        parameters = self._parameters.items()
-        knobs: Any = {n: (p.annotation, p.default) for n, p in parameters if p.kind is p.KEYWORD_ONLY}
-        return create_model(self.name, __config__=ConfigDict(extra="forbid", allow_inf_nan=False), **knobs)
-
-    def validate(self, knobs: Mapping[str, Any]) -> dict[str, Any]:
-        """All knobs with checked values; raises `ConfigError` for an unknown knob or a value out of its range."""
-        from pydantic import ValidationError
-
-        unknown = [name for name in knobs if name not in self.defaults]
-        if unknown:
-            raise ConfigError(unknown_name(f"knob of {self.name}", unknown[0], self.defaults))
-        try:
-            return dict(self._schema(**knobs))
-        except ValidationError as error:
-            raise ConfigError("; ".join(_in_one_line(self.name, e) for e in error.errors())) from None
+        return "models" if "models" in inspect.signature(self.function).parameters else "deltas"
 
 
 def merge_method(*, paper: str, aliases: tuple[str, ...] = (), gather=None, vote=None) -> Callable[[F], F]:
@@ -97,8 +69,3 @@ def get_method(name: str) -> MergeMethod:
     if name not in _METHODS:
         raise ConfigError(unknown_name("method", name, [*_METHODS, *_ALIASES]))
     return _METHODS[name]
-
-
-def _in_one_line(method: str, error: Mapping[str, Any]) -> str:
-    key = ".".join(str(part) for part in error["loc"])
-    return f"method.{key}={error['input']!r} does not fit {method}: {error['msg']}."

@@ -69,8 +69,8 @@ def print_methods() -> None:
     console = Console(soft_wrap=True, highlight=False)
     for method in methods().values():
         aliases = f" (also {', '.join(method.aliases)})" if method.aliases else ""
-        console.print(f"[bold]{method.name}[/bold]{aliases}: {method.summary}")
-        for knob, default in method.defaults.items():
+        console.print(f"[bold]{method.name}[/bold]{aliases}: {method.knobs.summary}")
+        for knob, default in method.knobs.defaults.items():
             shown = list(default) if isinstance(default, tuple) else default
             console.print(f"    method.{knob}={'null' if shown is None else shown}", markup=False)
         console.print(f"    {method.paper}")

@@ -1,0 +1,56 @@
+"""The knobs of a function: its keyword-only arguments. Defaults and allowed values are read from the signature."""
+
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from suture.errors import ConfigError, unknown_name
+
+
+@dataclass(frozen=True)
+class Knobs:
+    """What `function` can be told, as `group.knob=value` on the command line; `name` is what messages call it."""
+
+    name: str
+    function: Callable[..., Any]
+    group: str = "method"
+
+    @cached_property
+    def _parameters(self) -> dict[str, inspect.Parameter]:
+        parameters = inspect.signature(self.function).parameters.items()
+        return {name: parameter for name, parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY}
+
+    @property
+    def defaults(self) -> dict[str, Any]:
+        """Every knob with its default, in the order of the signature."""
+        return {name: parameter.default for name, parameter in self._parameters.items()}
+
+    @property
+    def summary(self) -> str:
+        """The first sentence of the function's docstring."""
+        return (inspect.getdoc(self.function) or "").split("\n", 1)[0]
+
+    @cached_property
+    def _schema(self):
+        from pydantic import ConfigDict, create_model
+
+        fields: Any = {name: (parameter.annotation, parameter.default) for name, parameter in self._parameters.items()}
+        return create_model(self.name, __config__=ConfigDict(extra="forbid", allow_inf_nan=False), **fields)
+
+    def validate(self, values: Mapping[str, Any]) -> dict[str, Any]:
+        """All knobs with checked values; raises `ConfigError` for an unknown knob or a value out of its range."""
+        from pydantic import ValidationError
+
+        unknown = [name for name in values if name not in self._parameters]
+        if unknown:
+            raise ConfigError(unknown_name(f"knob of {self.name}", unknown[0], self._parameters))
+        try:
+            return dict(self._schema(**values))
+        except ValidationError as error:
+            raise ConfigError("; ".join(dict.fromkeys(map(self._in_one_line, error.errors())))) from None
+
+    def _in_one_line(self, error: Mapping[str, Any]) -> str:
+        knob = str(error["loc"][0])
+        return f"{self.group}.{knob}={error['input']!r} does not fit {self.name}: {error['msg']}."
