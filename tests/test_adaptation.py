@@ -6,11 +6,12 @@ from functools import partial
 import golden_cases as golden
 import pytest
 import torch
+from adaptation_problem import network, problem
 from torch import nn
 from torch.nn.functional import normalize
 
 from suture import merge
-from suture.adaptation import adapt, merged_model
+from suture.adaptation import adapt, merged_model, rows
 from suture.adaptation import entropy as entropy_of
 from suture.errors import ConfigError, DataError, IncompatibleModels
 
@@ -51,21 +52,6 @@ def test_the_trajectory_equals_the_reference(name, concatenate):
     torch.testing.assert_close(result.history, tensors["coefficients"], rtol=0, atol=1e-9)
     torch.testing.assert_close(result.losses, tensors["losses"], rtol=0, atol=1e-9)
     assert result.coefficients.layers == (tuple(case["parameter_order"]) if case["granularity"] == "layer" else None)
-
-
-def network():
-    return nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 4))
-
-
-def problem(dtype=torch.float32, tasks=3, build=network, seed=0, shape=(6,)):
-    """A module, its weights, fine-tuned weights a task, and two batches a task."""
-    torch.manual_seed(seed)
-    module = build().to(dtype).eval()
-    base = {name: tensor.clone() for name, tensor in module.state_dict().items()}
-    tune = lambda w: w + 0.3 * torch.randn_like(w) if w.is_floating_point() else w + 5
-    models = {f"t{i}": {name: tune(tensor) for name, tensor in base.items()} for i in range(tasks)}
-    batches = {task: [torch.randn(3, *shape, dtype=dtype) for _ in range(2)] for task in models}
-    return module, base, models, batches
 
 
 def textbook(module, base, models, batches, spread, values, steps, lr):
@@ -322,10 +308,10 @@ def test_task_vectors_may_be_held_in_a_smaller_dtype():
 
 
 def test_inner_products_with_a_smaller_dtype_do_not_depend_on_the_slices(monkeypatch):
-    rows, gradient = torch.randn(3, 50).bfloat16(), torch.randn(5, 10)
-    monkeypatch.setitem(merged_model._CHUNK, "cpu", 7)
-    found = merged_model.inner_products(rows, gradient)
-    torch.testing.assert_close(found, rows.float() @ gradient.reshape(-1))
+    vectors, gradient = torch.randn(3, 50).bfloat16(), torch.randn(5, 10)
+    monkeypatch.setitem(rows._CHUNK, "cpu", 7)
+    found = rows.inner_products(vectors, gradient)
+    torch.testing.assert_close(found, vectors.float() @ gradient.reshape(-1))
 
 
 def test_a_half_precision_model_is_adapted_and_keeps_its_dtype():
@@ -494,6 +480,6 @@ def test_a_batch_with_labels_needs_a_forward_that_takes_the_inputs():
     labelled = {task: [(batch, torch.zeros(3)) for batch in found] for task, found in batches.items()}
     with pytest.raises(ConfigError, match="A batch is a tuple"):
         adapt(module, base, models, labelled)
-    plain = adapt(module, base, models, batches, max_steps=3, concatenate=False)
+    plain = adapt(module, base, models, batches, max_steps=3)
     by_forward = adapt(module, base, models, labelled, forward=lambda module, batch: module(batch[0]), max_steps=3)
     assert torch.equal(plain.history, by_forward.history)

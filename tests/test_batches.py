@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from suture.batches import ShuffledBatches, concatenate
+from suture.batches import ShuffledBatches, concatenate, joinable
 from suture.errors import ConfigError, DataError
 
 
@@ -35,7 +35,8 @@ def test_no_inputs_and_no_batch_size_are_refused():
         ShuffledBatches(torch.ones(2), 0)
 
 
-def test_batches_that_do_not_fit_are_not_joined():
-    assert concatenate([torch.ones(2, 3), torch.ones(2, 4)]) is None
-    assert concatenate([{"a": torch.ones(1)}, {"b": torch.ones(1)}]) is None
+def test_batches_that_do_not_fit_are_not_joinable():
+    assert not joinable(torch.ones(2, 3), torch.ones(2, 4))
+    assert not joinable({"a": torch.ones(1)}, {"b": torch.ones(1)})
+    assert joinable({"a": torch.ones(1)}, {"a": torch.ones(2)})
     assert len(concatenate([{"a": torch.ones(1)}, {"a": torch.ones(2)}])["a"]) == 3

@@ -59,24 +59,37 @@ class ShuffledBatches:
 
 def size(batch: Any) -> int:
     """How many inputs a batch holds."""
-    return len(batch) if isinstance(batch, Tensor) else len(next(iter(batch.values())))
+    if isinstance(batch, Mapping):
+        return size(next(iter(batch.values())))
+    return size(batch[0]) if isinstance(batch, tuple | list) else len(batch)
 
 
 def take(batch: Any, index: Tensor | slice) -> Any:
     """The inputs at some positions."""
     if isinstance(batch, Mapping):
         return {key: take(value, index) for key, value in batch.items()}
-    return batch[index]
+    return tuple(take(part, index) for part in batch) if isinstance(batch, tuple | list) else batch[index]
+
+
+def joinable(one: Any, other: Any) -> bool:
+    """Whether two batches can be one; texts padded to different lengths cannot."""
+    if isinstance(one, Tensor) and isinstance(other, Tensor):
+        return one.shape[1:] == other.shape[1:]
+    if isinstance(one, Mapping) and isinstance(other, Mapping):
+        return one.keys() == other.keys() and all(joinable(one[key], other[key]) for key in one)
+    if not isinstance(one, tuple | list) or not isinstance(other, tuple | list) or len(one) != len(other):
+        return False
+    return all(map(joinable, one, other))
 
 
 def concatenate(batches: Sequence[Any]) -> Any:
-    """One batch of all; None where they do not fit together, as texts padded to different lengths."""
-    if all(isinstance(batch, Tensor) for batch in batches):
-        return torch.cat(list(batches)) if len({batch.shape[1:] for batch in batches}) == 1 else None
-    if not all(isinstance(batch, Mapping) and batch.keys() == batches[0].keys() for batch in batches):
-        return None
-    joined = {key: concatenate([batch[key] for batch in batches]) for key in batches[0]}
-    return None if any(value is None for value in joined.values()) else joined
+    """One batch of several that are joinable."""
+    first = batches[0]
+    if isinstance(first, Tensor):
+        return torch.cat(list(batches))
+    if isinstance(first, Mapping):
+        return {key: concatenate([batch[key] for batch in batches]) for key in first}
+    return tuple(concatenate(parts) for parts in zip(*batches, strict=True))
 
 
 def to_device(inputs: Any, device: torch.device) -> Any:

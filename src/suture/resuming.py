@@ -28,6 +28,7 @@ class Resume:
 
     def __init__(self, path: str | os.PathLike[str], work: Mapping[str, Any], *, every: float = 10.0):
         self.path, self.work, self.every = Path(path), dict(work), every
+        self.writable = True
         self._saved = time.monotonic()
 
     def load(self) -> dict[str, Any] | None:
@@ -49,12 +50,20 @@ class Resume:
                 )
         return state
 
+    def read_only(self) -> "Resume":
+        """The same state for another process of the same loop, which takes it up but never saves."""
+        reader = Resume(self.path, self.work)
+        reader.writable = False
+        return reader
+
     def due(self) -> bool:
         """Whether it is time to save."""
         return time.monotonic() - self._saved >= self.every
 
     def save(self, state: Mapping[str, Any]) -> None:
         """Replace the file by one that holds this state: tensors, numbers, texts, and lists and dicts of them."""
+        if not self.writable:
+            return
         buffer = io.BytesIO()
         torch.save({"work": self.work, "state": dict(state)}, buffer)
         with new_file(self.path, buffer.getbuffer().nbytes) as descriptor, os.fdopen(os.dup(descriptor), "wb") as file:

@@ -2,20 +2,30 @@
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from itertools import count
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from suture.adaptation.coefficients import Coefficients, Granularity, Layout, effective, initial_values, layout
-from suture.adaptation.forward import Forward, Logits, Network, call, check_concatenation
-from suture.adaptation.merged_model import MergedModel, matched_tensors, task_vector_rows
+from suture.adaptation.forward import Forward, Logits, Network, call, check_concatenation, depends_on_batch
+from suture.adaptation.merged_model import MergedModel, matched_tensors
 from suture.adaptation.objectives import Objective, get_objective
-from suture.batches import to_device
+from suture.adaptation.passes import passes
+from suture.adaptation.rows import task_vector_rows
+from suture.adaptation.team import Team
+from suture.adaptation.trajectory import Trajectory
+from suture.batches import ShuffledBatches, to_device
 from suture.checkpoints import Source
 from suture.errors import ConfigError, DataError, unknown_name
+from suture.progress import Profile
+from suture.resuming import Resume
 from suture.task_vectors import open_task_vectors
+
+if TYPE_CHECKING:
+    from lightning_fabric import Fabric
 
 OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "adam": torch.optim.Adam,
@@ -58,12 +68,19 @@ def adapt(
     softmax: bool = False,
     max_steps: int = 1000,
     concatenate: bool | None = None,
+    micro_batch: int | None = None,
     plus_plus: bool = False,
     threshold: float = 20.0,
     frozen: Sequence[str] = (),
     mixed_dtypes: bool = False,
     vectors_dtype: torch.dtype | None = None,
+    stream_vectors: bool = False,
+    fabric: "Fabric | None" = None,
+    resume: Resume | None = None,
+    profile: Profile | None = None,
     on_step: Callable[[int, float, Tensor], None] | None = None,
+    eval_iterations: int = 0,
+    on_evaluation: Callable[[int, nn.Module], None] | None = None,
 ) -> AdaMergingResult:
     """Learn the coefficients λ of θ = θ₀ + Σ λ_t τ_t by gradient descent on unlabelled inputs.
 
@@ -75,10 +92,15 @@ def adapt(
     module gives logits.
 
     `granularity`, `init_values` and `objective`: see `layout`, `initial_values` and `OBJECTIVES`. `softmax` normalises
-    over tasks. With `concatenate` all tasks share one forward and backward pass; by default where this is exact.
-    `plus_plus` takes the trimmed, sign-agreeing rows of TIES with its `threshold`. `frozen` tensors stay at the base.
-    `vectors_dtype` holds the task vectors in less memory. `on_step(step, loss, values)` sees each step. `max_steps=0`
-    merges with `init_values`. The result depends on the inputs only, and on torch's generator if dropout is on.
+    over tasks. With `concatenate` all tasks share one forward and backward pass; by default where this is exact;
+    `micro_batch` limits the inputs of one pass. `plus_plus` takes the trimmed, sign-agreeing rows of TIES with its
+    `threshold`. `frozen` tensors stay at the base. `max_steps=0` merges with `init_values`.
+
+    Task vectors are held in `vectors_dtype`, or read anew from the checkpoints twice a step with `stream_vectors`.
+    `fabric` gives device and precision, and shares the inputs of each step out over its processes. `resume` takes the
+    loop up where it was left, to the same bits. `profile` is told where the time goes. `on_step(step, loss, values)`
+    sees each step, `on_evaluation(step, module)` the merged module every `eval_iterations` steps. The result depends on
+    the inputs only, and on torch's generator if dropout is on.
 
     Raises `ConfigError` for a bad option, `IncompatibleModels` for weights that do not fit, and `DataError` when
     inputs run out or the objective is not finite.
@@ -97,35 +119,49 @@ def adapt(
     spread()
     descent = _optimizer(optimizer, values, lr, weight_decay)
     _check(max_steps, batches, logits, arrangement)
-    concatenate = check_concatenation(concatenate, module, logits)
+    concatenate = check_concatenation(concatenate, module, logits, micro_batch)
+    team, profile = Team(fabric), profile or Profile()
 
-    rows = task_vector_rows(vectors, plus_plus=plus_plus, threshold=threshold, dtype=vectors_dtype)
-    model = MergedModel(module, vectors, rows)
-    del rows
-    network = Network(model, forward, logits, chosen)
-    streams = {task: _endless(task, batches[task]) for task in arrangement.tasks} if max_steps else {}
-    history, losses = [values.detach().clone()], []
-    with torch.enable_grad(), model.collecting():
-        for step in range(max_steps):
-            inputs = {task: to_device(next(stream), model.device) for task, stream in streams.items()}
-            wanted = network.experts(inputs) if chosen.expert else {}
+    with profile("construct the wrapped model"):
+        rows = task_vector_rows(
+            vectors, plus_plus=plus_plus, threshold=threshold, dtype=vectors_dtype, streamed=stream_vectors
+        )
+        model = MergedModel(module, vectors, rows, team.device)
+        del rows
+    network = Network(model, forward, logits, chosen, profile)
+    trajectory = Trajectory(values, descent, resume if team.rank == 0 or resume is None else resume.read_only())
+    streams = {task: _endless(task, batches[task], trajectory.step) for task in arrangement.tasks} if max_steps else {}
+    cut = {"concatenate": concatenate, "independent": depends_on_batch(module) is None, "micro_batch": micro_batch}
+    with profile("test-time adaptation"), torch.enable_grad(), team.autocast(), model.collecting():
+        while trajectory.step < max_steps:
+            with profile("data loading"):
+                inputs = {task: to_device(next(stream), model.device) for task, stream in streams.items()}
+                work = passes(inputs, **cut, rank=team.rank, world=team.world)
+            if chosen.expert:
+                work = network.ask_experts(work)
             coefficients = spread()
-            model.write(coefficients.detach())  # θ = θ₀ + Σ λ τ
-            loss = network.backward(inputs, wanted, concatenate)  # ∂L/∂θ, each tensor's turned into ⟨∂L/∂θ, τ⟩
+            with profile("merging weights"):
+                model.write(coefficients.detach())  # θ = θ₀ + Σ λ τ
+            loss = team.sum(network.backward(work))  # ∂L/∂θ, each tensor's turned into ⟨∂L/∂θ, τ⟩
+            gradient = team.sum(model.gradient())
             if not loss.isfinite():
-                raise DataError(f"The objective is {loss.item()} at step {step}; check the inputs, or lower lr={lr}.")
-            descent.zero_grad()
-            coefficients.backward(model.gradient())  # ∂L/∂λ, through the clamp and the sharing only
-            descent.step()
-            history.append(values.detach().clone())
-            losses.append(loss.item())
+                where = f"at step {trajectory.step}; check the inputs, or lower lr={lr}."
+                raise DataError(f"The objective is {loss.item()} {where}")
+            with profile("optimizer step"):
+                descent.zero_grad()
+                coefficients.backward(gradient)  # ∂L/∂λ, through the clamp and the sharing only
+                descent.step()
+            trajectory.advance(loss.item(), last=trajectory.step + 1 == max_steps)
             if on_step is not None:
-                on_step(step, losses[-1], history[-1])
+                on_step(trajectory.step - 1, trajectory.losses[-1], trajectory.history[-1])
+            if on_evaluation is not None and eval_iterations and trajectory.step % eval_iterations == 0:
+                model.write(spread().detach())
+                on_evaluation(trajectory.step, model.module)
 
     final = effective(values.detach(), clamp=clamp_weights, softmax=softmax)
     named = Coefficients(final, arrangement.tasks, arrangement.columns)
-    merged = model.merged(spread().detach())
-    return AdaMergingResult(named, torch.stack(history), torch.tensor(losses, dtype=torch.float64), merged)
+    losses = torch.tensor(trajectory.losses, dtype=torch.float64)
+    return AdaMergingResult(named, torch.stack(trajectory.history), losses, model.merged(spread().detach()))
 
 
 def _optimizer(name: str, values: Tensor, lr: float, weight_decay: float) -> torch.optim.Optimizer:
@@ -153,12 +189,17 @@ def _check(max_steps: int, batches: Mapping[str, Any], logits: Logits | None, ar
             raise ConfigError(f"{kind} {problem} {unmatched[0]!r}; wanted one entry a model: {', '.join(tasks)}.")
 
 
-def _endless(task: str, batches: Iterable[Any]) -> Iterator[Any]:
-    """Batch after batch; what can be read again starts over at its end."""
+def _endless(task: str, batches: Iterable[Any], start: int) -> Iterator[Any]:
+    """Batch after batch from that of step `start` on; what can be read again starts over at its end."""
+    if isinstance(batches, ShuffledBatches):
+        yield from (batches[step] for step in count(start))
     while True:
-        count = 0
+        number = 0
         for batch in batches:
-            count += 1
-            yield batch
-        if count == 0:
+            number += 1
+            if start > 0:
+                start -= 1
+            else:
+                yield batch
+        if number == 0:
             raise DataError(f"The inputs of task {task!r} ran out; give more, or a list or loader that starts over.")

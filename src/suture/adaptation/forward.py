@@ -1,6 +1,6 @@
 """Inputs through the module and on to the objective: all tasks in one pass, or one task after another."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -9,9 +9,10 @@ from torch import Tensor, nn
 
 from suture.adaptation.merged_model import MergedModel
 from suture.adaptation.objectives import Objective
-from suture.batches import concatenate as concatenate_batches
-from suture.batches import size
+from suture.adaptation.passes import Part, Pass
+from suture.batches import concatenate, size
 from suture.errors import ConfigError
+from suture.progress import Profile
 
 Forward = Callable[[nn.Module, Any], Tensor]
 Head = Callable[[Tensor], Tensor]
@@ -33,8 +34,13 @@ def call(module: nn.Module, inputs: Any) -> Tensor:
     return found
 
 
-def check_concatenation(concatenate: bool | None, module: nn.Module, logits: Logits | None) -> bool:
-    """Whether to run all tasks in one batch; `ConfigError` where that is asked for and would not be exact."""
+def check_concatenation(
+    concatenate: bool | None, module: nn.Module, logits: Logits | None, micro_batch: int | None = None
+) -> bool:
+    """Whether to run all tasks in one batch; `ConfigError` where what is asked for would not be exact."""
+    if micro_batch is not None and (micro_batch < 1 or depends_on_batch(module)):
+        reason = depends_on_batch(module) or "wanted 1 or more"
+        raise ConfigError(f"micro_batch={micro_batch}: {reason}. Remedy: leave it out, or module.eval().")
     separate = logits is not None and not isinstance(logits, Mapping)
     reason = "`logits` is a function of one task" if separate else depends_on_batch(module)
     if concatenate and reason:
@@ -56,44 +62,49 @@ def depends_on_batch(module: nn.Module) -> str | None:
 class Network:
     """The merged module with its heads and the objective."""
 
-    def __init__(self, model: MergedModel, forward: Forward, logits: Logits | None, objective: Objective):
-        self.model, self.forward, self.objective = model, forward, objective
+    def __init__(
+        self, model: MergedModel, forward: Forward, logits: Logits | None, objective: Objective, profile: Profile
+    ):
+        self.model, self.forward, self.objective, self.profile = model, forward, objective, profile
         wants_logits = objective.of == "logits"
         self.heads = logits if isinstance(logits, Mapping) and wants_logits else None
         self.logits = logits if callable(logits) and wants_logits else None
 
-    def backward(self, inputs: Mapping[str, Any], wanted: Mapping[str, Tensor], concatenate: bool) -> Tensor:
-        """Backpropagate the objective, Σ over tasks of a mean over the batch, and give its value."""
-        joined = concatenate_batches(list(inputs.values())) if concatenate else None
-        if joined is not None:
-            return self._backward_at_once(inputs, joined, wanted)
-        total, last = torch.zeros((), dtype=torch.float64), len(inputs) - 1
-        for i, (task, batch) in enumerate(inputs.items()):
-            loss = self._loss(self._seen(batch, task), wanted.get(task))
-            with self.model.waiting(i < last):  # tasks are summed first: Σ⟨g_t, τ⟩ = ⟨Σ g_t, τ⟩
+    def backward(self, passes: Sequence[Pass]) -> Tensor:
+        """Backpropagate the objective, Σ over tasks of a mean over the batch, and give its value.
+
+        Gradients of all passes are added up before they are turned into products: Σ⟨g_t, τ⟩ = ⟨Σ g_t, τ⟩.
+        """
+        total = torch.zeros((), dtype=torch.float64)
+        for i, parts in enumerate(passes):
+            with self.profile("forward pass"):
+                loss = self._loss(parts)
+            with self.profile("backward pass"), self.model.waiting(i < len(passes) - 1):
                 self.model.backward(loss)
             total += loss.detach().cpu()
         return total
 
     @torch.no_grad()
-    def experts(self, inputs: Mapping[str, Any]) -> dict[str, Tensor]:
-        """What each task's fine-tuned model gives for its batch, in evaluation mode. Writes over the merged weights."""
-        outputs = {}
-        for task, batch in inputs.items():
+    def ask_experts(self, passes: Sequence[Pass]) -> list[Pass]:
+        """The same passes with what each task's fine-tuned model gives. Writes over the merged weights."""
+        wanted: dict[tuple[int, int], Tensor] = {}
+        for task in dict.fromkeys(part.task for parts in passes for part in parts):
             self.model.write_expert(task)
             with _evaluating(self.model.module):
-                outputs[task] = self._seen(batch, task)
-        return outputs
+                for i, parts in enumerate(passes):
+                    for j, part in enumerate(parts):
+                        if part.task == task:
+                            wanted[i, j] = self._seen(part.inputs, task)
+        return [[p._replace(wanted=wanted[i, j]) for j, p in enumerate(parts)] for i, parts in enumerate(passes)]
 
-    def _backward_at_once(self, inputs: Mapping[str, Any], joined: Any, wanted: Mapping[str, Tensor]) -> Tensor:
-        outputs = self.forward(self.model.module, joined).split([size(batch) for batch in inputs.values()])
-        losses = [
-            self._loss(self._after_head(output, task), wanted.get(task))
-            for task, output in zip(inputs, outputs, strict=True)
-        ]
-        loss = torch.stack(losses).sum()
-        self.model.backward(loss)
-        return loss.detach().to("cpu", torch.float64)
+    def _loss(self, parts: Pass) -> Tensor:
+        if len(parts) == 1:
+            seen = [self._seen(parts[0].inputs, parts[0].task)]
+        else:
+            joined = concatenate([part.inputs for part in parts])
+            outputs = self.forward(self.model.module, joined).split([size(part.inputs) for part in parts])
+            seen = [self._after_head(output, part.task) for output, part in zip(outputs, parts, strict=True)]
+        return torch.stack([part.share * self._objective(s, part) for s, part in zip(seen, parts, strict=True)]).sum()
 
     def _seen(self, batch: Any, task: str) -> Tensor:
         """What the objective looks at: logits, or features."""
@@ -104,8 +115,8 @@ class Network:
     def _after_head(self, output: Tensor, task: str) -> Tensor:
         return output if self.heads is None else self.heads[task](output)
 
-    def _loss(self, seen: Tensor, wanted: Tensor | None) -> Tensor:
-        return self.objective.function(seen) if wanted is None else self.objective.function(seen, wanted)
+    def _objective(self, seen: Tensor, part: Part) -> Tensor:
+        return self.objective.function(seen) if part.wanted is None else self.objective.function(seen, part.wanted)
 
 
 def _is_dropout_rate(key: str, value: Any) -> bool:

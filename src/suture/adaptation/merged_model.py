@@ -13,27 +13,29 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from suture.adaptation.rows import Rows
 from suture.errors import IncompatibleModels
-from suture.methods import TiesStatistic, get_method, settle, ties_rows, trim_thresholds
 from suture.task_vectors import TaskVectors, compute_dtype
-
-_CHUNK = {"cpu": 1 << 15}  # entries of each task vector that are widened at once: they stay in the cache
-_CHUNK_ELSEWHERE = 1 << 22  # fewer and larger kernels
-Rows = Mapping[str, Float[Tensor, "task entry"]]
 
 
 class MergedModel:
     """A copy of a module that is rewritten in place for each set of coefficients.
 
-    `module`: the copy, on the caller's device and in its mode. `names`: the merged tensors, the module's parameters in
-    its own order and then its floating-point buffers; these follow their coefficients but give them no gradient.
-    Integer and bool buffers, and all that is frozen, are the base's.
+    `module`: the copy, in the mode of the caller's, on its device unless another is given. `names`: the merged tensors,
+    the module's parameters in its own order and then its floating-point buffers; these follow their coefficients but
+    give them no gradient. Integer and bool buffers, and all that is frozen, are the base's.
     """
 
-    def __init__(self, module: nn.Module, vectors: TaskVectors, rows: Rows):
+    def __init__(
+        self,
+        module: nn.Module,
+        vectors: TaskVectors,
+        rows: Mapping[str, Rows],
+        device: torch.device | None = None,
+    ):
         self.vectors = vectors
         self.names, targets = matched_tensors(module, vectors)
-        self.module = _copy_of(module)
+        self.module = _copy_of(module).to(device)
         state = self.module.state_dict(keep_vars=True)
         self.targets = [state[target] for target in targets]
         self._place_kept(state)
@@ -48,7 +50,7 @@ class MergedModel:
     def write(self, coefficients: Float[Tensor, "task tensor"]) -> None:
         """Put θ₀ + Σ λ_t τ_t into the module."""
         for target, base, rows, column in zip(self.targets, self._base, self._rows, coefficients.T, strict=True):
-            target.copy_(combine(base, rows, column))
+            target.copy_(rows.combine(base, column))
 
     @torch.no_grad()
     def write_expert(self, task: str) -> None:
@@ -97,20 +99,20 @@ class MergedModel:
         base = self.vectors.base
         state = {name: base[name].to("cpu", copy=True) for name in self.vectors.specs}
         for name, start, rows, column in zip(self.names, self._base, self._rows, coefficients.T, strict=True):
-            state[name].copy_(combine(start, rows, column))
+            state[name].copy_(rows.combine(start, column))
         return state | {alias: state[name] for alias, name in base.aliases.items()}
 
     def _take(self, i: int, parameter: Tensor) -> None:
         if self._waiting or parameter.grad is None:
             return
         gradient = parameter.grad.to_dense() if parameter.grad.is_sparse else parameter.grad
-        self._products[i] += inner_products(self._rows[i], gradient)
+        self._products[i] += self._rows[i].products(gradient)
         parameter.grad = None
 
     def _clear(self) -> None:
         self._products = [torch.zeros(len(rows), dtype=base.dtype, device=base.device) for rows, base in self._pairs()]
 
-    def _pairs(self) -> Iterator[tuple[Tensor, Tensor]]:
+    def _pairs(self) -> Iterator[tuple[Rows, Tensor]]:
         return zip(self._rows, self._base, strict=True)
 
     @torch.no_grad()
@@ -118,69 +120,6 @@ class MergedModel:
         for name in self.vectors.kept:
             if name in state:
                 state[name].copy_(self.vectors.base[name])
-
-
-@torch.no_grad()
-def combine(base: Tensor, rows: Float[Tensor, "task entry"], column: Float[Tensor, " task"]) -> Tensor:
-    """θ₀ + Σ λ_t τ_t of one tensor, in the base's shape and dtype.
-
-    Equal coefficients multiply the sum of the task vectors, so that they give Task Arithmetic and TIES to the last bit.
-    """
-    factors = column.tolist()
-    if len(set(factors)) == 1:
-        total = torch.zeros_like(base).view(-1)
-        for row in rows:
-            total += row
-        total *= factors[0]
-    elif rows.dtype == base.dtype:
-        total = torch.mv(rows.T, column.to(rows))
-    else:
-        total = torch.zeros_like(base).view(-1)
-        for row, factor in zip(rows, factors, strict=True):
-            total.add_(row, alpha=factor)
-    return base + total.view(base.shape)
-
-
-def inner_products(rows: Float[Tensor, "task entry"], gradient: Tensor) -> Float[Tensor, " task"]:
-    """⟨G, τ_t⟩ for every task, in float32, or float64 for a float64 gradient."""
-    flat = gradient.reshape(-1).to(compute_dtype(gradient.dtype))
-    if rows.dtype == flat.dtype:
-        return torch.mv(rows, flat)
-    products = torch.zeros(len(rows), dtype=flat.dtype, device=flat.device)
-    chunk = _CHUNK.get(flat.device.type, _CHUNK_ELSEWHERE)
-    for part, gradients in zip(rows.split(chunk, dim=1), flat.split(chunk), strict=True):
-        products += torch.mv(part.to(flat.dtype), gradients)
-    return products
-
-
-def task_vector_rows(
-    vectors: TaskVectors, *, plus_plus: bool = False, threshold: float = 20.0, dtype: torch.dtype | None = None
-) -> dict[str, Float[Tensor, "task entry"]]:
-    """All task vectors, one row a task for each tensor; of AdaMerging++ if `plus_plus`, with TIES's `threshold` (%).
-
-    They are computed in float32 (float64 for float64 tensors) and held in `dtype` if it is given. Raises
-    `IncompatibleModels` for weights that are not finite.
-    """
-    statistic = settled_statistic(vectors, threshold) if plus_plus else None
-    rows = {}
-    for name in vectors.names:
-        base, models = vectors.flat(name)
-        base = _computed(base)
-        deltas = torch.stack([model.to(base.dtype) - base for model in models])
-        _refuse_non_finite(name, vectors, deltas)
-        rows[name] = (deltas if statistic is None else ties_rows(deltas, statistic)).to(dtype or deltas.dtype)
-    return rows
-
-
-def settled_statistic(vectors: TaskVectors, threshold: float = 20.0) -> TiesStatistic:
-    """TIES's statistic of the whole model: the thresholds of the trim, and the majority sign from one more pass."""
-    method, votes = get_method("ties_merging"), []
-    assert method.vote is not None
-    merge_and_vote, knobs = method.vote, method.knobs.validate({"threshold": threshold, "scope": "model"})
-    statistic = trim_thresholds(vectors.stream(), **knobs)
-    count = lambda piece, base, deltas: votes.append(merge_and_vote(base, deltas, statistic, **knobs)[1])
-    vectors.each_piece(vectors.names, count)
-    return settle(statistic, sum(votes))
 
 
 def matched_tensors(module: nn.Module, vectors: TaskVectors) -> tuple[list[str], list[str]]:
@@ -226,13 +165,3 @@ def _copy_of(module: nn.Module) -> nn.Module:
 
 def _computed(tensor: Tensor) -> Tensor:
     return tensor.to(compute_dtype(tensor.dtype))
-
-
-def _refuse_non_finite(name: str, vectors: TaskVectors, deltas: Float[Tensor, "task entry"]) -> None:
-    if deltas.sum().isfinite():
-        return
-    for label, row in zip(vectors.models, deltas, strict=True):
-        if not row.isfinite().all():
-            raise IncompatibleModels(
-                f"'{name}' is not finite in '{label}' or in the base. Remedy: export that checkpoint again."
-            )

@@ -1,0 +1,70 @@
+"""How the inputs of one step are laid out over passes through the network, and over processes.
+
+Where an input's output depends on nothing else, its batch can be cut anywhere: each piece counts for its share of the
+task's mean, so the sum over pieces, passes and processes is the objective itself.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from suture.batches import joinable, size, take
+
+Pass = list["Part"]
+
+
+class Part(NamedTuple):
+    """Inputs of one task, the share of that task's mean that they stand for, and what the expert gives for them."""
+
+    task: str
+    inputs: Any
+    share: float = 1.0
+    wanted: Tensor | None = None
+
+
+def passes(
+    inputs: Mapping[str, Any],
+    *,
+    concatenate: bool,
+    independent: bool = True,
+    micro_batch: int | None = None,
+    rank: int = 0,
+    world: int = 1,
+) -> list[Pass]:
+    """What process `rank` of `world` runs in one step, pass after pass.
+
+    `independent` inputs are cut into rows over processes and into passes of at most `micro_batch`; others only into
+    whole tasks. With `concatenate` the tasks share passes.
+
+    >>> import torch
+    >>> [[part.share for part in p] for p in passes({"t": torch.ones(3)}, concatenate=True, micro_batch=2)]
+    [[0.6666666666666666], [0.3333333333333333]]
+    """
+    if not independent:
+        mine = list(inputs.items())[rank::world]
+        return [[Part(task, batch)] for task, batch in mine]
+    parts = [part for task, batch in inputs.items() for part in _cut(task, batch, micro_batch, rank, world)]
+    return _packed(parts, micro_batch) if concatenate else [[part] for part in parts]
+
+
+def _cut(task: str, batch: Any, micro_batch: int | None, rank: int, world: int) -> list[Part]:
+    if world == 1 and micro_batch is None:
+        return [Part(task, batch)]
+    mine = take(batch, slice(rank, None, world))
+    step = micro_batch or max(1, size(mine))
+    pieces = [take(mine, slice(at, at + step)) for at in range(0, size(mine), step)]
+    return [Part(task, piece, size(piece) / size(batch)) for piece in pieces]
+
+
+def _packed(parts: Sequence[Part], limit: int | None) -> list[Pass]:
+    """Neighbours that fit together, up to `limit` inputs a pass."""
+    packed: list[Pass] = []
+    for part in parts:
+        last = packed[-1] if packed else []
+        full = limit is not None and sum(size(p.inputs) for p in last) + size(part.inputs) > limit
+        if last and not full and joinable(last[0].inputs, part.inputs):
+            last.append(part)
+        else:
+            packed.append([part])
+    return packed

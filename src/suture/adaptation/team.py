@@ -1,0 +1,56 @@
+"""The processes that adapt together, through Lightning Fabric; a team of one without it."""
+
+import io
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING, TypeVar
+
+import torch
+from torch import Tensor
+
+from suture.errors import ConfigError
+
+if TYPE_CHECKING:
+    from lightning_fabric import Fabric
+
+T = TypeVar("T")
+_PRECISIONS = ("32-true", "bf16-mixed")
+
+
+class Team:
+    """Device, precision and sums over processes. `rank` is this process, of `world`."""
+
+    def __init__(self, fabric: "Fabric | None" = None):
+        self.fabric = fabric
+        self.rank, self.world = (fabric.global_rank, fabric.world_size) if fabric else (0, 1)
+        self.device = fabric.device if fabric else None
+        found = fabric.strategy.precision.precision if fabric else _PRECISIONS[0]
+        if found not in _PRECISIONS:
+            raise ConfigError(f"fabric.precision={found}: wanted one of {', '.join(_PRECISIONS)}.")
+
+    def autocast(self) -> AbstractContextManager:
+        """The context of the forward and backward passes."""
+        return self.fabric.autocast() if self.fabric else nullcontext()
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """The sum over all processes, on the CPU."""
+        if self.fabric is None or self.world == 1:
+            return tensor
+        total = self.fabric.all_reduce(tensor.to(self.fabric.device), reduce_op="sum")
+        assert isinstance(total, Tensor)
+        return total.to("cpu", torch.float64)
+
+
+def launch(fabric: "Fabric", function: "Callable[[Fabric], T]") -> T:
+    """Run `function(fabric)` in every process of Fabric's strategy, and give what process 0 gives."""
+    if fabric.world_size == 1:
+        fabric.launch()
+        return function(fabric)
+    return torch.load(io.BytesIO(fabric.launch(_packed, function)), weights_only=False)
+
+
+def _packed(fabric: "Fabric", function: "Callable[[Fabric], T]") -> bytes:
+    """The result as bytes: tensors would be handed over by a process that is gone when they are read."""
+    buffer = io.BytesIO()
+    torch.save(function(fabric), buffer)
+    return buffer.getvalue()
