@@ -8,6 +8,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # Shapes in signatures are enforced here and nowhere else.
 install_import_hook(["suture.adaptation", "suture.methods", "suture.task_vectors"], "typecheck.checked")
 
+pytest_plugins = ["desk"]
+
 
 @pytest.fixture(autouse=True)
 def _cache_of_its_own(tmp_path_factory, monkeypatch):

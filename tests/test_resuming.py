@@ -32,3 +32,11 @@ def test_a_damaged_state_is_refused(tmp_path):
 def test_saving_waits_for_its_time(tmp_path):
     assert Resume(tmp_path / "state.pt", {}, every=0).due()
     assert not Resume(tmp_path / "state.pt", {}, every=60).due()
+
+
+def test_what_a_kill_left_is_removed_with_the_state(tmp_path):
+    resume = Resume(tmp_path / "state.pt", {})
+    resume.save({})
+    (tmp_path / ".state.pt.123-abc.partial").write_bytes(b"half")
+    resume.forget()
+    assert not list(tmp_path.iterdir())

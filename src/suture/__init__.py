@@ -5,8 +5,21 @@
 Everything here is one call, and the command line has the same verbs. Heavy libraries are imported where they are used.
 """
 
-from suture.adaptation import adapt
-from suture.algorithms import SimpleAverageAlgorithm, TaskArithmeticAlgorithm, TiesMergingAlgorithm
+from suture.adaptation import adapt, entropy_loss
+from suture.algorithms import (
+    CLIPLayerWiseAdaMergingAlgorithm,
+    CLIPTaskWiseAdaMergingAlgorithm,
+    InfiniteDataLoader,
+    LayerWiseAdaMergingAlgorithm,
+    LayerWiseMergedModel,
+    SimpleAverageAlgorithm,
+    TaskArithmeticAlgorithm,
+    TaskWiseAdaMergingAlgorithm,
+    TaskWiseMergedModel,
+    TiesMergingAlgorithm,
+    get_layer_wise_weights,
+    get_task_wise_weights,
+)
 from suture.checkpoints import Checkpoint, open_checkpoint, save_checkpoint
 from suture.compatibility import compatibility
 from suture.errors import SutureError
@@ -19,7 +32,12 @@ from suture.preflight import preflight
 from suture.tasks import Task
 
 __all__ = [
+    "CLIPLayerWiseAdaMergingAlgorithm",
+    "CLIPTaskWiseAdaMergingAlgorithm",
     "Checkpoint",
+    "InfiniteDataLoader",
+    "LayerWiseAdaMergingAlgorithm",
+    "LayerWiseMergedModel",
     "ModelPool",
     "Row",
     "SimpleAverageAlgorithm",
@@ -28,13 +46,18 @@ __all__ = [
     "TaskArithmeticAlgorithm",
     "TaskInputs",
     "TaskPool",
+    "TaskWiseAdaMergingAlgorithm",
+    "TaskWiseMergedModel",
     "TiesMergingAlgorithm",
     "adapt",
     "compatibility",
     "demo",
+    "entropy_loss",
     "evaluate",
     "evaluate_row",
+    "get_layer_wise_weights",
     "get_method",
+    "get_task_wise_weights",
     "merge",
     "merge_method",
     "methods",

@@ -66,10 +66,10 @@ def _pipeline(arguments: list[str]) -> None:
 
 def _help() -> None:
     from suture import config
-    from suture.methods import methods
+    from suture.learned import all_methods
 
     print(_HELP)
-    print(f"\nmethods: {', '.join(methods())}")
+    print(f"\nmethods: {', '.join(all_methods())}")
     for group in ("modelpool", "taskpool"):
         print(f"{group}s: {', '.join(config.pools(group))}; or the path of a YAML file of your own")
 

@@ -5,6 +5,7 @@ YAML file of the user's own. What hydra or OmegaConf refuses comes out as a `Con
 names.
 """
 
+import hashlib
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -14,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from suture.errors import ConfigError, SutureError, unknown_name
-from suture.methods import methods
+from suture.learned import all_methods
 
 _GROUPS = ("modelpool", "taskpool")
 
@@ -73,10 +74,11 @@ def _register() -> None:
     from hydra.core.config_store import ConfigStore
 
     store = ConfigStore.instance()
-    for method in methods().values():
-        node = {"name": method.name} | {k: _as_data(v) for k, v in method.knobs.defaults.items()}
+    for method in all_methods().values():
+        defaults = {knob: _as_data(value) for knob, value in method.knobs.defaults.items()}
         for name in (method.name, *method.aliases):
-            store.store(group="method", name=name, node=node, provider="suture")
+            told = name if "name" in defaults else method.name
+            store.store(group="method", name=name, node=defaults | {"name": told}, provider="suture")
 
 
 def _as_data(value: Any) -> Any:
@@ -104,7 +106,8 @@ def _is_multirun() -> bool:
 
 
 def _rewritten(argv: Sequence[str]) -> list[str]:
-    return [_rewrite(argument) for argument in argv]
+    """The words as hydra takes them; no tasks at all is its default."""
+    return [_rewrite(argument) for argument in argv if argument != "taskpool=null"]
 
 
 def _rewrite(argument: str) -> str:
@@ -136,7 +139,7 @@ def _own_pool(group: str, path: Path) -> str:
         node = OmegaConf.load(path)
     except YAMLError as error:
         raise ConfigError(f"{group}={path} is not valid YAML: {' '.join(str(error).split())}") from None
-    name = f"{path.stem}_{abs(hash(str(path.resolve())))}"
+    name = f"{path.stem}_{hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:8]}"
     ConfigStore.instance().store(group=group, name=name, node=OmegaConf.to_container(node), provider="suture")
     return name
 
@@ -174,7 +177,7 @@ def _explain(error: BaseException) -> str:
         return unknown_name(group, name, _all_names(group, error.options))
     for group in ("method", *_GROUPS):
         if f"You must specify '{group}'" in str(error):
-            return f"There is no {group}=… among the words. Known: {', '.join(_all_names(group, list(methods())))}."
+            return f"There is no {group}=… among the words. Known: {', '.join(_all_names(group, list(all_methods())))}."
     for cause in (error, error.__cause__):
         key, parent = getattr(cause, "key", None), getattr(cause, "parent_node", None)
         if key is not None and parent is not None and hasattr(parent, "keys"):

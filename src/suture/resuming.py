@@ -56,6 +56,11 @@ class Resume:
         reader.writable = False
         return reader
 
+    def forget(self) -> None:
+        """Remove the file, and what a kill in the middle of saving it left."""
+        for path in (self.path, *self.path.parent.glob(f".{self.path.name}.*.partial")):
+            path.unlink(missing_ok=True)
+
     def due(self) -> bool:
         """Whether it is time to save."""
         return time.monotonic() - self._saved >= self.every

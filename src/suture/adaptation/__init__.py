@@ -7,6 +7,7 @@ from suture.adaptation.objectives import (
     Objective,
     entropy,
     entropy_epsilon,
+    entropy_loss,
     expert_cross_entropy,
     expert_feature_l1,
 )
@@ -21,6 +22,7 @@ __all__ = [
     "adapt",
     "entropy",
     "entropy_epsilon",
+    "entropy_loss",
     "expert_cross_entropy",
     "expert_feature_l1",
     "layout",

@@ -25,6 +25,11 @@ def entropy(logits: Float[Tensor, "batch class"]) -> Float[Tensor, ""]:
     return -(logits.softmax(-1) * logits.log_softmax(-1)).sum(-1).mean()
 
 
+def entropy_loss(logits: Float[Tensor, "batch class"]) -> Float[Tensor, ""]:
+    """`entropy_epsilon` under the name that FusionBench gives it."""
+    return entropy_epsilon(logits)
+
+
 def entropy_epsilon(logits: Float[Tensor, "batch class"]) -> Float[Tensor, ""]:
     """−Σ p·log(p + 1e-8), as FusionBench computes it: a little below `entropy`."""
     probabilities = logits.softmax(-1)

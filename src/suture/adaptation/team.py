@@ -46,7 +46,7 @@ def launch(fabric: "Fabric", function: "Callable[[Fabric], T]") -> T:
     if fabric.world_size == 1:
         fabric.launch()
         return function(fabric)
-    return torch.load(io.BytesIO(fabric.launch(_packed, function)), weights_only=False)
+    return torch.load(io.BytesIO(fabric.launch(_packed, function)), weights_only=False)  # type: ignore[arg-type]
 
 
 def _packed(fabric: "Fabric", function: "Callable[[Fabric], T]") -> bytes:

@@ -5,7 +5,44 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from torch import Tensor
+
+from suture.adaptation.method import Adapted
 from suture.evaluation import Row
+
+
+@dataclass(frozen=True)
+class Learning:
+    """How a method learned its coefficients.
+
+    `coefficients`: (task,) or (task, layer), as the result has them; `history`: (step + 1, task[, layer]), the
+    unknowns; `losses`: (step,), the objective summed over tasks; `scores`: step → mean accuracy, where asked for.
+    """
+
+    tasks: tuple[str, ...]
+    layers: tuple[str, ...] | None
+    coefficients: Tensor
+    history: Tensor
+    losses: Tensor
+    scores: Mapping[int, float] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, adapted: Adapted) -> "Learning":
+        """What a report says of an adaptation."""
+        result, scores = adapted.result, {step: row.mean for step, row in adapted.scores.items()}
+        found = result.coefficients
+        return cls(found.tasks, found.layers, found.values, result.history, result.losses, scores)
+
+    def as_data(self) -> dict[str, Any]:
+        """As JSON can hold it; the history is in a file of its own."""
+        return {
+            "tasks": list(self.tasks),
+            "layers": list(self.layers) if self.layers else None,
+            "coefficients": self.coefficients.tolist(),
+            "steps": len(self.losses),
+            "losses": self.losses.tolist(),
+            "scores": {str(step): value for step, value in self.scores.items()},
+        }
 
 
 @dataclass(frozen=True)
@@ -25,6 +62,7 @@ class Report:
     notes: Sequence[str] = ()
     command: str = ""
     curves: Mapping[str, Mapping[float, float]] = field(default_factory=dict)
+    learning: Mapping[str, Learning] = field(default_factory=dict)
 
     @property
     def tasks(self) -> list[str]:
@@ -55,6 +93,7 @@ class Report:
             "samples": self.samples,
             "rows": [self._row_as_data(row) for row in self.rows],
             "curves": {name: [list(point) for point in curve.items()] for name, curve in self.curves.items()},
+            "learning": {name: learned.as_data() for name, learned in self.learning.items()},
             "profile_seconds": dict(self.profile),
             "notes": list(self.notes),
             "config": dict(self.config),

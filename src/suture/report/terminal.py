@@ -64,10 +64,10 @@ def print_preflight(found: Preflight) -> None:
 
 def print_methods() -> None:
     """Every method with its knobs, defaults, aliases and paper."""
-    from suture.methods import methods
+    from suture.learned import all_methods
 
     console = Console(soft_wrap=True, highlight=False)
-    for method in methods().values():
+    for method in all_methods().values():
         aliases = f" (also {', '.join(method.aliases)})" if method.aliases else ""
         console.print(f"[bold]{method.name}[/bold]{aliases}: {method.knobs.summary}")
         for knob, default in method.knobs.defaults.items():

@@ -1,4 +1,4 @@
-"""Drop-in classes with the names that people of this field know; thin over `merge`."""
+"""Static merges as classes, thin over `merge`."""
 
 import copy
 from collections.abc import Mapping
@@ -7,10 +7,9 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from suture.errors import ConfigError
+from suture.algorithms.pools import split_pool
 from suture.merge import merge
 from suture.methods import get_method
-from suture.pools import PRETRAINED
 
 
 class _StaticAlgorithm:
@@ -28,10 +27,7 @@ class _StaticAlgorithm:
         `modelpool` maps names to modules, the pretrained one under `_pretrained_`. Raises `ConfigError` without it and
         `IncompatibleModels` for modules that do not fit together.
         """
-        models = dict(modelpool)
-        if PRETRAINED not in models:
-            raise ConfigError(f"The pool has no '{PRETRAINED}' (found: {', '.join(models) or 'nothing'}).")
-        base = models.pop(PRETRAINED)
+        base, models = split_pool(modelpool)
         result = copy.deepcopy(base)
         result.load_state_dict(merge(base, models, self.method, **self.knobs), strict=False)
         return result

@@ -1,0 +1,31 @@
+"""Drop-in classes with the names that people of this field know, thin over the functional core."""
+
+from suture.algorithms.adamerging import (
+    CLIPLayerWiseAdaMergingAlgorithm,
+    CLIPTaskWiseAdaMergingAlgorithm,
+    LayerWiseAdaMergingAlgorithm,
+    TaskWiseAdaMergingAlgorithm,
+)
+from suture.algorithms.loaders import InfiniteDataLoader
+from suture.algorithms.merged_models import (
+    LayerWiseMergedModel,
+    TaskWiseMergedModel,
+    get_layer_wise_weights,
+    get_task_wise_weights,
+)
+from suture.algorithms.static import SimpleAverageAlgorithm, TaskArithmeticAlgorithm, TiesMergingAlgorithm
+
+__all__ = [
+    "CLIPLayerWiseAdaMergingAlgorithm",
+    "CLIPTaskWiseAdaMergingAlgorithm",
+    "InfiniteDataLoader",
+    "LayerWiseAdaMergingAlgorithm",
+    "LayerWiseMergedModel",
+    "SimpleAverageAlgorithm",
+    "TaskArithmeticAlgorithm",
+    "TaskWiseAdaMergingAlgorithm",
+    "TaskWiseMergedModel",
+    "TiesMergingAlgorithm",
+    "get_layer_wise_weights",
+    "get_task_wise_weights",
+]

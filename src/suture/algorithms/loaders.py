@@ -1,0 +1,29 @@
+"""A loader that never ends."""
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from suture.errors import DataError
+
+
+class InfiniteDataLoader:
+    """Batch after batch of a loader, from its start again whenever it ends.
+
+    Raises `DataError` for a loader that gives nothing.
+
+    >>> batches = iter(InfiniteDataLoader([1, 2]))
+    >>> [next(batches) for _ in range(5)]
+    [1, 2, 1, 2, 1]
+    """
+
+    def __init__(self, data_loader: Iterable[Any]):
+        self.data_loader = data_loader
+
+    def __iter__(self) -> Iterator[Any]:
+        while True:
+            number = 0
+            for batch in self.data_loader:
+                number += 1
+                yield batch
+            if number == 0:
+                raise DataError("The loader gives no batch, so it cannot be repeated.")

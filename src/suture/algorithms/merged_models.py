@@ -1,0 +1,114 @@
+"""Merged models with the merge inside the graph, as FusionBench has them: autograd reaches the coefficients.
+
+This is the textbook form, for code that was written against it. `suture.adapt` finds the same gradients without a graph
+through the merge, in a fraction of the memory.
+"""
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from suture.errors import ConfigError
+
+
+def get_task_wise_weights(num_models: int, init_values: float | None = None) -> Float[Tensor, " task"]:
+    """Starting coefficients, (num_models,): `init_values` each, or 1/num_models.
+
+    >>> get_task_wise_weights(2, 0.3)
+    tensor([0.3000, 0.3000])
+    """
+    return torch.full((num_models,), 1 / num_models if init_values is None else float(init_values))
+
+
+def get_layer_wise_weights(
+    num_models: int, num_layers: int, init_values: float | None = None
+) -> Float[Tensor, "task layer"]:
+    """Starting coefficients, (num_models, num_layers): `init_values` each, or 1/num_models."""
+    return get_task_wise_weights(num_models, init_values)[:, None].repeat(1, num_layers)
+
+
+class _MergedModel(nn.Module):
+    """θ = θ₀ + Σ λ τ of the parameters that ask for a gradient; calling it runs the merged model."""
+
+    def __init__(
+        self,
+        weight: Tensor,
+        pretrained_model: nn.Module,
+        finetuned_models: Sequence[nn.Module],
+        clamp_weights: bool = True,
+        tie_weights: bool = False,
+        strict: bool = True,
+    ):
+        super().__init__()
+        self.clamp_weights, self.tie_weights, self.strict = clamp_weights, tie_weights, strict
+        self.merge_weight = nn.Parameter(weight.clone())
+        self.pretrained_model = copy.deepcopy(pretrained_model).requires_grad_(False)
+        base = dict(pretrained_model.named_parameters())
+        self.layers = [name for name, parameter in base.items() if parameter.requires_grad]
+        rows = [dict(model.named_parameters()) for model in finetuned_models]
+        self._check(len(rows))
+        self._vectors = [{n: (row[n] - base[n]).detach() for n in self.layers} for row in rows]
+        self._merged: dict[str, Tensor] | None = None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape that the coefficients must have, given one task."""
+        raise NotImplementedError
+
+    def column(self, weight: Tensor, index: int) -> Float[Tensor, " task"]:
+        """The coefficients of the tensor at this place in `layers`."""
+        raise NotImplementedError
+
+    def merge_weights(self) -> dict[str, Tensor]:
+        """Merge with the coefficients as they are now; later calls of the model use the result."""
+        weight = self.merge_weight.clamp(0, 1) if self.clamp_weights else self.merge_weight
+        base = dict(self.pretrained_model.named_parameters())
+        self._merged = {
+            name: base[name] + sum(c * v[name] for c, v in zip(self.column(weight, i), self._vectors, strict=True))
+            for i, name in enumerate(self.layers)
+        }
+        return self._merged
+
+    def merge_and_unload(self) -> nn.Module:
+        """A plain module with the merged weights."""
+        merged = copy.deepcopy(self.pretrained_model)
+        state = {name: tensor.detach() for name, tensor in self.merge_weights().items()}
+        merged.load_state_dict(state, strict=False)
+        return merged
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        merged = self.merge_weights() if self._merged is None else self._merged
+        return torch.func.functional_call(
+            self.pretrained_model, merged, args, kwargs, tie_weights=self.tie_weights, strict=False
+        )
+
+    def _check(self, models: int) -> None:
+        wanted = (models, *self.shape)
+        if tuple(self.merge_weight.shape) != wanted:
+            raise ConfigError(f"The coefficients have shape {tuple(self.merge_weight.shape)}; wanted {wanted}.")
+
+
+class TaskWiseMergedModel(_MergedModel):
+    """One coefficient a task: `TaskWiseMergedModel(task_wise_weight, pretrained_model, finetuned_models)`."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return ()
+
+    def column(self, weight: Tensor, index: int) -> Float[Tensor, " task"]:
+        return weight
+
+
+class LayerWiseMergedModel(_MergedModel):
+    """One coefficient a task and parameter tensor: `LayerWiseMergedModel(layer_wise_weight, pretrained_model, …)`."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (len(self.layers),)
+
+    def column(self, weight: Tensor, index: int) -> Float[Tensor, " task"]:
+        return weight[:, index]

@@ -1,0 +1,57 @@
+"""Devices, processes, precision and loggers, through Lightning Fabric. The only room that knows it."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from suture.errors import ConfigError, unknown_name
+
+_KEYS = ("accelerator", "devices", "strategy", "precision", "num_nodes", "loggers")
+_LOGGERS = ("csv", "tensorboard", "none")
+_PRECISIONS = ("32-true", "bf16-mixed")
+
+
+def make_fabric(config: Mapping[str, Any], devices: int = 1):
+    """A Fabric as the keys `fabric.*` ask for; `devices` where they leave it open. `ConfigError` for what cannot be."""
+    from lightning_fabric import Fabric
+
+    check_fabric(config)
+    asked = {key: config[key] for key in _KEYS if config.get(key) is not None and key not in ("devices", "loggers")}
+    number = config["devices"] if config.get("devices") is not None else devices
+    if asked.get("strategy", "auto") == "auto" and number not in (1, "1"):
+        asked["strategy"] = "ddp_fork"  # in this process the run goes on: only the adaptation is shared out
+    try:
+        return Fabric(devices=number, **asked)
+    except Exception as error:  # every kind of wrong word has an exception class of its own
+        raise ConfigError(f"fabric: {' '.join(str(error).split())}") from None
+
+
+def check_fabric(config: Mapping[str, Any]) -> None:
+    """Refuse what can be seen to be wrong before anything is opened."""
+    for key in config:
+        if key not in _KEYS:
+            raise ConfigError(unknown_name("key of fabric", key, _KEYS))
+    precision, kind = str(config.get("precision") or _PRECISIONS[0]), _logger_kind(config)
+    if precision not in _PRECISIONS:
+        raise ConfigError(unknown_name("fabric.precision", precision, _PRECISIONS))
+    if kind not in _LOGGERS:
+        raise ConfigError(unknown_name("fabric.loggers.kind", kind, _LOGGERS))
+
+
+def make_logger(config: Mapping[str, Any], folder: Path):
+    """The logger that `fabric.loggers` asks for, writing below `root_dir` or else below `folder`; None for "none"."""
+    kind, settings = _logger_kind(config), config.get("loggers") or {}
+    if kind == "none":
+        return None
+    from lightning_fabric.loggers.csv_logs import CSVLogger
+    from lightning_fabric.loggers.tensorboard import TensorBoardLogger
+
+    place = {"root_dir": settings.get("root_dir") or folder, "name": settings.get("name") or "", "version": ""}
+    try:
+        return CSVLogger(**place) if kind == "csv" else TensorBoardLogger(**place)
+    except ModuleNotFoundError as error:
+        raise ConfigError(f"fabric.loggers.kind={kind} needs {error.name}: pip install 'suture[{kind}]'.") from None
+
+
+def _logger_kind(config: Mapping[str, Any]) -> str:
+    return str((config.get("loggers") or {}).get("kind") or "csv")

@@ -1,0 +1,164 @@
+"""The models of a run, opened: checked, merged into a folder, scored. Weights are read as they are needed."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache, cached_property
+from pathlib import Path
+
+from torch import Tensor
+
+from suture.adaptation import save_coefficients
+from suture.adaptation.method import Adapted
+from suture.checkpoints import Checkpoint, allocate_checkpoint, open_checkpoint, provenance
+from suture.errors import ConfigError
+from suture.evaluation import Row, TaskInputs, evaluate_experts, evaluate_row, evaluation_set
+from suture.families import Family, companion_files, family
+from suture.learned import LearnedMethod
+from suture.merge import merge_task_vectors
+from suture.methods import MergeMethod
+from suture.preflight import Preflight, preflight
+from suture.progress import Profile, bar
+from suture.run import Run
+from suture.stage import Stage
+from suture.task_vectors import TaskVectors
+from suture.tasks import Split
+
+
+@dataclass(frozen=True)
+class Merged:
+    """One merged model on disk, and how it was learned, if it was."""
+
+    tensors: Mapping[str, Tensor]
+    adapted: Adapted | None = None
+
+
+class OpenModels:
+    """The pool of a run, opened. The family of the pretrained model says how its tensors are named and saved."""
+
+    def __init__(self, run: Run, profile: Profile | None = None):
+        self.run, self.profile = run, profile or Profile()
+        self.kind = family(run.pool.family)
+        self.whole_base = open_checkpoint(run.pool.base, label="_pretrained_")
+        self.base = self.mergeable(self.whole_base)
+        self.models = {n: self.mergeable(open_checkpoint(m, label=n)) for n, m in run.pool.models.items()}
+        self.inputs = cache(self._decode)
+        self.provenance = cache(lambda: provenance({"_pretrained_": self.whole_base, **self.models}))
+
+    def preflight(self) -> Preflight:
+        """All that can be said before the slow part."""
+        run = self.run
+        static = run.method if isinstance(run.method, MergeMethod) else None
+        found = preflight(
+            self.base,
+            self.models,
+            static,
+            run.taskpool,
+            frozen=run.frozen,
+            mixed_dtypes=run.pool.mixed_dtypes,
+            output=run.output,
+            bytes_written=sum(spec.nbytes for spec in self.whole_base.specs.values()),
+            threads=run.threads,
+        )
+        if static is None and not found.problems:
+            self._foresee_learning(found, run)
+        return found
+
+    def merge_into(self, folder: Path, run: Run) -> tuple[Merged, Stage | None]:
+        """Write the merged model as its family saves it, and what was learned beside it."""
+        folder.mkdir(parents=True)
+        stage = self.stage(run, folder.parent) if isinstance(run.method, LearnedMethod) else None
+        adapted = run.method.knobs.function(**run.knobs).run(stage) if stage else None
+        self._write(folder, run, adapted)
+        if adapted is not None:
+            _save_learned(adapted, folder.parent)
+        return Merged(dict(self.mergeable(open_checkpoint(folder))), adapted), stage
+
+    def stage(self, run: Run, folder: Path) -> Stage:
+        """The surroundings of a method that learns."""
+        return Stage(
+            vectors=self._vectors(run),
+            build=lambda: self.family.encoder(),
+            tasks=run.taskpool.tasks if run.taskpool else (),
+            decode=self.inputs,
+            fingerprint=lambda: {"models": self.provenance()["inputs"], "tasks": str(run.taskpool)},
+            folder=folder,
+            fabric=run.fabric,
+            seed=run.seed,
+            fast=run.fast,
+            profile=self.profile,
+        )
+
+    def score(self, models: Mapping[str, Mapping[str, Tensor]]) -> tuple[list[Row], Row, Row | None]:
+        """The rows of the table, then again the pretrained model's and the experts' (None if a task has no expert)."""
+        with self.profile("data loading"):
+            inputs = self.inputs("test")
+        with self.profile("evaluation"):
+            pretrained, experts = self._row("pretrained", self.base, inputs), self._experts(inputs)
+            rows = [self._row(name, state, inputs) for name, state in models.items()]
+        return [pretrained, *([experts] if experts else []), *rows], pretrained, experts
+
+    @cached_property
+    def family(self) -> Family:
+        """The pretrained model's family: encoder, heads, what is saved beside the weights."""
+        if self.whole_base.directory is None:
+            raise ConfigError(
+                f"'{self.whole_base.label}' is no model directory. Remedy: give one with config and tokenizer."
+            )
+        return self.kind(self.whole_base.directory, self.whole_base)
+
+    @cached_property
+    def encoder(self):
+        """One module that every model of the run is loaded into in turn."""
+        return self.family.encoder().eval()
+
+    def mergeable(self, checkpoint: Checkpoint) -> Checkpoint:
+        """The tensors of a checkpoint that a merge works on, under the family's canonical names."""
+        return checkpoint.select(self.kind.canonical_names(checkpoint))
+
+    def _vectors(self, run: Run) -> TaskVectors:
+        return TaskVectors(self.base, self.models, run.frozen, run.threads)
+
+    def _foresee_learning(self, found: Preflight, run: Run) -> None:
+        stage, method = self.stage(run, run.output), run.method.knobs.function(**run.knobs)
+        found.problems += method.problems(stage)
+        found.memory = method.memory(stage)
+
+    def _write(self, folder: Path, run: Run, adapted: Adapted | None) -> None:
+        base, stored = self.whole_base, self.kind.canonical_names(self.whole_base)
+        with allocate_checkpoint(base.specs, folder / "model.safetensors", aliases=base.aliases) as tensors:
+            vectors = self._vectors(run)
+            out = {name: tensors[stored[name]] for name in vectors.specs}
+            if isinstance(run.method, MergeMethod):
+                with self.profile("merging weights"):
+                    merge_task_vectors(vectors, run.method, run.knobs, out)
+            for name, tensor in adapted.result.merged.items() if adapted else ():
+                out[name].copy_(tensor)
+            for name in set(tensors) - set(stored.values()):
+                tensors[name].copy_(base[name])
+        for path in companion_files(self.family.directory):
+            (folder / path.name).write_bytes(path.read_bytes())
+
+    def _decode(self, split: Split) -> dict[str, TaskInputs]:
+        assert self.run.taskpool is not None
+        inputs = evaluation_set(self.family, self.run.taskpool.tasks, split, bar)
+        return {name: task.first(self.run.batch_size) for name, task in inputs.items()} if self.run.fast else inputs
+
+    def _experts(self, inputs: Mapping[str, TaskInputs]) -> Row | None:
+        if not set(inputs) <= set(self.models):
+            return None
+        expert = lambda task: self.encoder.load(self.models[task])
+        return evaluate_experts(expert, inputs, batch_size=self.run.batch_size, track=bar)
+
+    def _row(self, name: str, state: Mapping[str, Tensor], inputs: Mapping[str, TaskInputs]) -> Row:
+        return evaluate_row(name, self.encoder.load(state), inputs, batch_size=self.run.batch_size, track=bar)
+
+
+def _save_learned(adapted: Adapted, folder: Path) -> None:
+    """The coefficients under the name that was asked for, and beside them as safetensors with their whole history."""
+    from suture.checkpoints import save_checkpoint
+
+    result = adapted.result
+    if adapted.save_as is not None:
+        save_coefficients(result.coefficients, folder / adapted.save_as)
+    save_coefficients(result.coefficients, folder / "coefficients.safetensors")
+    save_checkpoint({"coefficients": result.history, "losses": result.losses}, folder / "history.safetensors")

@@ -1,0 +1,85 @@
+"""What one run is told, checked for what can be checked without opening a file."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from suture.devices import check_fabric
+from suture.errors import ConfigError
+from suture.learned import LearnedMethod, find_method
+from suture.methods import MergeMethod
+from suture.pools import ModelPool, TaskPool
+
+
+@dataclass(frozen=True)
+class Run:
+    """One pool, one method with its knobs, and how and where to run it. `label` is its row in the table."""
+
+    pool: ModelPool
+    taskpool: TaskPool | None
+    method: MergeMethod | LearnedMethod
+    knobs: Mapping[str, Any]
+    output: Path
+    label: str = ""
+    overwrite: bool = False
+    threads: int = 0
+    batch_size: int = 256
+    fast: bool = False
+    seed: int = 0
+    fabric: Mapping[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> "Run":
+        """Read a composed configuration; raises `ConfigError` for the first value that does not fit."""
+        method, knobs = _method(config["method"])
+        for key, least in (("threads", 0), ("batch_size", 1), ("seed", 0)):
+            if not isinstance(config[key], int) or isinstance(config[key], bool) or config[key] < least:
+                raise ConfigError(f"{key}={config[key]!r}: wanted a whole number, {least} or more.")
+        check_fabric(config["fabric"])
+        label = knobs.get("name", method.name)
+        return cls(
+            pool=ModelPool.from_config(config["modelpool"]),
+            taskpool=TaskPool.from_config(config["taskpool"]) if config.get("taskpool") else None,
+            method=method,
+            knobs=knobs,
+            output=Path(config["output"] or _default_output(config, label)),
+            label=label,
+            overwrite=bool(config["overwrite"]),
+            threads=config["threads"],
+            batch_size=config["batch_size"],
+            fast=bool(config["fast_dev_run"]),
+            seed=config["seed"],
+            fabric=config["fabric"],
+        )
+
+    @classmethod
+    def of(cls, modelpool: Any, taskpool: Any, name: str, knobs: Mapping[str, Any]) -> "Run":
+        """A run that leaves no folder: pools, or what their YAML holds; a method's name; its checked knobs."""
+        pool = modelpool if isinstance(modelpool, ModelPool) else ModelPool.from_config(modelpool)
+        tasks = taskpool if isinstance(taskpool, TaskPool) else TaskPool.from_config(taskpool)
+        return cls(pool, tasks, find_method(name), knobs, Path("outputs"), name)
+
+    @property
+    def frozen(self) -> tuple[str, ...]:
+        """The tensors that stay at the base."""
+        return (*self.pool.frozen, *self.knobs.get("remove_keys", ()))
+
+
+def new_folder(name: str) -> Path:
+    """A folder below `outputs` that has this moment in its name."""
+    return Path("outputs") / name / datetime.now().strftime("%Y%m%d-%H%M%S")
+
+
+def _method(config: Mapping[str, Any]) -> tuple[MergeMethod | LearnedMethod, dict[str, Any]]:
+    """The method and its knobs; `name` is one of them where a method's names stand for different things."""
+    method, told = find_method(config["name"]), dict(config)
+    if "name" not in method.knobs.defaults or told["name"] == method.name:
+        del told["name"]
+    return method, method.knobs.validate(told)
+
+
+def _default_output(config: Mapping[str, Any], label: str) -> Path:
+    pool = str((config.get("choices") or {}).get("modelpool", "pool")).split("/")[-1]
+    return new_folder(f"{pool}/{label}")

@@ -1,0 +1,118 @@
+"""What a method that learns is given: the opened models, their encoder, the tasks' inputs, and how to run."""
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, TypeVar
+
+from torch import Tensor, nn
+
+from suture.adaptation.team import launch
+from suture.devices import make_fabric, make_logger
+from suture.evaluation import Row, TaskInputs, evaluate_row
+from suture.progress import Profile, bar
+from suture.resuming import Resume
+from suture.task_vectors import TaskVectors
+from suture.tasks import Split, Task
+
+T = TypeVar("T")
+Watch = Callable[[int, float, Tensor], None]  # step, loss, values
+
+
+@dataclass
+class Stage:
+    """The surroundings of one learning method.
+
+    `decode(split)` gives the tasks' inputs, `fingerprint()` the hashes of all that goes in, `folder` is where logs go.
+    """
+
+    vectors: TaskVectors
+    build: Callable[[], nn.Module]
+    tasks: tuple[Task, ...]
+    decode: Callable[[Split], Mapping[str, TaskInputs]]
+    fingerprint: Callable[[], Mapping[str, Any]]
+    folder: Path
+    fabric: Mapping[str, Any] = field(default_factory=dict)
+    seed: int = 0
+    fast: bool = False
+    profile: Profile = field(default_factory=Profile)
+    states: list[Resume] = field(default_factory=list)
+
+    @cached_property
+    def encoder(self) -> nn.Module:
+        """The architecture, with the pretrained weights."""
+        return self.build().eval()
+
+    def unmatched_tasks(self) -> list[str]:
+        """One line for each model that has no task of its name to learn from."""
+        named = {task.name for task in self.tasks}
+        return [
+            f"Model '{name}' has no task of its name, so there are no inputs to learn its coefficients from. "
+            "Remedy: add the task to the task pool, or take the model out of the model pool."
+            for name in self.vectors.models
+            if name not in named
+        ]
+
+    def inputs(self, split: Split) -> dict[str, TaskInputs]:
+        """The decoded inputs of the tasks that have a model."""
+        with self.profile("data loading"):
+            decoded = self.decode(split)
+        return {name: decoded[name] for name in self.vectors.models}
+
+    def resume(self, cache_dir: str, work: Mapping[str, Any]) -> Resume:
+        """The state file of this work, named after all that decides its result."""
+        asked = {**work, "seed": str(self.seed), "inputs": json.dumps(self.fingerprint(), sort_keys=True)}
+        digest = hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:16]
+        self.states.append(Resume(Path(cache_dir) / "resume" / f"{digest}.pt", asked))
+        return self.states[-1]
+
+    def run(self, function: Callable[[Any], T], devices: int = 1) -> T:
+        """`function(fabric)` on the devices that were asked for; what it measured is in the profile."""
+        told = lambda fabric: (function(fabric), dict(self.profile.seconds))
+        value, seconds = launch(make_fabric(self.fabric, devices), told)
+        self.profile.seconds.update(seconds)
+        return value
+
+    @contextmanager
+    def watch(self, name: str, steps: int, resume: Resume, *, quiet: bool = False) -> Iterator[Watch]:
+        """What to call after each step: a progress bar, and the logger with the metrics that people know.
+
+        The steps of a loop that is taken up again are logged first. `quiet` is for all processes but the first.
+        """
+        if quiet:
+            yield lambda step, loss, values: None
+            return
+        logger = make_logger(self.fabric, self.folder / "logs" / name)
+        with bar(name, steps) as advance:
+
+            def watch(step: int, loss: float, values: Tensor) -> None:
+                advance(1)
+                if logger is not None:
+                    logger.log_metrics(_metrics(loss, values), step)
+
+            state = resume.load()
+            if state is not None:
+                for step, (loss, values) in enumerate(zip(state["losses"], state["history"][1:], strict=True)):
+                    watch(step, loss, values)
+            yield watch
+        if logger is not None:
+            logger.finalize("success")
+
+    def score(self, name: str, module: nn.Module) -> Row:
+        """One line of the accuracy table, on the test split."""
+        return evaluate_row(name, module, self.inputs("test"), track=bar)
+
+    def forget(self) -> None:
+        """Remove the states of what is now complete."""
+        for state in self.states:
+            state.forget()
+
+
+def _metrics(loss: float, values: Tensor) -> dict[str, Any]:
+    low, high, mean = values.min(), values.max(), values.mean()
+    weights = {"train/weight_max": high, "train/weight_min": low, "train/weight_mean": mean}
+    return {"train/loss": loss, **{name: value.item() for name, value in weights.items()}}
