@@ -9,7 +9,7 @@ from torch import Tensor
 
 from suture.adaptation import save_coefficients
 from suture.adaptation.method import Adapted
-from suture.checkpoints import Checkpoint, allocate_checkpoint, open_checkpoint, provenance
+from suture.checkpoints import Checkpoint, allocate_checkpoint, open_checkpoint, open_fine_tuned, provenance
 from suture.errors import ConfigError
 from suture.evaluation import Row, TaskInputs, evaluate_experts, evaluate_row, evaluation_set
 from suture.families import Family, companion_files, family
@@ -40,7 +40,8 @@ class OpenModels:
         self.kind = family(run.pool.family)
         self.whole_base = open_checkpoint(run.pool.base, label="_pretrained_")
         self.base = self.mergeable(self.whole_base)
-        self.models = {n: self.mergeable(open_checkpoint(m, label=n)) for n, m in run.pool.models.items()}
+        tuned = {name: open_fine_tuned(m, self.whole_base, label=name) for name, m in run.pool.models.items()}
+        self.models = {name: self.mergeable(model) for name, model in tuned.items()}
         self.inputs = cache(self._decode)
         self.provenance = cache(lambda: provenance({"_pretrained_": self.whole_base, **self.models}))
 

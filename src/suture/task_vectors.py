@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from suture.checkpoints import Checkpoint, Source, TensorSpec, open_checkpoint
+from suture.checkpoints import Checkpoint, Source, TensorSpec, open_checkpoint, open_fine_tuned
 from suture.compatibility import compatibility, merged_names
 from suture.errors import IncompatibleModels
 
@@ -136,8 +136,9 @@ def open_task_vectors(
     """Open all models and refuse, from their headers alone, what does not fit together (`IncompatibleModels`)."""
     if not isinstance(models, Mapping):
         models = {f"model_{i}": model for i, model in enumerate(models, start=1)}
-    opened = {name: open_checkpoint(model, label=name) for name, model in models.items()}
-    vectors = TaskVectors(open_checkpoint(base), opened, frozen, threads)
+    opened_base = open_checkpoint(base)
+    opened = {name: open_fine_tuned(model, opened_base, label=name) for name, model in models.items()}
+    vectors = TaskVectors(opened_base, opened, frozen, threads)
     problems = compatibility(vectors.base, opened, frozen=frozen, mixed_dtypes=mixed_dtypes)
     if problems:
         more = f" (and {len(problems) - 1} more; `suture check` lists them)" if len(problems) > 1 else ""

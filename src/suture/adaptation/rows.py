@@ -7,6 +7,7 @@ from typing import Protocol, runtime_checkable
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.nn.functional import pad
 
 from suture.errors import IncompatibleModels
 from suture.methods import TiesStatistic, get_method, settle, ties_rows, trim_thresholds
@@ -92,10 +93,11 @@ class LowRank:
     def combine(self, base: Tensor, column: Float[Tensor, " task"]) -> Tensor:
         scaled = self.up.to(base.dtype) * column.to(base)[:, None, None]
         side_by_side = scaled.permute(1, 0, 2).flatten(1)
-        return torch.addmm(base.flatten(1), side_by_side, self.down.to(base.dtype).flatten(0, 1)).view(base.shape)
+        flat = base.reshape(self.up.shape[1], -1)
+        return torch.addmm(flat, side_by_side, self.down.to(base.dtype).flatten(0, 1)).view(base.shape)
 
     def products(self, gradient: Tensor) -> Float[Tensor, " task"]:
-        flat = gradient.flatten(1).to(compute_dtype(gradient.dtype))
+        flat = gradient.reshape(self.up.shape[1], -1).to(compute_dtype(gradient.dtype))
         projected = self.up.to(flat.dtype).transpose(1, 2) @ flat
         return (projected * self.down.to(flat.dtype)).sum((1, 2))
 
@@ -144,14 +146,15 @@ def task_vector_rows(
     """The task vectors of every merged tensor; those of AdaMerging++ if `plus_plus`, with TIES's `threshold` (%).
 
     They are computed in float32 (float64 for float64 tensors) and held in `dtype` if it is given, or not held at all if
-    `streamed`. Raises `IncompatibleModels` for weights that are not finite.
+    `streamed`; those of LoRA adapters stay factors. Raises `IncompatibleModels` for weights that are not finite.
     """
     statistic = settled_statistic(vectors, threshold) if plus_plus else None
     read = lambda name: _read(vectors, name, statistic, dtype)
     if streamed:
         count = len(vectors.models)
         return {name: Streamed(count, lambda name=name: read(name)) for name in vectors.names}
-    return {name: Held(read(name)) for name in vectors.names}
+    factors = {} if plus_plus else {name: _factors(vectors, name) for name in vectors.names}
+    return {name: factors.get(name) or Held(read(name)) for name in vectors.names}
 
 
 def settled_statistic(vectors: TaskVectors, threshold: float = 20.0) -> TiesStatistic:
@@ -163,6 +166,16 @@ def settled_statistic(vectors: TaskVectors, threshold: float = 20.0) -> TiesStat
     count = lambda piece, base, deltas: votes.append(merge_and_vote(base, deltas, statistic, **knobs)[1])
     vectors.each_piece(vectors.names, count)
     return settle(statistic, sum(votes))
+
+
+def _factors(vectors: TaskVectors, name: str) -> LowRank | None:
+    """The task vectors of one tensor as factors of one rank, if every model gives its own so."""
+    found = [model.factors(name) for model in vectors.models.values()]
+    if any(factors is None for factors in found):
+        return None
+    rank = max(factors.up.shape[1] for factors in found if factors is not None)
+    padded = [(pad(f.up, (0, rank - f.up.shape[1])), pad(f.down, (0, 0, 0, rank - len(f.down)))) for f in found if f]
+    return LowRank(*(torch.stack(side) for side in zip(*padded, strict=True)))
 
 
 def _read(vectors: TaskVectors, name: str, statistic: TiesStatistic | None, dtype: torch.dtype | None) -> Tensor:

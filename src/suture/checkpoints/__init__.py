@@ -12,13 +12,15 @@ What happens to the tensors that are no ordinary weights:
 - Every dtype is kept. Sparse, quantised, meta and complex tensors are refused.
 """
 
-from suture.checkpoints.checkpoint import Checkpoint, TensorSpec
+from suture.checkpoints.adapters import open_fine_tuned
+from suture.checkpoints.checkpoint import Checkpoint, Factors, TensorSpec
 from suture.checkpoints.hashing import cache_directory, content_hash, file_sha256, provenance
 from suture.checkpoints.opening import Source, open_checkpoint
 from suture.checkpoints.writing import allocate_checkpoint, new_directory, save_checkpoint
 
 __all__ = [
     "Checkpoint",
+    "Factors",
     "Source",
     "TensorSpec",
     "allocate_checkpoint",
@@ -27,6 +29,7 @@ __all__ = [
     "file_sha256",
     "new_directory",
     "open_checkpoint",
+    "open_fine_tuned",
     "provenance",
     "save_checkpoint",
 ]

@@ -53,12 +53,28 @@ class TensorSpec(NamedTuple):
         return self.numel * self.dtype.itemsize
 
 
+class Factors(NamedTuple):
+    """A low-rank task vector, up @ down: (rows, rank) and (rank, columns), of a tensor laid out as (rows, columns)."""
+
+    up: Tensor
+    down: Tensor
+
+    @classmethod
+    def none(cls, rows: int, columns: int) -> "Factors":
+        """The task vector of a tensor that was not changed: of rank 0."""
+        return cls(torch.zeros(rows, 0), torch.zeros(0, columns))
+
+
 class Entry(NamedTuple):
-    """One stored tensor. Entries of equal `identity` are one tensor under several names."""
+    """One stored tensor. Entries of equal `identity` are one tensor under several names.
+
+    `factors` gives the difference to the base, where it is known to be of low rank.
+    """
 
     spec: TensorSpec
     read: Callable[[], Tensor]
     identity: Hashable = None
+    factors: Callable[[], Factors] | None = None
 
 
 class Checkpoint(Mapping[str, Tensor]):
@@ -115,6 +131,11 @@ class Checkpoint(Mapping[str, Tensor]):
 
     def __exit__(self, *exception: object) -> None:
         self.close()
+
+    def factors(self, name: str) -> Factors | None:
+        """The difference of a tensor to the base as low-rank factors, if this checkpoint is an adapter; else None."""
+        entry = (self._entries or {}).get(name)
+        return entry.factors() if entry is not None and entry.factors is not None else None
 
     def select(self, names: Mapping[str, str]) -> "Checkpoint":
         """The same checkpoint with some of its tensors only, under other names: new name → name here."""
