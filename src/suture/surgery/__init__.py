@@ -1,1 +1,31 @@
-"""Representation Surgery."""
+"""Representation Surgery: small modules that bring a merged model's features back to those of its experts."""
+
+from suture.surgery.blended_model import BlendModel
+from suture.surgery.model import SurgeryModel, TaskModel
+from suture.surgery.modules import FINAL, SurgeryModules
+from suture.surgery.network import Block, find_blocks
+from suture.surgery.problem import ForwardPasses, Problem
+from suture.surgery.repair import SURGERIES, get_surgery, repair, validated
+from suture.surgery.results import SurgeryResult
+from suture.surgery.router import CentroidRouter, LinearRouter, fit_router, routing_accuracy
+
+__all__ = [
+    "FINAL",
+    "SURGERIES",
+    "BlendModel",
+    "Block",
+    "CentroidRouter",
+    "ForwardPasses",
+    "LinearRouter",
+    "Problem",
+    "SurgeryModel",
+    "SurgeryModules",
+    "SurgeryResult",
+    "TaskModel",
+    "find_blocks",
+    "fit_router",
+    "get_surgery",
+    "repair",
+    "routing_accuracy",
+    "validated",
+]

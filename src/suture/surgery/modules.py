@@ -9,6 +9,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
+from suture.errors import IncompatibleModels
 from suture.randomness import generator_for
 
 #: The place of the module that corrects the final feature; all others are paths of blocks.
@@ -64,6 +65,11 @@ class SurgeryModules(nn.Module):
         """ẑ of the same shape and dtype. `which` module: a slice of tasks, to which the rows belong in equal parts one
         after another, or a task index (row,) for each row.
         """
+        if features.shape[-1] != self.down.shape[-1]:
+            raise IncompatibleModels(
+                f"The backbone gives features of width {features.shape[-1]}, a surgery module takes "
+                f"{self.down.shape[-1]}. Remedy: put it beside the backbone that it was fitted to."
+            )
         seen = self.prepared(features.to(self.down.dtype))
         return (seen - self._correction(seen, which)).to(features.dtype)
 
