@@ -6,6 +6,7 @@ from suture.surgery.modules import FINAL, SurgeryModules
 from suture.surgery.network import Block, find_blocks
 from suture.surgery.problem import ForwardPasses, Problem
 from suture.surgery.repair import SURGERIES, get_surgery, repair, validated
+from suture.surgery.representation import Distances, Representation, linear_cka, project, representation
 from suture.surgery.results import SurgeryResult
 from suture.surgery.router import CentroidRouter, LinearRouter, fit_router, routing_accuracy
 
@@ -15,9 +16,11 @@ __all__ = [
     "BlendModel",
     "Block",
     "CentroidRouter",
+    "Distances",
     "ForwardPasses",
     "LinearRouter",
     "Problem",
+    "Representation",
     "SurgeryModel",
     "SurgeryModules",
     "SurgeryResult",
@@ -25,7 +28,10 @@ __all__ = [
     "find_blocks",
     "fit_router",
     "get_surgery",
+    "linear_cka",
+    "project",
     "repair",
+    "representation",
     "routing_accuracy",
     "validated",
 ]

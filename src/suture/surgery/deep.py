@@ -23,7 +23,7 @@ from suture.surgery.final import set_means
 from suture.surgery.fitting import Descent, Losses, Optimizer, descend
 from suture.surgery.layerwise import fit_layerwise
 from suture.surgery.modules import FINAL, SurgeryModules
-from suture.surgery.network import Block, Network, find_blocks
+from suture.surgery.network import Block, Network, by_place, find_blocks
 from suture.surgery.problem import Order, Problem
 from suture.surgery.results import SurgeryResult, surgery_result
 from suture.task_vectors import compute_dtype
@@ -85,12 +85,6 @@ def new_modules(
         place: SurgeryModules(problem.tasks, dim, rank, place=place, **options).to(problem.device)
         for place, dim in dims.items()
     }
-
-
-def by_place(rows: Tensor, blocks: Sequence[Block]) -> list[Tensor]:
-    """Encodings (…, width) taken apart: (…, dim) for each place."""
-    widths = [block.dim for block in blocks]
-    return list(rows.split([*widths, rows.shape[-1] - sum(widths)], dim=-1))
 
 
 def deep_losses(

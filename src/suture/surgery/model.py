@@ -68,9 +68,9 @@ class SurgeryModel(nn.Module):
         With a router the modules after blocks need a second pass. Raises `ConfigError` for an unknown task.
         """
         if self.network.blocks and task is not None:
-            return self._repaired(inputs, self._which(task))
+            return self._repaired(inputs, self.which(task))
         features = self.encode(inputs)
-        which = self.route(features) if task is None else self._which(task)
+        which = self.route(features) if task is None else self.which(task)
         return self._repaired(inputs, which) if self.network.blocks else self.repair(features, which)
 
     def encode(self, inputs: Any) -> Float[Tensor, "row dim"]:
@@ -79,7 +79,7 @@ class SurgeryModel(nn.Module):
 
     def repair(self, features: Float[Tensor, "row dim"], task: str | slice | Tensor) -> Float[Tensor, "row dim"]:
         """What the final module makes of features that are already encoded."""
-        return self.repairs[-1](features[:, None], self._which(task))[:, 0]
+        return self.repairs[-1](features[:, None], self.which(task))[:, 0]
 
     def route(self, features: Float[Tensor, "row dim"]) -> Int[Tensor, " row"]:
         """The task index of each row, by the router."""
@@ -128,7 +128,8 @@ class SurgeryModel(nn.Module):
     def _repaired(self, inputs: Any, which: slice | Tensor) -> Tensor:
         return self.network(inputs, lambda i, rows: self.repairs[i](rows, which))
 
-    def _which(self, task: str | slice | Tensor) -> slice | Tensor:
+    def which(self, task: str | slice | Tensor) -> slice | Tensor:
+        """Which of the stacked modules belong to a task, or to each row."""
         if isinstance(task, str):
             index = self._index(task)
             return slice(index, index + 1)

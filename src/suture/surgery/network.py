@@ -133,7 +133,8 @@ def _longest_lists(names: dict[str, nn.Module]) -> list[str]:
         return []
     kind = type(longest[0][1])
     paths = lambda name, children: [f"{name}.{child}".lstrip(".") for child, _ in children]
-    return [p for name, children in lists.items() if type(children[0][1]) is kind for p in paths(name, children)]
+    found = [p for name, children in lists.items() if type(children[0][1]) is kind for p in paths(name, children)]
+    return [path for path in found if not any(path.startswith(f"{outer}.") for outer in found)]
 
 
 def _shapes(
@@ -204,3 +205,9 @@ def _pattern(text: str) -> re.Pattern[str]:
 def places_of(blocks: Sequence[Block]) -> list[str]:
     """The names of all places: the blocks' paths, and that of the final feature."""
     return [*(block.path for block in blocks), FINAL]
+
+
+def by_place(rows: Tensor, blocks: Sequence[Block]) -> list[Tensor]:
+    """Encodings (…, width) taken apart: (…, dim) for each place."""
+    widths = [block.dim for block in blocks]
+    return list(rows.split([*widths, rows.shape[-1] - sum(widths)], dim=-1))
