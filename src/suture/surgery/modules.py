@@ -1,5 +1,6 @@
 """The surgery module ẑ = z − U·ReLU(D·z), one for each task at one place. https://arxiv.org/abs/2402.02705"""
 
+import copy
 import math
 from collections.abc import Mapping, Sequence
 from typing import Literal
@@ -79,10 +80,20 @@ class SurgeryModules(nn.Module):
 
     def only(self, task: int) -> "SurgeryModules":
         """A copy with one task's module."""
-        copy = SurgeryModules([""], self.down.shape[2], self.rank, variant=self.variant, dtype=self.down.dtype)
+        one = SurgeryModules([""], self.down.shape[2], self.rank, variant=self.variant, dtype=self.down.dtype)
         state = {name: tensor[task : task + 1].clone() for name, tensor in self.state_dict().items()}
-        copy.to(self.down.device).load_state_dict(state)
-        return copy.requires_grad_(False)
+        one.to(self.down.device).load_state_dict(state)
+        return one.requires_grad_(False)
+
+    def copied(self) -> "SurgeryModules":
+        """A copy of all tasks' modules as they are now."""
+        return copy.deepcopy(self)
+
+    @torch.no_grad()
+    def take(self, other: "SurgeryModules", task: int) -> None:
+        """Take over one task's module as it is now."""
+        for mine, theirs in zip(self.state_dict().values(), other.state_dict().values(), strict=True):
+            mine[task] = theirs[task]
 
     def clear(self) -> None:
         """Begin to note which units are active."""
