@@ -1,6 +1,6 @@
 """Merge fine-tuned models into one, then close the representation gap.
 
-    checkpoints → task vectors → merge → evaluate → report
+    checkpoints → task vectors → merge → repair → evaluate → report
 
 Everything here is one call, and the command line has the same verbs. Heavy libraries are imported where they are used.
 """
@@ -29,6 +29,7 @@ from suture.methods import get_method, merge_method, methods
 from suture.pipeline import demo
 from suture.pools import ModelPool, TaskPool
 from suture.preflight import preflight
+from suture.surgery import SurgeryModel, SurgeryModelWrapper, repair
 from suture.tasks import Task
 
 __all__ = [
@@ -41,6 +42,8 @@ __all__ = [
     "ModelPool",
     "Row",
     "SimpleAverageAlgorithm",
+    "SurgeryModel",
+    "SurgeryModelWrapper",
     "SutureError",
     "Task",
     "TaskArithmeticAlgorithm",
@@ -63,5 +66,6 @@ __all__ = [
     "methods",
     "open_checkpoint",
     "preflight",
+    "repair",
     "save_checkpoint",
 ]
