@@ -1,5 +1,8 @@
 """The state file of a loop: whole or absent, and only for the same work."""
 
+import os
+import time
+
 import pytest
 import torch
 
@@ -34,9 +37,10 @@ def test_saving_waits_for_its_time(tmp_path):
     assert not Resume(tmp_path / "state.pt", {}, every=60).due()
 
 
-def test_what_a_kill_left_is_removed_with_the_state(tmp_path):
-    resume = Resume(tmp_path / "state.pt", {})
-    resume.save({})
-    (tmp_path / ".state.pt.123-abc.partial").write_bytes(b"half")
-    resume.forget()
-    assert not list(tmp_path.iterdir())
+def test_what_a_kill_left_is_removed(tmp_path):
+    Resume(tmp_path / "state.pt", {}).save({"step": 1})
+    for name, age in (("old", 3600), ("new", 0)):
+        (tmp_path / f".state.pt.{name}.partial").write_bytes(b"half")
+        os.utime(tmp_path / f".state.pt.{name}.partial", (time.time() - age,) * 2)
+    assert Resume(tmp_path / "state.pt", {}).load() == {"step": 1}
+    assert {path.name for path in tmp_path.iterdir()} == {"state.pt", ".state.pt.new.partial"}

@@ -8,7 +8,7 @@ names.
 import hashlib
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.resources import files
 from pathlib import Path
@@ -16,6 +16,7 @@ from typing import Any
 
 from suture.errors import ConfigError, SutureError, unknown_name
 from suture.learned import all_methods
+from suture.surgery.method import KINDS, Repair
 
 _GROUPS = ("modelpool", "taskpool")
 
@@ -74,15 +75,17 @@ def _register() -> None:
     from hydra.core.config_store import ConfigStore
 
     store = ConfigStore.instance()
+    for kind in ("none", *KINDS):
+        store.store(group="surgery", name=kind, node=_node(Repair.defaults(kind)), provider="suture")
     for method in all_methods().values():
-        defaults = {knob: _as_data(value) for knob, value in method.knobs.defaults.items()}
+        defaults = _node(method.knobs.defaults)
         for name in (method.name, *method.aliases):
             told = name if "name" in defaults else method.name
             store.store(group="method", name=name, node=defaults | {"name": told}, provider="suture")
 
 
-def _as_data(value: Any) -> Any:
-    return list(value) if isinstance(value, tuple) else value
+def _node(defaults: Mapping[str, Any]) -> dict[str, Any]:
+    return {knob: list(value) if isinstance(value, tuple) else value for knob, value in defaults.items()}
 
 
 def _plain(config) -> dict[str, Any]:

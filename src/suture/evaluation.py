@@ -136,18 +136,31 @@ def evaluate(
     >>> evaluate(lambda inputs: inputs, task)
     Accuracy(value=0.5, samples=2)
     """
+    correct = correct_answers(model, task, batch_size=batch_size, track=track, name=name)
+    return Accuracy(int(correct.sum()) / len(task), len(task))
+
+
+def correct_answers(
+    model: Model,
+    task: TaskInputs,
+    *,
+    batch_size: int = BATCH_SIZE,
+    track: Track = untracked,
+    name: str = "Evaluating",
+) -> Tensor:
+    """Which inputs have their largest logit at the label: bool (N,), on the CPU. See `evaluate`."""
     if len(task) == 0:
         raise DataError(f"Task {task.name!r} has no inputs to evaluate on.")
     if batch_size < 1:
         raise ConfigError(f"batch_size={batch_size} is not a size; give 1 or more.")
-    device, correct = _device(model), 0
+    device, correct = _device(model), []
     with torch.inference_mode(), _evaluation_mode(model), track(f"{name}: {task.name}", len(task)) as advance:
         for start in range(0, len(task), batch_size):
             inputs = task.inputs[start : start + batch_size].to(device)
-            labels = task.labels[start : start + batch_size].to(device)
-            correct += _correct(task, task.logits(model(inputs)), labels)
+            labels = task.labels[start : start + batch_size]
+            correct.append(_correct(task, task.logits(model(inputs)), labels))
             advance(len(labels))
-    return Accuracy(correct / len(task), len(task))
+    return torch.cat(correct)
 
 
 def evaluate_row(
@@ -185,7 +198,7 @@ def expert_matrix(
     return [evaluate_row(task, expert(task), tasks, batch_size=batch_size, track=track) for task in tasks]
 
 
-def _correct(task: TaskInputs, logits: Tensor, labels: Tensor) -> int:
+def _correct(task: TaskInputs, logits: Tensor, labels: Tensor) -> Tensor:
     if not torch.isfinite(logits).all():
         raise CheckpointError(f"The model's output on task {task.name!r} is not finite; check its weights.")
     if int(labels.max()) >= logits.shape[-1]:
@@ -193,7 +206,7 @@ def _correct(task: TaskInputs, logits: Tensor, labels: Tensor) -> int:
             f"Task {task.name!r} has labels up to {int(labels.max())} but the model only knows "
             f"{logits.shape[-1]} classes."
         )
-    return int((logits.argmax(-1) == labels).sum())
+    return logits.argmax(-1).cpu() == labels
 
 
 def _evaluate_each(

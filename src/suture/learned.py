@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from functools import cached_property
 
-from suture.adaptation.method import NAMES, AdaMerging
+from suture.adaptation.method import NAMES, AdaMerging, AdaMergingSurgery
 from suture.errors import ConfigError, unknown_name
 from suture.knobs import Knobs
 from suture.methods import MergeMethod, methods
@@ -24,7 +24,10 @@ class LearnedMethod:
         return Knobs(self.name, self.function)
 
 
-_LEARNED = (LearnedMethod("adamerging", AdaMerging, "https://arxiv.org/abs/2310.02575", tuple(NAMES)),)
+_LEARNED = (
+    LearnedMethod("adamerging", AdaMerging, "https://arxiv.org/abs/2310.02575", tuple(NAMES)),
+    LearnedMethod("surgery/adamerging_surgery", AdaMergingSurgery, "https://arxiv.org/abs/2402.02705"),
+)
 
 
 def all_methods() -> dict[str, MergeMethod | LearnedMethod]:

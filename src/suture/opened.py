@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache, cached_property
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from torch import Tensor
 
@@ -20,16 +21,19 @@ from suture.preflight import Preflight, preflight
 from suture.progress import Profile, bar
 from suture.run import Run
 from suture.stage import Stage
+from suture.surgery.method import Repair, Repaired
 from suture.task_vectors import TaskVectors
 from suture.tasks import Split
 
 
 @dataclass(frozen=True)
 class Merged:
-    """One merged model on disk, and how it was learned, if it was."""
+    """One merged model on disk, how it was learned, if it was, and what repaired it."""
 
     tensors: Mapping[str, Tensor]
     adapted: Adapted | None = None
+    repaired: tuple[Repaired, ...] = ()
+    notes: tuple[str, ...] = ()
 
 
 class OpenModels:
@@ -60,19 +64,29 @@ class OpenModels:
             bytes_written=sum(spec.nbytes for spec in self.whole_base.specs.values()),
             threads=run.threads,
         )
-        if static is None and not found.problems:
+        if not found.problems:
             self._foresee_learning(found, run)
         return found
 
-    def merge_into(self, folder: Path, run: Run) -> tuple[Merged, Stage | None]:
-        """Write the merged model as its family saves it, and what was learned beside it."""
-        folder.mkdir(parents=True)
-        stage = self.stage(run, folder.parent) if isinstance(run.method, LearnedMethod) else None
-        adapted = run.method.knobs.function(**run.knobs).run(stage) if stage else None
-        self._write(folder, run, adapted)
+    def merge_into(self, folder: Path, run: Run) -> Merged:
+        """Write `model` as its family saves it, and beside it what was learned and what repairs it."""
+        (folder / "model").mkdir(parents=True)
+        stage = self.stage(run, folder)
+        learns = isinstance(run.method, LearnedMethod)
+        adapted = run.method.knobs.function(**run.knobs).run(stage) if learns else None
+        self._write(folder / "model", run, adapted)
         if adapted is not None:
-            _save_learned(adapted, folder.parent)
-        return Merged(dict(self.mergeable(open_checkpoint(folder))), adapted), stage
+            _save_learned(adapted, folder)
+        tensors = dict(self.mergeable(open_checkpoint(folder / "model")))
+        repaired = tuple(self._repair(repair, stage, run, tensors) for repair in run.repairs)
+        return Merged(tensors, adapted, repaired, tuple(stage.taken_up()))
+
+    def _repair(self, repair: Repair, stage: Stage, run: Run, tensors: Mapping[str, Tensor]) -> Repaired:
+        with TemporaryDirectory(prefix=".encodings-", dir=stage.folder) as encodings:
+            repaired = repair.run(stage, run.label, tensors, Path(encodings))
+        several = len(run.repairs) > 1
+        repaired.save(stage.folder / (f"surgery_{repair.kind}.safetensors" if several else "surgery.safetensors"))
+        return repaired
 
     def stage(self, run: Run, folder: Path) -> Stage:
         """The surroundings of a method that learns."""
@@ -85,17 +99,18 @@ class OpenModels:
             folder=folder,
             fabric=run.fabric,
             seed=run.seed,
+            batch_size=run.batch_size,
             fast=run.fast,
             profile=self.profile,
         )
 
-    def score(self, models: Mapping[str, Mapping[str, Tensor]]) -> tuple[list[Row], Row, Row | None]:
+    def score(self, models: Mapping[str, Mapping[str, Tensor] | Merged]) -> tuple[list[Row], Row, Row | None]:
         """The rows of the table, then again the pretrained model's and the experts' (None if a task has no expert)."""
         with self.profile("data loading"):
             inputs = self.inputs("test")
         with self.profile("evaluation"):
             pretrained, experts = self._row("pretrained", self.base, inputs), self._experts(inputs)
-            rows = [self._row(name, state, inputs) for name, state in models.items()]
+            rows = [row for name, model in models.items() for row in self._rows(name, model, inputs)]
         return [pretrained, *([experts] if experts else []), *rows], pretrained, experts
 
     @cached_property
@@ -120,9 +135,13 @@ class OpenModels:
         return TaskVectors(self.base, self.models, run.frozen, run.threads)
 
     def _foresee_learning(self, found: Preflight, run: Run) -> None:
-        stage, method = self.stage(run, run.output), run.method.knobs.function(**run.knobs)
-        found.problems += method.problems(stage)
-        found.memory = method.memory(stage)
+        stage = self.stage(run, run.output)
+        for repair in run.repairs:
+            found.problems += repair.problems(stage)
+        if isinstance(run.method, LearnedMethod):
+            method = run.method.knobs.function(**run.knobs)
+            found.problems += method.problems(stage)
+            found.memory = method.memory(stage)
 
     def _write(self, folder: Path, run: Run, adapted: Adapted | None) -> None:
         base, stored = self.whole_base, self.kind.canonical_names(self.whole_base)
@@ -149,6 +168,12 @@ class OpenModels:
             return None
         expert = lambda task: self.encoder.load(self.models[task])
         return evaluate_experts(expert, inputs, batch_size=self.run.batch_size, track=bar)
+
+    def _rows(self, name: str, model: Mapping[str, Tensor] | Merged, inputs: Mapping[str, TaskInputs]) -> list[Row]:
+        if not isinstance(model, Merged):
+            return [self._row(name, model, inputs)]
+        repaired = [row for repair in model.repaired for row in repair.rows]
+        return [self._row(name, model.tensors, inputs), *repaired]
 
     def _row(self, name: str, state: Mapping[str, Tensor], inputs: Mapping[str, TaskInputs]) -> Row:
         return evaluate_row(name, self.encoder.load(state), inputs, batch_size=self.run.batch_size, track=bar)

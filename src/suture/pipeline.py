@@ -51,30 +51,27 @@ def demo(output: Path | None = None) -> Path:
 def merge_and_report(runs: Sequence[Run], models: OpenModels, config: Mapping[str, Any], notes: Sequence[str]) -> Path:
     """Merge by one or several methods, score every result, report. The run's folder appears when all is there."""
     from suture import config as configuration
-    from suture.report import Learning, Report, print_report, write
+    from suture.report import Learning, RepairReport, Report, print_report, write
 
-    first, merged, stages = runs[0], {}, []
+    first, merged = runs[0], {}
     with new_directory(first.output, overwrite=first.overwrite) as folder:
         for run in runs:
             place = folder if len(runs) == 1 else folder / "models" / run.label
-            merged[run.label], stage = models.merge_into(place / "model", run)
-            stages += [stage] if stage else []
-        states = {label: result.tensors for label, result in merged.items()}
-        scores = models.score(states) if first.taskpool else ([], None, None)
+            merged[run.label] = models.merge_into(place, run)
+        scores = models.score(merged) if first.taskpool else ([], None, None)
         report = Report(
             f"{', '.join(merged)} of {len(models.models)} models",
             *scores,
             config=config,
             provenance=models.provenance(),
             profile=models.profile.seconds,
-            notes=notes,
+            notes=[*notes, *(note for result in merged.values() for note in result.notes)],
             command=shlex.join(["suture", *sys.argv[1:]]),
             learning={label: Learning.of(m.adapted) for label, m in merged.items() if m.adapted},
+            repairs={f"{label} + {r.kind}": RepairReport.of(r) for label, m in merged.items() for r in m.repaired},
         )
         write(report, folder)
         configuration.save(dict(config), folder / "config.yaml")
-    for stage in stages:
-        stage.forget()
     print_report(report)
     print(f"The merged model and the report are in {first.output}")
     return first.output

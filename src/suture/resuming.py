@@ -1,5 +1,6 @@
 """Where a long loop left off: one file, replaced whole, that only the same work takes up again."""
 
+import contextlib
 import io
 import os
 import time
@@ -11,6 +12,8 @@ import torch
 
 from suture.checkpoints.writing import new_file
 from suture.errors import CheckpointError, ConfigError
+
+_STALE = 60.0  # seconds
 
 
 class Resume:
@@ -33,6 +36,10 @@ class Resume:
 
     def load(self) -> dict[str, Any] | None:
         """The last state saved; None if there is none. Raises `ConfigError` if it belongs to other work."""
+        for leftover in self.path.parent.glob(f".{self.path.name}.*.partial"):
+            with contextlib.suppress(OSError):  # what a kill in the middle of saving left, not what is being saved
+                if time.time() - leftover.stat().st_mtime > _STALE:
+                    leftover.unlink()
         if not self.path.exists():
             return None
         try:
@@ -55,11 +62,6 @@ class Resume:
         reader = Resume(self.path, self.work)
         reader.writable = False
         return reader
-
-    def forget(self) -> None:
-        """Remove the file, and what a kill in the middle of saving it left."""
-        for path in (self.path, *self.path.parent.glob(f".{self.path.name}.*.partial")):
-            path.unlink(missing_ok=True)
 
     def due(self) -> bool:
         """Whether it is time to save."""

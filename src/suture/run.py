@@ -1,7 +1,7 @@
 """What one run is told, checked for what can be checked without opening a file."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -11,11 +11,12 @@ from suture.errors import ConfigError
 from suture.learned import LearnedMethod, find_method
 from suture.methods import MergeMethod
 from suture.pools import ModelPool, TaskPool
+from suture.surgery.method import Repair
 
 
 @dataclass(frozen=True)
 class Run:
-    """One pool, one method with its knobs, and how and where to run it. `label` is its row in the table."""
+    """One pool, one method with its knobs, repairs, and how and where to run it. `label` is its row in the table."""
 
     pool: ModelPool
     taskpool: TaskPool | None
@@ -23,6 +24,7 @@ class Run:
     knobs: Mapping[str, Any]
     output: Path
     label: str = ""
+    repairs: tuple[Repair, ...] = ()
     overwrite: bool = False
     threads: int = 0
     batch_size: int = 256
@@ -38,7 +40,10 @@ class Run:
             if not isinstance(config[key], int) or isinstance(config[key], bool) or config[key] < least:
                 raise ConfigError(f"{key}={config[key]!r}: wanted a whole number, {least} or more.")
         check_fabric(config["fabric"])
-        label = knobs.get("name", method.name)
+        repairs = _repairs(config, knobs)
+        label = "adamerging" if "surgery_steps" in knobs else knobs.get("name", method.name)
+        if repairs and not config.get("taskpool"):
+            raise ConfigError(f"surgery={repairs[0].kind} needs unlabelled inputs. Remedy: name a taskpool=…")
         return cls(
             pool=ModelPool.from_config(config["modelpool"]),
             taskpool=TaskPool.from_config(config["taskpool"]) if config.get("taskpool") else None,
@@ -46,6 +51,7 @@ class Run:
             knobs=knobs,
             output=Path(config["output"] or _default_output(config, label)),
             label=label,
+            repairs=repairs,
             overwrite=bool(config["overwrite"]),
             threads=config["threads"],
             batch_size=config["batch_size"],
@@ -78,6 +84,19 @@ def _method(config: Mapping[str, Any]) -> tuple[MergeMethod | LearnedMethod, dic
     if "name" not in method.knobs.defaults or told["name"] == method.name:
         del told["name"]
     return method, method.knobs.validate(told)
+
+
+def _repairs(config: Mapping[str, Any], knobs: Mapping[str, Any]) -> tuple[Repair, ...]:
+    """The repair that `surgery=…` asks for, or the one that is part of the method."""
+    asked = Repair.from_config(config["surgery"])
+    if "surgery_steps" not in knobs:
+        return (asked,) if asked else ()
+    if asked:
+        raise ConfigError(f"surgery={asked.kind}, but the method has a surgery of its own. Remedy: leave one out.")
+    own = {"steps": knobs["surgery_steps"], "lr": knobs["surgery_lr"], "rank": knobs["surgery_rank"]}
+    own |= {"eval_iterations": knobs["eval_iterations"], "split": knobs["split"], "cache_dir": knobs["cache_dir"]}
+    repair = Repair.from_config({**Repair.defaults("final"), **own})
+    return (replace(repair, row="surgery"),) if repair else ()
 
 
 def _default_output(config: Mapping[str, Any], label: str) -> Path:

@@ -9,8 +9,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor, nn
 
+from suture.adaptation.forward import call
 from suture.adaptation.team import launch
 from suture.devices import make_fabric, make_logger
 from suture.evaluation import Row, TaskInputs, evaluate_row
@@ -20,7 +22,7 @@ from suture.task_vectors import TaskVectors
 from suture.tasks import Split, Task
 
 T = TypeVar("T")
-Watch = Callable[[int, float, Tensor], None]  # step, loss, values
+Watch = Callable[[int, float, Tensor | None], None]  # step, loss, values
 
 
 @dataclass
@@ -38,9 +40,10 @@ class Stage:
     folder: Path
     fabric: Mapping[str, Any] = field(default_factory=dict)
     seed: int = 0
+    batch_size: int = 256
     fast: bool = False
     profile: Profile = field(default_factory=Profile)
-    states: list[Resume] = field(default_factory=list)
+    found: dict[Path, int] = field(default_factory=dict)
 
     @cached_property
     def encoder(self) -> nn.Module:
@@ -65,10 +68,30 @@ class Stage:
 
     def resume(self, cache_dir: str, work: Mapping[str, Any]) -> Resume:
         """The state file of this work, named after all that decides its result."""
-        asked = {**work, "seed": str(self.seed), "inputs": json.dumps(self.fingerprint(), sort_keys=True)}
+        fast = str(self.batch_size if self.fast else "")  # it cuts the inputs
+        told = json.dumps(self.fingerprint(), sort_keys=True)
+        asked = {**work, "seed": str(self.seed), "fast_dev_run": fast, "inputs": told}
         digest = hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:16]
-        self.states.append(Resume(Path(cache_dir) / "resume" / f"{digest}.pt", asked))
-        return self.states[-1]
+        resume = Resume(Path(cache_dir) / "resume" / f"{digest}.pt", asked)
+        if done := sum(1 for _ in _steps_done(resume)):
+            self.found[resume.path] = done
+        return resume
+
+    def device(self) -> torch.device:
+        """The first of the devices that were asked for."""
+        return make_fabric({**self.fabric, "devices": 1, "strategy": "auto"}).device
+
+    def forward(self) -> Callable[[nn.Module, Any], Tensor]:
+        """How inputs go through a module: in the precision that was asked for."""
+        if str(self.fabric.get("precision") or "32-true") == "32-true":
+            return call
+        fabric = make_fabric({**self.fabric, "devices": 1, "strategy": "auto"})
+
+        def in_precision(module: nn.Module, inputs: Any) -> Tensor:
+            with fabric.autocast():
+                return call(module, inputs).float()
+
+        return in_precision
 
     def run(self, function: Callable[[Any], T], devices: int = 1) -> T:
         """`function(fabric)` on the devices that were asked for; what it measured is in the profile."""
@@ -89,15 +112,13 @@ class Stage:
         logger = make_logger(self.fabric, self.folder / "logs" / name)
         with bar(name, steps) as advance:
 
-            def watch(step: int, loss: float, values: Tensor) -> None:
+            def watch(step: int, loss: float, values: Tensor | None) -> None:
                 advance(1)
                 if logger is not None:
                     logger.log_metrics(_metrics(loss, values), step)
 
-            state = resume.load()
-            if state is not None:
-                for step, (loss, values) in enumerate(zip(state["losses"], state["history"][1:], strict=True)):
-                    watch(step, loss, values)
+            for step, (loss, values) in enumerate(_steps_done(resume)):
+                watch(step, loss, values)
             yield watch
         if logger is not None:
             logger.finalize("success")
@@ -106,13 +127,26 @@ class Stage:
         """One line of the accuracy table, on the test split."""
         return evaluate_row(name, module, self.inputs("test"), track=bar)
 
-    def forget(self) -> None:
-        """Remove the states of what is now complete."""
-        for state in self.states:
-            state.forget()
+    def taken_up(self) -> list[str]:
+        """One line for each loop that did not begin at its start."""
+        return [
+            f"{count} step{'s' * (count > 1)} of a loop were taken up from {path}."
+            for path, count in self.found.items()
+        ]
 
 
-def _metrics(loss: float, values: Tensor) -> dict[str, Any]:
+def _steps_done(resume: Resume) -> Iterator[tuple[float, Tensor | None]]:
+    """Loss and coefficients of each step that a state holds."""
+    state = resume.load() or {"losses": []}
+    losses = torch.as_tensor(state["losses"], dtype=torch.float64)
+    values = state["history"][1:] if "history" in state else [None] * len(losses)
+    for loss, value in zip(losses, values, strict=True):
+        yield loss.nansum().item(), value
+
+
+def _metrics(loss: float, values: Tensor | None) -> dict[str, Any]:
+    if values is None:
+        return {"train/loss": loss}
     low, high, mean = values.min(), values.max(), values.mean()
     weights = {"train/weight_max": high, "train/weight_min": low, "train/weight_mean": mean}
     return {"train/loss": loss, **{name: value.item() for name, value in weights.items()}}

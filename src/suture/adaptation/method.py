@@ -164,3 +164,16 @@ class AdaMerging:
         """What decides the result, so that only the same work is taken up again."""
         told = {key: str(value) for key, value in asdict(self).items() if key not in _WITHOUT_EFFECT}
         return told | {"max_steps": str(steps), "fast_dev_run": "", "name": str(NAMES[self.name])}
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdaMergingSurgery(AdaMerging):
+    """Layer-wise AdaMerging, then Representation Surgery on the final feature; both results are kept.
+
+    The keys are those of `adamerging`; surgery takes `surgery_steps` steps with its own Adam of `surgery_lr`.
+    """
+
+    eval_iterations: Annotated[int, Ge(0)] = 200
+    surgery_steps: Annotated[int, Ge(1)] = 1000
+    surgery_lr: Annotated[float, Gt(0)] = 1e-3
+    surgery_rank: Annotated[int, Ge(1)] = 16

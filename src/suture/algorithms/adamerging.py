@@ -111,7 +111,6 @@ class _CLIPAdaMergingAlgorithm:
         models.preflight().refuse()
         stage = models.stage(models.run, Path(self.knobs["cache_dir"]))
         adapted = models.run.method.knobs.function(**self.knobs).run(stage)
-        stage.forget()
         self.result = adapted.result
         return models.family.encoder().load(adapted.result.merged)
 

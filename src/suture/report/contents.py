@@ -9,6 +9,8 @@ from torch import Tensor
 
 from suture.adaptation.method import Adapted
 from suture.evaluation import Row
+from suture.surgery import OnlineResult, Representation
+from suture.surgery.method import Repaired
 
 
 @dataclass(frozen=True)
@@ -46,8 +48,70 @@ class Learning:
 
 
 @dataclass(frozen=True)
+class RepairReport:
+    """What a repair cost and what it moved; `representation` has the distances to the experts before and after."""
+
+    kind: str
+    added_parameters: int
+    encoded: Mapping[str, int]
+    encoders: int = 1
+    steps: int = 0
+    losses: Mapping[str, Sequence[float]] = field(default_factory=dict)
+    active: Mapping[str, float] = field(default_factory=dict)
+    warnings: Sequence[str] = ()
+    scores: Mapping[int, float] = field(default_factory=dict)
+    representation: Representation | None = None
+
+    @classmethod
+    def of(cls, repaired: Repaired) -> "RepairReport":
+        """What a report says of a repair."""
+        result, passes = repaired.result, repaired.result.passes
+        encoded = {"merged": passes.merged, "experts": passes.experts}
+        if isinstance(result, OnlineResult):
+            added = result.models[max(result.models)].added_parameters
+            losses = {task: values.tolist() for task, values in result.losses.items()}
+            return cls(repaired.kind, added, encoded, steps=max(map(len, losses.values())), losses=losses)
+        losses = {str(i): column.tolist() for i, column in enumerate(result.losses.T)}
+        if repaired.representation is not None:
+            losses = dict(zip(repaired.representation.tasks, losses.values(), strict=True))
+        return cls(
+            repaired.kind,
+            result.added_parameters,
+            encoded,
+            result.encoders,
+            len(result.losses),
+            losses,
+            result.active,
+            result.warnings,
+            repaired.scores,
+            repaired.representation,
+        )
+
+    def as_data(self) -> dict[str, Any]:
+        """As JSON can hold it; losses are those of the first and the last step that each task had."""
+        known = {task: [value for value in losses if math.isfinite(value)] for task, losses in self.losses.items()}
+        data: dict[str, Any] = {
+            "kind": self.kind,
+            "added_parameters": self.added_parameters,
+            "encoders_at_inference": self.encoders,
+            "inputs_encoded": dict(self.encoded),
+            "steps": self.steps,
+            "first_loss": {task: losses[0] for task, losses in known.items() if losses},
+            "last_loss": {task: losses[-1] for task, losses in known.items() if losses},
+            "active_share": dict(self.active),
+            "warnings": list(self.warnings),
+            "scores": {str(step): value for step, value in self.scores.items()},
+        }
+        if self.representation is not None:
+            data["representation"] = _distances(self.representation)
+        return data
+
+
+@dataclass(frozen=True)
 class Report:
     """Accuracies of several models on the same tasks, and what it takes to repeat the run.
+
+    `curves`: knob → model → value of the knob → mean accuracy.
 
     `pretrained` and `experts` are among the `rows`; without them nothing can be said of the gap. Times are seconds.
     """
@@ -61,8 +125,9 @@ class Report:
     profile: Mapping[str, float] = field(default_factory=dict)
     notes: Sequence[str] = ()
     command: str = ""
-    curves: Mapping[str, Mapping[float, float]] = field(default_factory=dict)
+    curves: Mapping[str, Mapping[str, Mapping[float, float]]] = field(default_factory=dict)
     learning: Mapping[str, Learning] = field(default_factory=dict)
+    repairs: Mapping[str, RepairReport] = field(default_factory=dict)
 
     @property
     def tasks(self) -> list[str]:
@@ -92,8 +157,11 @@ class Report:
             "tasks": self.tasks,
             "samples": self.samples,
             "rows": [self._row_as_data(row) for row in self.rows],
-            "curves": {name: [list(point) for point in curve.items()] for name, curve in self.curves.items()},
+            "curves": {
+                knob: {n: list(map(list, c.items())) for n, c in cs.items()} for knob, cs in self.curves.items()
+            },
             "learning": {name: learned.as_data() for name, learned in self.learning.items()},
+            "repairs": {name: repair.as_data() for name, repair in self.repairs.items()},
             "profile_seconds": dict(self.profile),
             "notes": list(self.notes),
             "config": dict(self.config),
@@ -109,6 +177,15 @@ class Report:
             "normalised_mean": known(self.normalised(row)),
             "gap_closed": known(self.gap_closed(row)),
         }
+
+
+def _distances(found: Representation) -> dict[str, Any]:
+    """Mean L1 and linear CKA to the expert, before and after, by task and place."""
+    table = lambda values: {
+        t: dict(zip(found.places, row, strict=True)) for t, row in zip(found.tasks, values.tolist(), strict=True)
+    }
+    sides = {"before": found.before, "after": found.after}
+    return {side: {"l1": table(distances.l1), "cka": table(distances.cka)} for side, distances in sides.items()}
 
 
 def percent(value: float | None) -> str:

@@ -11,7 +11,7 @@ from suture.report.contents import Report
 from suture.report.files import write
 from suture.report.terminal import print_report
 
-_KNOB = "scaling_factor"
+_REFERENCES = ("pretrained", "experts")
 
 
 def summarise(folders: Sequence[Path]) -> Path | None:
@@ -23,17 +23,15 @@ def summarise(folders: Sequence[Path]) -> Path | None:
     runs = [run for run in runs if run["rows"]]
     if not runs:
         return None
-    references = {
-        row["name"]: _row(row, runs[0]) for row in runs[0]["rows"] if row["name"] in ("pretrained", "experts")
-    }
-    swept = [_row(run["rows"][-1], run, _label(run, runs)) for run in runs]
+    references = {row["name"]: _row(row, runs[0]) for row in runs[0]["rows"] if row["name"] in _REFERENCES}
+    swept = _swept(runs)
     report = Report(
         f"sweep of {len(runs)} runs",
-        [*references.values(), *swept],
+        [*references.values(), *swept.values()],
         references.get("pretrained"),
         references.get("experts"),
         command=runs[0]["command"],
-        curves=_curves(runs),
+        curves=_curves(runs, swept),
     )
     shared = Path(commonpath([str(folder) for folder in folders]))
     write(report, shared)
@@ -46,19 +44,39 @@ def _row(data: dict[str, Any], run: dict[str, Any], name: str | None = None) -> 
     return Row(name or data["name"], data["accuracies"], run["samples"])
 
 
-def _label(run: dict[str, Any], runs: Sequence[dict[str, Any]]) -> str:
-    """The method's name with the knobs that differ between the runs of this method."""
-    method = run["config"]["method"]
-    peers = [r["config"]["method"] for r in runs if r["config"]["method"]["name"] == method["name"]]
-    differ = [knob for knob in method if len({str(peer[knob]) for peer in peers}) > 1]
-    return " ".join([method["name"], *(f"{k}={method[k]}" for k in differ)])
-
-
-def _curves(runs: Sequence[dict[str, Any]]) -> dict[str, dict[float, float]]:
-    """Mean accuracy over the scaling factor for each method, where it took more than one value."""
-    curves: dict[str, dict[float, float]] = {}
+def _swept(runs: Sequence[dict[str, Any]]) -> dict[str, Row]:
+    """What the runs found, without the references; rows that several runs have in common come once."""
+    found: dict[str, Row] = {}
     for run in runs:
-        method = run["config"]["method"]
-        if _KNOB in method:
-            curves.setdefault(method["name"], {})[method[_KNOB]] = run["rows"][-1]["mean"]
-    return {name: dict(sorted(curve.items())) for name, curve in curves.items() if len(curve) > 1}
+        for data in run["rows"]:
+            if data["name"] not in _REFERENCES:
+                name = f"{data['name']} {_told(run, runs, repaired=' + ' in data['name'])}".strip()
+                found.setdefault(name, _row(data, run, name))
+    return found
+
+
+def _told(run: dict[str, Any], runs: Sequence[dict[str, Any]], *, repaired: bool) -> str:
+    """The knobs that differ between the runs of this method, and of this repair if the row is one of a repair."""
+    groups = ("method", "surgery") if repaired else ("method",)
+    return " ".join(f"{k}={v}" for group in groups for k, v in _differing(run, runs, group).items())
+
+
+def _differing(run: dict[str, Any], runs: Sequence[dict[str, Any]], group: str) -> dict[str, Any]:
+    mine, kind = run["config"][group], "name" if group == "method" else "kind"
+    peers = [r["config"][group] for r in runs if r["config"][group][kind] == mine[kind]]
+    return {knob: mine[knob] for knob in mine if len({str(peer.get(knob)) for peer in peers}) > 1}
+
+
+def _curves(runs: Sequence[dict[str, Any]], swept: dict[str, Row]) -> dict[str, dict[str, dict[float, float]]]:
+    """Mean accuracy over each numeric knob that took several values while nothing else differed."""
+    curves: dict[str, dict[str, dict[float, float]]] = {}
+    for run in runs:
+        for data in run["rows"]:
+            groups = ("method", "surgery") if " + " in data["name"] else ("method",)
+            told = {k: v for group in groups for k, v in _differing(run, runs, group).items()}
+            if data["name"] not in _REFERENCES and len(told) == 1:
+                knob, value = next(iter(told.items()))
+                if isinstance(value, int | float) and not isinstance(value, bool):
+                    curves.setdefault(knob, {}).setdefault(data["name"], {})[value] = data["mean"]
+    several = {k: {n: dict(sorted(c.items())) for n, c in cs.items() if len(c) > 1} for k, cs in curves.items()}
+    return {knob: found for knob, found in several.items() if found}
