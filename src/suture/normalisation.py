@@ -104,7 +104,7 @@ def _order_of_use(module: nn.Module, layers: Mapping[str, nn.Module], batch: Any
     return order
 
 
-def _measure(module: nn.Module, name: str, layer: nn.Module, batches: Iterable[Any], run: Forward) -> None:
+def _measure(module: nn.Module, name: str, layer: Any, batches: Iterable[Any], run: Forward) -> None:
     """Give one layer the statistics of its inputs over all batches."""
     moments = _Moments()
 

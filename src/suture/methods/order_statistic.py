@@ -21,9 +21,11 @@ def kth_magnitudes(deltas, rank: int) -> Float[Tensor, " task"]:
     sample = deltas.sample(_SAMPLE)
     if rank <= 0:
         return torch.zeros(len(sample), dtype=sample.dtype)
+    if sample.shape[1] == deltas.num_entries:
+        return sample.abs().kthvalue(rank, dim=1).values
     searches = [_Search(_patterns(row), rank, deltas.num_entries) for row in sample]
 
-    def count(chunk: Tensor) -> None:
+    def count(_, chunk: Tensor) -> None:
         for search, row in zip(searches, chunk, strict=True):
             if not search.found:
                 search.count(_patterns(row))
