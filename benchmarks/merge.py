@@ -57,7 +57,7 @@ def suture(folder: Path, method: str) -> None:
     models = {path.stem: path for path in sorted(folder.glob("model_*.safetensors"))}
     vectors = open_task_vectors(folder / "base.safetensors", models)
     with allocate_checkpoint(vectors.specs, folder / "merged.safetensors") as out:
-        merge_task_vectors(vectors, chosen, chosen.validate({}), out)
+        merge_task_vectors(vectors, chosen, chosen.knobs.validate({}), out)
 
 
 def textbook_ties(folder: Path) -> None:

@@ -7,12 +7,15 @@ import golden_cases as golden
 import pytest
 import torch
 
-from suture import merge, methods
+from suture import get_method, merge, methods
 from suture.checkpoints import allocate_checkpoint, open_checkpoint, save_checkpoint
 from suture.errors import IncompatibleModels
 from suture.task_vectors import open_task_vectors
 
-CASES = [*golden.names("ties_global"), *golden.names("tensor_ties"), *golden.names("tensor_task_arithmetic")]
+CASES = [
+    *golden.names("ties_global"),
+    *(name for name in golden.names("tensor_") if name != "tensor_linear"),  # an average of all, not beside a base
+]
 
 
 def knobs_of(case):
@@ -21,6 +24,11 @@ def knobs_of(case):
     parameters = case["parameters"]
     if case["method"] == "task_arithmetic":
         return "task_arithmetic", {"scaling_factor": parameters["weight"]}
+    if case["method"] == "breadcrumbs":
+        kept = {key: parameters[key] for key in ("density", "gamma")}
+        return "breadcrumbs", {"scaling_factor": parameters["weight"], **kept}
+    if case["method"] != "ties":
+        return case["method"], {key: value for key, value in parameters.items() if key != "filter_wise"}
     merge_func = "mean" if parameters["normalize"] else "sum"
     shared = {"scope": "tensor", "threshold": parameters["density"], "merge_func": merge_func, "scaling_factor": 1.0}
     return "ties_merging", shared
@@ -44,12 +52,21 @@ def test_the_weight_average_equals_mergekit():
 
 @pytest.mark.parametrize("method", sorted(methods()))
 def test_slices_and_threads_do_not_change_a_bit(method, generator, monkeypatch):
-    base, models = random_models(generator, sizes=(200_000, 300))
-    whole = merge(base, models, method)
+    base, models = random_models(generator, sizes=((400, 500), 300), count=fitting(method))
+    knobs = {"select_topk": 0.3} if method == "sce" else {}
+    whole = merge(base, models, method, **knobs)
     monkeypatch.setattr("suture.task_vectors._CHUNK", 999)
     for threads in (1, 3):
-        sliced = merge(base, models, method, threads=threads)
+        sliced = merge(base, models, method, threads=threads, **knobs)
         assert all(torch.equal(whole[name], sliced[name]) for name in whole)
+
+
+@pytest.mark.parametrize("method", sorted(methods()))
+def test_empty_tensors_and_scalars_are_no_trouble(method, generator):
+    base, models = random_models(generator, sizes=((0, 3), (), (4, 3)), count=fitting(method))
+    merged = merge(base, models, method)
+    assert [tuple(merged[name].shape) for name in base] == [(0, 3), (), (4, 3)]
+    assert all(tensor.isfinite().all() for tensor in merged.values())
 
 
 @pytest.mark.parametrize("majority", [1, -1])
@@ -119,9 +136,10 @@ def test_modules_are_merged_and_left_as_they_are(generator):
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 @pytest.mark.parametrize("method", sorted(methods()))
 def test_a_single_bad_entry_is_found_and_named(method, bad, generator):
-    base, models = random_models(generator, sizes=(100_000,))
-    models["model_1"]["t0"][77_777] = bad
-    with pytest.raises(IncompatibleModels, match=r"'t0' is not finite at entry 77777 in 'model_1'"):
+    base, models = random_models(generator, sizes=(100_000,), count=fitting(method))
+    last = list(models)[-1]
+    models[last]["t0"][77_777] = bad
+    with pytest.raises(IncompatibleModels, match=rf"'t0' is not finite at entry 77777 in '{last}'"):
         merge(base, models, method)
 
 
@@ -164,6 +182,11 @@ print(peak[0])
     done = subprocess.run([sys.executable, "-c", program, tmp_path], capture_output=True, text=True, check=True)
     model_size = 80_000_000
     assert int(done.stdout) < 1.5 * model_size
+
+
+def fitting(method):
+    """How many models to merge: 3, or as many as the method takes."""
+    return int(min(3, get_method(method).num_models[1]))
 
 
 def random_models(generator, sizes, count=3):

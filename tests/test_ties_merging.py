@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from suture.methods import order_statistic, settle, ties_merging, ties_rows, trim_thresholds
-from suture.methods.ties_merging import OneTensor
+from suture.methods.streams import OneTensor
 
 
 def flattened(tensors):
@@ -99,6 +99,13 @@ def test_a_cancelled_column_is_zero_for_max_without_a_majority():
     assert ties_merging(torch.zeros(1), torch.tensor([[2.0], [-2.0]]), statistic, merge_func="max").item() == 0
 
 
+class Sampled(OneTensor):
+    """The sample is not the whole, so the threshold has to be searched for."""
+
+    def sample(self, num_entries):
+        return torch.cat([self.rows, self.rows], dim=1)
+
+
 magnitudes = st.lists(
     st.floats(-1e6, 1e6, width=32, allow_subnormal=True) | st.sampled_from([0.0, -0.0, 1.0, -1.0, 0.5]),
     min_size=1,
@@ -111,8 +118,9 @@ magnitudes = st.lists(
 def test_the_threshold_is_the_one_a_sort_gives(values, data):
     row = torch.tensor(values, dtype=torch.float32)
     rank = data.draw(st.integers(1, len(values)))
-    found = order_statistic.kth_magnitudes(OneTensor(row[None]), rank)
-    assert found.item() == row.abs().sort().values[rank - 1].item()
+    for stream in (OneTensor(row[None]), Sampled(row[None])):
+        found = order_statistic.kth_magnitudes(stream, rank)
+        assert found.item() == row.abs().sort().values[rank - 1].item()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -121,7 +129,7 @@ def test_the_threshold_is_exact_when_the_sample_misleads(generator, dtype):
 
     class Misleading(OneTensor):
         def sample(self, num_entries):
-            return 1e3 + self.deltas[:, :2000].abs()
+            return 1e3 + self.rows[:, :2000].abs()
 
     for rank in (1, 100, 25_000, 40_000, 50_000):
         found = order_statistic.kth_magnitudes(Misleading(row[None]), rank)

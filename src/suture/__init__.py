@@ -26,6 +26,7 @@ from suture.errors import SutureError
 from suture.evaluation import Row, TaskInputs, evaluate, evaluate_row
 from suture.merge import merge
 from suture.methods import get_method, merge_method, methods
+from suture.normalisation import reestimate_statistics
 from suture.pipeline import demo
 from suture.pools import ModelPool, TaskPool
 from suture.preflight import preflight
@@ -66,6 +67,7 @@ __all__ = [
     "methods",
     "open_checkpoint",
     "preflight",
+    "reestimate_statistics",
     "repair",
     "save_checkpoint",
 ]

@@ -85,7 +85,9 @@ def _register() -> None:
 
 
 def _node(defaults: Mapping[str, Any]) -> dict[str, Any]:
-    return {knob: list(value) if isinstance(value, tuple) else value for knob, value in defaults.items()}
+    """Knobs as a configuration holds them; a seed of their own is the run's, unless it is given."""
+    plain = {knob: list(value) if isinstance(value, tuple) else value for knob, value in defaults.items()}
+    return plain | ({"seed": "${seed}"} if "seed" in plain else {})
 
 
 def _plain(config) -> dict[str, Any]:

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from suture.checkpoints import Source
-from suture.errors import IncompatibleModels
-from suture.methods import MergeMethod, get_method, settle
+from suture.errors import ConfigError, IncompatibleModels
+from suture.methods import MergeMethod, Place, get_method, settle
 from suture.task_vectors import Piece, TaskVectors, open_task_vectors
 
 
@@ -55,32 +55,47 @@ def merge_task_vectors(
     if out is None:
         out = {name: torch.empty(spec.shape, dtype=spec.dtype) for name, spec in vectors.specs.items()}
     merged = dict(out)
+    if problem := method.check_number(len(vectors.models)):
+        raise ConfigError(problem)
     if method.gather is None:
         _merge_entries(vectors, vectors.names, method, knobs, merged)
     else:
         whole_model = knobs.get("scope") == "model"
-        for names in [vectors.names] if whole_model else [[name] for name in vectors.names]:
-            _merge_with_statistic(vectors, names, method, knobs, merged)
+        merge_group = _merge_with_statistic if method.vote is None else _merge_with_votes
+        one_by_one = ([name] for name in vectors.names if vectors.specs[name].numel)
+        for names in [vectors.names] if whole_model else one_by_one:
+            merge_group(vectors, names, method, knobs, merged)
     for name in vectors.kept:
         merged[name].copy_(vectors.base[name])
     return merged | {alias: merged[name] for alias, name in vectors.base.aliases.items()}
 
 
-def _merge_entries(vectors, names, method, knobs, out: MutableMapping[str, Tensor]) -> None:
-    def merge_piece(piece: Piece, base: Tensor, rows: Tensor) -> None:
-        _refuse_non_finite(vectors, piece, rows)
-        out[piece.name].view(-1)[piece.start : piece.stop] = method.function(base, rows, **knobs)
+def _merge_entries(vectors, names, method, knobs, out: MutableMapping[str, Tensor], *statistic: Any) -> None:
+    labels = list(vectors.models)
 
-    vectors.each_piece(names, merge_piece, method.operand)
+    def merge_piece(piece: Piece, base: Tensor, rows: Tensor) -> None:
+        _refuse_non_finite(vectors, piece, base, rows)
+        place = {"place": Place(piece.name, labels, piece.start)} if method.wants_place else {}
+        if method.whole_rows:
+            width = vectors.row_width(piece.name)
+            base, rows = base.view(-1, width), rows.view(len(rows), -1, width)
+        merged = method.function(base, rows, *statistic, **place, **knobs)
+        out[piece.name].view(-1)[piece.start : piece.stop] = merged.reshape(-1)
+
+    vectors.each_piece(names, merge_piece, method.operand, whole_rows=method.whole_rows)
 
 
 def _merge_with_statistic(vectors, names, method, knobs, out: MutableMapping[str, Tensor]) -> None:
+    _merge_entries(vectors, names, method, knobs, out, method.gather(vectors.stream(names, method.operand), **knobs))
+
+
+def _merge_with_votes(vectors, names, method, knobs, out: MutableMapping[str, Tensor]) -> None:
     """Gather, merge and count votes in one pass, then merge anew the few columns that had to wait for the count."""
     statistic = method.gather(vectors.stream(names), **knobs)
     lock, votes, waiting = threading.Lock(), [0], defaultdict(list)
 
     def merge_piece(piece: Piece, base: Tensor, deltas: Tensor) -> None:
-        _refuse_non_finite(vectors, piece, deltas)
+        _refuse_non_finite(vectors, piece, base, deltas)
         merged, piece_votes, cancelled = method.vote(base, deltas, statistic, **knobs)
         out[piece.name].view(-1)[piece.start : piece.stop] = merged
         columns = (
@@ -99,10 +114,10 @@ def _merge_with_statistic(vectors, names, method, knobs, out: MutableMapping[str
         out[name].view(-1)[columns] = method.function(base, deltas, statistic, **knobs).to(out[name].dtype)
 
 
-def _refuse_non_finite(vectors: TaskVectors, piece: Piece, rows: Tensor) -> None:
-    if rows.sum().isfinite():  # one cheap look; only a sum that overflowed or met NaN or Inf is looked at again
+def _refuse_non_finite(vectors: TaskVectors, piece: Piece, base: Tensor, rows: Tensor) -> None:
+    if (rows.sum() + base.sum()).isfinite():  # one cheap look; only a sum that overflowed or met NaN or Inf goes on
         return
-    for label, row in zip(vectors.models, rows, strict=True):
+    for label, row in [*zip(vectors.models, rows, strict=True), ("_pretrained_", base)]:
         if not row.isfinite().all():
             found = int((~row.isfinite()).nonzero()[0]) + piece.start
             raise IncompatibleModels(

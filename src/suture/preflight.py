@@ -54,6 +54,8 @@ def preflight(
     """Check models, tasks and disk, from headers and a few samples of each tensor; nothing slow, nothing written."""
     found = Preflight()
     found.problems += compatibility(base, models, frozen=frozen, mixed_dtypes=mixed_dtypes)
+    if method is not None and (problem := method.check_number(len(models))):
+        found.problems.append(problem)
     names = merged_names(base, frozen)
     found.problems += non_finite_samples({"_pretrained_": base, **models}, names)
     found.notes += _batch_norm_notes(base, models, names)

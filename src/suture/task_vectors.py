@@ -1,5 +1,6 @@
 """The models of one merge side by side: what is merged, and the stream of task vectors, one slice at a time."""
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -54,16 +55,22 @@ class TaskVectors:
         """Shape and dtype of every tensor of the result but the tied ones: those of the base."""
         return {name: self.base.specs[name] for name in sorted([*self.names, *self.kept])}
 
-    def stream(self, names: Sequence[str] | None = None) -> "DeltaStream":
-        """The task vectors of some tensors (all by default) as a stream of flat chunks."""
-        return DeltaStream(self, self.names if names is None else names)
+    def stream(self, names: Sequence[str] | None = None, operand: str = "deltas") -> "RowStream":
+        """The task vectors (or the models' own weights) of some tensors, all by default, as a stream of flat chunks."""
+        return RowStream(self, self.names if names is None else names, operand)
 
     def each_piece(
-        self, names: Sequence[str], function: Callable[[Piece, Tensor, Tensor], None], operand: str = "deltas"
+        self,
+        names: Sequence[str],
+        function: Callable[[Piece, Tensor, Tensor], None],
+        operand: str = "deltas",
+        *,
+        whole_rows: bool = False,
     ) -> None:
         """Call `function(piece, base, rows)` on every slice, on several threads, in no particular order.
 
-        base: (chunk,); rows: (task, chunk), the task vectors, or the models' own weights if `operand` is "models".
+        base: (chunk,); rows: (task, chunk), the task vectors, or the models' own weights if `operand` is "models". With
+        `whole_rows` no slice ends inside a row of a matrix, which is everything behind a tensor's first axis.
         """
         with _workers(self.threads) as pool:
             for name in names:
@@ -71,7 +78,7 @@ class TaskVectors:
                 work = lambda piece, base=flat_base, models=flat_models: function(
                     piece, *_rows(piece, base, models, operand)
                 )
-                for _ in pool.map(work, self._pieces(name)):
+                for _ in pool.map(work, self._pieces(name, self.row_width(name) if whole_rows else 1)):
                     pass
 
     def columns(self, name: str, index: Tensor) -> tuple[Tensor, Float[Tensor, "task column"]]:
@@ -85,40 +92,47 @@ class TaskVectors:
         """One tensor of the base and of every model, each as one row of entries."""
         return self.base[name].reshape(-1), [model[name].reshape(-1) for model in self.models.values()]
 
-    def _pieces(self, name: str) -> Iterator[Piece]:
+    def row_width(self, name: str) -> int:
+        """Entries in a row of a tensor, as a matrix with its first axis for rows; a vector is one row."""
+        shape = self.base.specs[name].shape
+        return math.prod(shape[1:]) if len(shape) > 1 else math.prod(shape)
+
+    def _pieces(self, name: str, unit: int) -> Iterator[Piece]:
         numel = self.base.specs[name].numel
-        return (Piece(name, start, min(start + _CHUNK, numel)) for start in range(0, numel, _CHUNK))
+        length = max(1, _CHUNK // max(1, unit)) * unit
+        return (Piece(name, start, min(start + length, numel)) for start in range(0, numel, length or 1))
 
 
-class DeltaStream:
-    """Task vectors of several tensors as one long row per task, read in chunks; what a gathering method is given."""
+class RowStream:
+    """The rows of several tensors as one long row per task, read in chunks; what a gathering method is given."""
 
-    def __init__(self, vectors: TaskVectors, names: Sequence[str]):
-        self.vectors, self.names = vectors, names
+    def __init__(self, vectors: TaskVectors, names: Sequence[str], operand: str = "deltas"):
+        self.vectors, self.names, self.operand = vectors, names, operand
         self.num_entries = sum(vectors.base.specs[name].numel for name in names)
 
-    def each(self, function: Callable[[Float[Tensor, "task chunk"]], None]) -> None:
-        """Call `function` on every chunk, on several threads, in no particular order."""
-        self.vectors.each_piece(self.names, lambda piece, base, deltas: function(deltas))
+    def each(self, function: Callable[[Float[Tensor, " chunk"], Float[Tensor, "task chunk"]], None]) -> None:
+        """Call `function(base, rows)` on every chunk, on several threads, in no particular order."""
+        self.vectors.each_piece(self.names, lambda piece, base, rows: function(base, rows), self.operand)
 
     def sample(self, num_entries: int) -> Float[Tensor, "task sample"]:
-        """About `num_entries` entries of every task vector, spread evenly over all tensors in short runs."""
+        """About `num_entries` entries of every row, in short runs spread over all tensors; all if there are few."""
         stride = max(1, self.num_entries // num_entries)
-        parts = [self._deltas_of_runs(name, stride) for name in self.names]
+        parts = [self._runs_of(name, stride) for name in self.names]
         if not parts:
             return torch.zeros(len(self.vectors.models), 0)
         dtype = torch.promote_types(parts[0].dtype, parts[-1].dtype)
         return torch.cat([part.to(dtype) for part in parts], dim=1)
 
-    def _deltas_of_runs(self, name: str, stride: int) -> Tensor:
+    def _runs_of(self, name: str, stride: int) -> Tensor:
         """One run of neighbouring entries in every `stride` runs of one tensor: few pages of a file are touched."""
         base, models = self.vectors.flat(name)
-        dtype = compute_dtype(base.dtype)
-        base = _runs(base, stride).to(dtype)
-        return torch.stack([_runs(model, stride).to(dtype) - base for model in models])
+        base, models = _runs(base, stride), [_runs(model, stride) for model in models]
+        return _rows(Piece(name, 0, len(base)), base, models, self.operand)[1]
 
 
 def _runs(flat: Tensor, stride: int, length: int = 256) -> Tensor:
+    if stride == 1:
+        return flat
     blocks = len(flat) // (length * stride)
     if blocks == 0:
         return flat[: max(1, len(flat) // stride)]

@@ -1,18 +1,36 @@
 """Merge methods: one paper, one file, one function of tensors."""
 
+from suture.methods.breadcrumbs import breadcrumbs
+from suture.methods.counter_random import Place
+from suture.methods.dare import dare
+from suture.methods.dare_ties import dare_ties
+from suture.methods.della import della
+from suture.methods.karcher import karcher
+from suture.methods.model_stock import model_stock
 from suture.methods.registry import MergeMethod, get_method, merge_method, methods
+from suture.methods.sce import sce
 from suture.methods.simple_average import simple_average
+from suture.methods.slerp import slerp
 from suture.methods.task_arithmetic import task_arithmetic
 from suture.methods.ties_merging import TiesStatistic, settle, ties_merging, ties_rows, trim_thresholds
 
 __all__ = [
     "MergeMethod",
+    "Place",
     "TiesStatistic",
+    "breadcrumbs",
+    "dare",
+    "dare_ties",
+    "della",
     "get_method",
+    "karcher",
     "merge_method",
     "methods",
+    "model_stock",
+    "sce",
     "settle",
     "simple_average",
+    "slerp",
     "task_arithmetic",
     "ties_merging",
     "ties_rows",

@@ -6,9 +6,10 @@ keyword-only arguments are the knobs; the configuration schema, `--help` and the
 """
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from math import inf
 from typing import Any, Literal, TypeVar
 
 from suture.errors import ConfigError, unknown_name
@@ -23,9 +24,11 @@ F = TypeVar("F", bound=Callable[..., Any])
 class MergeMethod:
     """One registered method: its function, where it comes from, and its knobs.
 
-    `gather` and `vote` belong to methods that must see the whole model first. `gather(deltas, **knobs)` reads the
-    stream of deltas and returns the statistic that the function takes; `vote(base, deltas, statistic, **knobs)` merges
-    like the function and also returns what has to be counted over the whole model before some entries are settled.
+    `gather` belongs to methods that must see a whole tensor first, or the whole model if they have a knob `scope` that
+    says so: `gather(stream, **knobs)` reads the stream of rows and returns the `statistic` that the function takes.
+    `vote(base, deltas, statistic, **knobs)` merges like the function and also returns what has to be counted over the
+    whole before some entries are settled. `whole_rows`: the function is fed whole rows of a matrix, not any slice.
+    `num_models`: the least and the most models it can merge. A function with a `place` is told where its slice lies.
     """
 
     name: str
@@ -34,6 +37,12 @@ class MergeMethod:
     aliases: tuple[str, ...] = ()
     gather: Callable[..., Any] | None = None
     vote: Callable[..., Any] | None = None
+    whole_rows: bool = False
+    num_models: tuple[int, float] = (1, inf)
+
+    @cached_property
+    def _parameters(self) -> Mapping[str, inspect.Parameter]:
+        return inspect.signature(self.function).parameters
 
     @cached_property
     def knobs(self) -> Knobs:
@@ -43,15 +52,28 @@ class MergeMethod:
     @property
     def operand(self) -> Literal["deltas", "models"]:
         """What the function is fed beside the base."""
-        return "models" if "models" in inspect.signature(self.function).parameters else "deltas"
+        return "models" if "models" in self._parameters else "deltas"
+
+    @property
+    def wants_place(self) -> bool:
+        """Whether the function takes a `Place`, as methods that draw random numbers do."""
+        return "place" in self._parameters
+
+    def check_number(self, count: int) -> str | None:
+        """One line if so many models cannot be merged by this method."""
+        least, most = self.num_models
+        if least <= count <= most:
+            return None
+        wanted = f"{least}" if least == most else f"{least} or more" if most == inf else f"{least} to {most}"
+        return f"{self.name} merges {wanted} fine-tuned model{'s' * (most > 1)} beside the base; found {count}."
 
 
-def merge_method(*, paper: str, aliases: tuple[str, ...] = (), gather=None, vote=None) -> Callable[[F], F]:
-    """Register the decorated function as a merge method under its own name."""
+def merge_method(*, paper: str, aliases: tuple[str, ...] = (), **properties: Any) -> Callable[[F], F]:
+    """Register the decorated function as a merge method under its own name; `properties` are those of `MergeMethod`."""
 
     def register(function: F) -> F:
         name = function.__name__
-        _METHODS[name] = MergeMethod(name, function, paper, aliases, gather, vote)
+        _METHODS[name] = MergeMethod(name, function, paper, aliases, **properties)
         _ALIASES.update(dict.fromkeys(aliases, name))
         return function
 

@@ -5,8 +5,8 @@ over the whole model, so it is gathered from the stream of task vectors before a
 (as mergekit does) over one tensor. Everything after that works entry by entry.
 """
 
-from collections.abc import Callable, Sequence
-from typing import Annotated, Literal, NamedTuple, Protocol, runtime_checkable
+from collections.abc import Sequence
+from typing import Annotated, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -17,6 +17,7 @@ from torch import Tensor
 from suture.errors import ConfigError
 from suture.methods.order_statistic import kth_magnitudes
 from suture.methods.registry import merge_method
+from suture.methods.streams import DeltaStream, OneTensor
 
 _EXACT = 1 << 24  # up to here float32 counts without error
 
@@ -30,17 +31,6 @@ class TiesStatistic(NamedTuple):
 
     thresholds: Float[Tensor, " task"]
     majority: int | None
-
-
-@runtime_checkable
-class DeltaStream(Protocol):
-    """The task vectors of one tensor or of a whole model, as flat chunks of shape (task, entries)."""
-
-    num_entries: int
-
-    def sample(self, num_entries: int) -> Float[Tensor, "task sample"]: ...
-
-    def each(self, function: Callable[[Float[Tensor, "task chunk"]], None]) -> None: ...
 
 
 def trim_thresholds(deltas: DeltaStream, *, threshold: float = 20.0, scope: str = "model", **_) -> TiesStatistic:
@@ -109,8 +99,7 @@ def ties_merging(
         raise ConfigError(f"method.weights has {len(weights)} values; wanted one per model, {len(deltas)}.")
     knobs = {"merge_func": merge_func, "scaling_factor": scaling_factor, "weights": weights}
     if statistic is None:
-        whole = OneTensor(deltas.reshape(len(deltas), -1))
-        statistic = trim_thresholds(whole, threshold=threshold, scope=scope)
+        statistic = trim_thresholds(OneTensor(deltas), threshold=threshold, scope=scope)
     if statistic.majority is None:
         _, votes, _ = _merge_and_vote(base, deltas, statistic, **knobs)
         statistic = settle(statistic, votes)
@@ -154,16 +143,3 @@ def _mass_of_agreement(trimmed: list[Tensor], side: Tensor, weights: Sequence[fl
         return torch.stack([row * side > 0 for row in trimmed]).sum(0).clamp_min(1)
     mass = torch.stack([(row * side > 0) * weight for row, weight in zip(trimmed, weights, strict=True)]).sum(0)
     return torch.where(mass.abs() < 1e-8, torch.ones_like(side), mass)
-
-
-class OneTensor:
-    """A stream over task vectors already in memory, (task, entries)."""
-
-    def __init__(self, deltas: Tensor):
-        self.deltas, self.num_entries = deltas, deltas.shape[1]
-
-    def sample(self, num_entries: int) -> Tensor:
-        return self.deltas[:, :: max(1, self.num_entries // num_entries)]
-
-    def each(self, function: Callable[[Tensor], None]) -> None:
-        function(self.deltas)

@@ -1,0 +1,77 @@
+"""A whole tensor or model that is only ever seen in chunks, and sums over it: what a method gathers from."""
+
+from collections.abc import Callable
+from typing import Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+
+@runtime_checkable
+class DeltaStream(Protocol):
+    """The rows of one tensor or of a whole model, one a task, as flat chunks of shape (task, entries).
+
+    The rows are task vectors, or the models' own weights where the method takes `models`.
+    """
+
+    num_entries: int
+
+    def sample(self, num_entries: int) -> Float[Tensor, "task sample"]: ...
+
+    def each(self, function: Callable[[Tensor, Tensor], None]) -> None:
+        """Call `function(base, rows)` on every chunk, on several threads, in no particular order."""
+        ...
+
+
+class OneTensor:
+    """A stream over one tensor already in memory: base (…), rows (task, …)."""
+
+    def __init__(self, rows: Tensor, base: Tensor | None = None):
+        self.rows = rows.reshape(len(rows), -1)
+        self.base = torch.zeros_like(self.rows[0]) if base is None else base.reshape(-1)
+        self.num_entries = self.rows.shape[1]
+
+    def sample(self, num_entries: int) -> Tensor:
+        return self.rows[:, :: max(1, self.num_entries // num_entries)]
+
+    def each(self, function: Callable[[Tensor, Tensor], None]) -> None:
+        function(self.base, self.rows)
+
+
+class Derived:
+    """A stream of what a function makes of each chunk's rows: (task, entries) → (any, entries)."""
+
+    def __init__(self, stream: DeltaStream, function: Callable[[Tensor], Tensor]):
+        self.stream, self.function, self.num_entries = stream, function, stream.num_entries
+
+    def sample(self, num_entries: int) -> Tensor:
+        return self.function(self.stream.sample(num_entries))
+
+    def each(self, function: Callable[[Tensor, Tensor], None]) -> None:
+        self.stream.each(lambda base, rows: function(base, self.function(rows)))
+
+
+def total(stream: DeltaStream, function: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+    """Σ of `function(base, rows)` over the chunks, in float64; the order in which they come does not matter."""
+    parts: list[Tensor] = []
+    stream.each(lambda base, rows: parts.append(function(base, rows).double()))
+    return torch.stack(parts).sort(dim=0).values.sum(0)
+
+
+def inner_products(stream: DeltaStream, *, with_base: bool = False) -> Float[Tensor, "row row"]:
+    """⟨row, row⟩ of every two rows over the whole stream, in float64; `with_base` puts the base before the rows."""
+
+    def products(base: Tensor, rows: Tensor) -> Tensor:
+        rows = (torch.cat([base[None], rows]) if with_base else rows).double()
+        return rows @ rows.T
+
+    return total(stream, products)
+
+
+def combination(weights: Float[Tensor, " row"], rows: Float[Tensor, " row *shape"]) -> Float[Tensor, " *shape"]:
+    """Σ weight · row, one row after another, in the rows' dtype."""
+    merged = torch.zeros_like(rows[0])
+    for weight, row in zip(weights.to(rows.dtype), rows, strict=True):
+        merged += weight * row
+    return merged
