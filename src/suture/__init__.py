@@ -8,6 +8,7 @@ Everything here is one call, and the command line has the same verbs. Heavy libr
 from suture.adaptation import adapt, entropy_loss
 from suture.algorithms import (
     CLIPLayerWiseAdaMergingAlgorithm,
+    CLIPLayerWiseAdaMergingSurgeryAlgorithm,
     CLIPTaskWiseAdaMergingAlgorithm,
     InfiniteDataLoader,
     LayerWiseAdaMergingAlgorithm,
@@ -35,6 +36,7 @@ from suture.tasks import Task
 
 __all__ = [
     "CLIPLayerWiseAdaMergingAlgorithm",
+    "CLIPLayerWiseAdaMergingSurgeryAlgorithm",
     "CLIPTaskWiseAdaMergingAlgorithm",
     "Checkpoint",
     "InfiniteDataLoader",

@@ -59,7 +59,11 @@ def _pipeline(arguments: list[str]) -> None:
     from suture import config, pipeline
     from suture.report.sweep import summarise
 
-    folders = [folder for folder in config.run_each(arguments, pipeline.run_configured) if folder is not None]
+    folders = [
+        folder
+        for folder in config.run_each(arguments, pipeline.run_configured, pipeline.check_run)
+        if folder is not None
+    ]
     if len(folders) > 1:
         summarise(folders)
 

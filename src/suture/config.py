@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.resources import files
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -18,17 +19,24 @@ from suture.errors import ConfigError, SutureError, unknown_name
 from suture.learned import all_methods
 from suture.surgery.method import KINDS, Repair
 
+_MULTIRUN = {"-m", "--multirun"}
 _GROUPS = ("modelpool", "taskpool")
 
 
-def run_each(argv: Sequence[str], task: Callable[[dict[str, Any]], Any]) -> list[Any]:
+def run_each(
+    argv: Sequence[str], task: Callable[[dict[str, Any]], Any], check: Callable[[dict[str, Any]], Any]
+) -> list[Any]:
     """Call `task` with the resolved configuration of every run that the command line asks for; returns the results.
 
-    All of hydra's own flags work: `--multirun` with any sweeper and launcher, `--cfg`, `--config-dir`, `--help`.
+    All of hydra's own flags work: `--multirun` with any sweeper and launcher, `--cfg`, `--config-dir`, `--help`. Of a
+    sweep every configuration goes through `check` before the first is run.
     """
     import hydra
 
     _register()
+    if _MULTIRUN & set(argv):
+        for words in _combinations(_rewritten(argv)):
+            check(compose(words))
     results: list[Any] = []
     refused: list[SutureError] = []
 
@@ -46,6 +54,22 @@ def run_each(argv: Sequence[str], task: Callable[[dict[str, Any]], Any]) -> list
     if refused:
         raise refused[0]
     return results
+
+
+def _combinations(words: Sequence[str]) -> Iterator[list[str]]:
+    """The words of every run of a grid; sweeps that another sweeper draws are left to it."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    choices: list[list[str]] = []
+    with _one_line_errors():
+        for override in OverridesParser.create().parse_overrides([word for word in words if word not in _MULTIRUN]):
+            key = override.get_key_element()
+            if key.startswith("hydra"):
+                continue
+            swept = override.is_discrete_sweep()
+            values = override.sweep_string_iterator() if swept else [override.get_value_element_as_str()]
+            choices.append([f"{key}={value}" if not override.is_delete() else f"{key}" for value in values])
+    return map(list, product(*choices))
 
 
 def compose(argv: Sequence[str]) -> dict[str, Any]:
@@ -81,7 +105,8 @@ def _register() -> None:
         defaults = _node(method.knobs.defaults)
         for name in (method.name, *method.aliases):
             told = name if "name" in defaults else method.name
-            store.store(group="method", name=name, node=defaults | {"name": told}, provider="suture")
+            folder, _, last = f"method/{name}".rpartition("/")
+            store.store(group=folder, name=last, node=defaults | {"name": told}, provider="suture")
 
 
 def _node(defaults: Mapping[str, Any]) -> dict[str, Any]:
@@ -99,7 +124,7 @@ def _plain(config) -> dict[str, Any]:
         hydra_config = HydraConfig.get()
         plain["choices"] = {k: v for k, v in hydra_config.runtime.choices.items() if not k.startswith("hydra/")}
         if _is_multirun() and plain["output"] is None:
-            plain["output"], plain["overwrite"] = hydra_config.runtime.output_dir, True
+            plain |= {"output": hydra_config.runtime.output_dir, "overwrite": True, "reuse": True}
     return plain
 
 

@@ -81,6 +81,16 @@ class OpenModels:
         repaired = tuple(self._repair(repair, stage, run, tensors) for repair in run.repairs)
         return Merged(tensors, adapted, repaired, tuple(stage.taken_up()))
 
+    def merged_in_memory(self) -> Merged:
+        """Merge by a method that learns, and repair, leaving nothing but the states of loops."""
+        run = self.run
+        with TemporaryDirectory() as folder:
+            stage = self.stage(run, Path(folder))
+            stage.fabric = {**stage.fabric, "loggers": {"kind": "none"}}
+            adapted = run.method.knobs.function(**run.knobs).run(stage)
+            tensors = adapted.result.merged
+            return Merged(tensors, adapted, tuple(self._repair(repair, stage, run, tensors) for repair in run.repairs))
+
     def _repair(self, repair: Repair, stage: Stage, run: Run, tensors: Mapping[str, Tensor]) -> Repaired:
         with TemporaryDirectory(prefix=".encodings-", dir=stage.folder) as encodings:
             repaired = repair.run(stage, run.label, tensors, Path(encodings))

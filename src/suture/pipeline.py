@@ -1,18 +1,27 @@
 """The main job on one screen: open, check, merge, evaluate, report."""
 
+import json
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from suture.checkpoints import new_directory, open_checkpoint
 from suture.errors import ConfigError
 from suture.evaluation import Row
-from suture.methods import methods
 from suture.opened import OpenModels
 from suture.preflight import Preflight
 from suture.run import Run, new_folder
+
+_REPAIRS = (("surgery=final",), ("surgery=deep", "surgery.steps=300"))
+_DEMO: tuple[tuple[Sequence[str], Sequence[Sequence[str]]], ...] = (
+    (["method=simple_average"], []),
+    (["method=task_arithmetic"], []),
+    (["method=ties_merging"], _REPAIRS),
+    (["method=lw_adamerging", "method.max_steps=200"], _REPAIRS),
+)
 
 
 def run_configured(config: Mapping[str, Any]) -> Path | None:
@@ -21,11 +30,24 @@ def run_configured(config: Mapping[str, Any]) -> Path | None:
 
     run = Run.from_config(config)
     models = OpenModels(run)
+    if config["reuse"] and is_finished(run.output, config, models.provenance()):
+        print(f"{run.output} holds the result of this very run already.")
+        return run.output
     found = models.preflight()
     if config["dry_run"]:
         print_preflight(found)
     found.refuse()
     return None if config["dry_run"] else merge_and_report([run], models, config, found.notes)
+
+
+def is_finished(output: Path, config: Mapping[str, Any], provenance: Mapping[str, Any]) -> bool:
+    """Whether a folder holds a whole run of the same words on the same inputs and versions."""
+    try:
+        report = json.loads((output / "report.json").read_text("utf-8"))
+    except (OSError, ValueError):
+        return False
+    told = lambda c: {key: value for key, value in c.items() if key not in ("reuse", "overwrite")}
+    return told(report["config"]) == told(dict(config)) and report["provenance"] == provenance
 
 
 def check_run(config: Mapping[str, Any]) -> None:
@@ -34,18 +56,20 @@ def check_run(config: Mapping[str, Any]) -> None:
 
 
 def demo(output: Path | None = None) -> Path:
-    """The main job on the models that ship with suture: eight experts into one, by every method."""
+    """The main job on the models that ship with suture: eight experts into one, merged, adapted and repaired."""
     from suture.config import compose
 
     pools = ["modelpool=glyphs8", "taskpool=glyphs8", f"output={output or new_folder('demo')}"]
-    configs = [compose([f"method={name}", *pools]) for name in methods()]
-    runs = [Run.from_config(config) for config in configs]
+    runs, configs = [], []
+    for words, repairs in _DEMO:
+        configs += [compose([*words, *repair, *pools]) for repair in repairs or [()]]
+        several = [Run.from_config(config) for config in configs[-max(1, len(repairs)) :]]
+        runs.append(replace(several[0], repairs=tuple(repair for run in several for repair in run.repairs)))
     models = OpenModels(runs[0])
     found = models.preflight()
     found.refuse()
-    return merge_and_report(
-        runs, models, configs[0] | {"method": [config["method"] for config in configs]}, found.notes
-    )
+    told = {group: [config[group] for config in configs] for group in ("method", "surgery")}
+    return merge_and_report(runs, models, configs[0] | told, found.notes)
 
 
 def merge_and_report(runs: Sequence[Run], models: OpenModels, config: Mapping[str, Any], notes: Sequence[str]) -> Path:

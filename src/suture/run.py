@@ -65,7 +65,8 @@ class Run:
         """A run that leaves no folder: pools, or what their YAML holds; a method's name; its checked knobs."""
         pool = modelpool if isinstance(modelpool, ModelPool) else ModelPool.from_config(modelpool)
         tasks = taskpool if isinstance(taskpool, TaskPool) else TaskPool.from_config(taskpool)
-        return cls(pool, tasks, find_method(name), knobs, Path("outputs"), name)
+        repairs = _own_repair(knobs) if "surgery_steps" in knobs else ()
+        return cls(pool, tasks, find_method(name), knobs, Path("outputs"), name, repairs)
 
     @property
     def frozen(self) -> tuple[str, ...]:
@@ -93,6 +94,10 @@ def _repairs(config: Mapping[str, Any], knobs: Mapping[str, Any]) -> tuple[Repai
         return (asked,) if asked else ()
     if asked:
         raise ConfigError(f"surgery={asked.kind}, but the method has a surgery of its own. Remedy: leave one out.")
+    return _own_repair(knobs)
+
+
+def _own_repair(knobs: Mapping[str, Any]) -> tuple[Repair, ...]:
     own = {"steps": knobs["surgery_steps"], "lr": knobs["surgery_lr"], "rank": knobs["surgery_rank"]}
     own |= {"eval_iterations": knobs["eval_iterations"], "split": knobs["split"], "cache_dir": knobs["cache_dir"]}
     repair = Repair.from_config({**Repair.defaults("final"), **own})

@@ -2,6 +2,7 @@
 
 from suture.algorithms.adamerging import (
     CLIPLayerWiseAdaMergingAlgorithm,
+    CLIPLayerWiseAdaMergingSurgeryAlgorithm,
     CLIPTaskWiseAdaMergingAlgorithm,
     LayerWiseAdaMergingAlgorithm,
     TaskWiseAdaMergingAlgorithm,
@@ -17,6 +18,7 @@ from suture.algorithms.static import SimpleAverageAlgorithm, TaskArithmeticAlgor
 
 __all__ = [
     "CLIPLayerWiseAdaMergingAlgorithm",
+    "CLIPLayerWiseAdaMergingSurgeryAlgorithm",
     "CLIPTaskWiseAdaMergingAlgorithm",
     "InfiniteDataLoader",
     "LayerWiseAdaMergingAlgorithm",

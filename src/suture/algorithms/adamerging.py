@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from suture.adaptation import AdaMergingResult, adapt, save_coefficients
 from suture.algorithms.pools import split_pool
 from suture.errors import ConfigError, unknown_name
+from suture.surgery import SurgeryResult
 
 _KNOBS = {
     "optimizer": "adam",
@@ -109,10 +110,30 @@ class _CLIPAdaMergingAlgorithm:
 
         models = OpenModels(Run.of(modelpool, taskpool, self.method, self.knobs))
         models.preflight().refuse()
-        stage = models.stage(models.run, Path(self.knobs["cache_dir"]))
-        adapted = models.run.method.knobs.function(**self.knobs).run(stage)
-        self.result = adapted.result
-        return models.family.encoder().load(adapted.result.merged)
+        merged = models.merged_in_memory()
+        self.result = merged.adapted.result if merged.adapted else None
+        return models.family.encoder().load(merged.tensors)
+
+
+class CLIPLayerWiseAdaMergingSurgeryAlgorithm:
+    """Layer-wise AdaMerging, then Representation Surgery; the knobs are those of `surgery/adamerging_surgery`."""
+
+    def __init__(self, **knobs: Any):
+        from suture.learned import find_method
+
+        self.knobs = find_method("surgery/adamerging_surgery").knobs.validate(knobs)
+
+    def run(self, modelpool: Any, taskpool: Any) -> dict[str, nn.Module]:
+        """{"adamerging": the merged encoder, "surgery": the same with its modules, a `SurgeryModel`}."""
+        from suture.opened import OpenModels
+        from suture.run import Run
+
+        models = OpenModels(Run.of(modelpool, taskpool, "surgery/adamerging_surgery", self.knobs))
+        models.preflight().refuse()
+        merged = models.merged_in_memory()
+        encoder, repaired = models.family.encoder().load(merged.tensors), merged.repaired[0].result
+        assert isinstance(repaired, SurgeryResult)
+        return {"adamerging": encoder, "surgery": repaired.model}
 
 
 class CLIPTaskWiseAdaMergingAlgorithm(_CLIPAdaMergingAlgorithm):
