@@ -47,7 +47,8 @@ def deep(
     """Fit modules after every block and on the final feature, by Adam.
 
     `fit="layerwise"` fits them one block after another, each to its own term of the loss with the modules before it
-    fixed, with no backward pass through the network; it holds all tokens of one block and task in memory. `blocks` and
+    fixed, with no backward pass through the network; it holds all tokens of one block and task in memory, and its steps
+    are counted over all places and tasks, with losses of nan for the tasks whose turn it is not. `blocks` and
     `channel_axis`: see `find_blocks`. `concatenate` runs all tasks in one pass; by default where this is exact.
     """
     find = {"forward": problem.forward, "blocks": blocks, "channel_axis": channel_axis}
