@@ -1,14 +1,14 @@
 """Repair a merged ViT-B/32 vision tower: suture against the textbook loops of Representation Surgery and SurgeryV2.
 
-    python benchmarks/surgery.py [--tasks 4] [--inputs 48] [--steps 1000] [--measured 3] [--repeats 1] [--full]
+    python benchmarks/surgery.py [--tasks 4] [--inputs 32] [--steps 1000] [--measured 2] [--repeats 1] [--full]
 
 CLIP's vision tower with its projection, made on the spot from its configuration with random weights (transformers), as
 are the experts and the inputs. "Textbook" is what the authors' code does: the expert at every step, one task after
 another; for V2 also gradients through everything, with all weights requiring one. Of all but suture's V1, which is run
 whole, `measured` steps are run and the rate of all but the first is taken. What `steps` steps cost is extrapolated from
 that, and what other numbers of inputs cost from the seconds that an encoding took; `--full` runs every step of
-everything. Every measurement is a process of its own: wall time, and the peak of anonymous memory above that of the
-models and inputs.
+everything. Every measurement is a process of its own on one thread: processor seconds, which a busy machine disturbs
+less than wall time, and the peak of anonymous memory above that of the models and inputs.
 """
 
 import argparse
@@ -172,7 +172,8 @@ def anonymous() -> int:
 
 
 def measure(work, options, steps: int) -> dict:
-    """Seconds of the whole and at each tick of the clock, losses, passes, and the peak of added anonymous memory."""
+    """Processor seconds at each tick of the clock and at the end, losses, passes, and the peak of added anonymous memory."""
+    torch.set_num_threads(1)
     problem = Problem(options)
     before, peak, done, ticks = anonymous(), [0], threading.Event(), []
 
@@ -183,17 +184,17 @@ def measure(work, options, steps: int) -> dict:
 
     watcher = threading.Thread(target=watch)
     watcher.start()
-    start = time.perf_counter()
-    found = work(problem, steps, lambda step: ticks.append(time.perf_counter() - start))
-    seconds = time.perf_counter() - start
+    start = time.process_time()
+    found = work(problem, steps, lambda step: ticks.append(time.process_time() - start))
+    seconds = time.process_time() - start
     done.set()
     watcher.join()
-    return {**found, "seconds": seconds, "ticks": [*ticks, seconds], "memory": peak[0]}
+    return {**found, "ticks": [*ticks, seconds], "memory": peak[0]}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    for name, default in (("tasks", 4), ("inputs", 48), ("steps", 1000), ("measured", 3), ("repeats", 1)):
+    for name, default in (("tasks", 4), ("inputs", 32), ("steps", 1000), ("measured", 2), ("repeats", 1)):
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--scale", type=float, default=1.0, help="anything but 1 is a small tower, to try the script")
     parser.add_argument("--full", action="store_true", help="run all steps of everything")
@@ -239,7 +240,7 @@ def compare(options) -> None:
 def medians(found: list[dict], steps: int) -> tuple[float, float, float]:
     """Seconds before the first step (for textbook loops none), seconds a step, and GB."""
     once = len(found[0]["ticks"]) > steps + 1  # suture ticks at the start, after every step, and at the end
-    rates = [(r["ticks"][-1] - r["ticks"][1]) / (steps - 1) for r in found]
+    rates = [(r["ticks"][steps] - r["ticks"][1]) / (steps - 1) for r in found]
     before = [max(r["ticks"][1] - rate, 0.0) if once else 0.0 for r, rate in zip(found, rates, strict=True)]
     return (*map(statistics.median, (before, rates)), statistics.median(r["memory"] for r in found) / 1e9)
 
