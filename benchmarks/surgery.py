@@ -160,7 +160,7 @@ WORK = {
     "suture final": suture_final,
     "textbook final": textbook_v1,
     "suture deep": suture_deep,
-    "suture deep, task by task": lambda *a: suture_deep(*a, concatenate=False),
+    "suture deep, all at once": lambda *a: suture_deep(*a, concatenate=True),
     "textbook deep": textbook_v2,
 }
 
@@ -172,7 +172,7 @@ def anonymous() -> int:
 
 
 def measure(work, options, steps: int) -> dict:
-    """Processor seconds at each tick of the clock and at the end, losses, passes, and the peak of added anonymous memory."""
+    """Processor seconds at each tick of the clock and the end, losses, passes, peak of added anonymous memory."""
     torch.set_num_threads(1)
     problem = Problem(options)
     before, peak, done, ticks = anonymous(), [0], threading.Event(), []
