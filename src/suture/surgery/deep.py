@@ -57,7 +57,7 @@ def deep(
     network = Network(problem.module, problem.forward, found)
     together = check_concatenation(concatenate, network.module, None)
     if concatenate is None and network.device.type == "cpu":
-        together = False  # there a pass for all tasks takes several times the memory and no less time
+        together = False  # a large model takes several times the memory there, for no less time
     order = Order(problem.inputs, steps, batch_size, seed, whole=problem.cache is not None)
     wanted = [problem.expert_rows(task, order.inputs(task), found) for task in problem.tasks]
     repairs = new_modules(problem, found, wanted[0], rank, seed, variant)
