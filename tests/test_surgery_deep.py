@@ -113,7 +113,7 @@ def test_it_equals_the_loop_that_runs_everything_at_every_step():
 @pytest.mark.parametrize(("fit", "variant"), [("joint", "standard"), ("layerwise", "centred")])
 def test_twenty_four_blocks_are_found_and_repaired(fit, variant):
     module, experts, inputs = problem(num_hidden_layers=24, hidden_size=8, intermediate_size=16)
-    options = {"rank": 4, "steps": 12, "lr": 0.01, "fit": fit, "variant": variant}
+    options = {"rank": 4, "steps": 12, "lr": 0.01, "batch_size": 20, "fit": fit, "variant": variant}
     result = repair(module, experts, inputs, "deep", **options, forward=embeds)
     assert len(result.model.places) == 25
     assert result.model.places[23] == "vision_model.encoder.layers.23"

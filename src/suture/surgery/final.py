@@ -46,7 +46,7 @@ def final(
     everyone, repairs = slice(0, len(merged)), {FINAL: modules}
     descent = Descent([modules], [everyone], lr, optimizer)
     losses = fit_constants(modules, everyone, [rows[:, None] for rows in merged], wanted, order)
-    history = descend(descent, steps, losses, repairs, resume=problem.resume, on_step=problem.on_step)
+    history = descend(descent, steps, losses, repairs, small=True, resume=problem.resume, on_step=problem.on_step)
     note_active(modules, merged)
     return surgery_result(problem, repairs, history)
 

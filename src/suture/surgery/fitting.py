@@ -1,6 +1,7 @@
 """Gradient descent on surgery modules: one Adam for each task, or the authors' one Adam for all."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
@@ -102,10 +103,14 @@ def descend(
     places: Mapping[str, SurgeryModules],
     *,
     watched: int = 0,
+    small: bool = False,
     resume: Saving | None = None,
     on_step: OnStep | None = None,
 ) -> Float[Tensor, "step task"]:
-    """All steps, or those that are left; the losses of all. Active units are noted over the last `watched` steps."""
+    """All steps, or those that are left; the losses of all. Active units are noted over the last `watched` steps.
+
+    `small` says that a step is so little work that threads would spend longer waiting for each other than working.
+    """
     history: list[Tensor] = []
     state = None if resume is None else resume.load()
     if state is not None:
@@ -115,7 +120,8 @@ def descend(
         if step == max(steps - watched, 0):
             for modules in descent.modules:
                 modules.clear()
-        found = descent.step(lambda group, step=step: losses(step, group))
+        with _threads(1 if small else torch.get_num_threads()):
+            found = descent.step(lambda group, step=step: losses(step, group))
         if not found.isfinite().all():
             raise DataError(f"The repair's loss is {found.sum().item()} at step {step}; check the inputs, or lower lr.")
         history.append(found)
@@ -124,6 +130,18 @@ def descend(
         if on_step is not None:
             on_step(step, found, places)
     return torch.stack(history)
+
+
+@contextmanager
+def _threads(count: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    if count != before:
+        torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        if count != before:
+            torch.set_num_threads(before)
 
 
 def fit_constants(

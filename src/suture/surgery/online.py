@@ -115,5 +115,6 @@ def _run(
             if end == step + 1:
                 snapshots[share].take(modules, task)
 
-    history = descend(Descent([modules], [which], lr, "adam"), len(merged), before, {FINAL: modules}, on_step=keep)
+    descent, places = Descent([modules], [which], lr, "adam"), {FINAL: modules}
+    history = descend(descent, len(merged), before, places, small=True, on_step=keep)
     return torch.cat(outputs), history[:, 0]

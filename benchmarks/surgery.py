@@ -1,0 +1,261 @@
+"""Repair a merged ViT-B/32 vision tower: suture against the textbook loops of Representation Surgery and SurgeryV2.
+
+    python benchmarks/surgery.py [--tasks 4] [--inputs 32] [--steps 1000] [--measured 2] [--repeats 1] [--full]
+
+CLIP's vision tower with its projection, made on the spot from its configuration with random weights (transformers), as
+are the experts and the inputs. "Textbook" is what the authors' code does: the expert at every step, one task after
+another; for V2 also gradients through everything, with all weights requiring one. Of all but suture's V1, which is run
+whole, `measured` steps are run and the rate of all but the first is taken. What `steps` steps cost is extrapolated from
+that, and what other numbers of inputs cost from the seconds that an encoding took; `--full` runs every step of
+everything. Every measurement is a process of its own on one thread: processor seconds, which a busy machine disturbs
+less than wall time, and the peak of anonymous memory above that of the models and inputs.
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from suture.batches import ShuffledBatches
+from suture.surgery import FINAL, Block, SurgeryModules, repair
+
+LR, RANK, BATCH = 1e-3, 16, 16
+
+
+def tower(seed: int, scale: float) -> nn.Module:
+    """ViT-B/32 of random weights; an expert is the merged tower (seed 0) and a little noise."""
+    from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
+
+    torch.manual_seed(0)
+    width, layers = (768, 12) if scale == 1 else (64, 3)
+    sizes = {"hidden_size": width, "intermediate_size": 4 * width, "num_hidden_layers": layers}
+    config = CLIPVisionConfig(**sizes, num_attention_heads=width // 64, patch_size=32, projection_dim=512)
+    module = CLIPVisionModelWithProjection(config).eval()
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in module.parameters() if seed else ():
+            parameter += 0.1 * parameter.std().nan_to_num() * torch.randn(parameter.shape, generator=generator)
+    return module
+
+
+def embeds(module: nn.Module, pixels: torch.Tensor) -> torch.Tensor:
+    """The projected feature."""
+    return module(pixel_values=pixels).image_embeds
+
+
+class Problem:
+    """The merged tower, the experts, and the inputs: what all contestants are given."""
+
+    def __init__(self, options):
+        self.options = options
+        self.module = tower(0, options.scale)
+        self.experts = {f"task{t}": tower(t + 1, options.scale) for t in range(options.tasks)}
+        draw = lambda t: torch.randn(options.inputs, 3, 224, 224, generator=torch.Generator().manual_seed(t))
+        self.inputs = {task: draw(t) for t, task in enumerate(self.experts)}
+
+    def batches(self) -> dict[str, ShuffledBatches]:
+        return {task: ShuffledBatches(x, BATCH, name=task) for task, x in self.inputs.items()}
+
+    def blocks(self) -> list[Block]:
+        layers = self.module.vision_model.encoder.layers
+        return [
+            Block(f"vision_model.encoder.layers.{i}", layer.layer_norm1.bias.numel()) for i, layer in enumerate(layers)
+        ]
+
+    def pairs(self, places: list[tuple[str, int]]) -> dict[str, list[list[nn.Parameter]]]:
+        """A D and a U for each task and place, from the start that suture takes."""
+        stacks = [SurgeryModules(list(self.experts), dim, RANK, place=place) for place, dim in places]
+        return {
+            task: [[nn.Parameter(p[t].detach().clone()) for p in (s.down, s.up)] for s in stacks]
+            for t, task in enumerate(self.experts)
+        }
+
+
+def fixed(z: torch.Tensor, pair: list[nn.Parameter]) -> torch.Tensor:
+    return z - (z @ pair[0].T).relu() @ pair[1].T
+
+
+def textbook_v1(problem: Problem, steps: int, clock) -> dict:
+    """Both encoders on every batch, one autograd step for each task and step."""
+    pairs, streams, losses = problem.pairs([(FINAL, 512)]), problem.batches(), []
+    adams = {task: torch.optim.Adam(pair[0], lr=LR) for task, pair in pairs.items()}
+    for step in range(steps):
+        clock(step)
+        for task, (pair,) in pairs.items():
+            with torch.no_grad():
+                z, wanted = (embeds(m, streams[task][step]) for m in (problem.module, problem.experts[task]))
+            loss = (fixed(z, pair) - wanted).abs().mean()
+            adams[task].zero_grad()
+            loss.backward()
+            adams[task].step()
+            losses.append(loss.item())
+    return {"losses": losses, "passes": 2 * steps * len(pairs) * BATCH}
+
+
+def textbook_v2(problem: Problem, steps: int, clock) -> dict:
+    """The expert at every step, one task at a time, and gradients of everything."""
+    blocks = problem.blocks()
+    pairs = problem.pairs([*((b.path, b.dim) for b in blocks), (FINAL, 512)])
+    streams, losses = problem.batches(), []
+    adams = {task: torch.optim.Adam([p for pair in all_of for p in pair], lr=LR) for task, all_of in pairs.items()}
+    for step in range(steps):
+        clock(step)
+        for task, places in pairs.items():
+            seen: list[torch.Tensor] = []
+            with torch.no_grad():
+                wanted = watched(problem.experts[task], streams[task][step], blocks, seen, None)
+            goals, seen = seen, []
+            z = fixed(watched(problem.module, streams[task][step], blocks, seen, places), places[-1])
+            loss = (z - wanted).abs().mean()
+            for mine, goal in zip(seen, goals, strict=True):
+                loss = loss + (mine.mean(1) - goal.mean(1)).abs().mean()
+            adams[task].zero_grad()
+            loss.backward()
+            adams[task].step()
+            problem.module.zero_grad()
+            losses.append(loss.item())
+    return {"losses": losses, "passes": 2 * steps * len(pairs) * BATCH}
+
+
+def watched(module, x, blocks, seen, places) -> torch.Tensor:
+    """The feature; the (corrected) tokens after each block go to `seen`."""
+
+    def hook(m, arguments, output):
+        seen.append(output if places is None else fixed(output, places[len(seen)]))
+        return seen[-1]
+
+    handles = [module.get_submodule(block.path).register_forward_hook(hook) for block in blocks]
+    try:
+        return embeds(module, x)
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def suture_final(problem: Problem, steps: int, clock) -> dict:
+    """What `suture` runs. The clock ticks when the encodings and the first step are done, and so on."""
+    return suture(problem, "final", steps, clock)
+
+
+def suture_deep(problem: Problem, steps: int, clock, **options) -> dict:
+    """What `suture` runs."""
+    return suture(problem, "deep", steps, clock, **options)
+
+
+def suture(problem: Problem, kind: str, steps: int, clock, **options) -> dict:
+    run = {"forward": embeds, "rank": RANK, "on_step": lambda step, *_: clock(step + 1)}
+    clock(0)
+    result = repair(problem.module, problem.experts, problem.inputs, kind, steps=steps, **run, **options)
+    return {"losses": result.losses.flatten().tolist(), "passes": result.passes.merged + result.passes.experts}
+
+
+WORK = {
+    "suture final": suture_final,
+    "textbook final": textbook_v1,
+    "suture deep": suture_deep,
+    "suture deep, all at once": lambda *a: suture_deep(*a, concatenate=True),
+    "textbook deep": textbook_v2,
+}
+
+
+def anonymous() -> int:
+    """Bytes of anonymous memory of this process."""
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("RssAnon"))
+    return int(line.split()[1]) * 1024
+
+
+def measure(work, options, steps: int) -> dict:
+    """Processor seconds at each tick of the clock and the end, losses, passes, peak of added anonymous memory."""
+    torch.set_num_threads(1)
+    problem = Problem(options)
+    before, peak, done, ticks = anonymous(), [0], threading.Event(), []
+
+    def watch():
+        while not done.is_set():
+            peak[0] = max(peak[0], anonymous() - before)
+            time.sleep(0.005)
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    start = time.process_time()
+    found = work(problem, steps, lambda step: ticks.append(time.process_time() - start))
+    seconds = time.process_time() - start
+    done.set()
+    watcher.join()
+    return {**found, "ticks": [*ticks, seconds], "memory": peak[0]}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    for name, default in (("tasks", 4), ("inputs", 32), ("steps", 1000), ("measured", 2), ("repeats", 1)):
+        parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--scale", type=float, default=1.0, help="anything but 1 is a small tower, to try the script")
+    parser.add_argument("--full", action="store_true", help="run all steps of everything")
+    parser.add_argument("--one", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.one:
+        name, steps = options.one.split(":")
+        print(json.dumps(measure(WORK[name], options, int(steps))))
+        return
+    compare(options)
+
+
+def run(name: str, steps: int) -> dict:
+    command = [sys.executable, __file__, *sys.argv[1:], "--one", f"{name}:{steps}"]
+    return json.loads(subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout)
+
+
+def compare(options) -> None:
+    few = options.steps if options.full else options.measured
+    counts = dict.fromkeys(WORK, few) | {"suture final": options.steps}
+    runs = {name: [] for name in WORK}
+    for _ in range(options.repeats):
+        for name, steps in counts.items():  # interleaved, so that a noisy minute hits all of them
+            runs[name].append(run(name, steps))
+    print(
+        f"{options.tasks} tasks, {options.inputs} inputs each, batch {BATCH}, rank {RANK}; medians of {options.repeats}"
+    )
+    typical = {name: medians(found, counts[name]) for name, found in runs.items()}
+    for name, (before, step, memory) in typical.items():
+        print(f"{name:26s} {before:6.1f} s once, {1000 * step:8.1f} ms a step ({counts[name]} run), {memory:5.2f} GB")
+    for kind in ("final", "deep"):
+        losses = [
+            torch.tensor(runs[f"{who} {kind}"][0]["losses"], dtype=torch.float64) for who in ("suture", "textbook")
+        ]
+        both = min(map(len, losses))
+        apart = (losses[0][:both] - losses[1][:both]).abs().max().item()
+        print(f"{kind}: the losses of the first {both // options.tasks} steps differ by {apart:.1e} at most")
+    print(f"{options.steps} steps, {'measured' if options.full else 'extrapolated'}, by the number of inputs a task:")
+    for inputs in (options.inputs,) if options.full else (160, 1600, 16000):
+        print(f"{inputs:6d}: {', '.join(ratios(typical, counts, inputs, options))}")
+
+
+def medians(found: list[dict], steps: int) -> tuple[float, float, float]:
+    """Seconds before the first step (for textbook loops none), seconds a step, and GB."""
+    once = len(found[0]["ticks"]) > steps + 1  # suture ticks at the start, after every step, and at the end
+    rates = [(r["ticks"][steps] - r["ticks"][1]) / (steps - 1) for r in found]
+    before = [max(r["ticks"][1] - rate, 0.0) if once else 0.0 for r, rate in zip(found, rates, strict=True)]
+    return (*map(statistics.median, (before, rates)), statistics.median(r["memory"] for r in found) / 1e9)
+
+
+def ratios(typical: dict, counts: dict, inputs: int, options) -> list[str]:
+    """Seconds of all steps and how many times less that is than the textbook's, for so many inputs a task."""
+    seconds, lines = {}, []
+    for name, (before, step, _) in typical.items():
+        encoded = min(options.inputs, counts[name] * BATCH)
+        seconds[name] = before * min(inputs, options.steps * BATCH) / encoded + step * options.steps
+    for name, value in seconds.items():
+        other = seconds[f"textbook {name.split()[1].strip(',')}"]
+        lines.append(f"{name} {value:.0f} s" + ("" if value == other else f" ({other / value:.1f} times)"))
+    return lines
+
+
+if __name__ == "__main__":
+    main()
