@@ -15,6 +15,7 @@ from suture.adaptation.merged_model import MergedModel, matched_tensors
 from suture.adaptation.objectives import Objective, get_objective
 from suture.adaptation.passes import passes
 from suture.adaptation.rows import task_vector_rows
+from suture.adaptation.schedules import Schedule, get_schedule
 from suture.adaptation.team import Team
 from suture.adaptation.trajectory import Trajectory
 from suture.batches import ShuffledBatches, to_device
@@ -66,7 +67,8 @@ def adapt(
     init_values: Any = 0.3,
     clamp_weights: bool = False,
     softmax: bool = False,
-    max_steps: int = 1000,
+    schedule: Schedule = "constant",
+    max_steps: int | None = None,
     concatenate: bool | None = None,
     micro_batch: int | None = None,
     plus_plus: bool = False,
@@ -94,7 +96,10 @@ def adapt(
     `granularity`, `init_values` and `objective`: see `layout`, `initial_values` and `OBJECTIVES`. `softmax` normalises
     over tasks. With `concatenate` all tasks share one forward and backward pass; by default where this is exact;
     `micro_batch` limits the inputs of one pass. `plus_plus` takes the trimmed, sign-agreeing rows of TIES with its
-    `threshold`. `frozen` tensors stay at the base. `max_steps=0` merges with `init_values`.
+    `threshold`. `frozen` tensors stay at the base.
+
+    `max_steps` is 1,000 by default, as published; `schedule="fast"` gets as far in 200 (see
+    `suture.adaptation.schedules`). With `max_steps=0` it merges with `init_values`.
 
     Task vectors are held in `vectors_dtype`, or read anew from the checkpoints twice a step with `stream_vectors`.
     `fabric` gives device and precision, and shares the inputs of each step out over its processes. `resume` takes the
@@ -112,6 +117,7 @@ def adapt(
     True
     """
     chosen, logits = get_objective(objective), dict(logits.items()) if isinstance(logits, nn.ModuleDict) else logits
+    factor, max_steps = get_schedule(schedule, max_steps)
     vectors = open_task_vectors(base, models, frozen=frozen, mixed_dtypes=mixed_dtypes)
     arrangement = layout(granularity, tuple(vectors.models), matched_tensors(module, vectors)[0])
     values = initial_values(init_values, arrangement).requires_grad_()
@@ -149,6 +155,7 @@ def adapt(
                 raise DataError(f"The objective is {loss.item()} {where}")
             with profile("optimizer step"):
                 descent.zero_grad()
+                descent.param_groups[0]["lr"] = lr * factor(trajectory.step, max_steps)
                 coefficients.backward(gradient)  # ∂L/∂λ, through the clamp and the sharing only
                 descent.step()
             trajectory.advance(loss.item(), last=trajectory.step + 1 == max_steps)

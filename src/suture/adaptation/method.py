@@ -10,6 +10,7 @@ from annotated_types import Ge, Gt, Le
 from suture.adaptation.adamerging import AdaMergingResult, adapt
 from suture.adaptation.coefficients import initial_values, layout
 from suture.adaptation.merged_model import matched_tensors
+from suture.adaptation.schedules import Schedule
 from suture.batches import ShuffledBatches
 from suture.errors import SutureError
 from suture.evaluation import Row
@@ -27,6 +28,7 @@ NAMES: dict[str, tuple[str, bool]] = {
     "tw_adamergingpp": ("task", True),
 }
 _FEW = 3  # steps of a fast_dev_run
+_FASTER = 5  # the fast schedule gets as far in a fifth of the steps
 _WITHOUT_EFFECT = {"cache_dir", "devices", "eval_iterations", "num_workers", "save_merging_weights", "strict"}
 
 
@@ -46,7 +48,7 @@ class AdaMerging:
     `name` stands for a granularity, and for AdaMerging++ or not; `granularity` and `plus_plus` overrule it. `weights`
     (a list, .npy, .pt or .safetensors) are coefficients to be taken as they are, without adaptation. The inputs are
     those of `split`, without their labels, decoded once (so there are no workers to number: `num_workers` is there for
-    old configurations). Names are always compared strictly and tied tensors stay tied, whatever `strict` says.
+    old configurations). `schedule=fast` takes a fifth of `max_steps` and gets about as far. Names are always compared strictly and tied tensors stay tied, whatever `strict` says.
     """
 
     name: Literal[
@@ -70,6 +72,7 @@ class AdaMerging:
     batch_size: Annotated[int, Ge(1)] = 16
     num_workers: Annotated[int, Ge(0)] = 8
     max_steps: Annotated[int, Ge(0)] = 1000
+    schedule: Schedule = "constant"
     fast_dev_run: bool = False
     save_merging_weights: str | None = "merging_weights.pt"
     cache_dir: str = "outputs"
@@ -113,7 +116,8 @@ class AdaMerging:
         tasks = stage.inputs(self.split)
         batches = {n: ShuffledBatches(t.inputs, self.batch_size, seed=stage.seed, name=n) for n, t in tasks.items()}
         heads = {n: t.logits for n, t in tasks.items()}
-        steps = min(self.max_steps, _FEW) if self.fast_dev_run or stage.fast else self.max_steps
+        steps = self.max_steps // _FASTER if self.schedule == "fast" else self.max_steps
+        steps = min(steps, _FEW) if self.fast_dev_run or stage.fast else steps
         resume = stage.resume(self.cache_dir, self._work(steps))
 
         def everywhere(fabric) -> Adapted:
@@ -142,6 +146,7 @@ class AdaMerging:
             objective=self.objective,
             optimizer=self.optimizer,
             lr=self.lr,
+            schedule=self.schedule,
             weight_decay=self.weight_decay,
             clamp_weights=self.clamp_weights,
             softmax=self.softmax,

@@ -1,0 +1,260 @@
+"""AdaMerging on a ViT-B/32-sized tower and eight tasks: suture against the textbook loop. Seconds a step, and memory.
+
+    python benchmarks/adamerging.py [--steps 3] [--scale 1.0] [--tasks 8]
+
+The weights are random: the vision tower of CLIP ViT-B/32 with its projection (88 M parameters, float32), task vectors
+of scale 1e-3, heads of 100 classes, 16 images a task and step, layer-wise coefficients, entropy. "Textbook" keeps the
+merged weights in the graph, calls the module with them task by task, sums the losses and backpropagates once. Every
+measurement is a process of its own. The first step warms up; of the others the median counts. Memory is the peak of
+anonymous memory beyond the imports, the caller's module and the images. Most of it is what any forward and backward
+pass of the network keeps, so the passes alone are measured too.
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import normalize
+
+from suture.adaptation import adapt, entropy
+from suture.adaptation.forward import Network
+from suture.adaptation.merged_model import MergedModel
+from suture.batches import ShuffledBatches
+
+BATCH, CLASSES = 16, 100
+
+
+def tower(scale: float) -> nn.Module:
+    from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
+
+    torch.manual_seed(0)
+    width = int(768 * scale) // 12 * 12
+    config = CLIPVisionConfig(hidden_size=width, intermediate_size=4 * width, patch_size=32, projection_dim=512)
+    return CLIPVisionModelWithProjection(config).eval()
+
+
+def problem(scale: float, tasks: int) -> SimpleNamespace:
+    """Module, base, fine-tuned weights written nowhere but memory, images, heads; 25 MB of images in all."""
+    module, generator = tower(scale), torch.Generator().manual_seed(1)
+    noise = lambda *shape: torch.randn(*shape, generator=generator)
+    base = {name: tensor.detach() for name, tensor in module.state_dict().items() if tensor.is_floating_point()}
+    names = [f"task{t}" for t in range(tasks)]
+    heads = {name: normalize(noise(CLASSES, 512), dim=-1) for name in names}
+    return SimpleNamespace(
+        module=module,
+        base=base,
+        models={name: lambda t=t: tuned(base, t) for t, name in enumerate(names)},
+        images={name: noise(2 * BATCH, 3, 224, 224) for name in names},
+        heads={
+            name: (lambda features, head=head: 100 * normalize(features, dim=-1) @ head.T)
+            for name, head in heads.items()
+        },
+    )
+
+
+def tuned(base: dict[str, Tensor], task: int) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(100 + task)
+    return {name: w + 1e-3 * torch.randn(w.shape, generator=generator) for name, w in base.items()}
+
+
+def batches(found: SimpleNamespace) -> dict[str, ShuffledBatches]:
+    return {name: ShuffledBatches(images, BATCH, seed=0, name=name) for name, images in found.images.items()}
+
+
+def forward(module: nn.Module, images: Tensor) -> Tensor:
+    return module(pixel_values=images).image_embeds
+
+
+def textbook(found: SimpleNamespace, folder: Path, steps: int) -> dict[str, Any]:
+    """The merged weights are functions of the coefficients, and the graph goes through them."""
+    base, streams = found.base, {name: iter(b) for name, b in batches(found).items()}
+    vectors = [{n: w - base[n] for n, w in load(folder, name).items()} for name in found.images]
+    values = torch.full((len(vectors), len(base)), 0.3, dtype=torch.float64, requires_grad=True)
+    descent, times = torch.optim.Adam([values], lr=1e-3), [time.perf_counter()]
+    for _ in range(steps):
+        merged = {
+            name: w + sum(values[t, i].float() * vector[name] for t, vector in enumerate(vectors))
+            for i, (name, w) in enumerate(base.items())
+        }
+        losses = []
+        for name, head in found.heads.items():
+            output = torch.func.functional_call(found.module, merged, (), {"pixel_values": next(streams[name])})
+            losses.append(entropy(head(output.image_embeds)))
+        descent.zero_grad()
+        torch.stack(losses).sum().backward()
+        descent.step()
+        times.append(time.perf_counter())
+    return {"times": times, "values": values.detach()}
+
+
+def suture(found: SimpleNamespace, folder: Path, steps: int, dtype: torch.dtype | None = None, autocast: bool = False):
+    """`suture.adapt`, with a clock around the network's forward and backward passes."""
+    times, inside = [time.perf_counter()], [0.0]
+
+    def seen(*_) -> None:
+        times.append(time.perf_counter())
+        network.append(inside[0])
+
+    network: list[float] = []
+    models = {name: folder / f"{name}.safetensors" for name in found.images}
+    with clocked(inside), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        result = adapt(
+            *(found.module, found.base, models, batches(found), found.heads),
+            **{"forward": forward, "max_steps": steps, "vectors_dtype": dtype, "on_step": seen},
+        )
+    order = [result.coefficients.layers.index(name) for name in found.base]
+    return {"times": times, "network": network, "values": result.history[-1][:, order]}
+
+
+@contextmanager
+def clocked(total: list[float]) -> Iterator[None]:
+    """Add up the time of the network's own passes: all of `Network.backward` but the inner products in it."""
+    backward, take = Network.backward, MergedModel._take
+
+    def timed(function: Callable, sign: float) -> Callable:
+        def run(*arguments):
+            start = time.perf_counter()
+            result = function(*arguments)
+            total[0] += sign * (time.perf_counter() - start)
+            return result
+
+        return run
+
+    Network.backward, MergedModel._take = timed(backward, 1.0), timed(take, -1.0)
+    try:
+        yield
+    finally:
+        Network.backward, MergedModel._take = backward, take
+
+
+def load(folder: Path, name: str) -> dict[str, Tensor]:
+    from safetensors.torch import load_file
+
+    return load_file(folder / f"{name}.safetensors")
+
+
+def network_alone(found: SimpleNamespace, folder: Path, steps: int) -> dict[str, Any]:
+    """Forward and backward through the plain module, all tasks in one batch, each gradient freed when it is there."""
+
+    def free(parameter: Tensor) -> None:
+        parameter.grad = None
+
+    for parameter in found.module.parameters():
+        parameter.requires_grad_(True).register_post_accumulate_grad_hook(free)
+    streams, times = {name: iter(b) for name, b in batches(found).items()}, [time.perf_counter()]
+    for _ in range(steps):
+        outputs = forward(found.module, torch.cat([next(stream) for stream in streams.values()])).split(BATCH)
+        losses = [entropy(head(output)) for head, output in zip(found.heads.values(), outputs, strict=True)]
+        torch.stack(losses).sum().backward()
+        times.append(time.perf_counter())
+    return {"times": times, "values": torch.zeros(0)}
+
+
+WORK: dict[str, Callable[..., dict[str, Any]]] = {
+    "network alone": network_alone,
+    "textbook": textbook,
+    "suture": suture,
+    "suture, bf16 vectors": lambda *a: suture(*a, dtype=torch.bfloat16),
+    "suture, bf16 autocast": lambda *a: suture(*a, autocast=True),
+}
+
+
+def anonymous() -> int:
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("RssAnon"))
+    return int(line.split()[1]) * 1024
+
+
+def measure(work: Callable[..., dict[str, Any]], options: argparse.Namespace) -> dict[str, Any]:
+    """What one process finds: seconds a step after the first, share outside of the network, memory, coefficients."""
+    found, running, peak = problem(options.scale, options.tasks), threading.Event(), [0]
+    size = sum(tensor.nbytes for tensor in found.base.values())
+    before = anonymous()
+
+    def watch() -> None:
+        while not running.is_set():
+            peak[0] = max(peak[0], anonymous() - before)
+            time.sleep(0.005)
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    result = work(found, options.folder, options.steps)
+    running.set()
+    watcher.join()
+    seconds = [b - a for a, b in zip(result["times"], result["times"][1:], strict=False)][1:]
+    inside = [b - a for a, b in zip(result.get("network", []), result.get("network", [])[1:], strict=False)]
+    shares = [1 - network / whole for network, whole in zip(inside, seconds, strict=False)]
+    return {
+        "seconds": statistics.median(seconds),
+        "outside": statistics.median(shares) if shares else None,
+        "memory": peak[0] / size,
+        "values": result["values"].tolist(),
+    }
+
+
+def bf16_units() -> bool:
+    """Whether this processor multiplies bfloat16 matrices in hardware."""
+    flags = Path("/proc/cpuinfo").read_text()
+    return "amx_bf16" in flags or "avx512_bf16" in flags
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--steps", type=int, default=3)
+    parser.add_argument("--tasks", type=int, default=8)
+    parser.add_argument("--scale", type=float, default=1.0, help="width relative to ViT-B/32")
+    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--one", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.one:
+        print(json.dumps(measure(WORK[options.one], options)))
+        return
+    import tempfile
+
+    from safetensors.torch import save_file
+
+    with tempfile.TemporaryDirectory() as folder:
+        found = problem(options.scale, options.tasks)
+        for name, make in found.models.items():
+            save_file(make(), Path(folder) / f"{name}.safetensors")
+        size = sum(tensor.nbytes for tensor in found.base.values())
+        del found
+        print(f"model size {size / 1e6:.0f} MB; {options.tasks} tasks; median of {options.steps - 1} steps", flush=True)
+        compare(Path(folder), options)
+
+
+def compare(folder: Path, options: argparse.Namespace) -> None:
+    command = [sys.executable, __file__, "--folder", str(folder)]
+    for key in ("steps", "tasks", "scale"):
+        command += [f"--{key}", str(getattr(options, key))]
+    results: dict[str, dict[str, Any]] = {}
+    for name in WORK:
+        if "autocast" in name and not bf16_units():
+            print(f"{name:22s} skipped: this processor has no bfloat16 matrix units, so it would be slower")
+            continue
+        done = subprocess.run([*command, "--one", name], capture_output=True, text=True, check=True)
+        results[name] = found = json.loads(done.stdout.splitlines()[-1])
+        beyond = found["memory"] - results["network alone"]["memory"]
+        outside = "" if found["outside"] is None else f"   {found['outside']:5.1%} of the time outside the network"
+        memory = f"{found['memory']:6.2f} model sizes, {beyond:6.2f} beyond the network's"
+        print(f"{name:22s} {found['seconds']:7.2f} s   {memory}{outside}", flush=True)
+    apart = lambda name: (
+        (torch.tensor(results[name]["values"]) - torch.tensor(results["textbook"]["values"])).abs().max()
+    )
+    print(f"textbook / suture: {results['textbook']['seconds'] / results['suture']['seconds']:.2f} in time a step")
+    for name in list(results)[2:]:
+        print(f"largest difference of a coefficient after {options.steps} steps, {name}: {apart(name):.1e}")
+
+
+if __name__ == "__main__":
+    main()
