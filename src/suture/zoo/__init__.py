@@ -4,17 +4,22 @@
 'greek'
 """
 
+import pkgutil
 from pathlib import Path, PurePosixPath
 
 from suture.errors import CheckpointError, ConfigError
 
 _HERE = Path(__file__).parent
-_BUILDERS = ("glyphs8",)
 
 
 def names() -> list[str]:
     """The zoos whose files are installed."""
-    return sorted(folder.name for folder in _HERE.iterdir() if (folder / "pretrained" / "config.json").is_file())
+    return sorted(folder.name for folder in _HERE.iterdir() if (folder / "experts").is_dir())
+
+
+def buildable() -> list[str]:
+    """The zoos that can be built: every module of `suture.zoo.builders`."""
+    return sorted(module.name for module in pkgutil.iter_modules([str(_HERE / "builders")]))
 
 
 def resolve(source: str) -> Path:
@@ -41,10 +46,10 @@ def build(name: str, out: Path, seed: int = 0, **options) -> Path:
     """Train a zoo from scratch into the new folder `out`; same seed and threads, same bits on one machine.
 
     Options are those of the zoo's own builder (a `recipe`). Raises `ConfigError` for an unknown name
-    and `OutputError` if `out` exists.
+    or option, and `OutputError` if `out` exists.
     """
-    if name not in _BUILDERS:
-        raise ConfigError(f"There is no zoo {name!r} to build. Known: {', '.join(_BUILDERS)}.")
-    from suture.zoo.building import build_glyphs8
+    if name not in buildable():
+        raise ConfigError(f"There is no zoo {name!r} to build. Known: {', '.join(buildable())}.")
+    from suture.zoo.building import build_zoo
 
-    return build_glyphs8(Path(out), seed=seed, **options)
+    return build_zoo(name, Path(out), seed, options)
