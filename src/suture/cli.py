@@ -17,7 +17,7 @@ suture merges fine-tuned models into one and shows what that did.
   suture check …      the same words: what fits, what will be read, written and held; nothing is run
   suture evaluate …   modelpool=POOL taskpool=POOL [model=PATH]: score the pool's models, or one of your own
   suture methods      every method with its knobs, defaults and paper
-  suture zoo          the models that ship with suture; suture zoo build NAME --output DIR trains them anew
+  suture zoo          the models that ship with suture and those it can build: suture zoo build NAME
   suture demo         the main job on the shipped models: eight experts into one
   suture --cfg job method=…   the whole configuration of a run; --help after it explains hydra's flags
 
@@ -119,19 +119,21 @@ def _zoo(arguments: list[str]) -> None:
     from suture import zoo
 
     if not arguments:
-        for name in zoo.names():
-            print(name)
+        for name, line in zoo.inventory().items():
+            print(f"{name}  {line}")
         return
     if arguments[0] != "build":
         raise ConfigError(unknown_name("zoo command", arguments[0], ["build"]))
     output, rest = _option("--output", arguments[1:])
     seed, rest = _option("--seed", rest)
-    if len(rest) != 1 or output is None:
-        raise ConfigError("Wanted: suture zoo build NAME --output DIR [--seed N].")
+    data, rest = _option("--data", rest)
+    if len(rest) != 1:
+        raise ConfigError("Wanted: suture zoo build NAME [--output DIR] [--seed N] [--data DIR].")
     if seed is not None and not seed.isdecimal():
         raise ConfigError(f"--seed {seed}: wanted a whole number.")
-    zoo.build(rest[0], Path(output), seed=int(seed or 0))
-    print(f"Built {rest[0]} in {output}")
+    options = {} if data is None else {"data": data}
+    built = zoo.build(rest[0], Path(output) if output else None, seed=int(seed or 0), **options)
+    print(f"Built {rest[0]} in {built}")
 
 
 def _demo(arguments: list[str]) -> None:
