@@ -15,7 +15,8 @@ suture merges fine-tuned models into one and shows what that did.
                       merge, score on every task, and leave one folder with the model and a report;
                       -m with several values (method.scaling_factor=0.1,0.3) runs them all
   suture check …      the same words: what fits, what will be read, written and held; nothing is run
-  suture evaluate …   modelpool=POOL taskpool=POOL [model=PATH]: score the pool's models, or one of your own
+  suture evaluate …   modelpool=POOL taskpool=POOL [model=PATH]: score the pool's models, or one of your own;
+                      matrix=true: every model on every task, and with output=FOLDER a report with a heat map
   suture methods      every method with its knobs, defaults and paper
   suture zoo          the models that ship with suture and those it can build: suture zoo build NAME
   suture demo         the main job on the shipped models: eight experts into one
@@ -99,8 +100,11 @@ def _evaluate(arguments: list[str]) -> None:
     from suture import config, pipeline
 
     model = next((a.partition("=")[2] for a in arguments if a.startswith("model=")), None)
-    arguments = [a for a in arguments if not a.startswith("model=")]
-    pipeline.evaluate_configured(config.compose(_with_default_method(arguments)), model)
+    matrix = next((a.partition("=")[2] for a in arguments if a.startswith("matrix=")), "false")
+    if matrix not in ("true", "false"):
+        raise ConfigError(f"matrix={matrix}: wanted true or false.")
+    arguments = [a for a in arguments if not a.startswith(("model=", "matrix="))]
+    pipeline.evaluate_configured(config.compose(_with_default_method(arguments)), model, matrix == "true")
 
 
 def _with_default_method(arguments: list[str]) -> list[str]:
