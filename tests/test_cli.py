@@ -256,3 +256,33 @@ def test_pickles_of_the_standard_library_are_not_taken_for_checkpoints(desk, cap
     (desk.folder / "list.pt").write_bytes(pickle.dumps([1, 2]))
     desk.models["first"] = str(desk.folder / "list.pt")
     assert "list.pt" in refused(capsys, desk.words())
+
+
+def test_evaluate_scores_every_model_on_every_task(desk, capsys):
+    desk.models["third"] = desk.models["second"]
+    assert main(["evaluate", *desk.words("matrix=true", "output=scores")]) == 0
+    assert "every model on every task" in capsys.readouterr().out
+    report = json.loads((desk.folder / "scores" / "report.json").read_text())
+    assert list(report["matrix"]) == ["first", "second", "third"]
+    assert report["matrix"]["second"] == report["matrix"]["third"]
+    experts = next(row["accuracies"] for row in report["rows"] if row["name"] == "experts")
+    assert experts == {task: report["matrix"][task][task] for task in ("first", "second")}
+    assert (desk.folder / "scores" / "figures" / "expert_matrix.png").exists()
+
+
+def test_the_matrix_of_eight_tasks_fits_80_columns(capsys, monkeypatch):
+    from suture.evaluation import Row
+    from suture.report import Report, print_report
+
+    monkeypatch.setenv("COLUMNS", "80")
+    names = ["operators", "stanford_cars", "cyrillic", "armenian", "georgian", "photographs", "clothing", "textures"]
+    rows = [Row(name, {task: 0.1 * i + 0.005 * j for j, task in enumerate(names)}) for i, name in enumerate(names)]
+    print_report(Report("evaluation", rows, matrix=rows))
+    lines = capsys.readouterr().out.partition("every model on every task")[2].splitlines()
+    assert max(map(len, lines)) <= 80
+    numbers = [line.split()[1:] for line in lines if "." in line]
+    assert numbers == [[f"{10 * i + 0.5 * j:.1f}" for j in range(8)] for i in range(8)]
+
+
+def test_matrix_takes_true_or_false(desk, capsys):
+    assert "matrix=yes: wanted true or false" in refused(capsys, ["evaluate", *desk.words("matrix=yes")])

@@ -15,9 +15,10 @@ suture merges fine-tuned models into one and shows what that did.
                       merge, score on every task, and leave one folder with the model and a report;
                       -m with several values (method.scaling_factor=0.1,0.3) runs them all
   suture check …      the same words: what fits, what will be read, written and held; nothing is run
-  suture evaluate …   modelpool=POOL taskpool=POOL [model=PATH]: score the pool's models, or one of your own
+  suture evaluate …   modelpool=POOL taskpool=POOL [model=PATH]: score the pool's models, or one of your own;
+                      matrix=true: every model on every task, and with output=FOLDER a report with a heat map
   suture methods      every method with its knobs, defaults and paper
-  suture zoo          the models that ship with suture; suture zoo build NAME --output DIR trains them anew
+  suture zoo          the models that ship with suture and those it can build: suture zoo build NAME
   suture demo         the main job on the shipped models: eight experts into one
   suture --cfg job method=…   the whole configuration of a run; --help after it explains hydra's flags
 
@@ -103,8 +104,11 @@ def _evaluate(arguments: list[str]) -> None:
     from suture import config, pipeline
 
     model = next((a.partition("=")[2] for a in arguments if a.startswith("model=")), None)
-    arguments = [a for a in arguments if not a.startswith("model=")]
-    pipeline.evaluate_configured(config.compose(_with_default_method(arguments)), model)
+    matrix = next((a.partition("=")[2] for a in arguments if a.startswith("matrix=")), "false")
+    if matrix not in ("true", "false"):
+        raise ConfigError(f"matrix={matrix}: wanted true or false.")
+    arguments = [a for a in arguments if not a.startswith(("model=", "matrix="))]
+    pipeline.evaluate_configured(config.compose(_with_default_method(arguments)), model, matrix == "true")
 
 
 def _with_default_method(arguments: list[str]) -> list[str]:
@@ -123,19 +127,21 @@ def _zoo(arguments: list[str]) -> None:
     from suture import zoo
 
     if not arguments:
-        for name in zoo.names():
-            print(name)
+        for name, line in zoo.inventory().items():
+            print(f"{name}  {line}")
         return
     if arguments[0] != "build":
         raise ConfigError(unknown_name("zoo command", arguments[0], ["build"]))
     output, rest = _option("--output", arguments[1:])
     seed, rest = _option("--seed", rest)
-    if len(rest) != 1 or output is None:
-        raise ConfigError("Wanted: suture zoo build NAME --output DIR [--seed N].")
+    data, rest = _option("--data", rest)
+    if len(rest) != 1:
+        raise ConfigError("Wanted: suture zoo build NAME [--output DIR] [--seed N] [--data DIR].")
     if seed is not None and not seed.isdecimal():
         raise ConfigError(f"--seed {seed}: wanted a whole number.")
-    zoo.build(rest[0], Path(output), seed=int(seed or 0))
-    print(f"Built {rest[0]} in {output}")
+    options = {} if data is None else {"data": data}
+    built = zoo.build(rest[0], Path(output) if output else None, seed=int(seed or 0), **options)
+    print(f"Built {rest[0]} in {built}")
 
 
 def _demo(arguments: list[str]) -> None:

@@ -190,12 +190,14 @@ def evaluate_experts(
 def expert_matrix(
     expert: Callable[[str], Model],
     tasks: Mapping[str, TaskInputs],
+    names: Iterable[str] | None = None,
     *,
     batch_size: int = BATCH_SIZE,
     track: Track = untracked,
 ) -> list[Row]:
-    """Every expert on every task: one row for each expert, named after its task."""
-    return [evaluate_row(task, expert(task), tasks, batch_size=batch_size, track=track) for task in tasks]
+    """Every expert on every task: one row for each of `names`, by default those of the tasks."""
+    chosen = tasks if names is None else names
+    return [evaluate_row(name, expert(name), tasks, batch_size=batch_size, track=track) for name in chosen]
 
 
 def _correct(task: TaskInputs, logits: Tensor, labels: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from suture.adaptation import save_coefficients
 from suture.adaptation.method import Adapted
 from suture.checkpoints import Checkpoint, allocate_checkpoint, open_checkpoint, open_fine_tuned, provenance
 from suture.errors import ConfigError
-from suture.evaluation import Row, TaskInputs, evaluate_experts, evaluate_row, evaluation_set
+from suture.evaluation import Row, TaskInputs, evaluate_experts, evaluate_row, evaluation_set, expert_matrix
 from suture.families import Family, companion_files, family
 from suture.learned import LearnedMethod
 from suture.merge import merge_task_vectors
@@ -122,6 +122,11 @@ class OpenModels:
             pretrained, experts = self._row("pretrained", self.base, inputs), self._experts(inputs)
             rows = [row for name, model in models.items() for row in self._rows(name, model, inputs)]
         return [pretrained, *([experts] if experts else []), *rows], pretrained, experts
+
+    def matrix(self) -> list[Row]:
+        """Every fine-tuned model of the pool on every task."""
+        expert = lambda name: self.encoder.load(self.models[name])
+        return expert_matrix(expert, self.inputs("test"), self.models, batch_size=self.run.batch_size, track=bar)
 
     @cached_property
     def family(self) -> Family:

@@ -4,6 +4,7 @@ import json
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -106,9 +107,13 @@ def check_configured(config: Mapping[str, Any]) -> Preflight:
     return OpenModels(Run.from_config(config)).preflight()
 
 
-def evaluate_configured(config: Mapping[str, Any], model: str | None = None) -> list[Row]:
-    """Score the pool's pretrained model and experts, and one more model of the same architecture if it is named."""
-    from suture.report import Report, print_report
+def evaluate_configured(config: Mapping[str, Any], model: str | None = None, matrix: bool = False) -> list[Row]:
+    """Score the pool's pretrained model and experts, and one more model of the same architecture if it is named.
+
+    With `matrix` every fine-tuned model is scored on every task too, and the report, a heat map in it, is written
+    where the configuration names an output folder.
+    """
+    from suture.report import Report, print_report, write
 
     run = Run.from_config(config)
     if run.taskpool is None:
@@ -116,6 +121,11 @@ def evaluate_configured(config: Mapping[str, Any], model: str | None = None) -> 
     models = OpenModels(run)
     models.preflight().refuse()
     named = {Path(model).name: models.mergeable(open_checkpoint(model))} if model else {}
-    rows, pretrained, experts = models.score(named)
-    print_report(Report("evaluation", rows, pretrained, experts))
+    written = matrix and config["output"]
+    with new_directory(run.output, overwrite=run.overwrite) if written else nullcontext() as folder:
+        rows, pretrained, experts = models.score(named)
+        report = Report("evaluation", rows, pretrained, experts, matrix=models.matrix() if matrix else ())
+        if folder:
+            write(report, folder)
+    print_report(report)
     return rows

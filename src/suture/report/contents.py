@@ -111,7 +111,7 @@ class RepairReport:
 class Report:
     """Accuracies of several models on the same tasks, and what it takes to repeat the run.
 
-    `curves`: knob → model → value of the knob → mean accuracy.
+    `curves`: knob → model → value of the knob → mean accuracy. `matrix`: a row for each expert, on every task.
 
     `pretrained` and `experts` are among the `rows`; without them nothing can be said of the gap. Times are seconds.
     """
@@ -128,6 +128,7 @@ class Report:
     curves: Mapping[str, Mapping[str, Mapping[float, float]]] = field(default_factory=dict)
     learning: Mapping[str, Learning] = field(default_factory=dict)
     repairs: Mapping[str, RepairReport] = field(default_factory=dict)
+    matrix: Sequence[Row] = ()
 
     @property
     def tasks(self) -> list[str]:
@@ -160,6 +161,7 @@ class Report:
             "curves": {
                 knob: {n: list(map(list, c.items())) for n, c in cs.items()} for knob, cs in self.curves.items()
             },
+            "matrix": {row.name: dict(row.accuracies) for row in self.matrix},
             "learning": {name: learned.as_data() for name, learned in self.learning.items()},
             "repairs": {name: repair.as_data() for name, repair in self.repairs.items()},
             "profile_seconds": dict(self.profile),

@@ -19,6 +19,9 @@ def draw(report: Report, folder: Path) -> list[Path]:
         drawn += _draw_learning(name, learning, folder)
     for name, repair in report.repairs.items():
         drawn += _draw_repair(name.replace(" + ", "_"), repair, folder)
+    if report.matrix:
+        size = 2.4 + 0.55 * len(report.tasks), 1.6 + 0.42 * len(report.matrix)
+        drawn.append(save(folder / "expert_matrix", _expert_matrix, report, size))
     return drawn
 
 
@@ -75,6 +78,21 @@ def _curves(axes, content) -> None:
         axes.set_xscale("log")
     axes.set_ylabel("mean accuracy (%)")
     axes.figure.legend(loc="outside upper center", ncols=4, frameon=False)
+
+
+def _expert_matrix(axes, report: Report) -> None:
+    """Heat map, models down and tasks across, with the accuracy in each cell."""
+    values = [[100 * row.on(task) for task in report.tasks] for row in report.matrix]
+    image = axes.imshow(values, cmap="Blues", vmin=0, vmax=100, aspect="auto")
+    for down, line in enumerate(values):
+        for across, value in enumerate(line):
+            colour = "white" if value > 60 else "black"
+            axes.text(across, down, f"{value:.0f}", ha="center", va="center", color=colour)
+    axes.set_xticks(range(len(report.tasks)), report.tasks, rotation=40, ha="right")
+    axes.set_yticks(range(len(report.matrix)), [row.name for row in report.matrix])
+    axes.set_xlabel("task")
+    axes.set_ylabel("model")
+    axes.figure.colorbar(image, ax=axes, label="accuracy (%)")
 
 
 def _accuracy_over_steps(axes, scores) -> None:

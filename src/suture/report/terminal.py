@@ -5,7 +5,7 @@ from rich.console import Console
 from rich.table import Table
 
 from suture.preflight import Preflight, in_bytes
-from suture.report.contents import Report, cells, columns
+from suture.report.contents import Report, cells, columns, percent
 
 _ACROSS = 6  # models that fit beside each other in 80 columns
 
@@ -20,6 +20,9 @@ def print_report(report: Report) -> None:
     fill = _models_across if len(report.rows) <= _ACROSS else _models_down
     fill(table, report)
     console.print(table)
+    if report.matrix:
+        console.print("every model on every task, accuracy in %", style="italic")
+        console.print(_matrix(report))
     for note in report.notes:
         console.print(f"note: {note}", highlight=False)
 
@@ -44,6 +47,21 @@ def _models_down(table: Table, report: Report) -> None:
     for row in report.rows:
         line = cells(report, row)
         table.add_row(line[0], *line[-3:])
+
+
+def _matrix(report: Report) -> Table:
+    """Models down, tasks across in the order of the table above; names are cut so that eight fit in 80 columns."""
+    table = Table(box=SIMPLE, padding=0)
+    table.add_column("")
+    for task in report.tasks:
+        table.add_column(_cut(task, 7), justify="right")
+    for row in report.matrix:
+        table.add_row(_cut(row.name, 12), *(percent(row.on(task)) for task in report.tasks))
+    return table
+
+
+def _cut(name: str, width: int) -> str:
+    return name if len(name) <= width else f"{name[: width - 1]}…"
 
 
 def print_preflight(found: Preflight) -> None:

@@ -1,72 +1,79 @@
-"""Build glyphs8: data, pretraining, eight experts; into a folder that appears only when it is complete."""
+"""Build a zoo: data, experts and what it is fine-tuned from, into a folder that appears only when it is complete.
 
+Each zoo is one module of `suture.zoo.builders`; what they share is here.
+"""
+
+import importlib
+import importlib.util
+import inspect
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from suture.errors import ConfigError, OutputError
+from suture.errors import ConfigError, OutputError, unknown_name
 from suture.progress import bar
 from suture.randomness import generator_for
-from suture.zoo import alphabets, clip_files, training
+from suture.zoo import clip_files, training
 from suture.zoo.idx import save_split
 from suture.zoo.recipe import Recipe
 
-Batches = Callable[[torch.Generator], tuple[Tensor, Tensor]]
+Labelled = tuple[Tensor, Tensor]
+"""uint8 images (n, 16, 16) and their labels (n,)."""
 
 
-def build_glyphs8(out: Path, seed: int = 0, recipe: Recipe | None = None) -> Path:
-    """Train glyphs8 into the new folder `out`: `pretrained`, `experts/TASK` and `data/TASK`."""
-    recipe = recipe or Recipe()
-    _require_scikit_learn()
+@dataclass(frozen=True, eq=False)
+class ZooTask:
+    """One task of a zoo: its words, its two splits, and what gives batches for its expert to learn from."""
+
+    name: str
+    classnames: tuple[str, ...]
+    templates: tuple[str, ...]
+    train: Labelled
+    test: Labelled
+    draw: Callable[[torch.Generator], Labelled]
+
+
+def build_zoo(name: str, out: Path, seed: int, options: Mapping[str, Any]) -> Path:
+    """Run the builder of a zoo in a folder of its own; raises `ConfigError` for an option it does not have."""
+    builder = importlib.import_module(f"suture.zoo.builders.{name}").build
+    known = [option for option in inspect.signature(builder).parameters if option not in ("folder", "seed")]
+    for option in options:
+        if option not in known:
+            raise ConfigError(unknown_name(f"option of {name}", option, known))
     with _complete_or_absent(out) as folder, torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        batches = _write_data(folder / "data", recipe, seed)
-        model, tokenizer = _pretrained(folder / "pretrained", recipe, seed)
-        for task, stream in batches.items():
-            head = training.zero_shot_head(model, tokenizer, alphabets.classnames_of(task))
-            generator = generator_for(seed, f"{task}/ft")
-            with bar(f"Fine-tuning {task}", recipe.finetuning_steps) as advance:
-                expert = training.finetune(model, head, stream, recipe, generator, lambda: advance(1))
-            clip_files.save_vision_tower(expert, folder / "experts" / task)
+        builder(folder, seed=seed, **options)
     return out
 
 
-def _write_data(folder: Path, recipe: Recipe, seed: int) -> dict[str, Batches]:
-    """Write every task's splits; give the stream of training batches of each."""
-    batches: dict[str, Batches] = {}
-    for task in alphabets.GLYPH_TASKS:
-        glyphs = training.TaskGlyphs(task, recipe)
-        for prefix, count in (("train", recipe.train_images), ("t10k", recipe.test_images)):
-            generator = generator_for(seed, f"{task.name}/{prefix}")
-            save_split(folder / task.name, prefix, *glyphs.split(count, generator))
-        batches[task.name] = glyphs.draw
-    digits = training.HandwrittenDigits(recipe, seed)
-    save_split(folder / alphabets.DIGITS, "train", *digits.split(digits.train))
-    save_split(folder / alphabets.DIGITS, "t10k", *digits.split(digits.test))
-    batches[alphabets.DIGITS] = digits.draw
-    return batches
+def save_data(tasks: Iterable[ZooTask], folder: Path) -> None:
+    """Write the splits of every task to `folder/TASK`."""
+    for task in tasks:
+        save_split(folder / task.name, "train", *task.train)
+        save_split(folder / task.name, "t10k", *task.test)
 
 
-def _pretrained(folder: Path, recipe: Recipe, seed: int) -> tuple[Any, object]:
-    tokenizer = clip_files.make_tokenizer()
-    model = clip_files.make_model(tokenizer, recipe)
-    with bar("Pretraining", recipe.pretraining_steps) as advance:
-        training.pretrain(model, tokenizer, recipe, seed, lambda: advance(1))
-    clip_files.save_pretrained_clip(model, clip_files.make_processor(tokenizer), folder)
-    return model, tokenizer
+def train_experts(tasks: Iterable[ZooTask], model: Any, tokenizer, recipe: Recipe, seed: int, folder: Path) -> None:
+    """Fine-tune the vision tower of a CLIPModel for every task, into `folder/TASK`."""
+    for task in tasks:
+        head = training.zero_shot_head(model, tokenizer, task.classnames, task.templates)
+        generator = generator_for(seed, f"{task.name}/ft")
+        with bar(f"Fine-tuning {task.name}", recipe.finetuning_steps) as advance:
+            expert = training.finetune(model, head, task.draw, recipe, generator, lambda: advance(1))
+        clip_files.save_vision_tower(expert, folder / task.name)
 
 
-def _require_scikit_learn() -> None:
-    try:
-        import sklearn  # noqa: F401
-    except ImportError:
-        raise ConfigError("Building glyphs8 needs scikit-learn, for its digits: pip install 'suture[zoo]'.") from None
+def require(module: str, package: str, purpose: str) -> None:
+    """Raise `ConfigError` if a package of the `zoo` extra is not installed."""
+    if importlib.util.find_spec(module) is None:
+        raise ConfigError(f"Building this zoo needs {package}, for its {purpose}: pip install 'suture[zoo]'.")
 
 
 @contextmanager
