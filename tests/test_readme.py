@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from suture import config
-from suture.methods import get_method
+from suture.pipeline import check_run
 
 README = (Path(__file__).parent.parent / "README.md").read_text("utf-8")
 BLOCKS = re.findall(r"```python\n(.*?)```", README, re.S)
@@ -15,7 +15,8 @@ COMMANDS = re.findall(r"^    suture (-m )?(method=.*)$", README, re.M)
 
 
 @pytest.mark.parametrize("block", BLOCKS)
-def test_python_in_the_readme_runs(block):
+def test_python_in_the_readme_runs(block, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     exec(compile(block, "README.md", "exec"), {})
 
 
@@ -23,8 +24,7 @@ def test_python_in_the_readme_runs(block):
 def test_commands_in_the_readme_compose(multirun, words):
     words = [re.sub(r",.*", "", word) if multirun else word for word in shlex.split(words)]
     composed = config.compose(words)
-    knobs = dict(composed["method"])
-    get_method(knobs.pop("name")).knobs.validate(knobs)
+    check_run(composed)
     assert composed["modelpool"]["models"]["_pretrained_"] == "zoo:glyphs8/pretrained"
 
 

@@ -72,6 +72,16 @@ def _combinations(words: Sequence[str]) -> Iterator[list[str]]:
     return map(list, product(*choices))
 
 
+def _for_sweeping(words: Sequence[str]) -> list[str]:
+    """Keys of a group that is swept become sweeps of one value: hydra composes once without all sweeps first."""
+    if not _MULTIRUN & set(words):
+        return list(words)
+    swept = {word.partition("=")[0] for word in words if "," in word.partition("=")[2]}
+    fixed = lambda key, value: "." in key and key.split(".")[0] in swept and "," not in value
+    parts = [(word, *word.partition("=")[::2]) for word in words]
+    return [f"{key}=choice({value})" if fixed(key, value) else word for word, key, value in parts]
+
+
 def compose(argv: Sequence[str]) -> dict[str, Any]:
     """The resolved configuration of one run, without running it."""
     import hydra
@@ -177,7 +187,7 @@ def _own_pool(group: str, path: Path) -> str:
 @contextmanager
 def _hydra_environment(argv: Sequence[str]) -> Iterator[None]:
     """What hydra reads from the process: the arguments, and that it should raise instead of printing."""
-    before, sys.argv = sys.argv, ["suture", *_rewritten(argv)]
+    before, sys.argv = sys.argv, ["suture", *_for_sweeping(_rewritten(argv))]
     full_error = os.environ.get("HYDRA_FULL_ERROR")
     os.environ["HYDRA_FULL_ERROR"] = "1"
     try:

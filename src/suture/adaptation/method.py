@@ -48,7 +48,8 @@ class AdaMerging:
     `name` stands for a granularity, and for AdaMerging++ or not; `granularity` and `plus_plus` overrule it. `weights`
     (a list, .npy, .pt or .safetensors) are coefficients to be taken as they are, without adaptation. The inputs are
     those of `split`, without their labels, decoded once (so there are no workers to number: `num_workers` is there for
-    old configurations). `schedule=fast` takes a fifth of `max_steps` and gets about as far. Names are always compared strictly and tied tensors stay tied, whatever `strict` says.
+    old configurations). `schedule=fast` takes a fifth of `max_steps` and gets about as far. Names are always compared
+    strictly and tied tensors stay tied, whatever `strict` says.
     """
 
     name: Literal[
