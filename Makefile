@@ -10,7 +10,7 @@ demo: $(INSTALLED)
 	$(BIN)/suture demo
 
 test: $(INSTALLED)
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
 
 slow: $(INSTALLED)
 	$(BIN)/python -m pytest -m slow

@@ -74,7 +74,7 @@ def test_a_sweep_runs_every_value(desk):
     summary = json.loads((desk.folder / "sweep" / "report.json").read_text())
     names = [row["name"] for row in summary["rows"]]
     assert names == ["pretrained", "experts", "ties_merging scaling_factor=0.1", "ties_merging scaling_factor=0.3"]
-    assert [point[0] for point in summary["curves"]["ties_merging"]] == [0.1, 0.3]
+    assert [point[0] for point in summary["curves"]["scaling_factor"]["ties_merging"]] == [0.1, 0.3]
     assert (desk.folder / "sweep" / "figures" / "accuracy_over_scaling_factor.png").exists()
 
 

@@ -16,12 +16,12 @@ from suture.opened import OpenModels
 from suture.preflight import Preflight
 from suture.run import Run, new_folder
 
-_REPAIRS = (("surgery=final",), ("surgery=deep", "surgery.steps=300"))
+_REPAIRS = (("surgery=final",), ("surgery=deep", "surgery.steps=200", "surgery.concatenate=true"))
 _DEMO: tuple[tuple[Sequence[str], Sequence[Sequence[str]]], ...] = (
     (["method=simple_average"], []),
     (["method=task_arithmetic"], []),
-    (["method=ties_merging"], _REPAIRS),
-    (["method=lw_adamerging", "method.max_steps=200"], _REPAIRS),
+    (["method=ties_merging"], _REPAIRS[:1]),
+    (["method=lw_adamerging", "method.schedule=fast"], _REPAIRS),
 )
 
 
