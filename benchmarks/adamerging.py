@@ -1,17 +1,20 @@
 """AdaMerging on a ViT-B/32-sized tower and eight tasks: suture against the textbook loop. Seconds a step, and memory.
 
-    python benchmarks/adamerging.py [--steps 3] [--scale 1.0] [--tasks 8]
+    python benchmarks/adamerging.py [--steps 2] [--repeats 3] [--scale 1.0] [--tasks 8]
 
 The weights are random: the vision tower of CLIP ViT-B/32 with its projection (88 M parameters, float32), task vectors
 of scale 1e-3, heads of 100 classes, 16 images a task and step, layer-wise coefficients, entropy. "Textbook" keeps the
 merged weights in the graph, calls the module with them task by task, sums the losses and backpropagates once. Every
-measurement is a process of its own. The first step warms up; of the others the median counts. Memory is the peak of
-anonymous memory beyond the imports, the caller's module and the images. Most of it is what any forward and backward
-pass of the network keeps, so the passes alone are measured too.
+measurement is a process of its own, and they take turns. The first step of each warms up; the median of the others
+counts. Memory is anonymous memory beyond the imports, the caller's module and the images, in sizes of one model: the
+peak, and what is held between two steps. Most of the peak is what the network keeps for its backward pass, so the
+passes alone are measured too. The memory runs give every large tensor pages of its own, so that no freed memory counts.
 """
 
 import argparse
+import itertools
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -98,11 +101,12 @@ def textbook(found: SimpleNamespace, folder: Path, steps: int) -> dict[str, Any]
     return {"times": times, "values": values.detach()}
 
 
-def suture(found: SimpleNamespace, folder: Path, steps: int, dtype: torch.dtype | None = None, autocast: bool = False):
+def suture(found: SimpleNamespace, folder: Path, steps: int, autocast: bool = False, **options: Any) -> dict[str, Any]:
     """`suture.adapt`, with a clock around the network's forward and backward passes."""
-    times, inside = [time.perf_counter()], [0.0]
+    times, inside, held = [time.perf_counter()], [0.0], [0]
 
-    def seen(*_) -> None:
+    def seen(*_: Any) -> None:
+        held[0] = anonymous()
         times.append(time.perf_counter())
         network.append(inside[0])
 
@@ -111,10 +115,10 @@ def suture(found: SimpleNamespace, folder: Path, steps: int, dtype: torch.dtype 
     with clocked(inside), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         result = adapt(
             *(found.module, found.base, models, batches(found), found.heads),
-            **{"forward": forward, "max_steps": steps, "vectors_dtype": dtype, "on_step": seen},
+            **{"forward": forward, "max_steps": steps, "on_step": seen} | options,
         )
     order = [result.coefficients.layers.index(name) for name in found.base]
-    return {"times": times, "network": network, "values": result.history[-1][:, order]}
+    return {"times": times, "network": network, "values": result.history[-1][:, order], "held": held[0]}
 
 
 @contextmanager
@@ -165,9 +169,13 @@ WORK: dict[str, Callable[..., dict[str, Any]]] = {
     "network alone": network_alone,
     "textbook": textbook,
     "suture": suture,
-    "suture, bf16 vectors": lambda *a: suture(*a, dtype=torch.bfloat16),
+    "suture, bf16 vectors": lambda *a: suture(*a, vectors_dtype=torch.bfloat16),
+    "suture, task by task": lambda *a: suture(*a, concatenate=False),
+    "suture, both of these": lambda *a: suture(*a, vectors_dtype=torch.bfloat16, concatenate=False),
     "suture, bf16 autocast": lambda *a: suture(*a, autocast=True),
 }
+TIMED = ("network alone", "textbook", "suture", "suture, bf16 vectors", "suture, bf16 autocast")
+OWN_PAGES = {"MALLOC_MMAP_THRESHOLD_": str(1 << 20)}
 
 
 def anonymous() -> int:
@@ -191,13 +199,13 @@ def measure(work: Callable[..., dict[str, Any]], options: argparse.Namespace) ->
     result = work(found, options.folder, options.steps)
     running.set()
     watcher.join()
-    seconds = [b - a for a, b in zip(result["times"], result["times"][1:], strict=False)][1:]
-    inside = [b - a for a, b in zip(result.get("network", []), result.get("network", [])[1:], strict=False)]
-    shares = [1 - network / whole for network, whole in zip(inside, seconds, strict=False)]
+    apart = lambda marks: [b - a for a, b in itertools.pairwise(marks)]
+    seconds, inside = apart(result["times"])[1:], apart(result.get("network", []))
     return {
-        "seconds": statistics.median(seconds),
-        "outside": statistics.median(shares) if shares else None,
-        "memory": peak[0] / size,
+        "seconds": seconds,
+        "outside": [1 - network / whole for network, whole in zip(inside, seconds, strict=False)],
+        "peak": peak[0] / size,
+        "held": (result["held"] - before) / size if "held" in result else None,
         "values": result["values"].tolist(),
     }
 
@@ -210,7 +218,8 @@ def bf16_units() -> bool:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=2)
+    parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--tasks", type=int, default=8)
     parser.add_argument("--scale", type=float, default=1.0, help="width relative to ViT-B/32")
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
@@ -229,31 +238,56 @@ def main() -> None:
             save_file(make(), Path(folder) / f"{name}.safetensors")
         size = sum(tensor.nbytes for tensor in found.base.values())
         del found
-        print(f"model size {size / 1e6:.0f} MB; {options.tasks} tasks; median of {options.steps - 1} steps", flush=True)
+        print(f"model size {size / 1e6:.0f} MB; {options.tasks} tasks", flush=True)
         compare(Path(folder), options)
 
 
 def compare(folder: Path, options: argparse.Namespace) -> None:
-    command = [sys.executable, __file__, "--folder", str(folder)]
-    for key in ("steps", "tasks", "scale"):
-        command += [f"--{key}", str(getattr(options, key))]
-    results: dict[str, dict[str, Any]] = {}
+    if not bf16_units():
+        print("suture, bf16 autocast: skipped, because this processor has no bfloat16 matrix units", flush=True)
+        del WORK["suture, bf16 autocast"]
+    compare_memory(folder, options)
+    compare_time(folder, options)
+
+
+def compare_memory(folder: Path, options: argparse.Namespace) -> None:
+    alone = 0.0
     for name in WORK:
-        if "autocast" in name and not bf16_units():
-            print(f"{name:22s} skipped: this processor has no bfloat16 matrix units, so it would be slower")
-            continue
-        done = subprocess.run([*command, "--one", name], capture_output=True, text=True, check=True)
-        results[name] = found = json.loads(done.stdout.splitlines()[-1])
-        beyond = found["memory"] - results["network alone"]["memory"]
-        outside = "" if found["outside"] is None else f"   {found['outside']:5.1%} of the time outside the network"
-        memory = f"{found['memory']:6.2f} model sizes, {beyond:6.2f} beyond the network's"
-        print(f"{name:22s} {found['seconds']:7.2f} s   {memory}{outside}", flush=True)
-    apart = lambda name: (
-        (torch.tensor(results[name]["values"]) - torch.tensor(results["textbook"]["values"])).abs().max()
-    )
-    print(f"textbook / suture: {results['textbook']['seconds'] / results['suture']['seconds']:.2f} in time a step")
-    for name in list(results)[2:]:
-        print(f"largest difference of a coefficient after {options.steps} steps, {name}: {apart(name):.1e}")
+        found = one(name, folder, options, steps=1, environment=OWN_PAGES)
+        alone = alone or found["peak"]
+        held = "" if found["held"] is None else f"   {found['held']:5.2f} held between steps"
+        print(
+            f"{name:22s} peak {found['peak']:5.2f}, {found['peak'] - alone:5.2f} beyond the network's{held}", flush=True
+        )
+
+
+def compare_time(folder: Path, options: argparse.Namespace) -> None:
+    timed = [name for name in TIMED if name in WORK]
+    runs = {name: [] for name in timed}
+    for _ in range(options.repeats):
+        for name in timed:  # interleaved, so that a noisy minute hits all of them
+            runs[name].append(one(name, folder, options, steps=options.steps))
+    pooled = lambda name, key: [value for run in runs[name] for value in run[key]]
+    for name in timed:
+        seconds, outside = pooled(name, "seconds"), pooled(name, "outside")
+        share = f"   {statistics.median(outside):.1%} outside of the network" if outside else ""
+        spread = f"({min(seconds):.1f} – {max(seconds):.1f})"
+        print(f"{name:22s} {statistics.median(seconds):6.1f} s a step {spread}{share}", flush=True)
+    ratios = [a / b for a, b in zip(pooled("textbook", "seconds"), pooled("suture", "seconds"), strict=True)]
+    print(f"textbook / suture: {statistics.median(ratios):.2f}")
+    values = {name: torch.tensor(runs[name][0]["values"]) for name in timed[1:]}
+    for name in timed[2:]:
+        apart = (values[name] - values["textbook"]).abs().max()
+        print(f"coefficients of {name} and textbook after {options.steps} steps: at most {apart:.1e} apart")
+
+
+def one(name: str, folder: Path, options: argparse.Namespace, *, steps: int, environment: dict[str, str] | None = None):
+    """One measurement in a process of its own."""
+    command = [sys.executable, __file__, "--one", name, "--folder", str(folder), "--steps", str(steps)]
+    command += ["--tasks", str(options.tasks), "--scale", str(options.scale)]
+    environment = {**os.environ, **(environment or {})}
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 if __name__ == "__main__":

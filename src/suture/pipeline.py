@@ -21,7 +21,7 @@ _DEMO: tuple[tuple[Sequence[str], Sequence[Sequence[str]]], ...] = (
     (["method=simple_average"], []),
     (["method=task_arithmetic"], []),
     (["method=ties_merging"], _REPAIRS[:1]),
-    (["method=lw_adamerging", "method.schedule=fast"], _REPAIRS),
+    (["method=lw_adamerging", "method.schedule=fast", "method.max_steps=250"], _REPAIRS),
 )
 
 
