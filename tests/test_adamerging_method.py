@@ -223,3 +223,17 @@ def test_a_model_without_a_task_is_refused(desk, capsys):
     assert "Model 'second' has no task of its name" in refused(capsys, desk.words(method="adamerging"))
     words = [word for word in desk.words(method="adamerging") if not word.startswith("taskpool")]
     assert "Model 'first' has no task of its name" in refused(capsys, words)
+
+
+def test_tensorboard_reads_what_was_logged(desk):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    words = [*QUICK, "fabric.loggers.kind=tensorboard", "fabric.loggers.root_dir=tb", "fabric.loggers.name=mine"]
+    assert main(desk.words(*words, method="adamerging")) == 0
+    events = EventAccumulator(str(desk.folder / "tb" / "mine"))
+    events.Reload()
+    losses = events.Scalars("train/loss")
+    assert [event.step for event in losses] == [0, 1, 2, 3]
+    report = json.loads((desk.folder / "out" / "report.json").read_text())
+    wanted = report["learning"]["layer_wise_adamerging"]["losses"]
+    assert [event.value for event in losses] == pytest.approx(wanted, rel=1e-5)
