@@ -4,7 +4,10 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-COLOURS = ("#9aa5b1", "#3e4c59", "#2f6f9f", "#d9822b", "#3f9c6b", "#a154a1", "#c44536", "#5c6ac4")
+COLOURS = (
+    *("#9aa5b1", "#3e4c59", "#2f6f9f", "#d9822b", "#3f9c6b", "#a154a1", "#c44536", "#5c6ac4"),
+    *("#8c6d46", "#6fb1d6", "#e8b56b", "#93cfae", "#cfa3cf", "#e59a90", "#b0b6e6", "#c7b08f"),
+)
 _STYLE: Any = {"svg.hashsalt": "suture", "font.size": 9, "axes.spines.top": False, "axes.spines.right": False}
 
 

@@ -62,7 +62,9 @@ def _accuracy(axes, report: Report) -> None:
     axes.set_xticks(range(len(groups)), groups, rotation=20, ha="right")
     axes.set_ylabel("accuracy (%)")
     axes.set_ylim(0, 100)
-    axes.figure.legend(loc="outside upper center", ncols=min(5, len(report.rows)), frameon=False)
+    letters = 13 * axes.figure.get_figwidth()  # what a line of the legend has room for, with its patches
+    across = int(letters / (8 + max(len(row.name) for row in report.rows)))
+    axes.figure.legend(loc="outside upper center", ncols=max(1, min(across, len(report.rows))), frameon=False)
 
 
 def _curves(axes, content) -> None:
