@@ -130,8 +130,8 @@ def test_the_model_of_one_task_is_exported_with_equal_outputs(made):
 
 
 def test_the_model_of_one_task_runs_as_onnx_with_equal_outputs(made, tmp_path):
-    onnxruntime = pytest.importorskip("onnxruntime")
-    pytest.importorskip("onnxscript")
+    import onnxruntime
+
     model, _, inputs = made
     single, x = model.for_task("digits"), inputs["digits"]
     with warnings.catch_warnings():

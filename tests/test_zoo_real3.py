@@ -15,8 +15,6 @@ from suture.zoo.builders import real3
 from suture.zoo.idx import save_split
 from suture.zoo.recipe import Recipe
 
-pytest.importorskip("sklearn")
-pytest.importorskip("skimage")
 TINY = Recipe(finetuning_steps=2, finetuning_batch=8, train_images=64, test_images=32)
 
 
