@@ -8,7 +8,7 @@ from suture.errors import ConfigError, unknown_name
 
 _KEYS = ("accelerator", "devices", "strategy", "precision", "num_nodes", "loggers")
 _LOGGERS = ("csv", "tensorboard", "none")
-_PRECISIONS = ("32-true", "bf16-mixed")
+PRECISIONS = ("32-true", "bf16-mixed")
 
 
 def make_fabric(config: Mapping[str, Any], devices: int = 1):
@@ -31,9 +31,9 @@ def check_fabric(config: Mapping[str, Any]) -> None:
     for key in config:
         if key not in _KEYS:
             raise ConfigError(unknown_name("key of fabric", key, _KEYS))
-    precision, kind = str(config.get("precision") or _PRECISIONS[0]), _logger_kind(config)
-    if precision not in _PRECISIONS:
-        raise ConfigError(unknown_name("fabric.precision", precision, _PRECISIONS))
+    precision, kind = str(config.get("precision") or PRECISIONS[0]), _logger_kind(config)
+    if precision not in PRECISIONS:
+        raise ConfigError(unknown_name("fabric.precision", precision, PRECISIONS))
     if kind not in _LOGGERS:
         raise ConfigError(unknown_name("fabric.loggers.kind", kind, _LOGGERS))
 

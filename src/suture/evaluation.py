@@ -154,7 +154,7 @@ def correct_answers(
     if batch_size < 1:
         raise ConfigError(f"batch_size={batch_size} is not a size; give 1 or more.")
     device, correct = _device(model), []
-    with torch.inference_mode(), _evaluation_mode(model), track(f"{name}: {task.name}", len(task)) as advance:
+    with torch.inference_mode(), evaluation_mode(model), track(f"{name}: {task.name}", len(task)) as advance:
         for start in range(0, len(task), batch_size):
             inputs = task.inputs[start : start + batch_size].to(device)
             labels = task.labels[start : start + batch_size]
@@ -231,7 +231,7 @@ def _device(model: Model) -> torch.device:
 
 
 @contextmanager
-def _evaluation_mode(model: Model) -> Iterator[None]:
+def evaluation_mode(model: Model) -> Iterator[None]:
     """Dropout off and statistics fixed inside the block; afterwards each submodule is as it was."""
     modes = [(m, m.training) for m in model.modules()] if isinstance(model, nn.Module) else []
     try:

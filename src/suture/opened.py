@@ -10,7 +10,14 @@ from torch import Tensor
 
 from suture.adaptation import save_coefficients
 from suture.adaptation.method import Adapted
-from suture.checkpoints import Checkpoint, allocate_checkpoint, open_checkpoint, open_fine_tuned, provenance
+from suture.checkpoints import (
+    Checkpoint,
+    allocate_checkpoint,
+    open_checkpoint,
+    open_fine_tuned,
+    provenance,
+    save_checkpoint,
+)
 from suture.errors import ConfigError
 from suture.evaluation import Row, TaskInputs, evaluate_experts, evaluate_row, evaluation_set, expert_matrix
 from suture.families import Family, companion_files, family
@@ -196,8 +203,6 @@ class OpenModels:
 
 def _save_learned(adapted: Adapted, folder: Path) -> None:
     """The coefficients under the name that was asked for, and beside them as safetensors with their whole history."""
-    from suture.checkpoints import save_checkpoint
-
     result = adapted.result
     if adapted.save_as is not None:
         save_coefficients(result.coefficients, folder / adapted.save_as)

@@ -22,6 +22,7 @@ from suture.task_vectors import TaskVectors
 from suture.tasks import Split, Task
 
 T = TypeVar("T")
+FEW = 3  # steps of a fast_dev_run
 Watch = Callable[[int, float, Tensor | None], None]  # step, loss, values
 
 
@@ -66,6 +67,10 @@ class Stage:
             decoded = self.decode(split)
         return {name: decoded[name] for name in self.vectors.models}
 
+    def shortened(self, steps: int) -> int:
+        """So many steps, or a few in a fast_dev_run."""
+        return min(steps, FEW) if self.fast else steps
+
     def resume(self, cache_dir: str, work: Mapping[str, Any]) -> Resume:
         """The state file of this work, named after all that decides its result."""
         fast = str(self.batch_size if self.fast else "")  # it cuts the inputs
@@ -73,22 +78,22 @@ class Stage:
         asked = {**work, "seed": str(self.seed), "fast_dev_run": fast, "inputs": told}
         digest = hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:16]
         resume = Resume(Path(cache_dir) / "resume" / f"{digest}.pt", asked)
-        if done := sum(1 for _ in _steps_done(resume)):
-            self.found[resume.path] = done
+        if state := resume.load():
+            self.found[resume.path] = len(state["losses"])
         return resume
 
-    def device(self) -> torch.device:
-        """The first of the devices that were asked for."""
-        return make_fabric({**self.fabric, "devices": 1, "strategy": "auto"}).device
+    @cached_property
+    def one_device(self):
+        """Fabric on the first of the devices that were asked for."""
+        return make_fabric({**self.fabric, "devices": 1, "strategy": "auto"})
 
     def forward(self) -> Callable[[nn.Module, Any], Tensor]:
         """How inputs go through a module: in the precision that was asked for."""
         if str(self.fabric.get("precision") or "32-true") == "32-true":
             return call
-        fabric = make_fabric({**self.fabric, "devices": 1, "strategy": "auto"})
 
         def in_precision(module: nn.Module, inputs: Any) -> Tensor:
-            with fabric.autocast():
+            with self.one_device.autocast():
                 return call(module, inputs).float()
 
         return in_precision

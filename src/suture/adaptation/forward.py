@@ -1,7 +1,6 @@
 """Inputs through the module and on to the objective: all tasks in one pass, or one task after another."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,6 +11,7 @@ from suture.adaptation.objectives import Objective
 from suture.adaptation.passes import Part, Pass
 from suture.batches import concatenate, size
 from suture.errors import ConfigError
+from suture.evaluation import evaluation_mode
 from suture.progress import Profile
 
 Forward = Callable[[nn.Module, Any], Tensor]
@@ -90,7 +90,7 @@ class Network:
         wanted: dict[tuple[int, int], Tensor] = {}
         for task in dict.fromkeys(part.task for parts in passes for part in parts):
             self.model.write_expert(task)
-            with _evaluating(self.model.module):
+            with evaluation_mode(self.model.module):
                 for i, parts in enumerate(passes):
                     for j, part in enumerate(parts):
                         if part.task == task:
@@ -121,14 +121,3 @@ class Network:
 
 def _is_dropout_rate(key: str, value: Any) -> bool:
     return (key == "p" or "drop" in key) and isinstance(value, float) and value > 0
-
-
-@contextmanager
-def _evaluating(module: nn.Module) -> Iterator[None]:
-    modes = [(part, part.training) for part in module.modules()]
-    try:
-        module.eval()
-        yield
-    finally:
-        for part, training in modes:
-            part.training = training

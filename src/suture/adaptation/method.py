@@ -14,7 +14,7 @@ from suture.adaptation.schedules import Schedule
 from suture.batches import ShuffledBatches
 from suture.errors import SutureError
 from suture.evaluation import Row
-from suture.stage import Stage
+from suture.stage import FEW, Stage
 
 #: What each name stands for: (granularity, whether the task vectors are those of AdaMerging++).
 NAMES: dict[str, tuple[str, bool]] = {
@@ -27,7 +27,6 @@ NAMES: dict[str, tuple[str, bool]] = {
     "lw_adamergingpp": ("layer", True),
     "tw_adamergingpp": ("task", True),
 }
-_FEW = 3  # steps of a fast_dev_run
 _FASTER = 5  # the fast schedule gets as far in a fifth of the steps
 _WITHOUT_EFFECT = {"cache_dir", "devices", "eval_iterations", "num_workers", "save_merging_weights", "strict"}
 
@@ -118,7 +117,7 @@ class AdaMerging:
         batches = {n: ShuffledBatches(t.inputs, self.batch_size, seed=stage.seed, name=n) for n, t in tasks.items()}
         heads = {n: t.logits for n, t in tasks.items()}
         steps = self.max_steps // _FASTER if self.schedule == "fast" else self.max_steps
-        steps = min(steps, _FEW) if self.fast_dev_run or stage.fast else steps
+        steps = min(steps, FEW) if self.fast_dev_run else stage.shortened(steps)
         resume = stage.resume(self.cache_dir, self._work(steps))
 
         def everywhere(fabric) -> Adapted:

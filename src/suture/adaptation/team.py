@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, TypeVar
 import torch
 from torch import Tensor
 
+from suture.devices import PRECISIONS
 from suture.errors import ConfigError
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
 
 T = TypeVar("T")
-_PRECISIONS = ("32-true", "bf16-mixed")
 
 
 class Team:
@@ -24,9 +24,9 @@ class Team:
         self.fabric = fabric
         self.rank, self.world = (fabric.global_rank, fabric.world_size) if fabric else (0, 1)
         self.device = fabric.device if fabric else None
-        found = fabric.strategy.precision.precision if fabric else _PRECISIONS[0]
-        if found not in _PRECISIONS:
-            raise ConfigError(f"fabric.precision={found}: wanted one of {', '.join(_PRECISIONS)}.")
+        found = fabric.strategy.precision.precision if fabric else PRECISIONS[0]
+        if found not in PRECISIONS:
+            raise ConfigError(f"fabric.precision={found}: wanted one of {', '.join(PRECISIONS)}.")
 
     def autocast(self) -> AbstractContextManager:
         """The context of the forward and backward passes."""

@@ -28,7 +28,6 @@ from suture.surgery.results import SurgeryResult
 from suture.surgery.router import fit_router
 
 KINDS: dict[str, Any] = {**SURGERIES, "online": online}
-_FEW = 3  # steps of a fast_dev_run
 
 
 @dataclass(frozen=True)
@@ -102,7 +101,7 @@ class Repair:
 
     def run(self, stage: Stage, label: str, merged: Mapping[str, Tensor], cache: Path) -> Repaired:
         """Repair one merged model and score it; `label` is its row's name and `cache` a folder for encodings."""
-        device, forward = stage.device(), stage.forward()
+        device, forward = stage.one_device.device, stage.forward()
         module: Any = stage.build()
         module = module.load(merged).to(device).eval()
         expert = partial(_expert, stage, stage.build().to(device).eval())
@@ -118,8 +117,7 @@ class Repair:
     def _offline(self, stage: Stage, name: str, problem: Problem, merged: Mapping[str, Tensor]) -> Repaired:
         test, scores = stage.inputs("test"), {}
         work = {"merged": content_hash(merged), "kind": self.kind, "calibration": str(self.calibration)}
-        knobs = {**self.knobs, "seed": stage.seed}
-        knobs |= {"steps": min(self.knobs["steps"], _FEW)} if stage.fast else {}
+        knobs = {**self.knobs, "seed": stage.seed, "steps": stage.shortened(self.knobs["steps"])}
         resume = stage.resume(self.calibration.cache_dir, {**work, **{k: str(v) for k, v in knobs.items()}})
         look = self._look(problem, test, scores)
         with stage.watch(name, knobs["steps"], resume) as watch:
