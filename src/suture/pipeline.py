@@ -31,7 +31,7 @@ def run_configured(config: Mapping[str, Any]) -> Path | None:
 
     run = Run.from_config(config)
     models = OpenModels(run)
-    if config["reuse"] and is_finished(run.output, config, models.provenance()):
+    if config["reuse"] and is_finished(run.output, config, models):
         print(f"{run.output} holds the result of this very run already.")
         return run.output
     found = models.preflight()
@@ -41,14 +41,14 @@ def run_configured(config: Mapping[str, Any]) -> Path | None:
     return None if config["dry_run"] else merge_and_report([run], models, config, found.notes)
 
 
-def is_finished(output: Path, config: Mapping[str, Any], provenance: Mapping[str, Any]) -> bool:
+def is_finished(output: Path, config: Mapping[str, Any], models: OpenModels) -> bool:
     """Whether a folder holds a whole run of the same words on the same inputs and versions."""
     try:
         report = json.loads((output / "report.json").read_text("utf-8"))
     except (OSError, ValueError):
         return False
     told = lambda c: {key: value for key, value in c.items() if key not in ("reuse", "overwrite")}
-    return told(report["config"]) == told(dict(config)) and report["provenance"] == provenance
+    return told(report["config"]) == told(dict(config)) and report["provenance"] == models.provenance()
 
 
 def check_run(config: Mapping[str, Any]) -> None:

@@ -1,8 +1,8 @@
 """A repair as `surgery=final`, `deep`, `blend` or `online` runs it: on a merged model of a pool, with its task pool."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -27,6 +27,8 @@ from suture.surgery.representation import Representation, representation
 from suture.surgery.results import SurgeryResult
 from suture.surgery.router import fit_router
 
+Right = Mapping[str, Tensor]  # task → which of its test inputs are answered rightly
+Encoded = Callable[[str], Tensor]  # task → the merged model's features of its test inputs
 KINDS: dict[str, Any] = {**SURGERIES, "online": online}
 
 
@@ -99,15 +101,15 @@ class Repair:
         """What would end the repair later on, one line each."""
         return stage.unmatched_tasks()
 
-    def run(self, stage: Stage, label: str, merged: Mapping[str, Tensor], cache: Path) -> Repaired:
-        """Repair one merged model and score it; `label` is its row's name and `cache` a folder for encodings."""
+    def run(self, stage: Stage, label: str, merged: Mapping[str, Tensor], encodings: Path) -> Repaired:
+        """Repair one merged model and score it; `label` is its row's name, `encodings` a folder for what is encoded."""
         device, forward = stage.one_device.device, stage.forward()
         module: Any = stage.build()
         module = module.load(merged).to(device).eval()
         expert = partial(_expert, stage, stage.build().to(device).eval())
         inputs = {name: self._chosen(task, stage.seed) for name, task in stage.inputs(self.calibration.split).items()}
         name = self.row or f"{label} + {self.kind}"
-        kept = Path(self.calibration.cache_dir) / "encodings" if self.calibration.keep_encodings else cache
+        kept = Path(self.calibration.cache_dir) / "encodings" if self.calibration.keep_encodings else encodings
         problem = Problem(module, expert, inputs, forward, kept, encode_batch=stage.batch_size, track=bar)
         with stage.profile(f"repair: {self.kind}"):
             if self.kind == "online":
@@ -119,7 +121,9 @@ class Repair:
         work = {"merged": content_hash(merged), "kind": self.kind, "calibration": str(self.calibration)}
         knobs = {**self.knobs, "seed": stage.seed, "steps": stage.shortened(self.knobs["steps"])}
         resume = stage.resume(self.calibration.cache_dir, {**work, **{k: str(v) for k, v in knobs.items()}})
-        look = self._look(problem, test, scores)
+        encoded = cache(lambda task: problem.merged_rows(task, test[task].inputs))  # once, however often it is scored
+        right_of = lambda model: {task: _right(problem, model, task, data, encoded) for task, data in test.items()}
+        look = self._look(problem, right_of, scores)
         with stage.watch(name, knobs["steps"], resume) as watch:
 
             def on_step(step: int, losses: Tensor, modules: Mapping[str, SurgeryModules]) -> None:
@@ -128,15 +132,16 @@ class Repair:
 
             problem = replace(problem, resume=resume, on_step=on_step)
             result = SURGERIES[self.kind](problem, **knobs)
-        right = {task: _right(problem, result.model, task, data) for task, data in test.items()}
-        rows = [_row(name, right), *self._routed(stage, name, problem, result.model, test, right)]
+        right = right_of(result.model)
+        rows = [_row(name, right), *self._routed(stage, name, problem, result.model, right, encoded)]
         compared = self._compare(problem, result.model, test)
         return Repaired(self.kind, result, rows, scores, compared)
 
     def _online(self, stage: Stage, name: str, problem: Problem) -> Repaired:
         test, learned = stage.inputs("test"), stage.inputs(self.calibration.split)
         result = online(problem, **{**self.knobs, "seed": stage.seed})
-        right = lambda model: {task: _right(problem, model, task, data) for task, data in test.items()}
+        encoded = cache(lambda task: problem.merged_rows(task, test[task].inputs))
+        right = lambda model: {task: _right(problem, model, task, data, encoded) for task, data in test.items()}
         rows = [_row(f"{name} {share:.0%}", right(model)) for share, model in result.models.items()]
         seen = {}
         for task, outputs in result.outputs.items():
@@ -145,7 +150,7 @@ class Repair:
             seen[task] = data.logits(outputs).argmax(-1) == labels
         return Repaired(self.kind, result, [*rows, _row(f"{name} prequential", seen)])
 
-    def _look(self, problem: Problem, test: Mapping[str, TaskInputs], scores: dict[int, float]):
+    def _look(self, problem: Problem, right_of: Callable[[SurgeryModel], Right], scores: dict[int, float]):
         """Note the mean accuracy now and then: from cached encodings, unless modules sit inside the network."""
         every = self.calibration.eval_iterations
 
@@ -153,18 +158,17 @@ class Repair:
             if every and modules and (step + 1) % every == 0 and set(modules) == {FINAL}:
                 kept = {place: module.copied() for place, module in modules.items()}
                 model = SurgeryModel(problem.module, kept, problem.tasks, forward=problem.forward)
-                right = {task: _right(problem, model, task, data) for task, data in test.items()}
-                scores[step + 1] = _row("", right).mean
+                scores[step + 1] = _row("", right_of(model)).mean
 
         return look
 
-    def _routed(self, stage, name, problem, model, test, right) -> list[Row]:
+    def _routed(self, stage, name: str, problem: Problem, model, right: Right, encoded: Encoded) -> list[Row]:
         """The row without a task's name: an answer counts where the router found the task and the model the class."""
         if self.calibration.router == "none" or not isinstance(model, SurgeryModel):
             return []
         features = {task: problem.merged_rows(task, inputs) for task, inputs in problem.inputs.items()}
         model.router = fit_router(features, kind=self.calibration.router, seed=stage.seed)
-        found = {task: model.router(problem.merged_rows(task, data.inputs)) for task, data in test.items()}
+        found = {task: model.router(encoded(task)) for task in right}
         model.router.to(problem.device)
         both = {task: right[task] & (found[task] == i) for i, task in enumerate(problem.tasks)}
         return [_row(f"{name}, routed", both)]
@@ -191,15 +195,14 @@ def _expert(stage: Stage, module: Any, task: str) -> nn.Module:
     return module.load(stage.vectors.models[task])
 
 
-def _right(problem: Problem, model: nn.Module, task: str, data: TaskInputs) -> Tensor:
+def _right(problem: Problem, model: nn.Module, task: str, data: TaskInputs, encoded: Encoded) -> Tensor:
     """Which of a task's test inputs are answered rightly; modules on the final feature take it from the cache."""
     if isinstance(model, SurgeryModel) and not model.network.blocks:
-        features = problem.merged_rows(task, data.inputs)
         final = lambda rows: model.repair(rows.to(problem.device), task)
-        return correct_answers(final, replace(data, inputs=features))
+        return correct_answers(final, replace(data, inputs=encoded(task)))
     plain = model.for_task(task) if isinstance(model, SurgeryModel) else partial(model, task=task)
     return correct_answers(plain, data)
 
 
-def _row(name: str, right: Mapping[str, Tensor]) -> Row:
+def _row(name: str, right: Right) -> Row:
     return Row(name, {t: r.double().mean().item() for t, r in right.items()}, {t: len(r) for t, r in right.items()})
