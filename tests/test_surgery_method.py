@@ -156,6 +156,7 @@ def test_a_bad_value_in_a_sweep_is_found_before_its_first_run(desk, capsys):
         (["surgery=final", "surgery.ranks=3"], "Did you mean 'surgery.rank'"),
         (["surgery=deep", "surgery.variant=normalised"], "surgery.variant='normalised' does not fit surgery=deep"),
         (["surgery=final", "surgery.router=nearest"], "surgery.router='nearest' does not fit"),
+        (["surgery=deep", "surgery.eval_iterations=2"], "only surgery=final is scored on the way, not deep"),
         (["surgery=final", "method=surgery/adamerging_surgery"], "the method has a surgery of its own"),
     ],
 )

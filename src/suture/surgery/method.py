@@ -19,7 +19,7 @@ from suture.progress import bar
 from suture.randomness import generator_for
 from suture.stage import Stage
 from suture.surgery.model import SurgeryModel
-from suture.surgery.modules import FINAL, SurgeryModules
+from suture.surgery.modules import SurgeryModules
 from suture.surgery.online import OnlineResult, online
 from suture.surgery.problem import Problem
 from suture.surgery.repair import SURGERIES
@@ -55,8 +55,8 @@ class Calibration:
     """What a repair learns from and is looked at with, whatever its kind.
 
     `num_inputs` unlabelled inputs of each task's `split` are used, all by default. `router` finds tasks without their
-    names. Accuracy is measured every `eval_iterations` steps, if any. Representations are compared on `compare` inputs
-    of each task. States of loops, and encodings with `keep_encodings`, are under `cache_dir`.
+    names. The final kind is scored every `eval_iterations` steps, if any. Representations are compared on `compare`
+    inputs of each task. States of loops, and encodings with `keep_encodings`, are under `cache_dir`.
     """
 
     split: Literal["test", "train"] = "test"
@@ -88,8 +88,11 @@ class Repair:
             raise ConfigError(unknown_name("surgery", kind, ["none", *KINDS]))
         shared = Knobs(f"surgery={kind}", Calibration, "surgery")
         own = {name: told.pop(name) for name in list(told) if name not in shared.defaults}
-        checked = Knobs(f"surgery={kind}", KINDS[kind], "surgery").validate(own)
-        return cls(kind, checked, Calibration(**shared.validate(told)))
+        checked, calibration = Knobs(f"surgery={kind}", KINDS[kind], "surgery").validate(own), shared.validate(told)
+        if calibration["eval_iterations"] and kind != "final":
+            found = f"surgery.eval_iterations={calibration['eval_iterations']}"
+            raise ConfigError(f"{found}: only surgery=final is scored on the way, not {kind}. Remedy: leave it out.")
+        return cls(kind, checked, Calibration(**calibration))
 
     @staticmethod
     def defaults(kind: str) -> dict[str, Any]:
@@ -151,11 +154,11 @@ class Repair:
         return Repaired(self.kind, result, [*rows, _row(f"{name} prequential", seen)])
 
     def _look(self, problem: Problem, right_of: Callable[[SurgeryModel], Right], scores: dict[int, float]):
-        """Note the mean accuracy now and then: from cached encodings, unless modules sit inside the network."""
+        """Note the mean accuracy now and then, from cached encodings."""
         every = self.calibration.eval_iterations
 
         def look(step: int, modules: Mapping[str, SurgeryModules]) -> None:
-            if every and modules and (step + 1) % every == 0 and set(modules) == {FINAL}:
+            if every and (step + 1) % every == 0:
                 kept = {place: module.copied() for place, module in modules.items()}
                 model = SurgeryModel(problem.module, kept, problem.tasks, forward=problem.forward)
                 scores[step + 1] = _row("", right_of(model)).mean
