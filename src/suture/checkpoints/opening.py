@@ -9,10 +9,10 @@ from torch import Tensor, nn
 from suture.checkpoints.checkpoint import Checkpoint
 from suture.checkpoints.directories import INDEX_SUFFIX, read_sharded, weight_file
 from suture.checkpoints.formats import read_entries
-from suture.checkpoints.hub import download, is_hub_id
 from suture.checkpoints.live_tensors import mapping_entries, module_entries
 from suture.checkpoints.refusals import refusal, shown
 from suture.errors import CheckpointError
+from suture.hub import download, is_hub_id
 
 Source = str | os.PathLike[str] | nn.Module | Mapping[str, Tensor]
 

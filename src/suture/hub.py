@@ -1,0 +1,101 @@
+"""Models and data sets of a hub, by id: downloaded once into the hub's own cache, or found there when offline.
+
+An id is "org/name", or "org/name@revision" for a branch, tag or commit. Downloads show their progress, go on where they
+were interrupted, and are huggingface_hub's own.
+"""
+
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+from suture.errors import CheckpointError, DataError, SutureError
+
+Kind = Literal["model", "dataset"]
+
+_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w./-]+)?")
+_COMPANIONS = ["*.json", "*.txt", "*.model"]
+_NOT_AN_ID = (".safetensors", ".pt", ".pth", ".bin", ".ckpt", ".pickle", ".pkl", ".json", ".yaml")
+_ERRORS: dict[Kind, type[SutureError]] = {"model": CheckpointError, "dataset": DataError}
+
+
+def is_hub_id(text: str) -> bool:
+    """Whether "org/name" can be a hub id and not a local path that happens to be missing."""
+    return bool(_ID.fullmatch(text)) and not text.endswith(_NOT_AN_ID) and not Path(text).parent.is_dir()
+
+
+def is_offline() -> bool:
+    """Whether HF_HUB_OFFLINE says that only the hub's cache may be looked at."""
+    return os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
+
+
+def download(name: str, revision: str | None = None) -> Path:
+    """The directory of a hub model's weights, config and tokenizer; PyTorch files only without safetensors.
+
+    With HF_HUB_OFFLINE=1 only the hub's cache is looked at. Raises `CheckpointError`.
+    """
+    directory = _snapshot("model", name, revision, ["*.safetensors", *_COMPANIONS], top_level=True)
+    if not any(directory.glob("*.safetensors")):
+        directory = _snapshot("model", name, revision, ["*.bin", *_COMPANIONS], top_level=True)
+    return directory
+
+
+def download_dataset(name: str, subset: str | None = None) -> Path:
+    """The directory of a hub data set; of one subset (a folder in it) if that is named. Raises `DataError`."""
+    patterns = ["*.md", "*.json", f"{subset}/*"] if subset else ["*"]
+    return _snapshot("dataset", name, None, patterns)
+
+
+def cached_dataset(name: str) -> Path | None:
+    """The directory of a data set that is in the hub's cache already; None if it is not."""
+    import huggingface_hub
+
+    name, _, revision = name.partition("@")
+    try:
+        return Path(
+            huggingface_hub.snapshot_download(
+                name, revision=revision or None, repo_type="dataset", local_files_only=True
+            )
+        )
+    except Exception:  # as below
+        return None
+
+
+def _snapshot(kind: Kind, name: str, revision: str | None, patterns: Sequence[str], *, top_level: bool = False) -> Path:
+    import huggingface_hub
+
+    name, _, named = name.partition("@")
+    revision = revision or named or None
+    try:
+        return Path(
+            huggingface_hub.snapshot_download(
+                name,
+                revision=revision,
+                repo_type=kind,
+                allow_patterns=list(patterns),
+                ignore_patterns=["*/*"] if top_level else None,
+                local_files_only=is_offline(),
+            )
+        )
+    except Exception as error:  # its HTTP library's errors share no base with its own
+        raise _refusal(kind, name, revision, error) from error
+
+
+def _refusal(kind: Kind, name: str, revision: str | None, error: Exception) -> SutureError:
+    what = f"the hub {'model' if kind == 'model' else 'data set'} '{name}'"
+    what += f" at revision '{revision}'" if revision else ""
+    found = type(error).__name__
+    if is_offline():
+        problem = f"is not on disk: {what} is not in the hub's cache and HF_HUB_OFFLINE is set"
+        remedy = "give the path of a local copy, or unset HF_HUB_OFFLINE"
+    elif found == "GatedRepoError":
+        problem, remedy = f"may not be read: {what} asks for a login", "accept its terms and log in to the hub"
+    elif found == "RevisionNotFoundError":
+        problem, remedy = f"does not exist: the hub knows no such revision of '{name}'", "check the revision"
+    elif found in ("RepositoryNotFoundError", "HFValidationError"):
+        problem, remedy = f"does not exist: it is no local path and {what} is unknown", "check the spelling"
+    else:
+        problem = f"cannot be fetched: it is no local path, and {what} could not be reached ({found})"
+        remedy = "check the network, or give the path of a local copy"
+    return _ERRORS[kind](f"'{name}' {problem}. Remedy: {remedy}.")
