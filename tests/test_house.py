@@ -14,6 +14,7 @@ AT_HOME = {
     "omegaconf": ["config.py"],
     "transformers": ["families/", "zoo/"],
     "matplotlib": ["report/", "zoo/"],
+    "datasets": ["tasks/"],
 }
 
 

@@ -1,14 +1,16 @@
 """Pools: a pretrained model with its fine-tuned versions, and the tasks that they are scored on."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from pathlib import Path
 from typing import Any
 
 from suture.checkpoints import Source
 from suture.errors import ConfigError, unknown_name
-from suture.tasks import Task
+from suture.tasks import Task, known
 
 PRETRAINED = "_pretrained_"
+_TASK_KEYS = {*(key.name for key in fields(Task)), "folders"} - {"name"}
 
 
 @dataclass(frozen=True)
@@ -42,7 +44,11 @@ class ModelPool:
 
 @dataclass(frozen=True)
 class TaskPool:
-    """The tasks of one evaluation, and the pool's own recommended knobs by method, if it has any."""
+    """The tasks of one evaluation, and the pool's own recommended knobs by method, if it has any.
+
+    In a pool's YAML a task of the published benchmarks (`sun397`, `stanford-cars`, …) needs no words of its own. `root`
+    is a folder in which tasks are looked for by name before their sources are.
+    """
 
     tasks: tuple[Task, ...]
     recommended: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
@@ -50,19 +56,31 @@ class TaskPool:
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> "TaskPool":
         """Read a pool's YAML; raises `ConfigError` for a missing or an unknown key."""
-        _refuse_unknown("taskpool", config, {"tasks", "recommended"})
+        _refuse_unknown("taskpool", config, {"tasks", "root", "recommended"})
         if not config.get("tasks"):
             raise ConfigError("taskpool.tasks is empty. Remedy: name at least one task.")
-        tasks = tuple(_task(name, task) for name, task in config["tasks"].items())
+        root = config.get("root")
+        tasks = tuple(_task(name, task or {}, root) for name, task in config["tasks"].items())
         return cls(tasks, config.get("recommended") or {})
 
 
-def _task(name: str, config: Mapping[str, Any]) -> Task:
-    _refuse_unknown(f"taskpool.tasks.{name}", config, {"source", "classnames", "templates"})
-    missing = [key for key in ("source", "classnames", "templates") if not config.get(key)]
+def _task(name: str, config: Mapping[str, Any], root: str | None) -> Task:
+    """A task's own words, and for what they leave out those of the published task of its name."""
+    _refuse_unknown(f"taskpool.tasks.{name}", config, _TASK_KEYS)
+    words = {**known(name), **config}
+    if root is not None and (folder := _folder_of(Path(root).expanduser(), name, words)):
+        words["source"] = str(folder)
+    missing = [key for key in ("source", "classnames", "templates") if not words.get(key)]
     if missing:
         raise ConfigError(f"taskpool.tasks.{name} has no {missing[0]}. Wanted: source, classnames, templates.")
-    return Task(name, str(config["source"]), tuple(map(str, config["classnames"])), tuple(config["templates"]))
+    words |= {"source": str(words["source"]), "classnames": tuple(map(str, words["classnames"]))}
+    return Task(name, **{key: value for key, value in words.items() if key != "folders"})
+
+
+def _folder_of(root: Path, name: str, words: Mapping[str, Any]) -> Path | None:
+    """Where a task's data are in a folder for all tasks: under its name, or where the papers' scripts keep them."""
+    candidates = [name, *words.get("folders", ())]
+    return next((root / folder for folder in candidates if (root / folder).is_dir()), None)
 
 
 def _refuse_unknown(where: str, config: Mapping[str, Any], known: set[str]) -> None:

@@ -65,7 +65,10 @@ def preflight(
     if output is not None:
         found.problems += _disk_problems(found, output)
     if taskpool is not None:
-        found.problems += [line for task in taskpool.tasks for line in tasks.check(task, "test")]
+        for task in taskpool.tasks:
+            problems = tasks.check(task, "test")
+            found.problems += problems
+            found.notes += [] if problems else tasks.notes(task, "test")
         found.notes += _expert_notes(models, taskpool)
     return found
 

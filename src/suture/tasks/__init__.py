@@ -1,26 +1,35 @@
 """A task: class names, templates, and the images of a split. One file for each kind of source.
 
-`check(task, split)` says what is wrong from headers alone; `load(task, split)` gives images and labels.
+`check(task, split)` says what is wrong from headers alone; `load(task, split)` gives images and labels; `known` are the
+tasks of the published benchmarks, whose words are data.
 """
 
 import importlib
 import pkgutil
 from difflib import get_close_matches
 from functools import cache
+from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
+from suture import hub
 from suture.errors import ConfigError, DataError, SutureError
 from suture.tasks.base import SPLITS, Images, Source, Split, Task
 
-__all__ = ["Images", "Source", "Split", "Task", "check", "load", "sources"]
+__all__ = ["Images", "Source", "Split", "Task", "check", "known", "load", "notes", "sources"]
 
 
 def load(task: Task, split: Split) -> Images:
-    """The images and labels of one split; raises `DataError` with the first problem that `check` names."""
-    if problems := check(task, split):
-        raise DataError(problems[0])
+    """The images and labels of one split; raises `DataError` with the first problem that `check` names.
+
+    A data set of a hub is downloaded first, unless it is in the hub's cache.
+    """
+    _refuse(check(task, split))
+    if _is_on_hub(task):
+        hub.download_dataset(task.source, task.subset)
+        _refuse(check(task, split))  # once more, now that there is something to look at
     folder = _folder(task)
-    return _source(folder).load(folder, split, task.classnames)
+    return _source(folder).load(folder, split, task)
 
 
 def check(task: Task, split: Split) -> list[str]:
@@ -29,6 +38,32 @@ def check(task: Task, split: Split) -> list[str]:
         raise ConfigError(f"Unknown split {split!r}. Known: {', '.join(SPLITS)}.")
     problems = [*_wording_problems(task), *_data_problems(task, split)]
     return [f"Task {task.name!r}: {problem}" for problem in problems]
+
+
+def notes(task: Task, split: Split) -> list[str]:
+    """What a reader should know of a task that is in order: data not there yet, or not as many as published."""
+    if _is_on_hub(task) and hub.cached_dataset(task.source) is None:
+        return [f"Task {task.name!r}: '{task.source}' will be downloaded from the hub."]
+    folder = _folder(task)
+    count = _source(folder).count(folder, split, task)
+    if split != "test" or count is None or not task.test_samples or count in task.test_samples:
+        return []
+    published = " or ".join(f"{size:,}" for size in task.test_samples)
+    return [f"Task {task.name!r}: {count:,} test images; published figures are for {published}."]
+
+
+def _refuse(problems: list[str]) -> None:
+    if problems:
+        raise DataError(problems[0])
+
+
+@cache
+def known(name: str) -> dict[str, Any]:
+    """The words of a published task (source, class names in label order, templates, …); empty for other names."""
+    import yaml
+
+    path = files(__name__) / "known" / f"{name}.yaml"
+    return yaml.safe_load(path.read_text("utf-8")) if path.is_file() else {}
 
 
 @cache
@@ -41,6 +76,8 @@ def sources() -> dict[str, Source]:
 def _wording_problems(task: Task) -> list[str]:
     names = task.classnames
     problems = []
+    if task.labels is not None and len(task.labels) != len(names):
+        problems.append(f"it has {len(names)} class names but {len(task.labels)} labels; list one for each.")
     if not names:
         problems.append("it has no class names; list them in label order under `classnames`.")
     if not task.templates:
@@ -63,8 +100,10 @@ def _wording_problems(task: Task) -> list[str]:
 
 def _data_problems(task: Task, split: Split) -> list[str]:
     try:
+        if _is_on_hub(task) and hub.cached_dataset(task.source) is None and not hub.is_offline():
+            return []  # nothing is fetched for a look
         folder = _folder(task)
-        return _source(folder).problems(folder, split, task.classnames)
+        return _source(folder).problems(folder, split, task)
     except SutureError as error:
         return [str(error)]
     except OSError as error:
@@ -76,6 +115,8 @@ def _folder(task: Task) -> Path:
         from suture.zoo import resolve
 
         return Path(resolve(task.source))
+    if _is_on_hub(task):
+        return hub.cached_dataset(task.source) or hub.download_dataset(task.source, task.subset)
     folder = Path(task.source).expanduser()
     if folder.is_dir():
         return folder
@@ -83,6 +124,10 @@ def _folder(task: Task) -> Path:
     near = get_close_matches(folder.name, siblings, n=1, cutoff=0.5)
     hint = f" Did you mean '{folder.parent / near[0]}'?" if near else ""
     raise DataError(f"data folder '{folder}' does not exist.{hint} Put the data there or change the task's source.")
+
+
+def _is_on_hub(task: Task) -> bool:
+    return not Path(task.source).expanduser().is_dir() and hub.is_hub_id(task.source)
 
 
 def _source(folder: Path) -> Source:

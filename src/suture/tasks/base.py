@@ -1,7 +1,8 @@
 """What a task is, what its images look like once found, and what a kind of source has to provide."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -19,18 +20,32 @@ SPLITS: tuple[Split, ...] = ("train", "test")
 class Task:
     """A classification data set and the words that make its zero-shot head.
 
-    `source` says where the data is (a folder, or `zoo:NAME/PATH`), `classnames` are in label order, and every
-    template has a `{}` where the class name goes.
+    `source` says where the data is (a folder, a hub id, or `zoo:NAME/PATH`), `classnames` are in label order, and every
+    template has a `{}` where the class name goes. `labels` are the source's own names of the classes, in the same
+    order, where they are others. `subset`, `image_column`, `label_column` and `splits` (ours → the source's) say where
+    to look in a source that leaves a choice. `test_samples` are the test sizes that figures were published for.
     """
 
     name: str
     source: str
     classnames: tuple[str, ...]
     templates: tuple[str, ...]
+    labels: tuple[str, ...] | None = None
+    subset: str | None = None
+    image_column: str | None = None
+    label_column: str | None = None
+    splits: Mapping[str, str] = field(default_factory=dict)
+    test_samples: tuple[int, ...] = ()
 
     def __post_init__(self):
-        object.__setattr__(self, "classnames", tuple(self.classnames))
-        object.__setattr__(self, "templates", tuple(self.templates))
+        for name in ("classnames", "templates", "labels", "test_samples"):
+            value = getattr(self, name)
+            object.__setattr__(self, name, None if value is None else tuple(value))
+
+    @property
+    def own_names(self) -> tuple[str, ...]:
+        """What the source calls the classes, in label order."""
+        return self.labels or self.classnames
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,12 +53,14 @@ class Images:
     """The images of one split, in a fixed order.
 
     `pixels` is a uint8 array, (N, H, W) grey or (N, H, W, 3) RGB, or a sequence of N pictures that decodes on
-    access. `labels` is int64 (N,). `classnames` are the names that the source itself has, in label order.
+    access. `labels` is int64 (N,). `classnames` are the names that the source itself has, in label order. `identity`
+    changes when the images do; without it nothing that is made of them is kept.
     """
 
     pixels: "np.ndarray | Sequence[Image]"
     labels: Tensor
     classnames: tuple[str, ...] | None = None
+    identity: str | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -62,11 +79,22 @@ class Images:
 class Source:
     """One kind of data set on disk.
 
-    `found(folder)` recognises it. `load(folder, split, classnames)` reads it. `problems`, of the same
-    arguments, says in one line each what `load` would stumble over, from names, sizes and labels alone.
+    `found(folder)` recognises it. `load(folder, split, task)` reads it. `problems`, of the same arguments, says in
+    one line each what `load` would stumble over, from names, sizes and labels alone, and `count` how many images there
+    are, if that is known before they are read.
     """
 
     wanted: str
     found: Callable[[Path], bool]
-    load: Callable[[Path, Split, tuple[str, ...]], Images]
-    problems: Callable[[Path, Split, tuple[str, ...]], list[str]]
+    load: Callable[[Path, Split, Task], Images]
+    problems: Callable[[Path, Split, Task], list[str]]
+    count: Callable[[Path, Split, Task], int | None]
+
+
+def files_identity(paths: Sequence[Path]) -> str:
+    """A digest of where files are, their sizes and when they were written."""
+    sha = hashlib.sha256()
+    for path in paths:
+        stat = path.stat()
+        sha.update(f"{path}\0{stat.st_size}\0{stat.st_mtime_ns}\0".encode())
+    return sha.hexdigest()

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from suture.errors import DataError
-from suture.tasks.base import SPLITS, Images, Source, Split
+from suture.tasks.base import SPLITS, Images, Source, Split, Task, files_identity
 
 _PREFIXES: dict[Split, str] = {"train": "train", "test": "t10k|test"}
 _UBYTE = 0x08
@@ -65,19 +65,24 @@ def _found(folder: Path) -> bool:
     return any(_find(folder, split, what) for split in SPLITS for what in ("images", "labels"))
 
 
-def _load(folder: Path, split: Split, classnames: tuple[str, ...]) -> Images:
-    labels = read_idx(_file(folder, split, "labels"))
-    return Images(read_idx(_file(folder, split, "images")), torch.from_numpy(labels.astype(np.int64)))
+def _load(folder: Path, split: Split, task: Task) -> Images:
+    images, labels = _file(folder, split, "images"), _file(folder, split, "labels")
+    known = torch.from_numpy(read_idx(labels).astype(np.int64))
+    return Images(read_idx(images), known, identity=files_identity([images, labels]))
 
 
-def _problems(folder: Path, split: Split, classnames: tuple[str, ...]) -> list[str]:
+def _count(folder: Path, split: Split, task: Task) -> int:
+    return read_header(_file(folder, split, "labels")).shape[0]
+
+
+def _problems(folder: Path, split: Split, task: Task) -> list[str]:
     try:
         paths = _file(folder, split, "images"), _file(folder, split, "labels")
         headers = [read_header(path) for path in paths]
     except DataError as error:
         return [str(error)]
     cut = [problem for problem in map(_size_problem, paths, headers) if problem]
-    return cut or [*_shape_problems(paths, headers), *_label_problems(folder, split, classnames)]
+    return cut or [*_shape_problems(paths, headers), *_label_problems(folder, split, task.classnames)]
 
 
 def _shape_problems(paths: tuple[Path, Path], headers: list[Header]) -> list[str]:
@@ -162,4 +167,4 @@ def _read(path: Path, count: int = -1) -> bytes:
         raise DataError(f"'{path}' cannot be read ({error}); fetch it again.") from error
 
 
-SOURCE = Source("IDX files (train-images-idx3-ubyte, ...)", _found, _load, _problems)
+SOURCE = Source("IDX files (train-images-idx3-ubyte, ...)", _found, _load, _problems, _count)

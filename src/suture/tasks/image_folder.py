@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from suture.errors import DataError
-from suture.tasks.base import SPLITS, Images, Source, Split
+from suture.tasks.base import SPLITS, Images, Source, Split, Task, files_identity
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -45,24 +45,30 @@ class PictureFiles(Sequence):
 
 
 def _found(folder: Path) -> bool:
-    return any(_find_split(folder, split) for split in SPLITS)
+    splits = [_find_split(folder, _SPLIT_FOLDERS[split]) for split in SPLITS]
+    return any(path.is_dir() for split in splits if split for path in split.iterdir())
 
 
-def _load(folder: Path, split: Split, classnames: tuple[str, ...]) -> Images:
-    folders = _class_folders(_split_folder(folder, split))
-    files = [_picture_files(folders[_key(name)]) for name in classnames]
+def _load(folder: Path, split: Split, task: Task) -> Images:
+    folders = _class_folders(_split_folder(folder, split, task))
+    files = [_picture_files(folders[_key(name)]) for name in task.own_names]
     labels = torch.repeat_interleave(torch.tensor([len(paths) for paths in files]))
-    names = tuple(folders[_key(name)].name for name in classnames)
-    return Images(PictureFiles([path for paths in files for path in paths]), labels, names)
+    names = tuple(folders[_key(name)].name for name in task.own_names)
+    pictures = [path for paths in files for path in paths]
+    return Images(PictureFiles(pictures), labels, names, files_identity(pictures))
 
 
-def _problems(folder: Path, split: Split, classnames: tuple[str, ...]) -> list[str]:
+def _count(folder: Path, split: Split, task: Task) -> int:
+    return sum(len(_picture_files(path)) for path in _class_folders(_split_folder(folder, split, task)).values())
+
+
+def _problems(folder: Path, split: Split, task: Task) -> list[str]:
     try:
-        root = _split_folder(folder, split)
+        root = _split_folder(folder, split, task)
     except DataError as error:
         return [str(error)]
     folders = _class_folders(root)
-    wanted = {_key(name): name for name in classnames}
+    wanted = {_key(name): name for name in task.own_names}
     missing = [name for key, name in wanted.items() if key not in folders]
     extra = [path.name for key, path in folders.items() if key not in wanted]
     problems = [
@@ -76,14 +82,15 @@ def _problems(folder: Path, split: Split, classnames: tuple[str, ...]) -> list[s
     return _shortened(problems)
 
 
-def _find_split(folder: Path, split: Split) -> Path | None:
-    return next((folder / name for name in _SPLIT_FOLDERS[split] if (folder / name).is_dir()), None)
+def _find_split(folder: Path, names: Sequence[str]) -> Path | None:
+    return next((folder / name for name in names if (folder / name).is_dir()), None)
 
 
-def _split_folder(folder: Path, split: Split) -> Path:
-    if path := _find_split(folder, split):
+def _split_folder(folder: Path, split: Split, task: Task) -> Path:
+    accepted = (*([task.splits[split]] if split in task.splits else []), *_SPLIT_FOLDERS[split])
+    if path := _find_split(folder, accepted):
         return path
-    names = " or ".join(f"'{name}'" for name in _SPLIT_FOLDERS[split])
+    names = " or ".join(f"'{name}'" for name in accepted)
     raise DataError(f"'{folder}' has no folder {names} for the {split} split.")
 
 
@@ -112,4 +119,4 @@ def _shortened(problems: list[str]) -> list[str]:
     return problems if more <= 1 else [*problems[:_SHOWN], f"and {more} more class names that do not fit."]
 
 
-SOURCE = Source("an image folder (train/<class>/*.png, test/<class>/*.png)", _found, _load, _problems)
+SOURCE = Source("an image folder (train/<class>/*.png, test/<class>/*.png)", _found, _load, _problems, _count)
