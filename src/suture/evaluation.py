@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from suture import tasks as data
+from suture.decoded import decoded
 from suture.errors import CheckpointError, ConfigError, DataError
 from suture.families.base import Family, Track, untracked
 from suture.tasks import Split, Task
@@ -100,18 +101,25 @@ def zero_shot_logits(features: Tensor, head: Tensor, logit_scale: float) -> Tens
 
 
 def evaluation_set(
-    family: Family, pool: Iterable[Task], split: Split = "test", track: Track = untracked
+    family: Family,
+    pool: Iterable[Task],
+    split: Split = "test",
+    track: Track = untracked,
+    first: int | None = None,
 ) -> dict[str, TaskInputs]:
     """All tasks of a pool, decoded once for every model that will be evaluated, with their heads."""
-    return {task.name: task_inputs(family, task, split, track) for task in pool}
+    return {task.name: task_inputs(family, task, split, track, first) for task in pool}
 
 
-def task_inputs(family: Family, task: Task, split: Split = "test", track: Track = untracked) -> TaskInputs:
-    """One task, decoded by the family's processor, with its zero-shot head."""
+def task_inputs(
+    family: Family, task: Task, split: Split = "test", track: Track = untracked, first: int | None = None
+) -> TaskInputs:
+    """One task, or only its `first` images, decoded by the family's processor, with its zero-shot head."""
     images = data.load(task, split)
+    images = images if first is None else images.first(first)
     return TaskInputs(
         name=task.name,
-        inputs=family.decode(images, track, f"Decoding {task.name}"),
+        inputs=decoded(family, images, track, f"Decoding {task.name}"),
         labels=images.labels,
         head=family.head(task.classnames, task.templates, track),
         logit_scale=family.logit_scale,

@@ -182,8 +182,8 @@ class OpenModels:
 
     def _decode(self, split: Split) -> dict[str, TaskInputs]:
         assert self.run.taskpool is not None
-        inputs = evaluation_set(self.family, self.run.taskpool.tasks, split, bar)
-        return {name: task.first(self.run.batch_size) for name, task in inputs.items()} if self.run.fast else inputs
+        first = self.run.batch_size if self.run.fast else None
+        return evaluation_set(self.family, self.run.taskpool.tasks, split, bar, first)
 
     def _experts(self, inputs: Mapping[str, TaskInputs]) -> Row | None:
         if not set(inputs) <= set(self.models):

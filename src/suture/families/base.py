@@ -81,8 +81,20 @@ class Family(ABC):
         """A new encoder with these weights (the pretrained ones when None)."""
 
     @abstractmethod
-    def decode(self, images: Images, track: Track = untracked, description: str = "Decoding") -> Tensor:
-        """The inputs of the encoder for all images, decoded once, in their compact form."""
+    def decode(
+        self, images: Images, track: Track = untracked, description: str = "Decoding", out: Tensor | None = None
+    ) -> Tensor:
+        """The inputs of the encoder for all images, compact: uint8 (N, *input_shape), written into `out` if given."""
+
+    @property
+    @abstractmethod
+    def input_shape(self) -> tuple[int, ...]:
+        """The shape of one decoded input."""
+
+    @property
+    @abstractmethod
+    def recipe(self) -> str:
+        """All that `decode` depends on beside the images, for the key of a cache."""
 
     @abstractmethod
     def head(self, classnames: Sequence[str], templates: Sequence[str], track: Track = untracked) -> Tensor:

@@ -6,8 +6,10 @@ transformers 5 saved has no such prefix, the published ones have it.
 """
 
 import json
+import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
@@ -32,7 +34,7 @@ _TOKENIZER = (
     "tokenizer_config.json",
     "vocab.json",
 )
-_BATCH = 256
+_BATCH = 64
 
 
 class Standardise(nn.Module):
@@ -106,16 +108,35 @@ class Clip(Family):
         encoder = ClipEncoder(tower, projection, self._standardise()).eval().requires_grad_(False)
         return encoder.load(self.weights if state is None else state)
 
-    def decode(self, images: Images, track: Track = untracked, description: str = "Decoding") -> Tensor:
+    def decode(
+        self, images: Images, track: Track = untracked, description: str = "Decoding", out: Tensor | None = None
+    ) -> Tensor:
         """uint8 (N, 3, H, W), resized and cropped by the model's own processor; the encoder standardises."""
-        side = self.config.vision_config.image_size
-        pixels = torch.empty((len(images), 3, side, side), dtype=torch.uint8)
-        with track(description, len(images)) as advance:
-            for start in range(0, len(images), _BATCH):
-                batch = images.pictures(start, start + _BATCH)
-                pixels[start : start + len(batch)] = self._resized(batch, side)
-                advance(len(batch))
+        pixels = torch.empty((len(images), *self.input_shape), dtype=torch.uint8) if out is None else out
+
+        processor = self.processor  # built before there are threads
+
+        def work(start: int) -> int:
+            batch = images.pictures(start, start + _BATCH)
+            pixels[start : start + len(batch)] = self._resized(batch, processor)
+            return len(batch)
+
+        with track(description, len(images)) as advance, ThreadPoolExecutor(os.cpu_count()) as pool:
+            for done in pool.map(work, range(0, len(images), _BATCH)):
+                advance(done)
         return pixels
+
+    @property
+    def input_shape(self) -> tuple[int, ...]:
+        side = self.config.vision_config.image_size
+        return (3, side, side)
+
+    @property
+    def recipe(self) -> str:
+        from importlib.metadata import version
+
+        libraries = {name: version(name) for name in ("pillow", "transformers")}
+        return json.dumps([self.processor.to_dict(), self.input_shape, libraries], sort_keys=True, default=str)
 
     def preprocess(self, images: Images, track: Track = untracked, description: str = "Decoding") -> Tensor:
         """float32 (N, 3, H, W), as `transformers` gives them: `decode` and then standardise."""
@@ -199,13 +220,13 @@ class Clip(Family):
         _check_tokenizer(tokenizer, self.config.text_config, self.directory)
         return tokenizer
 
-    def _resized(self, pictures: list, side: int) -> Tensor:
+    def _resized(self, pictures: list, processor: Any) -> Tensor:
         geometry = {"do_rescale": False, "do_normalize": False, "do_convert_rgb": True}
-        made = [torch.from_numpy(np.asarray(x)) for x in self.processor(pictures, **geometry)["pixel_values"]]
-        if wrong := [tuple(x.shape) for x in made if x.shape != (3, side, side)]:
+        made = [torch.from_numpy(np.asarray(x)) for x in processor(pictures, **geometry)["pixel_values"]]
+        if wrong := [tuple(x.shape) for x in made if tuple(x.shape) != self.input_shape]:
             raise CheckpointError(
                 f"The processor of '{self.directory}' makes images of shape {wrong[0]}, the vision tower "
-                f"wants (3, {side}, {side}); correct its size or crop_size."
+                f"wants {self.input_shape}; correct its size or crop_size."
             )
         return torch.stack(made)
 

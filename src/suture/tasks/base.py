@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -64,6 +64,10 @@ class Images:
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    def first(self, count: int) -> "Images":
+        """The first images only; what is made of them is not kept."""
+        return replace(self, labels=self.labels[:count], identity=None)
 
     def pictures(self, start: int, stop: int) -> "list[Image]":
         """The images from `start` up to `stop` as RGB pictures."""

@@ -132,24 +132,24 @@ def _stored(folder: Path, split: Split, task: Task) -> Any:
 def _builder(folder: Path, task: Task) -> Any:
     from datasets import load_dataset_builder
 
-    options = _subset(folder, task.subset)
+    name, data_dir = _subset(folder, task.subset)
     try:
-        return load_dataset_builder(str(folder), **options)
+        return load_dataset_builder(str(folder), name=name, data_dir=data_dir)
     except Exception as error:  # as above
         raise DataError(
             f"'{folder}' is no data set that `datasets` can read ({' '.join(str(error).split())})."
         ) from error
 
 
-def _subset(folder: Path, subset: str | None) -> dict[str, str]:
-    """A subset is one of the card's configurations, or without a card a folder of its name."""
+def _subset(folder: Path, subset: str | None) -> tuple[str | None, str | None]:
+    """A configuration of the card, or without one the folder of a subset's name."""
     if subset is None:
-        return {}
+        return None, None
     card = folder / "README.md"
     in_card = card.is_file() and re.search(rf"config_name:\s*{re.escape(subset)}\s*$", card.read_text("utf-8"), re.M)
     if in_card or not (folder / subset).is_dir():
-        return {"name": subset}
-    return {"data_dir": subset}
+        return subset, None
+    return None, subset
 
 
 def _split_name(splits: Any, split: Split, task: Task, folder: Path) -> str:

@@ -1,0 +1,53 @@
+"""Decoded inputs in memory-mapped files: an image is decoded and resized once, for every model and every later run.
+
+A file is keyed by what the images are (`Images.identity`) and how the family reads them (`Family.recipe`). It is only
+a cache: it may be deleted at any time, and where it cannot be written the inputs are held in memory instead.
+"""
+
+import logging
+import math
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from suture.checkpoints import cache_directory
+from suture.checkpoints.mapped_files import MappedFile
+from suture.checkpoints.writing import partial_path
+from suture.families.base import Family, Track, untracked
+from suture.families.heads import digest
+from suture.tasks.base import Images
+
+T = TypeVar("T")
+log = logging.getLogger(__name__)
+
+
+def decoded(family: Family, images: Images, track: Track = untracked, description: str = "Decoding") -> Tensor:
+    """What `family.decode` gives, from the cache if it is there; images without an identity are decoded anew."""
+    if images.identity is None or len(images) == 0:
+        return family.decode(images, track, description)
+    shape = (len(images), *family.input_shape)
+    path = cache_directory() / "inputs" / f"{digest({}, [], images.identity, family.recipe, shape)}.uint8"
+    if not path.is_file() or path.stat().st_size != math.prod(shape):
+        try:
+            _fill(path, shape, lambda pixels: family.decode(images, track, description, pixels))
+        except OSError as error:
+            log.warning("Decoded inputs are held in memory, not in %s: %s", path.parent, error)
+            return family.decode(images, track, description)
+    return MappedFile(path).tensor(0, math.prod(shape), torch.uint8).view(shape)
+
+
+def _fill(path: Path, shape: Sequence[int], write: Callable[[Tensor], T]) -> None:
+    """Let `write` fill a mapped file that gets its name when it is whole; its space is reserved first."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = partial_path(path)
+    try:
+        with partial.open("wb") as file:
+            os.posix_fallocate(file.fileno(), 0, math.prod(shape))
+        write(torch.from_file(str(partial), shared=True, size=math.prod(shape), dtype=torch.uint8).view(tuple(shape)))
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
