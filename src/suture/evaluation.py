@@ -121,7 +121,7 @@ def task_inputs(
         name=task.name,
         inputs=decoded(family, images, track, f"Decoding {task.name}"),
         labels=images.labels,
-        head=family.head(task.classnames, task.templates, track),
+        head=family.head(task.classnames, task.templates, track, task=task.name),
         logit_scale=family.logit_scale,
         classnames=task.classnames,
     )

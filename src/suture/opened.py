@@ -138,11 +138,11 @@ class OpenModels:
     @cached_property
     def family(self) -> Family:
         """The pretrained model's family: encoder, heads, what is saved beside the weights."""
-        if self.whole_base.directory is None:
+        if self.kind.needs_directory and self.whole_base.directory is None:
             raise ConfigError(
                 f"'{self.whole_base.label}' is no model directory. Remedy: give one with config and tokenizer."
             )
-        return self.kind(self.whole_base.directory, self.whole_base)
+        return self.kind(self.whole_base.directory, self.whole_base, self.run.pool.settings)
 
     @cached_property
     def encoder(self):
@@ -177,7 +177,7 @@ class OpenModels:
                 out[name].copy_(tensor)
             for name in set(tensors) - set(stored.values()):
                 tensors[name].copy_(base[name])
-        for path in companion_files(self.family.directory):
+        for path in companion_files(self.whole_base.directory) if self.whole_base.directory else ():
             (folder / path.name).write_bytes(path.read_bytes())
 
     def _decode(self, split: Split) -> dict[str, TaskInputs]:

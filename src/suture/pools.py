@@ -7,6 +7,7 @@ from typing import Any
 
 from suture.checkpoints import Source
 from suture.errors import ConfigError, unknown_name
+from suture.families import family
 from suture.tasks import Task, known
 
 PRETRAINED = "_pretrained_"
@@ -15,18 +16,24 @@ _TASK_KEYS = {*(key.name for key in fields(Task)), "folders"} - {"name"}
 
 @dataclass(frozen=True)
 class ModelPool:
-    """The models of one merge. `frozen` tensors stay at the base; `mixed_dtypes` lets dtypes differ from the base's."""
+    """The models of one merge. `frozen` tensors stay at the base; `mixed_dtypes` lets dtypes differ from the base's.
+
+    `settings` are the family's own keys. In a pool's YAML `root` is a folder that relative paths start from.
+    """
 
     base: Source
     models: Mapping[str, Source]
     family: str = "clip"
     frozen: tuple[str, ...] = ()
     mixed_dtypes: bool = False
+    settings: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> "ModelPool":
         """Read a pool's YAML; raises `ConfigError` for a missing `_pretrained_`, no models, or an unknown key."""
-        _refuse_unknown("modelpool", config, {"family", "models", "frozen", "mixed_dtypes"})
+        own = family(config.get("family", "clip")).known_settings
+        _refuse_unknown("modelpool", config, {"family", "models", "frozen", "mixed_dtypes", "root", *own})
+        config = {key: _under(config.get("root"), value) for key, value in config.items()}
         models = dict(config.get("models") or {})
         if PRETRAINED not in models:
             raise ConfigError(
@@ -39,7 +46,8 @@ class ModelPool:
                 "modelpool.models names no fine-tuned model. Remedy: add at least one beside _pretrained_."
             )
         options = {key: config[key] for key in ("family", "mixed_dtypes") if key in config}
-        return cls(base, models, frozen=tuple(config.get("frozen") or ()), **options)
+        settings = {key: config[key] for key in own if config.get(key) is not None}
+        return cls(base, models, frozen=tuple(config.get("frozen") or ()), settings=settings, **options)
 
 
 @dataclass(frozen=True)
@@ -64,10 +72,17 @@ class TaskPool:
         return cls(tasks, config.get("recommended") or {})
 
 
+def _under(root: str | None, value: Any) -> Any:
+    """A mapping's relative paths from `root` on; anything else as it is."""
+    if root is None or not isinstance(value, Mapping):
+        return value
+    return {key: str(Path(root).expanduser() / path) for key, path in value.items()}
+
+
 def _task(name: str, config: Mapping[str, Any], root: str | None) -> Task:
     """A task's own words, and for what they leave out those of the published task of its name."""
     _refuse_unknown(f"taskpool.tasks.{name}", config, _TASK_KEYS)
-    words = {**known(name), **config}
+    words = known(name) | {key: value for key, value in config.items() if value is not None}
     if root is not None and (folder := _folder_of(Path(root).expanduser(), name, words)):
         words["source"] = str(folder)
     missing = [key for key in ("source", "classnames", "templates") if not words.get(key)]

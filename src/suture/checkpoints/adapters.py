@@ -6,6 +6,7 @@ available to whoever can work with them.
 
 import json
 import math
+import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,6 +18,7 @@ from suture.checkpoints.checkpoint import Checkpoint, Entry, Factors
 from suture.checkpoints.opening import Source, open_checkpoint
 from suture.checkpoints.refusals import refusal, shown
 from suture.errors import CheckpointError
+from suture.hub import download, is_hub_id
 
 _CONFIG = "adapter_config.json"
 _WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
@@ -28,7 +30,7 @@ _UNKNOWN = ("use_dora", "use_qalora", "lora_bias", "layer_replication", "megatro
 
 def is_adapter(source: Source) -> bool:
     """Whether a source is a folder that holds a LoRA adapter and no whole model."""
-    return isinstance(source, str | Path) and (Path(source) / _CONFIG).is_file()
+    return isinstance(source, str | os.PathLike) and (Path(source) / _CONFIG).is_file()
 
 
 def open_fine_tuned(source: Source, base: Checkpoint, *, label: str | None = None) -> Checkpoint:
@@ -36,11 +38,12 @@ def open_fine_tuned(source: Source, base: Checkpoint, *, label: str | None = Non
 
     Raises `CheckpointError`, also for an adapter that fits nothing in the base or that is of a kind other than LoRA.
     """
-    if not is_adapter(source):
-        return open_checkpoint(source, label=label)
-    folder = Path(str(source))
     try:
-        return _open_adapter(folder, base, label or str(source))
+        if isinstance(source, str) and is_hub_id(source):
+            label, source = label or source, download(source)
+        if not is_adapter(source):
+            return open_checkpoint(source, label=label)
+        return _open_adapter(Path(str(source)), base, label or str(source))
     except CheckpointError as error:
         raise CheckpointError(f"'{shown(label)}': {error}" if label else str(error)) from error
 

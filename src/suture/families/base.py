@@ -4,7 +4,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
@@ -53,14 +53,22 @@ class Encoder(nn.Module, ABC):
 class Family(ABC):
     """One pretrained model on disk, and what depends on it: encoder, inputs, heads, saving.
 
-    `directory` is the pretrained model as the family saves it. `weights` are its tensors, if already open.
+    `directory` is the pretrained model as the family saves it. `weights` are its tensors, if already open. `settings`
+    are the keys of a model pool that only this family knows, `known_settings`.
     """
 
     name: ClassVar[str]
+    known_settings: ClassVar[frozenset[str]] = frozenset()
+    needs_directory: ClassVar[bool] = True
 
-    def __init__(self, directory: str | Path, weights: Mapping[str, Tensor] | None = None):
-        self.directory = Path(directory)
-        self._weights = weights
+    def __init__(
+        self,
+        directory: str | Path | None,
+        weights: Mapping[str, Tensor] | None = None,
+        settings: Mapping[str, Any] | None = None,
+    ):
+        self.directory = Path(directory or "")
+        self._weights, self.settings = weights, settings or {}
 
     @property
     def weights(self) -> Mapping[str, Tensor]:
@@ -97,8 +105,10 @@ class Family(ABC):
         """All that `decode` depends on beside the images, for the key of a cache."""
 
     @abstractmethod
-    def head(self, classnames: Sequence[str], templates: Sequence[str], track: Track = untracked) -> Tensor:
-        """Zero-shot class directions (C, D), float32, each of length one."""
+    def head(
+        self, classnames: Sequence[str], templates: Sequence[str], track: Track = untracked, *, task: str = ""
+    ) -> Tensor:
+        """Class directions (C, D), float32: zero-shot, each of length one, or those kept for the task of this name."""
 
     @property
     @abstractmethod

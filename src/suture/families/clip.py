@@ -6,22 +6,19 @@ transformers 5 saved has no such prefix, the published ones have it.
 """
 
 import json
-import os
 import shutil
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from suture.errors import CheckpointError
 from suture.families.base import Encoder, Family, Track, companion_files, untracked
 from suture.families.heads import cached, digest, zero_shot_head
+from suture.families.pictures import PictureReader, Standardise, quiet
 from suture.tasks.base import Images
 
 _VISION, _TEXT = "vision_model.", "text_model."
@@ -34,24 +31,6 @@ _TOKENIZER = (
     "tokenizer_config.json",
     "vocab.json",
 )
-_BATCH = 64
-
-
-class Standardise(nn.Module):
-    """uint8 (B, 3, H, W) → float32, rescaled and normalised as an image processor says."""
-
-    mean: Tensor
-    std: Tensor
-
-    def __init__(self, processor: Any):
-        super().__init__()
-        self.rescale = processor.rescale_factor if processor.do_rescale else 1.0
-        mean, std = (processor.image_mean, processor.image_std) if processor.do_normalize else (0.0, 1.0)
-        self.register_buffer("mean", torch.tensor(mean).float().view(-1, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(std).float().view(-1, 1, 1), persistent=False)
-
-    def forward(self, pixels: Tensor) -> Tensor:
-        return (pixels.float() * self.rescale - self.mean) / self.std
 
 
 class ClipEncoder(Encoder):
@@ -61,7 +40,7 @@ class ClipEncoder(Encoder):
     device.
     """
 
-    def __init__(self, tower: nn.Module, projection: nn.Module, standardise: "Standardise"):
+    def __init__(self, tower: nn.Module, projection: nn.Module, standardise: Standardise):
         super().__init__()
         self.vision_model = tower
         self.visual_projection = projection
@@ -100,31 +79,19 @@ class Clip(Family):
         return {_VISION + name: name for name in names if name.startswith(_BARE)}
 
     def encoder(self, state: Mapping[str, Tensor] | None = None) -> ClipEncoder:
-        with _quiet():
+        with quiet():
             from transformers import CLIPVisionModel
 
             tower = _build(CLIPVisionModel, self.config.vision_config, "vision_model")
         projection = _linear(self.weights, "visual_projection.weight", self.directory)
-        encoder = ClipEncoder(tower, projection, self._standardise()).eval().requires_grad_(False)
+        encoder = ClipEncoder(tower, projection, self.reader.standardise()).eval().requires_grad_(False)
         return encoder.load(self.weights if state is None else state)
 
     def decode(
         self, images: Images, track: Track = untracked, description: str = "Decoding", out: Tensor | None = None
     ) -> Tensor:
         """uint8 (N, 3, H, W), resized and cropped by the model's own processor; the encoder standardises."""
-        pixels = torch.empty((len(images), *self.input_shape), dtype=torch.uint8) if out is None else out
-
-        processor = self.processor  # built before there are threads
-
-        def work(start: int) -> int:
-            batch = images.pictures(start, start + _BATCH)
-            pixels[start : start + len(batch)] = self._resized(batch, processor)
-            return len(batch)
-
-        with track(description, len(images)) as advance, ThreadPoolExecutor(os.cpu_count()) as pool:
-            for done in pool.map(work, range(0, len(images), _BATCH)):
-                advance(done)
-        return pixels
+        return self.reader.decode(images, track, description, out)
 
     @property
     def input_shape(self) -> tuple[int, ...]:
@@ -133,16 +100,20 @@ class Clip(Family):
 
     @property
     def recipe(self) -> str:
-        from importlib.metadata import version
+        return self.reader.recipe
 
-        libraries = {name: version(name) for name in ("pillow", "transformers")}
-        return json.dumps([self.processor.to_dict(), self.input_shape, libraries], sort_keys=True, default=str)
+    @cached_property
+    def reader(self) -> PictureReader:
+        """The model's own way from a picture to pixels."""
+        return PictureReader(self.processor, self.input_shape, str(self.directory))
 
     def preprocess(self, images: Images, track: Track = untracked, description: str = "Decoding") -> Tensor:
         """float32 (N, 3, H, W), as `transformers` gives them: `decode` and then standardise."""
-        return self._standardise()(self.decode(images, track, description))
+        return self.reader.standardise()(self.decode(images, track, description))
 
-    def head(self, classnames: Sequence[str], templates: Sequence[str], track: Track = untracked) -> Tensor:
+    def head(
+        self, classnames: Sequence[str], templates: Sequence[str], track: Track = untracked, *, task: str = ""
+    ) -> Tensor:
         """Zero-shot class directions (C, D) from the pretrained text tower; cached on disk by content."""
         key = digest({}, [], "clip head", self._text_digest, list(classnames), list(templates))
         return cached(key, lambda: zero_shot_head(self._encode_text, classnames, templates, track))
@@ -190,7 +161,7 @@ class Clip(Family):
                 f"'{path}' describes a model of type {settings.get('model_type')!r}, wanted 'clip': the "
                 f"pretrained model must be a whole CLIPModel, whose text tower makes the heads."
             )
-        with _quiet():
+        with quiet():
             from transformers import CLIPConfig
 
             try:
@@ -201,7 +172,7 @@ class Clip(Family):
     @cached_property
     def processor(self) -> Any:
         """The model's image processor, the variant that works on Pillow images."""
-        with _quiet():
+        with quiet():
             import transformers
 
             kind = getattr(transformers, "CLIPImageProcessorPil", None) or transformers.CLIPImageProcessor
@@ -213,27 +184,12 @@ class Clip(Family):
         wanted = "tokenizer.json, or vocab.json and merges.txt"
         if not any((self.directory / name).is_file() for name in ("tokenizer.json", "vocab.json")):
             raise CheckpointError(f"'{self.directory}' has no usable {wanted}; put back the model's tokenizer.")
-        with _quiet():
+        with quiet():
             from transformers import AutoTokenizer
 
             tokenizer = _from_disk(AutoTokenizer, self.directory, wanted)
         _check_tokenizer(tokenizer, self.config.text_config, self.directory)
         return tokenizer
-
-    def _resized(self, pictures: list, processor: Any) -> Tensor:
-        geometry = {"do_rescale": False, "do_normalize": False, "do_convert_rgb": True}
-        made = [torch.from_numpy(np.asarray(x)) for x in processor(pictures, **geometry)["pixel_values"]]
-        if wrong := [tuple(x.shape) for x in made if tuple(x.shape) != self.input_shape]:
-            raise CheckpointError(
-                f"The processor of '{self.directory}' makes images of shape {wrong[0]}, the vision tower "
-                f"wants {self.input_shape}; correct its size or crop_size."
-            )
-        return torch.stack(made)
-
-    def _standardise(self) -> Standardise:
-        if self.processor.do_normalize and not (self.processor.image_mean and self.processor.image_std):
-            raise CheckpointError(f"The processor of '{self.directory}' normalises without image_mean or image_std.")
-        return Standardise(self.processor)
 
     @cached_property
     def _text_weights(self) -> dict[str, Tensor]:
@@ -249,7 +205,7 @@ class Clip(Family):
 
     @cached_property
     def _text_tower(self) -> nn.Module:
-        with _quiet():
+        with quiet():
             from transformers import CLIPTextModel
 
             tower = _build(CLIPTextModel, self.config.text_config, "text_model")
@@ -340,22 +296,6 @@ def _wrong_shape(name: str, found: Tensor, wanted: Tensor) -> str:
 
 def _one_line(error: Exception) -> str:
     return " ".join(str(error).split())[:160]
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """No load reports and no progress bars from transformers, only while we call it."""
-    from transformers.utils import logging
-
-    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(level)
-        if bars:
-            logging.enable_progress_bar()
 
 
 FAMILY = Clip

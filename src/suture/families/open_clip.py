@@ -1,0 +1,230 @@
+"""CLIP as open_clip names it, and as the authors of Task Arithmetic publish it (https://arxiv.org/abs/2212.04089).
+
+Canonical names are open_clip's own. A whole open_clip state dict gives its vision tower to the merge. A pickled
+`ImageEncoder` gives all that it holds, as in the authors' scripts: besides the vision tower it carries embeddings of
+tokens that no fine-tuning moved, and their zeros count when TIES trims a share of all entries.
+
+Heads are files (`heads` in the pool, one for each task: the authors' `head_<Dataset>.pt`), or are made by the text
+tower where the pretrained checkpoint has one.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from suture.checkpoints import open_checkpoint, save_checkpoint
+from suture.errors import CheckpointError, ConfigError, unknown_name
+from suture.families.base import Encoder, Family, Track, untracked
+from suture.families.heads import cached, digest, zero_shot_head
+from suture.families.pictures import PictureReader, Standardise, quiet
+from suture.tasks.base import Images
+
+_VISUAL, _TEXT_BLOCKS, _PICKLED = "visual.", "transformer.resblocks.", "model."
+_HEAD_WIDTH = 64  # entries of an attention head in every CLIP
+
+
+class OpenClipEncoder(Encoder):
+    """The vision tower with its projection: pixels (B, 3, H, W), uint8 or standardised → features (B, D).
+
+    What an `ImageEncoder` holds beside the tower is a parameter here too, so that names fit; no input reaches it.
+    """
+
+    def __init__(self, tower: nn.Module, others: Mapping[str, Tensor], standardise: Standardise):
+        super().__init__()
+        self.visual, self.standardise = tower, standardise
+        for name, tensor in others.items():
+            *path, last = name.split(".")
+            place: nn.Module = self
+            for part in path:
+                if part not in place._modules:
+                    place.add_module(part, nn.Module())
+                place = place.get_submodule(part)
+            place.register_parameter(last, nn.Parameter(tensor.float().clone()))
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        return self.visual(self.standardise(pixels) if pixels.dtype == torch.uint8 else pixels)
+
+    def load(self, state: Mapping[str, Tensor]) -> "OpenClipEncoder":
+        """Copy the weights of another model of this architecture in; raises `CheckpointError`."""
+        stored, label = OpenClip.canonical_names(state), getattr(state, "label", "the model")
+        parameters = dict(self.named_parameters())
+        for name, parameter in parameters.items():
+            if name not in stored:
+                raise CheckpointError(f"'{name}' is missing from '{label}'; wanted a CLIP of the base's architecture.")
+            if (found := state[stored[name]].shape) != parameter.shape:
+                raise CheckpointError(f"'{name}' has shape {tuple(found)}, not {tuple(parameter.shape)}, in '{label}'.")
+        with torch.no_grad():
+            for name, parameter in parameters.items():
+                parameter.copy_(state[stored[name]])
+        return self
+
+
+class OpenClip(Family):
+    """An open_clip state dict, or a pickled `ImageEncoder`; the architecture follows from its shapes.
+
+    Settings: `quick_gelu` (true, as in OpenAI's weights; open_clip's own training mostly used GELU), and `heads`, a
+    mapping task → file.
+    """
+
+    name = "open_clip"
+    known_settings = frozenset({"quick_gelu", "heads"})
+    needs_directory = False
+
+    @staticmethod
+    def canonical_names(names: Iterable[str]) -> dict[str, str]:
+        """open_clip's name → stored name of what takes part in a merge.
+
+        >>> OpenClip.canonical_names(["model.visual.proj", "model.logit_scale"])
+        {'visual.proj': 'model.visual.proj', 'logit_scale': 'model.logit_scale'}
+        >>> OpenClip.canonical_names(["visual.proj", "logit_scale", "transformer.resblocks.0.ln_1.bias"])
+        {'visual.proj': 'visual.proj'}
+        """
+        found = {name.removeprefix(_PICKLED): name for name in names}
+        if not any(name.startswith(_TEXT_BLOCKS) for name in found):
+            return found
+        return {name: stored for name, stored in found.items() if name.startswith(_VISUAL)}
+
+    def encoder(self, state: Mapping[str, Tensor] | None = None) -> OpenClipEncoder:
+        held = self.canonical_names(self.weights)
+        others = {name: self.weights[stored] for name, stored in held.items() if not name.startswith(_VISUAL)}
+        tower = self._build(with_text=False).visual
+        encoder = OpenClipEncoder(tower, others, self.reader.standardise()).eval().requires_grad_(False)
+        return encoder.load(self.weights if state is None else state)
+
+    def decode(
+        self, images: Images, track: Track = untracked, description: str = "Decoding", out: Tensor | None = None
+    ) -> Tensor:
+        """uint8 (N, 3, H, W): the shorter side resized (bicubic), the centre cropped, as open_clip's transforms do."""
+        return self.reader.decode(images, track, description, out)
+
+    @property
+    def input_shape(self) -> tuple[int, ...]:
+        return (3, self._sizes["image_size"], self._sizes["image_size"])
+
+    @property
+    def recipe(self) -> str:
+        return self.reader.recipe
+
+    def head(
+        self, classnames: Sequence[str], templates: Sequence[str], track: Track = untracked, *, task: str = ""
+    ) -> Tensor:
+        """Class directions (C, D): a head file's rows, or unit vectors of the text tower, cached by content."""
+        if heads := self.settings.get("heads"):
+            return self._stored_head(heads, task, len(classnames))
+        if self._text_prefix is None:
+            raise ConfigError(
+                f"'{self.label}' has no text tower to make a head for '{task}' with. "
+                "Remedy: give head files under modelpool.heads, or a whole open_clip checkpoint as _pretrained_."
+            )
+        text = {name: tensor for name, tensor in self._named.items() if not name.startswith(_VISUAL)}
+        key = digest(text, [], "open_clip head", self.quick_gelu, list(classnames), list(templates))
+        return cached(key, lambda: zero_shot_head(self._encode_text, classnames, templates, track))
+
+    @cached_property
+    def logit_scale(self) -> float:
+        """1 with head files, whose rows are scaled already."""
+        return 1.0 if self.settings.get("heads") else self._named["logit_scale"].float().exp().item()
+
+    def save(self, state: Mapping[str, Tensor], out: Path) -> None:
+        """`model.safetensors` in the base's names and dtypes, with what the base holds beside the merged tensors."""
+        stored, out = self.canonical_names(self.weights), Path(out)
+        tensors = dict(self.weights.items())
+        for name, key in self.canonical_names(state).items():
+            tensors[stored[name]] = state[key].detach().to(tensors[stored[name]].dtype)
+        out.mkdir(parents=True, exist_ok=True)
+        save_checkpoint(tensors, out / "model.safetensors", metadata={"format": "pt"})
+
+    @property
+    def label(self) -> str:
+        """What messages call the pretrained model."""
+        return getattr(self.weights, "label", "the base")
+
+    @property
+    def quick_gelu(self) -> bool:
+        return bool(self.settings.get("quick_gelu", True))
+
+    @cached_property
+    def reader(self) -> PictureReader:
+        """CLIP's own way from a picture to pixels, at the size of the position embedding."""
+        with quiet():
+            import transformers
+
+            kind = getattr(transformers, "CLIPImageProcessorPil", None) or transformers.CLIPImageProcessor
+            side = self._sizes["image_size"]
+            processor = kind(size={"shortest_edge": side}, crop_size={"height": side, "width": side})
+        return PictureReader(processor, self.input_shape, self.label)
+
+    @cached_property
+    def _named(self) -> dict[str, Tensor]:
+        """Everything in the checkpoint under open_clip's names."""
+        return {name.removeprefix(_PICKLED): self.weights[name] for name in self.weights}
+
+    @property
+    def _text_prefix(self) -> str | None:
+        return _TEXT_BLOCKS if any(name.startswith(_TEXT_BLOCKS) for name in self._named) else None
+
+    @cached_property
+    def _sizes(self) -> dict[str, int]:
+        """The vision tower's sizes, from the shapes of its weights."""
+        try:
+            conv, positions = self._named["visual.conv1.weight"], self._named["visual.positional_embedding"]
+            dim = self._named["visual.proj"].shape[1]
+        except KeyError as error:
+            raise CheckpointError(f"{error} is missing from '{self.label}'; wanted a CLIP ViT of open_clip.") from None
+        grid = round((positions.shape[0] - 1) ** 0.5)
+        sizes = {"width": conv.shape[0], "patch_size": conv.shape[-1], "image_size": grid * conv.shape[-1]}
+        return sizes | {"layers": _count_blocks(self._named, "visual." + _TEXT_BLOCKS), "embed_dim": dim}
+
+    def _build(self, *, with_text: bool) -> Any:
+        """open_clip's own CLIP of these sizes, on memory that no time was spent to fill."""
+        try:
+            from open_clip.model import CLIP, CLIPTextCfg, CLIPVisionCfg  # pyright: ignore[reportMissingImports]
+        except ImportError:
+            raise ConfigError(
+                "family=open_clip takes the open_clip library: pip install 'suture[open_clip]'."
+            ) from None
+        sizes = dict(self._sizes)
+        dim = sizes.pop("embed_dim")
+        text = {"context_length": 4, "vocab_size": 4, "width": _HEAD_WIDTH, "heads": 1, "layers": 1}
+        if with_text:
+            vocabulary, width = self._named["token_embedding.weight"].shape
+            text |= {"vocab_size": vocabulary, "width": width, "heads": width // _HEAD_WIDTH}
+            text |= {"context_length": self._named["positional_embedding"].shape[0]}
+            text |= {"layers": _count_blocks(self._named, _TEXT_BLOCKS)}
+        vision = CLIPVisionCfg(**sizes, head_width=_HEAD_WIDTH)
+        model = CLIP(dim, vision, CLIPTextCfg(**text), quick_gelu=self.quick_gelu)
+        return model.float().eval()
+
+    @cached_property
+    def _text_model(self) -> Any:
+        model = self._build(with_text=True)
+        model.load_state_dict({name: tensor.float() for name, tensor in self._named.items()}, strict=False)
+        return model.requires_grad_(False)
+
+    def _encode_text(self, prompts: list[str]) -> Tensor:
+        from open_clip import SimpleTokenizer  # pyright: ignore[reportMissingImports]
+
+        length = self._named["positional_embedding"].shape[0]
+        return self._text_model.encode_text(SimpleTokenizer(context_length=length)(prompts))
+
+    def _stored_head(self, heads: Mapping[str, str], task: str, classes: int) -> Tensor:
+        if task not in heads:
+            raise ConfigError(unknown_name("task under modelpool.heads", task, heads))
+        head = open_checkpoint(heads[task], label=f"head of {task}")
+        weight, bias = head["weight"].float(), head["bias"] if "bias" in head else torch.zeros(1)
+        if len(weight) != classes:
+            raise CheckpointError(f"'{heads[task]}' has {len(weight)} classes but '{task}' has {classes} class names.")
+        if bool(bias.any()):
+            raise CheckpointError(f"'{heads[task]}' has a bias that is not zero; a zero-shot head has none.")
+        return weight.clone()
+
+
+def _count_blocks(names: Iterable[str], prefix: str) -> int:
+    return len({name.removeprefix(prefix).split(".")[0] for name in names if name.startswith(prefix)})
+
+
+FAMILY = OpenClip
