@@ -63,8 +63,9 @@ class Run:
     @classmethod
     def of(cls, modelpool: Any, taskpool: Any, name: str, knobs: Mapping[str, Any]) -> "Run":
         """A run that leaves no folder: pools, or what their YAML holds; a method's name; its checked knobs."""
-        pool = modelpool if isinstance(modelpool, ModelPool) else ModelPool.from_config(modelpool)
-        tasks = taskpool if isinstance(taskpool, TaskPool) else TaskPool.from_config(taskpool)
+        pool, tasks = getattr(modelpool, "pool", modelpool), getattr(taskpool, "pool", taskpool)  # of drop-in classes
+        pool = pool if isinstance(pool, ModelPool) else ModelPool.from_config(pool)
+        tasks = tasks if isinstance(tasks, TaskPool) else TaskPool.from_config(tasks)
         repairs = _own_repair(knobs) if "surgery_steps" in knobs else ()
         return cls(pool, tasks, find_method(name), knobs, Path("outputs"), name, repairs)
 

@@ -7,6 +7,7 @@ from suture.algorithms.adamerging import (
     LayerWiseAdaMergingAlgorithm,
     TaskWiseAdaMergingAlgorithm,
 )
+from suture.algorithms.clip_pools import CLIPVisionModelPool, CLIPVisionModelTaskPool
 from suture.algorithms.loaders import InfiniteDataLoader
 from suture.algorithms.merged_models import (
     LayerWiseMergedModel,
@@ -20,6 +21,8 @@ __all__ = [
     "CLIPLayerWiseAdaMergingAlgorithm",
     "CLIPLayerWiseAdaMergingSurgeryAlgorithm",
     "CLIPTaskWiseAdaMergingAlgorithm",
+    "CLIPVisionModelPool",
+    "CLIPVisionModelTaskPool",
     "InfiniteDataLoader",
     "LayerWiseAdaMergingAlgorithm",
     "LayerWiseMergedModel",
