@@ -1,16 +1,18 @@
 """LoRA adapters as `peft` saves them (https://arxiv.org/abs/2106.09685): a fine-tuned model as base + scale · B·A.
 
-The sums are made tensor by tensor when they are read, so nothing of the base's size is held; and the factors stay
-available to whoever can work with them.
+The sums are made when they are read, tensor by tensor or slice by slice, so nothing of the base's size is held; and the
+factors stay available to whoever can work with them.
 """
 
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from suture.checkpoints.checkpoint import Checkpoint, Entry, Factors
@@ -23,6 +25,7 @@ _WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 _PREFIX = "base_model.model."
 _FACTOR = re.compile(r"(?P<module>.+)\.lora_(?P<side>[AB])(?:\.[^.]+)?\.weight")
 Sides = dict[str, dict[str, str]]
+_BLOCK = 1 << 16  # entries of B·A that are made at once
 _UNKNOWN = ("use_dora", "use_qalora", "lora_bias", "layer_replication", "megatron_config", "corda_config")
 
 
@@ -52,9 +55,11 @@ def _open_adapter(folder: Path, base: Checkpoint, label: str) -> Checkpoint:
         raise refusal(folder, f"has no {_WEIGHTS[0]}", "copy or download the adapter again")
     weights = open_checkpoint(file)
     sides, replaced = _sorted_out(weights, base, folder)
+    made = lru_cache(maxsize=2)(lambda module: _factors(weights, sides[module], config, module))  # slices come in order
     entries = {name: _untouched(base, name) for name in base}
     for module, found in sides.items():
-        entries[f"{module}.weight"] = _adapted(base, module, found, weights, config, folder)
+        _check_factors(base, module, found, weights, config, folder)
+        entries[f"{module}.weight"] = _adapted(base, f"{module}.weight", partial(made, module))
     for name, stored in replaced.items():
         entries[name] = Entry(weights.specs[stored], lambda stored=stored: weights[stored])
     return Checkpoint(entries, label, files=(file,), directory=None)
@@ -91,36 +96,52 @@ def _sorted_out(weights: Checkpoint, base: Checkpoint, folder: Path) -> tuple[Si
     return sides, replaced
 
 
-def _adapted(
+def _check_factors(
     base: Checkpoint,
     module: str,
     found: Mapping[str, str],
     weights: Checkpoint,
     config: Mapping[str, Any],
     folder: Path,
-) -> Entry:
+) -> None:
     name = f"{module}.weight"
     if set(found) != {"A", "B"}:
         raise refusal(folder, f"has only one of the two factors of '{shown(name)}'", "copy the adapter again")
-    spec, scale = base.specs[name], _scale(config, module)
-    up, down = weights.specs[found["B"]], weights.specs[found["A"]]
+    spec, up, down = base.specs[name], weights.specs[found["B"]], weights.specs[found["A"]]
     rows, columns = up.shape[0], math.prod(down.shape[1:])
-    turned = bool(config.get("fan_in_fan_out"))
-    wanted = (columns, rows) if turned else (rows, columns)
+    wanted = (columns, rows) if config.get("fan_in_fan_out") else (rows, columns)
     if up.shape[1] != down.shape[0] or wanted != (spec.shape[0], math.prod(spec.shape[1:])):
         problem = f"has factors of shapes {up.shape} and {down.shape} for '{shown(name)}' of shape {spec.shape}"
         raise refusal(folder, problem, "give the base it was trained on")
 
-    def factors() -> Factors:
-        left, right = weights[found["B"]].flatten(1).float() * scale, weights[found["A"]].flatten(1).float()
-        return Factors(right.T, left.T) if turned else Factors(left, right)
 
-    def read() -> Tensor:
-        left, right = factors()
-        tensor = base[name]
-        return (tensor.float() + (left @ right).view(tensor.shape)).to(tensor.dtype)
+def _factors(weights: Checkpoint, found: Mapping[str, str], config: Mapping[str, Any], module: str) -> Factors:
+    left, right = (weights[found[side]].flatten(1).float() for side in "BA")
+    left = left * _scale(config, module)
+    return Factors(right.T.contiguous(), left.T.contiguous()) if config.get("fan_in_fan_out") else Factors(left, right)
 
-    return Entry(spec, read, None, factors)
+
+def _adapted(base: Checkpoint, name: str, factors: Callable[[], Factors]) -> Entry:
+    spec = base.specs[name]
+    part = lambda start, stop: _sum(base, name, factors(), start, stop)
+    return Entry(spec, lambda: part(0, spec.numel).view(spec.shape).to(spec.dtype), None, factors, part)
+
+
+def _sum(base: Checkpoint, name: str, factors: Factors, start: int, stop: int) -> Tensor:
+    """Entries start … stop of base + B·A, in float32 at least.
+
+    B·A is made in blocks of rows that lie the same for every slice, so that an entry does not depend on its slice.
+    """
+    tensor = base.flat(name)[start:stop]
+    tensor = tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+    if start == stop:
+        return tensor
+    columns = factors.down.shape[1]
+    rows = max(1, _BLOCK // max(1, columns))
+    first = start // columns // rows * rows
+    blocks = [factors.up[i : i + rows] @ factors.down for i in range(first, math.ceil(stop / columns), rows)]
+    product = torch.cat(blocks).view(-1)[start - first * columns : stop - first * columns]
+    return tensor + product
 
 
 def _untouched(base: Checkpoint, name: str) -> Entry:

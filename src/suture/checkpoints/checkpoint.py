@@ -68,13 +68,29 @@ class Factors(NamedTuple):
 class Entry(NamedTuple):
     """One stored tensor. Entries of equal `identity` are one tensor under several names.
 
-    `factors` gives the difference to the base, where it is known to be of low rank.
+    `factors` gives the difference to the base, where it is known to be of low rank. `part(start, stop)` gives some of
+    the flattened entries, where that is cheaper than reading all.
     """
 
     spec: TensorSpec
     read: Callable[[], Tensor]
     identity: Hashable = None
     factors: Callable[[], Factors] | None = None
+    part: Callable[[int, int], Tensor] | None = None
+
+
+class Parts:
+    """A tensor as one row of entries that are made when a slice of it is asked for."""
+
+    def __init__(self, numel: int, part: Callable[[int, int], Tensor]):
+        self.numel, self.part = numel, part
+
+    def __len__(self) -> int:
+        return self.numel
+
+    def __getitem__(self, piece: slice) -> Tensor:
+        start, stop, _ = piece.indices(self.numel)
+        return self.part(start, max(start, stop))
 
 
 class Checkpoint(Mapping[str, Tensor]):
@@ -131,6 +147,16 @@ class Checkpoint(Mapping[str, Tensor]):
 
     def __exit__(self, *exception: object) -> None:
         self.close()
+
+    def flat(self, name: str) -> Tensor | Parts:
+        """All entries of a tensor as one row, to be sliced: a view, or slices that are made when they are asked for.
+
+        The slices of a tensor that is the sum of a base's and an adapter's have the dtype of that sum, not its own.
+        """
+        entry = (self._entries or {}).get(name)
+        if entry is None or entry.part is None:
+            return self[name].reshape(-1)
+        return Parts(entry.spec.numel, entry.part)
 
     def factors(self, name: str) -> Factors | None:
         """The difference of a tensor to the base as low-rank factors, if this checkpoint is an adapter; else None."""

@@ -12,12 +12,20 @@ from suture.methods.sce import sce
 from suture.methods.simple_average import simple_average
 from suture.methods.slerp import slerp
 from suture.methods.task_arithmetic import task_arithmetic
-from suture.methods.ties_merging import TiesStatistic, settle, ties_merging, ties_rows, trim_thresholds
+from suture.methods.ties_merging import (
+    TiesStatistic,
+    as_merged,
+    settle,
+    ties_merging,
+    ties_rows,
+    trim_thresholds,
+)
 
 __all__ = [
     "MergeMethod",
     "Place",
     "TiesStatistic",
+    "as_merged",
     "breadcrumbs",
     "dare",
     "dare_ties",

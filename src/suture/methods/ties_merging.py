@@ -111,6 +111,11 @@ def settle(statistic: TiesStatistic, votes: int) -> TiesStatistic:
     return statistic._replace(majority=int(np.sign(votes)))
 
 
+def as_merged(statistic: TiesStatistic, *, merge_func: str = "sum", **_) -> bool:
+    """Whether cancelled columns come out as they did while the votes were still being counted: as if these were 0."""
+    return statistic.majority == 0 or (statistic.majority == -1 and merge_func != "max")
+
+
 def ties_rows(deltas: Float[Tensor, " task *shape"], statistic: TiesStatistic) -> Float[Tensor, " task *shape"]:
     """The task vectors of AdaMerging++: each task's trimmed entries that agree with the elected sign.
 
