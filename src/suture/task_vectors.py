@@ -15,9 +15,12 @@ from torch import Tensor
 
 from suture.checkpoints import Checkpoint, Parts, Source, TensorSpec, open_checkpoint, open_fine_tuned
 from suture.compatibility import compatibility, merged_names
-from suture.errors import IncompatibleModels
+from suture.errors import ConfigError, IncompatibleModels
+from suture.methods.order_statistic import kth_memory
 
 _CHUNK = 1 << 17  # entries of one model handled at once: the chunks of all models together stay in the cache
+_FEW = 1 << 14  # shorter slices cost more in calls than a thread less
+_GRAIN = 1 << 10
 Flat = Tensor | Parts
 Work = Callable[["Piece", Tensor, Tensor], None]
 
@@ -196,8 +199,28 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
 
 def working_memory(num_models: int, threads: int = 0, chunk: int = 0) -> int:
     """Bytes that merging holds beside the result, whatever the size of the models: buffers and histograms."""
-    buffers = (threads or torch.get_num_threads()) * (3 * num_models + 8) * (chunk or _CHUNK) * 4
-    return buffers + num_models * (8 + 4) * (1 << 20)
+    buffers = (threads or torch.get_num_threads()) * (chunk or _CHUNK) * _bytes_an_entry(num_models)
+    return buffers + num_models * kth_memory(num_models)
+
+
+def chunk_for(memory: int, num_models: int, threads: int = 0, *, gathers: bool = True) -> tuple[int, int]:
+    """Threads and entries at once that keep the working memory below a ceiling; `ConfigError` if none do.
+
+    Threads are given up before slices become short. `gathers`: whether magnitudes are searched for.
+    """
+    fixed = num_models * kth_memory(num_models) if gathers else 0
+    threads, left = threads or torch.get_num_threads(), memory - fixed
+    while threads > 1 and left < threads * _FEW * _bytes_an_entry(num_models):
+        threads -= 1
+    chunk = min(_CHUNK, left // (threads * _bytes_an_entry(num_models)) // _GRAIN * _GRAIN)
+    if chunk < _GRAIN:
+        least = math.ceil((fixed + _GRAIN * _bytes_an_entry(num_models)) / 1e6)
+        raise ConfigError(f"memory={memory} is too little for {num_models} models. Remedy: give {least}MB or more.")
+    return threads, chunk
+
+
+def _bytes_an_entry(num_models: int) -> int:
+    return 4 * (3 * num_models + 8)
 
 
 def _rows(piece: Piece, base: Flat, models: Sequence[Flat], operand: str) -> tuple[Tensor, Tensor]:

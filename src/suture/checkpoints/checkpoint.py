@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from suture.checkpoints.mapped_files import MappedFile
 from suture.checkpoints.refusals import refusal, shown
 
 _DTYPE_NAMES = {
@@ -69,7 +70,7 @@ class Entry(NamedTuple):
     """One stored tensor. Entries of equal `identity` are one tensor under several names.
 
     `factors` gives the difference to the base, where it is known to be of low rank. `part(start, stop)` gives some of
-    the flattened entries, where that is cheaper than reading all.
+    the flattened entries, where that is cheaper than reading all. `file` is where a mapped tensor lies.
     """
 
     spec: TensorSpec
@@ -77,6 +78,7 @@ class Entry(NamedTuple):
     identity: Hashable = None
     factors: Callable[[], Factors] | None = None
     part: Callable[[int, int], Tensor] | None = None
+    file: MappedFile | None = None
 
 
 class Parts:
@@ -157,6 +159,11 @@ class Checkpoint(Mapping[str, Tensor]):
         if entry is None or entry.part is None:
             return self[name].reshape(-1)
         return Parts(entry.spec.numel, entry.part)
+
+    def let_go(self) -> None:
+        """Take what was read of the files out of this process's memory; what was written to such tensors is lost."""
+        for file in {id(e.file): e.file for e in (self._entries or {}).values() if e.file is not None}.values():
+            file.let_go()
 
     def factors(self, name: str) -> Factors | None:
         """The difference of a tensor to the base as low-rank factors, if this checkpoint is an adapter; else None."""

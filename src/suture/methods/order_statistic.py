@@ -14,6 +14,7 @@ from torch import Tensor
 
 _SAMPLE = 1 << 20
 _BINS = 1 << 20
+_MANY = 8  # rows; from there on each gets a quarter
 
 
 def kth_magnitudes(deltas, rank: int) -> Float[Tensor, " task"]:
@@ -23,7 +24,9 @@ def kth_magnitudes(deltas, rank: int) -> Float[Tensor, " task"]:
         return torch.zeros(len(sample), dtype=sample.dtype)
     if sample.shape[1] == deltas.num_entries:
         return sample.abs().kthvalue(rank, dim=1).values
-    searches = [_Search(_patterns(row), rank, deltas.num_entries) for row in sample]
+    thinner = 2 * (len(sample) > _MANY)
+    sample, bins = sample[:, :: 1 << thinner].contiguous(), _BINS >> thinner
+    searches = [_Search(_patterns(row), rank, deltas.num_entries, bins) for row in sample]
 
     def count(_, chunk: Tensor) -> None:
         for search, row in zip(searches, chunk, strict=True):
@@ -39,6 +42,11 @@ def kth_magnitudes(deltas, rank: int) -> Float[Tensor, " task"]:
     return torch.from_numpy(values.astype(f"i{float_type.itemsize}").view(float_type))
 
 
+def kth_memory(num_rows: int) -> int:
+    """Bytes that a search holds for each row: the sample, twice while it is made and once sorted, and bins."""
+    return (12 * _SAMPLE + 8 * _BINS) >> 2 * (num_rows > _MANY)
+
+
 def _patterns(row: Tensor) -> np.ndarray:
     """|x| as integers of the same width; their order is the order of the magnitudes."""
     magnitudes = np.abs(row.numpy())
@@ -48,7 +56,8 @@ def _patterns(row: Tensor) -> np.ndarray:
 class _Search:
     """One row's search: the pattern wanted lies in [low, high]; counts of the current pass."""
 
-    def __init__(self, sample: np.ndarray, rank: int, num_entries: int):
+    def __init__(self, sample: np.ndarray, rank: int, num_entries: int, bins: int):
+        self.num_bins = bins
         self.from_top = num_entries - rank  # how many entries are larger, at most
         self.largest = int(np.iinfo(sample.dtype).max)
         self.lock, self.found = threading.Lock(), False
@@ -62,7 +71,7 @@ class _Search:
 
     def _look_in(self, low: int, high: int) -> None:
         self.low, self.high, self.above = low, high, 0
-        self.shift = max(0, (high - low).bit_length() - (_BINS.bit_length() - 1))
+        self.shift = max(0, (high - low).bit_length() - (self.num_bins.bit_length() - 1))
         self.bins = np.zeros(((high - low) >> self.shift) + 1, dtype=np.int64)
 
     def count(self, patterns: np.ndarray) -> None:

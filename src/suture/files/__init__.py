@@ -1,0 +1,89 @@
+"""Merge files of any size: sharded checkpoints in, a sharded checkpoint out, in bounded memory, at the disk's speed."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from suture.checkpoints import Source
+from suture.errors import ConfigError
+from suture.files.opening import open_inputs
+from suture.files.recipe import Recipe
+from suture.files.running import Job
+from suture.methods import methods
+
+__all__ = ["merge_configured", "merge_files"]
+
+
+def merge_files(
+    base: Source | None,
+    models: Mapping[str, Source] | Sequence[Source],
+    method: str,
+    output: str | Path,
+    *,
+    dtype: torch.dtype | str | None = None,
+    shard_size: int | str = "5GB",
+    memory: int | str = "300MB",
+    threads: int = 0,
+    shard: str | None = None,
+    vocabulary: str = "refuse",
+    allow_non_finite: Sequence[str] = (),
+    mixed_dtypes: bool = False,
+    overwrite: bool = False,
+    **knobs: Any,
+) -> Path:
+    """Merge checkpoints into a model directory that `transformers` loads; returns its path.
+
+    `base` and `models` are whatever `open_checkpoint` takes, or LoRA adapters' folders; `base` may be None for methods
+    without task vectors. `knobs` are the method's own; each may be a value, a gradient over the layers (a list of
+    numbers) or a list of `{"filter": part of a tensor's name, "value": …}`. Arithmetic is in float32.
+
+    `dtype` is that of the result (by default the base's), `shard_size` the most that one file holds, `memory` what the
+    merge may hold beside what the system caches of files, whatever the size of the models. `shard="i/n"` does the i-th
+    of n shares; the process that finds all shares done makes the result appear. What is killed goes on where it stopped
+    when it is called again, to the same bytes. Raises `SutureError` in one line for whatever does not fit.
+
+    >>> import tempfile, torch
+    >>> out = Path(tempfile.mkdtemp()) / "merged"
+    >>> base, tuned = {"w": torch.zeros(2)}, {"w": torch.ones(2)}
+    >>> path = merge_files(base, {"one": tuned}, "task_arithmetic", out, scaling_factor=0.5)
+    >>> sorted(file.name for file in path.iterdir())
+    ['README.md', 'model.safetensors', 'suture_merge.json']
+    """
+    recipe = Recipe.of(
+        base,
+        models,
+        method,
+        output,
+        settings=knobs,
+        dtype=dtype,
+        shard_size=shard_size,
+        memory=memory,
+        threads=threads,
+        shard=shard,
+        vocabulary=vocabulary,
+        allow_non_finite=allow_non_finite,
+        mixed_dtypes=mixed_dtypes,
+        overwrite=overwrite,
+    )
+    Job(recipe, open_inputs(recipe)).run()
+    return recipe.output
+
+
+def merge_configured(config: Mapping[str, Any]) -> Path:
+    """One merge from the words of a command line, which are told how it went."""
+    told = {key: value for key, value in config.items() if key not in ("mergekit", "method", "plan", "seed")}
+    for key in ("output",):
+        if not told[key]:
+            raise ConfigError(f"There is no {key}=… among the words. Remedy: name the folder for the merged model.")
+    if not config["method"]:
+        raise ConfigError(f"There is no method=… among the words. Known: {', '.join(methods())}.")
+    method = dict(config["method"])
+    recipe = Recipe.of(method=method.pop("name"), settings=method, **told)
+    job = Job(recipe, open_inputs(recipe))
+    if job.run():
+        print(f"The merged model is in {recipe.output}")
+    else:
+        print(f"Share {recipe.part[0]}/{recipe.part[1]} of {recipe.output} is done; other shares are not.")
+    return recipe.output
