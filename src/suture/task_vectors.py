@@ -16,11 +16,13 @@ from torch import Tensor
 from suture.checkpoints import Checkpoint, Parts, Source, TensorSpec, open_checkpoint, open_fine_tuned
 from suture.compatibility import compatibility, merged_names
 from suture.errors import ConfigError, IncompatibleModels
+from suture.methods import MergeMethod
 from suture.methods.order_statistic import kth_memory
 
 _CHUNK = 1 << 17  # entries of one model handled at once: the chunks of all models together stay in the cache
 _FEW = 1 << 14  # shorter slices cost more in calls than a thread less
 _GRAIN = 1 << 10
+_LITTLE = 8_000_000  # bytes: what Python, threads and manifests take
 Flat = Tensor | Parts
 Work = Callable[["Piece", Tensor, Tensor], None]
 
@@ -203,18 +205,19 @@ def working_memory(num_models: int, threads: int = 0, chunk: int = 0) -> int:
     return buffers + num_models * kth_memory(num_models)
 
 
-def chunk_for(memory: int, num_models: int, threads: int = 0, *, gathers: bool = True) -> tuple[int, int]:
+def chunk_for(memory: int, method: MergeMethod, num_models: int, threads: int = 0) -> tuple[int, int]:
     """Threads and entries at once that keep the working memory below a ceiling; `ConfigError` if none do.
 
-    Threads are given up before slices become short. `gathers`: whether magnitudes are searched for.
+    Threads are given up before slices become short.
     """
-    fixed = num_models * kth_memory(num_models) if gathers else 0
+    fixed = num_models * kth_memory(num_models) if method.gather is not None else _LITTLE
+    each = _bytes_an_entry(num_models) * (2 if method.wants_place else 1)  # random numbers are made from wider ones
     threads, left = threads or torch.get_num_threads(), memory - fixed
-    while threads > 1 and left < threads * _FEW * _bytes_an_entry(num_models):
+    while threads > 1 and left < threads * _FEW * each:
         threads -= 1
-    chunk = min(_CHUNK, left // (threads * _bytes_an_entry(num_models)) // _GRAIN * _GRAIN)
+    chunk = min(_CHUNK, left // (threads * each) // _GRAIN * _GRAIN)
     if chunk < _GRAIN:
-        least = math.ceil((fixed + _GRAIN * _bytes_an_entry(num_models)) / 1e6)
+        least = math.ceil((fixed + _GRAIN * each) / 1e6)
         raise ConfigError(f"memory={memory} is too little for {num_models} models. Remedy: give {least}MB or more.")
     return threads, chunk
 

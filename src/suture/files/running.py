@@ -35,8 +35,8 @@ class Job:
     @cached_property
     def vectors(self) -> TaskVectors:
         """The opened models, with threads and slices that keep the memory's ceiling."""
-        recipe, gathers = self.recipe, self.recipe.method.gather is not None
-        threads, chunk = chunk_for(recipe.memory, len(self.inputs.models), recipe.threads, gathers=gathers)
+        recipe = self.recipe
+        threads, chunk = chunk_for(recipe.memory, recipe.method, len(self.inputs.models), recipe.threads)
         return TaskVectors(self.inputs.base, self.inputs.models, recipe.frozen, threads, chunk)
 
     @cached_property
