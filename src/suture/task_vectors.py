@@ -22,6 +22,7 @@ from suture.methods.order_statistic import kth_memory
 _CHUNK = 1 << 17  # entries of one model handled at once: the chunks of all models together stay in the cache
 _FEW = 1 << 14  # shorter slices cost more in calls than a thread less
 _GRAIN = 1 << 10
+_LARGE = 30 << 20  # bytes; glibc looks at blocks of up to 32 MB
 _LITTLE = 8_000_000  # bytes: what Python, threads and manifests take
 Flat = Tensor | Parts
 Work = Callable[["Piece", Tensor, Tensor], None]
@@ -104,6 +105,7 @@ class TaskVectors:
         if self._pools:
             yield self._pools[-1]
             return
+        _keep_freed_buffers()
         intra_op = torch.get_num_threads()
         options = {"initializer": torch.set_num_threads, "initargs": (1,)}
         try:
@@ -199,6 +201,14 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def _keep_freed_buffers() -> None:
+    """Have glibc keep what slices free for the next ones: by its own rule, from the first large block freed on.
+
+    Otherwise it gives each buffer back to the system, which clears its pages anew: several times the work itself.
+    """
+    torch.empty(_LARGE, dtype=torch.uint8)
+
+
 def working_memory(num_models: int, threads: int = 0, chunk: int = 0) -> int:
     """Bytes that merging holds beside the result, whatever the size of the models: buffers and histograms."""
     buffers = (threads or torch.get_num_threads()) * (chunk or _CHUNK) * _bytes_an_entry(num_models)
@@ -210,8 +220,7 @@ def chunk_for(memory: int, method: MergeMethod, num_models: int, threads: int = 
 
     Threads are given up before slices become short.
     """
-    fixed = num_models * kth_memory(num_models) if method.gather is not None else _LITTLE
-    each = _bytes_an_entry(num_models) * (2 if method.wants_place else 1)  # random numbers are made from wider ones
+    fixed, each = _needs(method, num_models)
     threads, left = threads or torch.get_num_threads(), memory - fixed
     while threads > 1 and left < threads * _FEW * each:
         threads -= 1
@@ -220,6 +229,18 @@ def chunk_for(memory: int, method: MergeMethod, num_models: int, threads: int = 
         least = math.ceil((fixed + _GRAIN * each) / 1e6)
         raise ConfigError(f"memory={memory} is too little for {num_models} models. Remedy: give {least}MB or more.")
     return threads, chunk
+
+
+def memory_of(method: MergeMethod, num_models: int, threads: int, chunk: int) -> int:
+    """Bytes that merging by a method holds, as `chunk_for` reckons."""
+    fixed, each = _needs(method, num_models)
+    return fixed + threads * chunk * each
+
+
+def _needs(method: MergeMethod, num_models: int) -> tuple[int, int]:
+    """Bytes in all, and bytes for each entry that a thread has in hand."""
+    fixed = num_models * kth_memory(num_models) if method.gather is not None else _LITTLE
+    return fixed, _bytes_an_entry(num_models) * (2 if method.wants_place else 1)  # random numbers come from wider ones
 
 
 def _bytes_an_entry(num_models: int) -> int:

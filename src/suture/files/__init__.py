@@ -1,6 +1,7 @@
 """Merge files of any size: sharded checkpoints in, a sharded checkpoint out, in bounded memory, at the disk's speed."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -9,11 +10,12 @@ import torch
 from suture.checkpoints import Source
 from suture.errors import ConfigError
 from suture.files.opening import open_inputs
+from suture.files.planning import Plan, plan
 from suture.files.recipe import Recipe
 from suture.files.running import Job
 from suture.methods import methods
 
-__all__ = ["merge_configured", "merge_files"]
+__all__ = ["merge_configured", "merge_files", "plan_files"]
 
 
 def merge_files(
@@ -71,17 +73,34 @@ def merge_files(
     return recipe.output
 
 
-def merge_configured(config: Mapping[str, Any]) -> Path:
-    """One merge from the words of a command line, which are told how it went."""
+def plan_files(
+    base: Source | None, models: Mapping[str, Source] | Sequence[Source], method: str, output: str | Path, **options: Any
+) -> Plan:
+    """What `merge_files` with the same arguments would read, write and hold, and how long it would take here.
+
+    Disk and method are measured for a moment; a probe is written beside the output and removed.
+    """
+    names = {field.name for field in fields(Recipe)} | {"shard"}
+    told = {key: value for key, value in options.items() if key in names}
+    knobs = {key: value for key, value in options.items() if key not in names}
+    recipe = Recipe.of(base, models, method, output, settings=knobs, **told)
+    return plan(Job(recipe, open_inputs(recipe)))
+
+
+def merge_configured(config: Mapping[str, Any]) -> Plan | Path:
+    """One merge, or its plan, from the words of a command line, which is told how it went."""
     told = {key: value for key, value in config.items() if key not in ("mergekit", "method", "plan", "seed")}
-    for key in ("output",):
-        if not told[key]:
-            raise ConfigError(f"There is no {key}=… among the words. Remedy: name the folder for the merged model.")
+    if not told["output"]:
+        raise ConfigError("There is no output=… among the words. Remedy: name the folder for the merged model.")
     if not config["method"]:
         raise ConfigError(f"There is no method=… among the words. Known: {', '.join(methods())}.")
     method = dict(config["method"])
     recipe = Recipe.of(method=method.pop("name"), settings=method, **told)
     job = Job(recipe, open_inputs(recipe))
+    if config["plan"]:
+        planned = plan(job)
+        print(planned)
+        return planned
     if job.run():
         print(f"The merged model is in {recipe.output}")
     else:

@@ -143,8 +143,11 @@ def _cancelled(side: Tensor, positive: Tensor, scratch: Tensor) -> Tensor | None
 
 def _mass_of_agreement(trimmed: list[Tensor], side: Tensor, weights: Sequence[float] | None) -> Tensor:
     """Per column: the number of entries that are merged (at least 1), or the sum of their weights."""
-    side = torch.where(side > 0, 1.0, -1.0)
+    side = torch.gt(side, 0, out=torch.empty_like(side)).mul_(2).sub_(1)
+    mass, agrees = torch.zeros_like(side), torch.empty_like(side)
+    for row, weight in zip(trimmed, weights or [1.0] * len(trimmed), strict=True):
+        torch.mul(row, side, out=agrees)
+        mass.add_(torch.gt(agrees, 0, out=agrees), alpha=weight)
     if weights is None:
-        return torch.stack([row * side > 0 for row in trimmed]).sum(0).clamp_min(1)
-    mass = torch.stack([(row * side > 0) * weight for row, weight in zip(trimmed, weights, strict=True)]).sum(0)
+        return mass.clamp_min_(1)
     return torch.where(mass.abs() < 1e-8, torch.ones_like(side), mass)
