@@ -126,7 +126,7 @@ class Merging:
 
     def again(self, waiting: Sequence[Piece]) -> bool:
         """Merge anew the slices that waited for `settle`, if it makes a difference to them."""
-        if not waiting or as_merged(self.statistic, **self.knobs_of(waiting[0].name)):
+        if not waiting or as_merged(self.statistic):
             return False
         self._merge(waiting, self.statistic)
         return True

@@ -253,9 +253,7 @@ def _rows(piece: Piece, base: Flat, models: Sequence[Flat], operand: str) -> tup
     part = part.to(dtype)
     rows = torch.empty(len(models), len(part), dtype=dtype)
     for row, model in zip(rows, models, strict=True):
-        model = model[piece.start : piece.stop]
-        if operand == "models":
-            row.copy_(model)
-        else:
-            torch.sub(model.to(dtype), part, out=row)
+        row.copy_(model[piece.start : piece.stop])
+        if operand == "deltas":
+            row -= part
     return part, rows

@@ -145,7 +145,7 @@ class Job:
         """Convert, check and write some entries; called on several threads."""
         part = merged.to(self.specs[piece.name].dtype)
         if part.dtype.is_floating_point and not self.recipe.may_be_non_finite(piece.name):
-            _refuse_non_finite(piece, part)
+            _refuse_non_finite(piece, merged, part)
         data = bytes_of(part)
         self.folder.write(piece.name, piece.start, data)
         if piece.name in self._digests:
@@ -180,8 +180,10 @@ class Job:
         self.folder.sync()
 
 
-def _refuse_non_finite(piece: Piece, part: Tensor) -> None:
-    if part.sum(dtype=torch.float32 if part.dtype.itemsize < 4 else None).isfinite() or part.isfinite().all():
+def _refuse_non_finite(piece: Piece, merged: Tensor, part: Tensor) -> None:
+    """`part` is `merged` in the dtype of the result, which may reach less far."""
+    low, high = merged.aminmax()
+    if max(-low, high) <= torch.finfo(part.dtype).max or part.isfinite().all():
         return
     found = int((~part.isfinite()).nonzero()[0]) + piece.start
     raise IncompatibleModels(

@@ -14,12 +14,13 @@ from torch import Tensor
 
 _SAMPLE = 1 << 20
 _BINS = 1 << 20
+_LEAST, _SHARE = 1 << 17, 32  # of small tensors a sample of so many entries, or of one in so many
 _MANY = 8  # rows; from there on each gets a quarter
 
 
 def kth_magnitudes(deltas, rank: int) -> Float[Tensor, " task"]:
     """The `rank`-th smallest |entry| (1-based) of each row of a `DeltaStream`; zeros for rank 0, which keeps all."""
-    sample = deltas.sample(_SAMPLE)
+    sample = deltas.sample(min(_SAMPLE, max(_LEAST, deltas.num_entries // _SHARE)))
     if rank <= 0:
         return torch.zeros(len(sample), dtype=sample.dtype)
     if sample.shape[1] == deltas.num_entries:
@@ -61,13 +62,19 @@ class _Search:
         self.from_top = num_entries - rank  # how many entries are larger, at most
         self.largest = int(np.iinfo(sample.dtype).max)
         self.lock, self.found = threading.Lock(), False
-        self._look_in(*self._bracket(np.sort(sample), rank / num_entries))
+        self._look_in(*self._bracket(sample, rank / num_entries))
 
     def _bracket(self, sample: np.ndarray, quantile: float) -> tuple[int, int]:
-        """A quarter percent of ranks to each side of the sample's quantile; open at the ends of the sample."""
-        last, centre, margin = len(sample) - 1, quantile * len(sample), 8 + 0.0025 * len(sample)
-        low, high = int(centre - margin), int(centre + margin)
-        return int(sample[low]) if low > 0 else 0, int(sample[high]) if high < last else self.largest
+        """Six standard deviations of ranks to each side of the sample's quantile; open at the ends of the sample.
+
+        At least a quarter percent: neighbouring entries, which a sample has in runs, may resemble each other.
+        """
+        size, last = len(sample), len(sample) - 1
+        margin = 8 + max(0.0025 * size, 6 * (size * quantile * (1 - quantile)) ** 0.5)
+        low, high = int(quantile * size - margin), int(quantile * size + margin)
+        ends = [rank for rank in (low, high) if 0 < rank < last]
+        ordered = np.partition(sample, ends) if ends else sample
+        return int(ordered[low]) if low > 0 else 0, int(ordered[high]) if high < last else self.largest
 
     def _look_in(self, low: int, high: int) -> None:
         self.low, self.high, self.above = low, high, 0

@@ -46,28 +46,47 @@ def trim_thresholds(deltas: DeltaStream, *, threshold: float = 20.0, scope: str 
 
 
 def _merge_and_vote(base, deltas, statistic, *, merge_func="sum", scaling_factor=0.3, weights=None, **_):
-    """Like `ties_merging`, and beside it (votes, cancelled): Σ of column signs, and which columns wait for it."""
+    """Like `ties_merging`, and beside it (votes, cancelled): Σ of column signs, and which columns wait for it.
+
+    While the votes are being counted cancelled columns are merged as positive.
+    """
     trimmed = [_trim(row, t) for row, t in zip(deltas, statistic.thresholds.tolist(), strict=True)]
     if weights is not None:
         trimmed = [row * weight for row, weight in zip(trimmed, weights, strict=True)]
-    column_sum, positive, negative, scratch = (torch.zeros_like(base) for _ in range(4))
-    for row in trimmed:
+    column_sum = trimmed[0].clone()
+    for row in trimmed[1:]:
         column_sum += row
-        positive += torch.clamp_min(row, 0, out=scratch)
-        negative += torch.clamp_max(row, 0, out=scratch)
-    side = column_sum.sign_()
-    cancelled = _cancelled(side, positive, scratch)
-    votes = int(side.sum() if side.numel() <= _EXACT else side.sum(dtype=torch.float64))
-    if statistic.majority and cancelled is not None:
-        side[cancelled] = float(statistic.majority)
-    if merge_func == "max":
-        merged = torch.stack([(row * side).clamp_min_(0) for row in trimmed]).amax(0) * side
-    else:
-        up = torch.gt(side, 0, out=scratch)  # 1 or 0: products are several times faster than a choice by a mask
-        merged = positive.mul_(up).add_(negative.mul_(1 - up))
-    if merge_func == "mean":
-        merged = merged / _mass_of_agreement(trimmed, side, weights)
-    return base + scaling_factor * merged, votes, cancelled
+    side = torch.copysign(torch.ones(()), column_sum)
+    merged = _disjoint_merge(trimmed, side, merge_func, weights)
+    votes, cancelled = 0, None
+    if statistic.majority != 1:
+        cancelled = _cancelled(column_sum, merged)
+        signs = column_sum.sign_()
+        votes = int(signs.sum() if signs.numel() <= _EXACT else signs.sum(dtype=torch.float64))
+        if statistic.majority is not None and cancelled is not None:
+            side[cancelled] = -1.0
+            merged = _disjoint_merge(trimmed, side, merge_func, weights)
+            if statistic.majority == 0 and merge_func == "max":
+                merged[cancelled] = 0
+    return merged.mul_(scaling_factor).add_(base), votes, cancelled
+
+
+def _disjoint_merge(trimmed: list[Tensor], side: Tensor, merge_func: str, weights: Sequence[float] | None) -> Tensor:
+    """Sum, mean or largest of the entries of each column that are on its side, which is +1 or −1 for every column."""
+    merged, agreeing = torch.zeros_like(side), torch.empty_like(side)
+    mass = torch.zeros_like(side) if merge_func == "mean" else None
+    for row, weight in zip(trimmed, weights or [1.0] * len(trimmed), strict=True):
+        torch.mul(row, side, out=agreeing).clamp_min_(0)  # products are several times faster than masks
+        if merge_func == "max":
+            torch.maximum(merged, agreeing, out=merged)
+        else:
+            merged += agreeing
+        if mass is not None:
+            mass.add_(torch.gt(agreeing, 0, out=agreeing), alpha=weight)
+    merged *= side
+    if mass is None:
+        return merged
+    return merged.div_(mass.clamp_min_(1) if weights is None else torch.where(mass.abs() < 1e-8, 1.0, mass))
 
 
 @merge_method(paper="https://arxiv.org/abs/2306.01708", gather=trim_thresholds, vote=_merge_and_vote)
@@ -111,9 +130,9 @@ def settle(statistic: TiesStatistic, votes: int) -> TiesStatistic:
     return statistic._replace(majority=int(np.sign(votes)))
 
 
-def as_merged(statistic: TiesStatistic, *, merge_func: str = "sum", **_) -> bool:
-    """Whether cancelled columns come out as they did while the votes were still being counted: as if these were 0."""
-    return statistic.majority == 0 or (statistic.majority == -1 and merge_func != "max")
+def as_merged(statistic: TiesStatistic) -> bool:
+    """Whether cancelled columns come out as they did while the votes were being counted: on the positive side."""
+    return statistic.majority == 1
 
 
 def ties_rows(deltas: Float[Tensor, " task *shape"], statistic: TiesStatistic) -> Float[Tensor, " task *shape"]:
@@ -135,19 +154,10 @@ def _trim(row: Tensor, threshold: float) -> Tensor:
     return torch.nn.functional.hardshrink(row, float(np.nextafter(dtype(threshold), dtype(0))))
 
 
-def _cancelled(side: Tensor, positive: Tensor, scratch: Tensor) -> Tensor | None:
-    """Which columns have survivors that sum to exactly 0; None if there is no such column, as nearly always."""
-    survivors = torch.eq(side, 0, out=scratch).mul_(positive)
+def _cancelled(column_sum: Tensor, merged: Tensor) -> Tensor | None:
+    """Which columns have survivors that sum to exactly 0; None if there is no such column.
+
+    `merged` has the columns that sum to 0 on the positive side, where each of them has a survivor.
+    """
+    survivors = torch.eq(column_sum, 0, out=torch.empty_like(merged)).mul_(merged)
     return survivors > 0 if survivors.sum() > 0 else None
-
-
-def _mass_of_agreement(trimmed: list[Tensor], side: Tensor, weights: Sequence[float] | None) -> Tensor:
-    """Per column: the number of entries that are merged (at least 1), or the sum of their weights."""
-    side = torch.gt(side, 0, out=torch.empty_like(side)).mul_(2).sub_(1)
-    mass, agrees = torch.zeros_like(side), torch.empty_like(side)
-    for row, weight in zip(trimmed, weights or [1.0] * len(trimmed), strict=True):
-        torch.mul(row, side, out=agrees)
-        mass.add_(torch.gt(agrees, 0, out=agrees), alpha=weight)
-    if weights is None:
-        return mass.clamp_min_(1)
-    return torch.where(mass.abs() < 1e-8, torch.ones_like(side), mass)
