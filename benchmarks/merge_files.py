@@ -120,7 +120,15 @@ def mergekit(folder: Path, method: str, python: str) -> None:
     config = folder.with_name(f"{folder.name}-mergekit.yml")
     config.write_text(f"merge_method: {method}\n{base}models:\n{models}dtype: bfloat16\n")
     out = folder.with_name(f"{folder.name}-merged")
-    command = [python, "-m", "mergekit.scripts.run_yaml", str(config), str(out), "--lazy-unpickle", "--no-copy-tokenizer"]
+    command = [
+        python,
+        "-m",
+        "mergekit.scripts.run_yaml",
+        str(config),
+        str(out),
+        "--lazy-unpickle",
+        "--no-copy-tokenizer",
+    ]
     subprocess.run(command, check=True, capture_output=True)
 
 

@@ -270,7 +270,9 @@ def test_the_words_of_the_command_line_reach_the_merge(llamas, tmp_path, capsys)
     assert f"The merged model is in {out}" in capsys.readouterr().out
     base, models = llamas
     wide = {name: {k: t.float() for k, t in open_checkpoint(path).items()} for name, path in models.items()}
-    expected = suture.merge({k: t.float() for k, t in open_checkpoint(base).items()}, wide, "ties_merging", scope="tensor")
+    expected = suture.merge(
+        {k: t.float() for k, t in open_checkpoint(base).items()}, wide, "ties_merging", scope="tensor"
+    )
     assert same(out, expected)
 
 
@@ -306,5 +308,7 @@ done.append(1); watcher.join()
 print(peak[0])
 """
     for method in ("task_arithmetic", "ties_merging"):
-        done = subprocess.run([sys.executable, "-c", program, tmp_path, method], capture_output=True, text=True, check=True)
+        done = subprocess.run(
+            [sys.executable, "-c", program, tmp_path, method], capture_output=True, text=True, check=True
+        )
         assert int(done.stdout) < 60e6

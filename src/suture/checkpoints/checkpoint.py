@@ -1,7 +1,7 @@
 """An open checkpoint: a read-only mapping name → tensor that reads a tensor when it is asked for."""
 
 import math
-from collections.abc import Callable, Hashable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import NamedTuple
@@ -176,6 +176,23 @@ class Checkpoint(Mapping[str, Tensor]):
             raise refusal(self.label, "is closed", "open it again")
         entries = {new: self._entries[name] for new, name in names.items()}
         return Checkpoint(entries, self.label, files=self.files, directory=self.directory, metadata=self.metadata)
+
+    def replaced(self, entries: Mapping[str, Entry]) -> "Checkpoint":
+        """The same checkpoint with other tensors under some of its names, and under all names tied to them."""
+        merged = dict(self._entries or {})
+        for name, entry in entries.items():
+            first = self.aliases.get(name, name)
+            tied = [alias for alias, canonical in self.aliases.items() if canonical == first]
+            for each in (first, *tied):
+                merged[each] = entry._replace(identity=("replaced", id(self), first)) if tied else entry
+        return Checkpoint(merged, self.label, files=self.files, directory=self.directory, metadata=self.metadata)
+
+    @classmethod
+    def joined(cls, parts: Sequence["Checkpoint"], label: str) -> "Checkpoint":
+        """One checkpoint with the tensors of several, which have no name in common; the directory is the first's."""
+        entries = {name: entry for part in parts for name, entry in (part._entries or {}).items()}
+        files = tuple(dict.fromkeys(file for part in parts for file in part.files))
+        return cls(entries, label, files=files, directory=next((p.directory for p in parts if p.directory), None))
 
     def close(self) -> None:
         """Let go of the files. Names, specs and tensors already handed out stay usable."""

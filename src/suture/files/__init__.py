@@ -9,13 +9,13 @@ import torch
 
 from suture.checkpoints import Source
 from suture.errors import ConfigError
-from suture.files.opening import open_inputs
+from suture.files.mergekit import read
 from suture.files.planning import Plan, plan
 from suture.files.recipe import Recipe
 from suture.files.running import Job
 from suture.methods import methods
 
-__all__ = ["merge_configured", "merge_files", "plan_files"]
+__all__ = ["merge_configured", "merge_files", "merge_mergekit", "plan_files"]
 
 
 def merge_files(
@@ -69,12 +69,16 @@ def merge_files(
         mixed_dtypes=mixed_dtypes,
         overwrite=overwrite,
     )
-    Job(recipe, open_inputs(recipe)).run()
+    Job(recipe).run()
     return recipe.output
 
 
 def plan_files(
-    base: Source | None, models: Mapping[str, Source] | Sequence[Source], method: str, output: str | Path, **options: Any
+    base: Source | None,
+    models: Mapping[str, Source] | Sequence[Source],
+    method: str,
+    output: str | Path,
+    **options: Any,
 ) -> Plan:
     """What `merge_files` with the same arguments would read, write and hold, and how long it would take here.
 
@@ -84,25 +88,47 @@ def plan_files(
     told = {key: value for key, value in options.items() if key in names}
     knobs = {key: value for key, value in options.items() if key not in names}
     recipe = Recipe.of(base, models, method, output, settings=knobs, **told)
-    return plan(Job(recipe, open_inputs(recipe)))
+    return plan(Job(recipe))
+
+
+def merge_mergekit(config: str | Path, output: str | Path, **options: Any) -> Path:
+    """Merge what a mergekit YAML file describes; `options` are those of `merge_files` but for models and method."""
+    Job(recipe := _translated(config, {"output": output, **options})).run()
+    return recipe.output
 
 
 def merge_configured(config: Mapping[str, Any]) -> Plan | Path:
     """One merge, or its plan, from the words of a command line, which is told how it went."""
-    told = {key: value for key, value in config.items() if key not in ("mergekit", "method", "plan", "seed")}
-    if not told["output"]:
-        raise ConfigError("There is no output=… among the words. Remedy: name the folder for the merged model.")
-    if not config["method"]:
-        raise ConfigError(f"There is no method=… among the words. Known: {', '.join(methods())}.")
-    method = dict(config["method"])
-    recipe = Recipe.of(method=method.pop("name"), settings=method, **told)
-    job = Job(recipe, open_inputs(recipe))
+    job = Job(_recipe(config))
+    for note in job.recipe.translation.notes if job.recipe.translation else ():
+        print(f"note: {note}")
     if config["plan"]:
         planned = plan(job)
         print(planned)
         return planned
-    if job.run():
-        print(f"The merged model is in {recipe.output}")
-    else:
-        print(f"Share {recipe.part[0]}/{recipe.part[1]} of {recipe.output} is done; other shares are not.")
-    return recipe.output
+    output, (i, n) = job.recipe.output, job.recipe.part
+    print(f"The merged model is in {output}" if job.run() else f"Share {i}/{n} of {output} is done; others are not.")
+    return output
+
+
+def _recipe(config: Mapping[str, Any]) -> Recipe:
+    told = {key: value for key, value in config.items() if key not in ("mergekit", "method", "plan", "seed")}
+    if not told["output"]:
+        raise ConfigError("There is no output=… among the words. Remedy: name the folder for the merged model.")
+    if config["mergekit"]:
+        if told.pop("base") or told.pop("models") or config["method"]:
+            raise ConfigError("mergekit=… names base, models and method itself. Remedy: leave those words out.")
+        return _translated(config["mergekit"], told)
+    if not config["method"]:
+        raise ConfigError(f"There is no method=… among the words. Known: {', '.join(methods())}.")
+    method = dict(config["method"])
+    return Recipe.of(method=method.pop("name"), settings=method, **told)
+
+
+def _translated(config: str | Path, told: Mapping[str, Any]) -> Recipe:
+    """The recipe of a mergekit file; what is told beside it goes before what the file says."""
+    found = read(config)
+    given = {key: value for key, value in told.items() if value is not None}
+    given |= {"dtype": given.get("dtype") or found.dtype}
+    given |= {"vocabulary": found.vocabulary if given.get("vocabulary", "refuse") == "refuse" else given["vocabulary"]}
+    return Recipe.of(found.base, found.models, found.method, settings={}, translation=found, **given)

@@ -12,6 +12,7 @@ from suture.checkpoints.adapters import is_adapter
 from suture.compatibility import compatibility
 from suture.errors import IncompatibleModels, SutureError
 from suture.files.recipe import Recipe
+from suture.files.vocabulary import fit
 
 BASE = "_pretrained_"
 
@@ -23,7 +24,8 @@ class Inputs:
     base: Checkpoint
     models: Mapping[str, Checkpoint]
     opened: Mapping[str, Checkpoint]
-    notes: list[str] = field(default_factory=list)
+    config: Mapping[str, Any] = field(default_factory=dict)
+    tokenizer: str | None = None
     _hashing: threading.Thread | None = None
     _provenance: dict[str, Any] = field(default_factory=dict)
 
@@ -42,7 +44,7 @@ class Inputs:
         return {
             "inputs": {label: _identity(checkpoint) for label, checkpoint in self.opened.items()},
             "method": recipe.method.name,
-            "settings": _plain(recipe.settings),
+            "settings": _plain(recipe.translation.told if recipe.translation else recipe.settings),
             "dtype": str(recipe.dtype).removeprefix("torch.") if recipe.dtype else None,
             "shard_size": recipe.shard_size,
             "vocabulary": recipe.vocabulary,
@@ -66,7 +68,8 @@ def open_inputs(recipe: Recipe) -> Inputs:
     """Open all, from headers alone; raises `CheckpointError`, and `IncompatibleModels` for what does not fit."""
     base = open_checkpoint(_not_an_adapter(recipe.base), label=BASE)
     models = {name: open_fine_tuned(model, base, label=name) for name, model in recipe.models.items()}
-    inputs = Inputs(base, models, {BASE: base, **models})
+    fitted = fit(base, models, recipe.vocabulary)
+    inputs = Inputs(fitted.base, fitted.models, {BASE: base, **models}, fitted.config, fitted.tokenizer)
     problems = compatibility(inputs.base, inputs.models, frozen=recipe.frozen, mixed_dtypes=recipe.mixed_dtypes)
     if problems:
         more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""

@@ -56,7 +56,11 @@ def write_companions(
         shutil.copyfile(path, folder / path.name)
     config = folder / "config.json"
     if config.exists():
-        config.write_text(_configured(json.loads(config.read_text("utf-8")), specs), "utf-8")
+        found = json.loads(config.read_text("utf-8"))
+        sliced = recipe.translation.config(found) if recipe.translation else {}
+        config.write_text(_configured({**found, **inputs.config, **sliced}, specs), "utf-8")
+    if inputs.tokenizer is not None:
+        (folder / "tokenizer.json").write_text(inputs.tokenizer, "utf-8")
     origin = {**inputs.provenance(), "command": shlex.join(["suture", *sys.argv[1:]]), "work": work}
     (folder / PROVENANCE).write_text(json.dumps(origin, indent=2) + "\n", "utf-8")
     (folder / "README.md").write_text(_card(recipe, inputs, origin), "utf-8")
@@ -84,7 +88,8 @@ def _card(recipe: Recipe, inputs: Inputs, origin: Mapping[str, Any]) -> str:
     """The model card, with the tags that hubs look for."""
     sources = {BASE: recipe.base, **recipe.models}
     hub = [source for source in sources.values() if isinstance(source, str) and is_hub_id(source)]
-    settings = "".join(f" {key}={value}" for key, value in recipe.settings.items())
+    told = recipe.translation.told.get("parameters") or {} if recipe.translation else recipe.settings
+    settings = "".join(f" {key}={value}" for key, value in told.items())
     lines = [
         "---",
         "library_name: transformers",

@@ -11,6 +11,7 @@ import torch
 
 from suture.checkpoints import Source
 from suture.errors import ConfigError, unknown_name
+from suture.files.settings import Rules, settings
 from suture.methods import MergeMethod, get_method
 
 VOCABULARY = ("refuse", "base", "crop", "pad", "union")
@@ -36,6 +37,7 @@ class Recipe:
     allow_non_finite: Sequence[str] = ()
     mixed_dtypes: bool = False
     overwrite: bool = False
+    translation: Any = None
 
     @classmethod
     def of(
@@ -77,6 +79,10 @@ class Recipe:
             allow_non_finite=(allow_non_finite,) if isinstance(allow_non_finite, str) else tuple(allow_non_finite),
             **rest,
         )
+
+    def rules(self, names: Sequence[str]) -> Rules:
+        """The knobs of every tensor."""
+        return self.translation.rules(names) if self.translation else settings(self.method, self.settings, names)
 
     @property
     def frozen(self) -> Sequence[str]:

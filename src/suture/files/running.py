@@ -12,10 +12,10 @@ from torch import Tensor
 from suture.checkpoints import TensorSpec
 from suture.errors import ConfigError, IncompatibleModels
 from suture.files.layout import Shard, index, index_path, shards
-from suture.files.opening import Inputs
+from suture.files.opening import Inputs, open_inputs
 from suture.files.publishing import already_there, write_companions
 from suture.files.recipe import Recipe
-from suture.files.settings import Settings
+from suture.files.settings import Rules
 from suture.files.working_folder import Digests, Finished, WorkingFolder, bytes_of
 from suture.merge import Merging
 from suture.methods import TiesStatistic
@@ -28,9 +28,13 @@ class Job:
     """One merge of files by one process: what it was told, and its opened inputs."""
 
     recipe: Recipe
-    inputs: Inputs
     _digests: dict[str, Digests] = field(default_factory=dict)
     _lock: Any = field(default_factory=threading.Lock)
+
+    @cached_property
+    def inputs(self) -> Inputs:
+        """The opened models, made to fit one another."""
+        return open_inputs(self.recipe)
 
     @cached_property
     def vectors(self) -> TaskVectors:
@@ -40,9 +44,9 @@ class Job:
         return TaskVectors(self.inputs.base, self.inputs.models, recipe.frozen, threads, chunk)
 
     @cached_property
-    def settings(self) -> Settings:
+    def settings(self) -> Rules:
         """The knobs of every tensor."""
-        return Settings(self.recipe.method, self.recipe.settings, self.vectors.names)
+        return self.recipe.rules(self.vectors.names)
 
     @cached_property
     def specs(self) -> dict[str, TensorSpec]:

@@ -19,49 +19,61 @@ from suture.methods import MergeMethod
 
 _LAYER = re.compile(r"(?:^|\.)(\d+)(?:\.|$)")
 _LISTS = ("weights", "remove_keys")  # knobs whose value is a list
-_UNSET = object()
+UNSET = object()
 
 
 @dataclass(frozen=True)
-class Settings:
-    """What a method was told, and for which tensors of a model."""
+class Rules:
+    """The knobs of every tensor: what `told_of` says for its name, checked."""
 
     method: MergeMethod
-    told: Mapping[str, Any]
+    told_of: Callable[[str], Mapping[str, Any]]
     names: Sequence[str]
 
     def knobs_of(self, name: str) -> Mapping[str, Any]:
         """The validated knobs of one tensor."""
         return self._by_name[name]
 
-    @cached_property
-    def _by_name(self) -> dict[str, Mapping[str, Any]]:
-        depths, known = depth_of(self.names), {}
-        by_name = {}
-        for name in self.names:
-            values = {knob: value_at(told, name, depths(name), knob in _LISTS) for knob, told in self.told.items()}
-            values = {knob: value for knob, value in values.items() if value is not _UNSET}
-            key = repr(values)
-            if key not in known:
-                known[key] = self.method.knobs.validate(values)
-            by_name[name] = known[key]
-        self._check_scope(list(known.values()) or [self.method.knobs.validate({})])
-        return by_name
-
     def check(self) -> None:
         """Refuse what does not fit any of the tensors (`ConfigError`)."""
         _ = self._by_name
 
-    def _check_scope(self, found: Sequence[Mapping[str, Any]]) -> None:
-        """What is decided over the whole model cannot differ from tensor to tensor."""
-        if not any(knobs.get("scope") == "model" for knobs in found):
-            return
-        for knob in ("scope", "threshold", "merge_func", "weights"):
-            if len({repr(knobs.get(knob)) for knobs in found}) > 1:
-                raise ConfigError(
-                    f"method.{knob} differs between tensors, but method.scope=model looks at all of them at once. "
-                    "Remedy: give one value, or method.scope=tensor."
-                )
+    @cached_property
+    def _by_name(self) -> dict[str, Mapping[str, Any]]:
+        known: dict[str, Mapping[str, Any]] = {}
+        by_name = {}
+        for name in self.names:
+            values = self.told_of(name)
+            key = repr(values)
+            if key not in known:
+                known[key] = self.method.knobs.validate(values)
+            by_name[name] = known[key]
+        _check_scope(list(known.values()))
+        return by_name
+
+
+def settings(method: MergeMethod, told: Mapping[str, Any], names: Sequence[str]) -> Rules:
+    """The knobs of every tensor, from values, gradients and filters."""
+    method.knobs.validate({knob: value for knob, value in told.items() if not isinstance(value, list | Mapping)})
+    depths = depth_of(names)
+
+    def told_of(name: str) -> dict[str, Any]:
+        values = {knob: value_at(value, name, depths(name), knob in _LISTS) for knob, value in told.items()}
+        return {knob: value for knob, value in values.items() if value is not UNSET}
+
+    return Rules(method, told_of, names)
+
+
+def _check_scope(found: Sequence[Mapping[str, Any]]) -> None:
+    """What is decided over the whole model cannot differ from tensor to tensor."""
+    if not any(knobs.get("scope") == "model" for knobs in found):
+        return
+    for knob in ("scope", "threshold", "merge_func", "weights"):
+        if len({repr(knobs.get(knob)) for knobs in found}) > 1:
+            raise ConfigError(
+                f"method.{knob} differs between tensors, but method.scope=model looks at all of them at once. "
+                "Remedy: give one value, or method.scope=tensor."
+            )
 
 
 def value_at(told: Any, name: str, depth: float, is_list: bool = False) -> Any:
@@ -76,7 +88,7 @@ def value_at(told: Any, name: str, depth: float, is_list: bool = False) -> Any:
                 raise ConfigError(unknown_name("key of a filter", sorted(unknown)[0], ["filter", "value"]))
             if rule.get("filter") in (None, "*") or str(rule["filter"]) in name:
                 return value_at(rule.get("value"), name, depth, is_list)
-        return _UNSET
+        return UNSET
     return list(told) if is_list else _on_the_way(told, depth)
 
 

@@ -116,7 +116,10 @@ class WorkingFolder:
         if not _lock(self._manifest, wait=False):
             problem = f"is being worked on by another process as {i}/{n}"
             raise output_refusal(self.path, problem, "wait for it, or give this one another shard")
-        if os.fstat(self._manifest).st_size and os.pread(self._manifest, 1, os.fstat(self._manifest).st_size - 1) != b"\n":
+        if (
+            os.fstat(self._manifest).st_size
+            and os.pread(self._manifest, 1, os.fstat(self._manifest).st_size - 1) != b"\n"
+        ):
             os.write(self._manifest, b"\n")  # a kill in the middle of a line
 
     def _allocated(self, shard: Shard) -> int:

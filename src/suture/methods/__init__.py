@@ -7,6 +7,7 @@ from suture.methods.dare_ties import dare_ties
 from suture.methods.della import della
 from suture.methods.karcher import karcher
 from suture.methods.model_stock import model_stock
+from suture.methods.passthrough import passthrough
 from suture.methods.registry import MergeMethod, get_method, merge_method, methods
 from suture.methods.sce import sce
 from suture.methods.simple_average import simple_average
@@ -35,6 +36,7 @@ __all__ = [
     "merge_method",
     "methods",
     "model_stock",
+    "passthrough",
     "sce",
     "settle",
     "simple_average",

@@ -6,6 +6,7 @@ sample misled, or the bracket holds more patterns than bins, the search goes on 
 """
 
 import threading
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -15,19 +16,26 @@ from torch import Tensor
 _SAMPLE = 1 << 20
 _BINS = 1 << 20
 _LEAST, _SHARE = 1 << 17, 32  # of small tensors a sample of so many entries, or of one in so many
+_FEWEST = 1 << 14
 _MANY = 8  # rows; from there on each gets a quarter
 
 
-def kth_magnitudes(deltas, rank: int) -> Float[Tensor, " task"]:
-    """The `rank`-th smallest |entry| (1-based) of each row of a `DeltaStream`; zeros for rank 0, which keeps all."""
+def kth_magnitudes(deltas, rank: int | Sequence[int]) -> Float[Tensor, " task"]:
+    """The `rank`-th smallest |entry| (1-based) of each row of a `DeltaStream`; zeros for rank 0, which keeps all.
+
+    `rank` is one for all rows, or one for each.
+    """
     sample = deltas.sample(min(_SAMPLE, max(_LEAST, deltas.num_entries // _SHARE)))
-    if rank <= 0:
-        return torch.zeros(len(sample), dtype=sample.dtype)
-    if sample.shape[1] == deltas.num_entries:
-        return sample.abs().kthvalue(rank, dim=1).values
+    ranks = [rank] * len(sample) if isinstance(rank, int) else list(rank)
+    if sample.shape[1] == deltas.num_entries or max(ranks) <= 0:
+        pairs = zip(sample.abs(), ranks, strict=True)
+        return torch.stack([row.kthvalue(r).values if r > 0 else row.new_zeros(()) for row, r in pairs])
     thinner = 2 * (len(sample) > _MANY)
     sample, bins = sample[:, :: 1 << thinner].contiguous(), _BINS >> thinner
-    searches = [_Search(_patterns(row), rank, deltas.num_entries, bins) for row in sample]
+    bins = min(bins, max(_FEWEST, 1 << (deltas.num_entries >> 3).bit_length()))
+    searches = [
+        _Search(_patterns(row), max(1, r), deltas.num_entries, bins) for row, r in zip(sample, ranks, strict=True)
+    ]
 
     def count(_, chunk: Tensor) -> None:
         for search, row in zip(searches, chunk, strict=True):
@@ -40,7 +48,8 @@ def kth_magnitudes(deltas, rank: int) -> Float[Tensor, " task"]:
             search.narrow()
     values = np.array([search.low for search in searches])
     float_type = sample[:0].numpy().dtype
-    return torch.from_numpy(values.astype(f"i{float_type.itemsize}").view(float_type))
+    found = torch.from_numpy(values.astype(f"i{float_type.itemsize}").view(float_type))
+    return torch.where(torch.tensor(ranks) > 0, found, 0.0)
 
 
 def kth_memory(num_rows: int) -> int:

@@ -1,11 +1,13 @@
 """A whole tensor or model that is only ever seen in chunks, and sums over it: what a method gathers from."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
+
+from suture.errors import ConfigError
 
 
 @runtime_checkable
@@ -67,6 +69,20 @@ def inner_products(stream: DeltaStream, *, with_base: bool = False) -> Float[Ten
         return rows @ rows.T
 
     return total(stream, products)
+
+
+def weighted(rows: Float[Tensor, " row *shape"], weights: Sequence[float] | None) -> Float[Tensor, " row *shape"]:
+    """Each row times its weight; `ConfigError` if there is not one for each."""
+    return rows if weights is None else rows * per_row(weights, rows, "weights")
+
+
+def per_row(values: float | Sequence[float], rows: Tensor, knob: str) -> Tensor:
+    """A knob's value, or one value for each row, as a tensor that spreads over the rows."""
+    if isinstance(values, int | float):
+        return torch.tensor(values, dtype=rows.dtype)
+    if len(values) != len(rows):
+        raise ConfigError(f"method.{knob} has {len(values)} values; wanted one per model, {len(rows)}.")
+    return torch.tensor(list(values), dtype=rows.dtype).view(-1, *[1] * (rows.ndim - 1))
 
 
 def combination(weights: Float[Tensor, " row"], rows: Float[Tensor, " row *shape"]) -> Float[Tensor, " *shape"]:

@@ -19,6 +19,7 @@ from suture.methods.order_statistic import kth_magnitudes
 from suture.methods.registry import merge_method
 from suture.methods.streams import DeltaStream, OneTensor
 
+Threshold = Annotated[float, Gt(0), Le(100)]
 _EXACT = 1 << 24  # up to here float32 counts without error
 
 
@@ -33,16 +34,22 @@ class TiesStatistic(NamedTuple):
     majority: int | None
 
 
-def trim_thresholds(deltas: DeltaStream, *, threshold: float = 20.0, scope: str = "model", **_) -> TiesStatistic:
+def trim_thresholds(
+    deltas: DeltaStream, *, threshold: float | Sequence[float] = 20.0, scope: str = "model", **_
+) -> TiesStatistic:
     """The k-th largest magnitude of every task vector, exact, from one pass over the stream.
 
     With d entries and a kept fraction K, the authors keep `|τ| ≥` the (d − int(dK))-th smallest magnitude; mergekit
     keeps max(1, int(dK)) entries of each tensor. Memory is a few MB whatever the size of the model.
     """
-    fraction = threshold / 100 if threshold > 1 else threshold
-    kept = int(deltas.num_entries * fraction)
-    rank = deltas.num_entries - kept if scope == "model" else deltas.num_entries - max(1, kept) + 1
-    return TiesStatistic(kth_magnitudes(deltas, rank), None if scope == "model" else 1)
+    rank = lambda told: _rank(deltas.num_entries, told / 100 if told > 1 else told, scope)
+    ranks = rank(threshold) if isinstance(threshold, int | float) else list(map(rank, threshold))
+    return TiesStatistic(kth_magnitudes(deltas, ranks), None if scope == "model" else 1)
+
+
+def _rank(num_entries: int, fraction: float, scope: str) -> int:
+    kept = int(num_entries * fraction)
+    return num_entries - kept if scope == "model" else num_entries - max(1, kept) + 1
 
 
 def _merge_and_vote(base, deltas, statistic, *, merge_func="sum", scaling_factor=0.3, weights=None, **_):
@@ -96,7 +103,7 @@ def ties_merging(
     statistic: TiesStatistic | None = None,
     *,
     scaling_factor: float = 0.3,
-    threshold: Annotated[float, Gt(0), Le(100)] = 20.0,
+    threshold: Threshold | Sequence[Threshold] = 20.0,
     remove_keys: Sequence[str] = (),
     merge_func: Literal["sum", "mean", "max"] = "sum",
     scope: Literal["model", "tensor"] = "model",
@@ -104,7 +111,7 @@ def ties_merging(
 ) -> Float[Tensor, " *shape"]:
     """Trim each task vector to its largest entries, elect a sign per column, merge the entries that agree with it.
 
-    `threshold` above 1 is a percentage, else a fraction. `scope=model` trims over the whole model, with the authors'
+    `threshold` above 1 is a percentage, else a fraction; it may be one for each model. `scope=model` trims over the whole model, with the authors'
     count; `scope=tensor` per tensor, with mergekit's count, its `+` for cancelled columns, and `mean` as Σwδ/Σw.
     `weights`: (task,) multiply the task vectors after the trim. `remove_keys` stay at the base.
 
