@@ -303,7 +303,8 @@ def watch():
         peak[0] = max(peak[0], status("RssAnon") - before)
         time.sleep(0.002)
 watcher = threading.Thread(target=watch); watcher.start()
-suture.merge_files(folder / "base.safetensors", sorted(folder.glob("model_*")), sys.argv[2], folder / sys.argv[2], memory="60MB")
+models, method = sorted(folder.glob("model_*")), sys.argv[2]
+suture.merge_files(folder / "base.safetensors", models, method, folder / method, memory="60MB")
 done.append(1); watcher.join()
 print(peak[0])
 """

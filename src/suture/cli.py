@@ -31,8 +31,8 @@ _MERGE_HELP = """\
 suture merge base=PATH models.NAME=PATH … method=METHOD output=FOLDER [key=value …] [--plan] [--shard i/n]
 
 merges checkpoints of any size into a model directory that transformers loads: sharded safetensors, configuration,
-tokenizer, model card, hashes of the inputs. Inputs are files, model directories (sharded or not), hub ids, or folders of
-LoRA adapters. A merge that was killed goes on where it stopped when the same words are given again.
+tokenizer, model card, hashes of the inputs. Inputs are files, model directories (sharded or not), hub ids, or folders
+of LoRA adapters. A merge that was killed goes on where it stopped when the same words are given again.
 
   suture merge base=llama models.math=org/math models.code=code-lora method=ties_merging method.scope=tensor output=out
   suture merge … --plan            what is read, written and held, and how long it takes here; nothing is merged
@@ -49,6 +49,7 @@ method.KNOB=value sets a knob of the method (suture methods lists them): a value
   allow_non_finite=[]   names of tensors in which NaN and Inf may be; * stands for anything
   mixed_dtypes=false    let the models' dtypes differ from the base's
   overwrite=false       replace an output folder that is already there
+  rank=16               of adapters merged into one adapter (no base=…); by default exact, the sum of their ranks
   seed=0                of methods that draw random numbers"""
 
 

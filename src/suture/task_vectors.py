@@ -224,11 +224,11 @@ def chunk_for(memory: int, method: MergeMethod, num_models: int, threads: int = 
     threads, left = threads or torch.get_num_threads(), memory - fixed
     while threads > 1 and left < threads * _FEW * each:
         threads -= 1
-    chunk = min(_CHUNK, left // (threads * each) // _GRAIN * _GRAIN)
+    chunk = left // (threads * each) // _GRAIN * _GRAIN
     if chunk < _GRAIN:
         least = math.ceil((fixed + _GRAIN * each) / 1e6)
         raise ConfigError(f"memory={memory} is too little for {num_models} models. Remedy: give {least}MB or more.")
-    return threads, chunk
+    return threads, min(_CHUNK, chunk)
 
 
 def memory_of(method: MergeMethod, num_models: int, threads: int, chunk: int) -> int:

@@ -48,11 +48,28 @@ def open_fine_tuned(source: Source, base: Checkpoint, *, label: str | None = Non
         raise CheckpointError(f"'{shown(label)}': {error}" if label else str(error)) from error
 
 
-def _open_adapter(folder: Path, base: Checkpoint, label: str) -> Checkpoint:
+def adapter_files(folder: Path) -> tuple[Path, dict[str, Any]]:
+    """The weights' file and the configuration of an adapter's folder; `CheckpointError` for what is no plain LoRA."""
     config = _configuration(folder / _CONFIG)
     file = next((folder / name for name in _WEIGHTS if (folder / name).is_file()), None)
     if file is None:
         raise refusal(folder, f"has no {_WEIGHTS[0]}", "copy or download the adapter again")
+    return file, config
+
+
+def factor_name(module: str, side: str) -> str:
+    """The name under which the factor A or B of a module is stored."""
+    return f"{_PREFIX}{module}.lora_{side}.weight"
+
+
+def module_and_side(stored: str) -> tuple[str, str] | None:
+    """What `factor_name` was made of; None for a tensor that is no factor."""
+    match = _FACTOR.fullmatch(stored.removeprefix(_PREFIX))
+    return (match["module"], match["side"]) if match else None
+
+
+def _open_adapter(folder: Path, base: Checkpoint, label: str) -> Checkpoint:
+    file, config = adapter_files(folder)
     weights = open_checkpoint(file)
     sides, replaced = _sorted_out(weights, base, folder)
     made = lru_cache(maxsize=2)(lambda module: _factors(weights, sides[module], config, module))  # slices come in order
@@ -83,11 +100,11 @@ def _sorted_out(weights: Checkpoint, base: Checkpoint, folder: Path) -> tuple[Si
     sides: Sides = {}
     replaced: dict[str, str] = {}
     for stored in weights:
-        match = _FACTOR.fullmatch(stored.removeprefix(_PREFIX))
-        if match is None:
+        found = module_and_side(stored)
+        if found is None:
             replaced[re.sub(r"\.(modules_to_save|base_layer)\b", "", stored.removeprefix(_PREFIX))] = stored
         else:
-            sides.setdefault(match["module"], {})[match["side"]] = stored
+            sides.setdefault(found[0], {})[found[1]] = stored
     for name in [*(f"{module}.weight" for module in sides), *replaced]:
         if name not in base:
             raise refusal(folder, f"adapts '{shown(name)}', which the base lacks", "give the base it was trained on")
@@ -117,7 +134,7 @@ def _check_factors(
 
 def _factors(weights: Checkpoint, found: Mapping[str, str], config: Mapping[str, Any], module: str) -> Factors:
     left, right = (weights[found[side]].flatten(1).float() for side in "BA")
-    left = left * _scale(config, module)
+    left = left * scale_of(config, module)
     return Factors(right.T.contiguous(), left.T.contiguous()) if config.get("fan_in_fan_out") else Factors(left, right)
 
 
@@ -152,7 +169,7 @@ def _untouched(base: Checkpoint, name: str) -> Entry:
     return Entry(base.specs[name], lambda: base[name], identity, lambda: Factors.none(rows, columns))
 
 
-def _scale(config: Mapping[str, Any], module: str) -> float:
+def scale_of(config: Mapping[str, Any], module: str) -> float:
     """lora_alpha / r, or / √r with rank stabilisation; both may have a pattern of their own for some modules."""
     rank = _patterned(config.get("rank_pattern"), module, config["r"])
     alpha = _patterned(config.get("alpha_pattern"), module, config["lora_alpha"])

@@ -33,12 +33,14 @@ def merge_files(
     allow_non_finite: Sequence[str] = (),
     mixed_dtypes: bool = False,
     overwrite: bool = False,
+    rank: int | None = None,
     **knobs: Any,
 ) -> Path:
     """Merge checkpoints into a model directory that `transformers` loads; returns its path.
 
     `base` and `models` are whatever `open_checkpoint` takes, or LoRA adapters' folders; `base` may be None for methods
-    without task vectors. `knobs` are the method's own; each may be a value, a gradient over the layers (a list of
+    without task vectors, and where all models are adapters: these are merged into one adapter, exactly or cut to `rank`.
+    `knobs` are the method's own; each may be a value, a gradient over the layers (a list of
     numbers) or a list of `{"filter": part of a tensor's name, "value": …}`. Arithmetic is in float32.
 
     `dtype` is that of the result (by default the base's), `shard_size` the most that one file holds, `memory` what the
@@ -68,6 +70,7 @@ def merge_files(
         allow_non_finite=allow_non_finite,
         mixed_dtypes=mixed_dtypes,
         overwrite=overwrite,
+        rank=rank,
     )
     Job(recipe).run()
     return recipe.output
@@ -116,10 +119,10 @@ def _recipe(config: Mapping[str, Any]) -> Recipe:
     if not told["output"]:
         raise ConfigError("There is no output=… among the words. Remedy: name the folder for the merged model.")
     if config["mergekit"]:
-        if told.pop("base") or told.pop("models") or config["method"]:
+        if told.pop("base") or told.pop("models") or config.get("method"):
             raise ConfigError("mergekit=… names base, models and method itself. Remedy: leave those words out.")
         return _translated(config["mergekit"], told)
-    if not config["method"]:
+    if not config.get("method"):
         raise ConfigError(f"There is no method=… among the words. Known: {', '.join(methods())}.")
     method = dict(config["method"])
     return Recipe.of(method=method.pop("name"), settings=method, **told)

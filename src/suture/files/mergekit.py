@@ -1,6 +1,6 @@
-"""mergekit's YAML (0.1.5) as a recipe: its methods, parameters, filters, gradients and slices, in its own semantics.
+"""mergekit's YAML (0.1.5) as a recipe: its methods, parameters, filters, gradients and slices, in its semantics.
 
-What differs all the same is said in `notes` and in docs/merging-files.md. What is not known is refused, never passed over.
+What differs all the same is said in `notes` and in docs/merging-files.md. What is not known is refused.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -14,7 +14,8 @@ from suture.files.settings import UNSET, Rules, depth_of, value_at
 from suture.files.slices import Slice, assemble, configuration, count_layers, origins
 from suture.methods import get_method
 
-_TOP = "merge_method base_model models slices parameters dtype out_dtype tokenizer_source tokenizer".split()
+_TOP = ["merge_method", "base_model", "models", "slices", "parameters", "dtype", "out_dtype", "tokenizer_source"]
+_TOP += ["tokenizer"]
 _SHARED = ["weight", "density", "normalize", "rescale", "lambda", "int8_mask"]
 Get = Callable[..., Any]
 
@@ -111,7 +112,7 @@ def _rules(method: _Method, told, pieces, stacks: Sequence[Slice], labels, tenso
         depth = origin.depth if origin else depths(name)
 
         def get(parameter: str, model: str | None = None, default: Any = None, required: bool = False) -> Any:
-            own = [s.get("parameters") for s in sources if model is None and len(sources) == 1 or s["model"] == model]
+            own = [s.get("parameters") for s in sources if model == s["model"] or (not model and len(sources) == 1)]
             for level in (*own, shared, told.get("parameters")):
                 if level and parameter in level:
                     value = value_at(level[parameter], name, depth)

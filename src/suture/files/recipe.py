@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from suture.checkpoints import Source
+from suture.checkpoints.adapters import is_adapter
 from suture.errors import ConfigError, unknown_name
 from suture.files.settings import Rules, settings
 from suture.methods import MergeMethod, get_method
@@ -37,6 +38,7 @@ class Recipe:
     allow_non_finite: Sequence[str] = ()
     mixed_dtypes: bool = False
     overwrite: bool = False
+    rank: int | None = None
     translation: Any = None
 
     @classmethod
@@ -62,7 +64,10 @@ class Recipe:
         if not models:
             raise ConfigError("There is no model to merge. Remedy: give models.NAME=PATH at least once.")
         chosen = get_method(method)
-        base, models = _with_base(base, models, chosen)
+        only_adapters = base is None and all(map(is_adapter, models.values()))
+        if not only_adapters:
+            base, models = _with_base(base, models, chosen)
+            _no_rank(rest.get("rank"))
         if vocabulary not in VOCABULARY:
             raise ConfigError(unknown_name("vocabulary", vocabulary, VOCABULARY))
         return cls(
@@ -85,6 +90,11 @@ class Recipe:
         return self.translation.rules(names) if self.translation else settings(self.method, self.settings, names)
 
     @property
+    def adapters(self) -> bool:
+        """Whether adapters are merged into one adapter."""
+        return self.base is None
+
+    @property
     def frozen(self) -> Sequence[str]:
         """The tensors that stay at the base."""
         return tuple(self.settings.get("remove_keys", ()))
@@ -104,6 +114,11 @@ def size(key: str, told: int | str) -> int:
     if match is None or float(match[1]) * _UNITS[match[2]] < 1:
         raise ConfigError(f"{key}={told!r} is no size. Remedy: give a number of bytes, or one with kB, MB, GB or TB.")
     return int(float(match[1]) * _UNITS[match[2]])
+
+
+def _no_rank(rank: int | None) -> None:
+    if rank is not None:
+        raise ConfigError(f"rank={rank} is for merging adapters into one adapter. Remedy: leave out rank, or the base.")
 
 
 def _with_base(

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from suture.checkpoints import TensorSpec
 from suture.errors import ConfigError, IncompatibleModels
+from suture.files.adapters import merge_adapters
 from suture.files.layout import Shard, index, index_path, shards
 from suture.files.opening import Inputs, open_inputs
 from suture.files.publishing import already_there, write_companions
@@ -73,6 +74,8 @@ class Job:
 
     def run(self) -> bool:
         """Merge what is left of this process's share, and publish if nothing is missing; whether it is published."""
+        if self.recipe.adapters:
+            return self._merge_adapters()
         work = self.inputs.work(self.recipe)
         if already_there(self.recipe, work):
             return True
@@ -84,6 +87,13 @@ class Job:
             self.folder.sync()
             with self.folder.alone():
                 return self.folder.model.exists() and self._finish(work)
+
+    def _merge_adapters(self) -> bool:
+        recipe = self.recipe
+        paths = {name: str(source) for name, source in recipe.models.items()}
+        options = {"rank": recipe.rank, "overwrite": recipe.overwrite}
+        merge_adapters(paths, recipe.method, recipe.settings, recipe.output, **options)
+        return True
 
     def share(self) -> list[str]:
         """The tensors of this process: every n-th by size, so that the shares take about the same time."""

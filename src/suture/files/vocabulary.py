@@ -5,8 +5,8 @@
     pad     as many rows as the largest has
     union   the base's tokens, then those that only models have; rows go by their token, whatever its number
 
-A row that a model lacks is the base's, so that the model has no say in it. A row that the base lacks is the mean of those
-of the models that have it, so that what one model alone knows comes out as it is.
+A row that a model lacks is the base's, so that the model has no say in it. A row that the base lacks is the mean of
+those of the models that have it, so that what one model alone knows comes out as it is.
 """
 
 import json
@@ -27,7 +27,7 @@ Rows = np.ndarray  # (target row,) the row of a model, −1 where it has none
 
 
 class Fitted(NamedTuple):
-    """Base and models with as many rows each, what changes in the configuration, and the tokenizer's text if it does."""
+    """Base and models with as many rows each, and what changes in the configuration and in the tokenizer's text."""
 
     base: Checkpoint
     models: Mapping[str, Checkpoint]

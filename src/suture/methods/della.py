@@ -32,7 +32,8 @@ def della(
     """Drop entries at random, small ones more often, rescale, elect a sign per column and merge as TIES does.
 
     In each row of a matrix (a vector is one row) the probability to stay rises with the rank of the magnitude, from
-    density − epsilon to density + epsilon; what stays is divided by its probability. Randomness, `density` and `weights` as in `dare_ties`.
+    density − epsilon to density + epsilon; what stays is divided by its probability. Randomness,
+    `density` and `weights` as in `dare_ties`.
 
     >>> base, deltas = torch.zeros(3), torch.tensor([[4.0, 1.0, -3.0], [2.0, -5.0, -1.0]])
     >>> della(base, deltas, density=1.0, epsilon=0.0)

@@ -111,8 +111,9 @@ def ties_merging(
 ) -> Float[Tensor, " *shape"]:
     """Trim each task vector to its largest entries, elect a sign per column, merge the entries that agree with it.
 
-    `threshold` above 1 is a percentage, else a fraction; it may be one for each model. `scope=model` trims over the whole model, with the authors'
-    count; `scope=tensor` per tensor, with mergekit's count, its `+` for cancelled columns, and `mean` as Σwδ/Σw.
+    `threshold` above 1 is a percentage, else a fraction; it may be one for each model. `scope=model` trims over the
+    whole model, with the authors' count; `scope=tensor` per tensor, with mergekit's count, its `+` for cancelled
+    columns, and `mean` as Σwδ/Σw.
     `weights`: (task,) multiply the task vectors after the trim. `remove_keys` stay at the base.
 
     Without a `statistic` the tensor given is taken as the whole model.
