@@ -68,6 +68,10 @@ class Recipe:
         if not only_adapters:
             base, models = _with_base(base, models, chosen)
             _no_rank(rest.get("rank"))
+        for key, least in (("threads", 0), ("rank", 1)):
+            told = rest.get(key)
+            if told is not None and (not isinstance(told, int) or isinstance(told, bool) or told < least):
+                raise ConfigError(f"{key}={told!r}: wanted a whole number, {least} or more.")
         if vocabulary not in VOCABULARY:
             raise ConfigError(unknown_name("vocabulary", vocabulary, VOCABULARY))
         return cls(
