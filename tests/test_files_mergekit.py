@@ -198,7 +198,7 @@ def test_the_command_line_takes_the_file_and_says_what_differs(llamas, tmp_path,
     assert main(["merge", f"mergekit={config}", f"output={tmp_path / 'out'}"]) == 0
     assert "note: What is dropped at random is another sample than mergekit's" in capsys.readouterr().out
     named = {str(llamas / name): llamas / name for name in ("math", "code")}
-    expected = suture.merge(llamas / "base", named, "dare", density=0.5, scaling_factor=1.0, weights=[0.5, 0.5])
+    expected = suture.merge(llamas / "base", named, "dare_l1", density=0.5, scaling_factor=1.0, weights=[0.5, 0.5])
     found = tiny_llama.tensors(tmp_path / "out")
     assert all(torch.equal(found[name], expected[name]) for name in expected)
     assert main(["merge", f"mergekit={config}", f"output={tmp_path / 'out2'}", "method=dare"]) == 2

@@ -16,7 +16,7 @@ from torch import Tensor
 from suture.checkpoints import Checkpoint, Parts, Source, TensorSpec, open_checkpoint, open_fine_tuned
 from suture.compatibility import compatibility, merged_names
 from suture.errors import ConfigError, IncompatibleModels
-from suture.methods import MergeMethod
+from suture.methods import MergeMethod, Place
 from suture.methods.order_statistic import kth_memory
 
 _CHUNK = 1 << 17  # entries of one model handled at once: the chunks of all models together stay in the cache
@@ -147,6 +147,12 @@ class RowStream:
     def each(self, function: Callable[[Float[Tensor, " chunk"], Float[Tensor, "task chunk"]], None]) -> None:
         """Call `function(base, rows)` on every chunk, on several threads, in no particular order."""
         self.vectors.each_piece(self.names, lambda piece, base, rows: function(base, rows), self.operand)
+
+    def each_place(self, function: Callable[[Place, Float[Tensor, "task chunk"]], None]) -> None:
+        """Call `function(place, rows)` on every chunk, as `each` does."""
+        labels = list(self.vectors.models)
+        work = lambda piece, base, rows: function(Place(piece.name, labels, piece.start), rows)
+        self.vectors.each_piece(self.names, work, self.operand)
 
     def sample(self, num_entries: int) -> Float[Tensor, "task sample"]:
         """About `num_entries` entries of every row, in short runs spread over all tensors; all if there are few."""

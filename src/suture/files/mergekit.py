@@ -160,8 +160,9 @@ def _arithmetic(get: Get, labels: Sequence[str]) -> dict[str, Any]:
 
 
 def _dare(get: Get, labels: Sequence[str]) -> dict[str, Any]:
-    rescale = bool(get("rescale", default=True))
-    return _arithmetic(get, labels) | {"density": _each(get, labels, "density", 1.0), "rescale": rescale}
+    if not get("rescale", default=True):
+        raise ConfigError("parameter rescale=false is not known to dare_linear here. Remedy: leave it out.")
+    return _arithmetic(get, labels) | {"density": _each(get, labels, "density", 1.0)}
 
 
 def _breadcrumbs(get: Get, labels: Sequence[str]) -> dict[str, Any]:
@@ -203,16 +204,14 @@ def _no_rescale(get: Get) -> None:
         raise ConfigError("parameter rescale=true is not known to this method here. Remedy: leave it out.")
 
 
-_RESCALE = (
-    "What is dropped at random is another sample than mergekit's (it depends on seed, model, tensor and position), and "
-    "what stays is divided by its probability instead of being scaled to the L1 norm from before."
-)
+_SAMPLE = "What is dropped at random is another sample than mergekit's: by seed, model, tensor and position."
+_RESCALE = f"{_SAMPLE} What stays is divided by its probability, not scaled to the L1 norm from before."
 _NOTES = ("Arithmetic is in float32 whatever dtype says; the result has dtype, or out_dtype where that is given.",)
 METHODS: dict[str, _Method] = {
     "linear": _Method("simple_average", ["weight", "normalize"], _linear, needs_base=False),
     "task_arithmetic": _Method("task_arithmetic", _SHARED, _arithmetic),
     "ties": _Method("ties_merging", _SHARED, _ties, notes=("Entries of equal magnitude stay or go together.",)),
-    "dare_linear": _Method("dare", _SHARED, _dare, notes=(_RESCALE,)),
+    "dare_linear": _Method("dare_l1", _SHARED, _dare, notes=(_SAMPLE,)),
     "dare_ties": _Method("dare_ties", _SHARED, _dare_ties, notes=(_RESCALE,)),
     "breadcrumbs": _Method(
         "breadcrumbs", [*_SHARED, "gamma"], _breadcrumbs, notes=("Entries of equal magnitude stay or go together.",)

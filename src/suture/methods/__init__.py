@@ -3,6 +3,7 @@
 from suture.methods.breadcrumbs import breadcrumbs
 from suture.methods.counter_random import Place
 from suture.methods.dare import dare
+from suture.methods.dare_l1 import dare_l1
 from suture.methods.dare_ties import dare_ties
 from suture.methods.della import della
 from suture.methods.karcher import karcher
@@ -29,6 +30,7 @@ __all__ = [
     "as_merged",
     "breadcrumbs",
     "dare",
+    "dare_l1",
     "dare_ties",
     "della",
     "get_method",

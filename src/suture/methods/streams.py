@@ -8,6 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from suture.errors import ConfigError
+from suture.methods.counter_random import Place, somewhere
 
 
 @runtime_checkable
@@ -25,11 +26,16 @@ class DeltaStream(Protocol):
         """Call `function(base, rows)` on every chunk, on several threads, in no particular order."""
         ...
 
+    def each_place(self, function: Callable[[Place, Tensor], None]) -> None:
+        """Call `function(place, rows)` on every chunk, for methods that draw random numbers."""
+        ...
+
 
 class OneTensor:
     """A stream over one tensor already in memory: base (…), rows (task, …)."""
 
-    def __init__(self, rows: Tensor, base: Tensor | None = None):
+    def __init__(self, rows: Tensor, base: Tensor | None = None, place: Place | None = None):
+        self.place = place or somewhere(rows)
         self.rows = rows.reshape(len(rows), -1)
         self.base = torch.zeros_like(self.rows[0]) if base is None else base.reshape(-1)
         self.num_entries = self.rows.shape[1]
@@ -39,6 +45,9 @@ class OneTensor:
 
     def each(self, function: Callable[[Tensor, Tensor], None]) -> None:
         function(self.base, self.rows)
+
+    def each_place(self, function: Callable[[Place, Tensor], None]) -> None:
+        function(self.place, self.rows)
 
 
 class Derived:
@@ -52,6 +61,9 @@ class Derived:
 
     def each(self, function: Callable[[Tensor, Tensor], None]) -> None:
         self.stream.each(lambda base, rows: function(base, self.function(rows)))
+
+    def each_place(self, function: Callable[[Place, Tensor], None]) -> None:
+        self.stream.each_place(lambda place, rows: function(place, self.function(rows)))
 
 
 def total(stream: DeltaStream, function: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
