@@ -5,8 +5,8 @@
 A base and two fine-tunes of TinyLlama's shape (2.2 GB each, random weights) are made on the spot and removed
 afterwards. "Plain" reads every byte of the inputs once and writes as many as the result has, and waits for the disk.
 Every measurement is a process of its own: wall time of the work (imports excluded; mergekit's command includes its own)
-and the peak of its anonymous memory above what the imports took. Files are read from the page cache, or with --cold from
-the disk. --mergekit names a Python that has mergekit 0.1.5.
+and the peak of its anonymous memory above what the imports took. Files are read from the page cache, or with --cold
+from the disk. --mergekit names a Python that has mergekit 0.1.5.
 """
 
 import argparse

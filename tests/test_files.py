@@ -61,6 +61,17 @@ def test_the_result_loads_in_transformers_with_its_configuration(llamas, tmp_pat
             assert (out / "tokenizer_config.json").read_text() == (base / "tokenizer_config.json").read_text()
 
 
+def test_a_tied_head_stays_tied(tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    base = tiny_llama.save_base(tmp_path / "base", tied=True)
+    models = [tiny_llama.save_tuned(tmp_path / name, base, i) for i, name in enumerate(("one", "two"))]
+    model = AutoModelForCausalLM.from_pretrained(merge_files(base, models, "ties_merging", tmp_path / "out"))
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    expected = suture.merge(base, models, "ties_merging")["model.embed_tokens.weight"]
+    assert torch.equal(model.lm_head.weight, expected)
+
+
 def test_the_index_and_the_provenance_say_what_is_there(llamas, tmp_path):
     base, models = llamas
     out = merge_files(base, models, "task_arithmetic", tmp_path / "out", shard_size="20KB", scaling_factor=0.5)

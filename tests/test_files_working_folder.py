@@ -111,7 +111,7 @@ def test_other_work_is_refused_and_says_what_differs(models, tmp_path, monkeypat
         stop_after(patch, 2)
         with pytest.raises(Stopped):
             merge_files(*models, "dare", tmp_path / "out", threads=1)
-    with pytest.raises(OutputError, match="the beginning of another merge: settings differ. Remedy"):
+    with pytest.raises(OutputError, match=r"the beginning of another merge: settings differ. Remedy"):
         merge_files(*models, "dare", tmp_path / "out", density=0.2)
 
 
@@ -135,3 +135,13 @@ def test_more_shares_than_tensors_are_no_trouble(models, tmp_path):
     for i in range(1, 9):
         merge_files(*models, "dare", tmp_path / "out", shard=f"{i}/8")
     assert same(tmp_path / "out", suture.merge(*models, "dare"))
+
+
+def test_an_old_result_stays_until_all_shares_of_the_new_one_are_done(models, tmp_path):
+    out = merge_files(*models, "dare", tmp_path / "out")
+    options = {"density": 0.2, "overwrite": True}
+    merge_files(*models, "dare", out, shard="1/2", **options)
+    assert same(out, suture.merge(*models, "dare"))
+    merge_files(*models, "dare", out, shard="2/2", **options)
+    assert same(out, suture.merge(*models, "dare", density=0.2))
+    assert not folder(tmp_path).exists()

@@ -114,7 +114,7 @@ class Merging:
         statistic = self.statistic
         if statistic is None and self.method.gather is not None:
             statistic = self._gathered([name])
-        if self.method.vote is not None and statistic.majority is None:
+        if self.method.vote is not None and statistic is not None and statistic.majority is None:
             return self._vote(pieces, statistic)
         self._merge(pieces, *(() if self.method.gather is None else (statistic,)))
         return Votes()

@@ -39,9 +39,9 @@ def merge_files(
     """Merge checkpoints into a model directory that `transformers` loads; returns its path.
 
     `base` and `models` are whatever `open_checkpoint` takes, or LoRA adapters' folders; `base` may be None for methods
-    without task vectors, and where all models are adapters: these are merged into one adapter, exactly or cut to `rank`.
-    `knobs` are the method's own; each may be a value, a gradient over the layers (a list of
-    numbers) or a list of `{"filter": part of a tensor's name, "value": …}`. Arithmetic is in float32.
+    without task vectors, and where all models are adapters: these make one adapter, exactly or cut to `rank`. `knobs`
+    are the method's own; each may be a value, a gradient over the layers (a list of numbers) or a list of
+    `{"filter": part of a tensor's name, "value": …}`. Arithmetic is in float32.
 
     `dtype` is that of the result (by default the base's), `shard_size` the most that one file holds, `memory` what the
     merge may hold beside what the system caches of files, whatever the size of the models. `shard="i/n"` does the i-th

@@ -1,7 +1,8 @@
 """Adapters merged into one adapter, without a base: Σ c·B·A is itself of low rank.
 
-The factors are set beside one another, which is exact and has the sum of the ranks, or that sum is cut to a lower rank by
-a singular value decomposition, the best there is for that rank. Only methods that are linear in the task vectors can be.
+The factors are set beside one another, which is exact and has the sum of the ranks, or that sum is cut to a lower rank
+by a singular value decomposition, the best there is for that rank. Only methods that are linear in the task vectors
+can be.
 """
 
 import json

@@ -2,6 +2,7 @@
 
 import threading
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -54,7 +55,12 @@ class Inputs:
 
     def hash_beside(self) -> None:
         """Begin to hash the input files on a thread of its own."""
-        self._hashing = threading.Thread(target=lambda: self._provenance.update(provenance(self.opened)), daemon=True)
+
+        def work() -> None:
+            with suppress(SutureError):  # is met again by whoever asks
+                self._provenance.update(provenance(self.opened))
+
+        self._hashing = threading.Thread(target=work, daemon=True)
         self._hashing.start()
 
     def provenance(self) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 import threading
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -85,8 +86,10 @@ class Job:
         with self.folder.open(work), self.vectors.workers():
             self._merge_share()
             self.folder.sync()
-            with self.folder.alone():
-                return self.folder.model.exists() and self._finish(work)
+            with suppress(FileNotFoundError), self.folder.alone():
+                if self.folder.model.exists():
+                    return self._finish(work)
+        return not self.folder.path.exists() and self.recipe.output.exists()  # another process has published it
 
     def _merge_adapters(self) -> bool:
         recipe = self.recipe

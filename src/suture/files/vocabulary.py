@@ -11,6 +11,7 @@ those of the models that have it, so that what one model alone knows comes out a
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -118,7 +119,7 @@ def _runs(rows: Rows, offset: int) -> Iterator[tuple[int, int]]:
     steps = np.diff(rows)
     together = np.where(rows[1:] < 0, (rows[:-1] < 0) & (steps == 0), steps == 1) & ((rows[:-1] < 0) == (rows[1:] < 0))
     ends = [0, *(np.flatnonzero(~together) + 1).tolist(), len(rows)]
-    for start, stop in zip(ends[:-1], ends[1:], strict=True):
+    for start, stop in pairwise(ends):
         yield start + offset, stop + offset
 
 

@@ -8,7 +8,6 @@ A line counts at once for whoever is killed and goes on. For a power cut, which 
 only if a later line of the same file says that all before it has reached the disk; others are checked by their hashes.
 """
 
-import fcntl
 import hashlib
 import json
 import os
@@ -228,7 +227,7 @@ class WorkingFolder:
 def bytes_of(tensor: Tensor) -> memoryview:
     """The memory of a tensor."""
     flat = tensor.contiguous().reshape(-1)
-    return memoryview(flat.view(torch.uint8).numpy()) if flat.numel() else memoryview(b"")
+    return flat.view(torch.uint8).numpy().data if flat.numel() else memoryview(b"")
 
 
 def _lines(manifest: Path) -> Iterator[dict[str, Any]]:
@@ -240,6 +239,11 @@ def _lines(manifest: Path) -> Iterator[dict[str, Any]]:
 
 
 def _lock(descriptor: int, *, wait: bool) -> bool:
+    """Hold a file until it is closed or the process dies; where the system has no such locks nothing is held."""
+    try:
+        import fcntl
+    except ImportError:
+        return True
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
     except BlockingIOError:

@@ -1,6 +1,5 @@
 """Passthrough: the one model as it is. For models put together from slices of others' layers."""
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -13,6 +12,7 @@ def passthrough(
 ) -> Float[Tensor, " *shape"]:
     """Take the one model's weights as they are, times `scale`; the base takes no part.
 
+    >>> import torch
     >>> passthrough(torch.zeros(2), torch.tensor([[1.0, 2.0]]), scale=0.5)
     tensor([0.5000, 1.0000])
     """
