@@ -1,5 +1,6 @@
 """mergekit's YAML: the same results as its own formulas, slices, and what is refused."""
 
+import golden_cases as golden
 import pytest
 import tiny_llama
 import torch
@@ -156,6 +157,24 @@ def test_every_method_runs_and_stays_near_its_models(llamas, tmp_path, method):
     found = tiny_llama.tensors(merge_mergekit(config, tmp_path / "out"))
     (base,) = wide(llamas, "base")
     assert all(0 < (found[name] - base[name]).abs().mean() < 0.1 for name in base)
+
+
+@pytest.mark.parametrize("name", golden.names("tensor_"))
+def test_the_reference_vectors_come_out_of_its_own_configuration(tmp_path, name):
+    case, base, models, tensors = golden.load(name)
+    for label, state in {"base": base, **models}.items():
+        suture.save_checkpoint(state, tmp_path / f"{label}.safetensors")
+    parameters = dict(case["parameters"])
+    own = {key: parameters.pop(key) for key in ("weight", "density", "gamma") if key in parameters}
+    parts = [
+        {"model": str(tmp_path / f"{label}.safetensors"), **({"parameters": own} if own else {})} for label in models
+    ]
+    told = {"merge_method": case["method"], "models": parts, **({"parameters": parameters} if parameters else {})}
+    told |= {} if case["method"] == "linear" else {"base_model": str(tmp_path / "base.safetensors")}
+    (tmp_path / "config.yml").write_text(yaml.safe_dump(told))
+    found = tiny_llama.tensors(merge_mergekit(tmp_path / "config.yml", tmp_path / "out"))
+    for key, tensor in found.items():
+        torch.testing.assert_close(tensor, tensors[f"merged/{key}"], rtol=0, atol=1e-6)
 
 
 BASE = {"merge_method": "ties", "base_model": "{base}"}

@@ -132,6 +132,6 @@ def _translated(config: str | Path, told: Mapping[str, Any]) -> Recipe:
     """The recipe of a mergekit file; what is told beside it goes before what the file says."""
     found = read(config)
     given = {key: value for key, value in told.items() if value is not None}
-    given |= {"dtype": given.get("dtype") or found.dtype}
+    given |= {"dtype": given.get("dtype") or found.dtype, "mixed_dtypes": True}
     given |= {"vocabulary": found.vocabulary if given.get("vocabulary", "refuse") == "refuse" else given["vocabulary"]}
     return Recipe.of(found.base, found.models, found.method, settings={}, translation=found, **given)
