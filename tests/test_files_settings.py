@@ -1,11 +1,15 @@
 """Knobs that differ from tensor to tensor, and plans."""
 
+import re
+import shlex
+from pathlib import Path
+
 import pytest
 import tiny_llama
 import torch
 
 import suture
-from suture import merge_files, plan_files
+from suture import config, get_method, merge_files, plan_files
 from suture.cli import main
 from suture.errors import ConfigError
 from suture.files.settings import depth_of, value_at
@@ -109,3 +113,22 @@ def test_the_command_line_shows_the_plan_of_a_share(models, tmp_path, capsys):
     assert "merge    2 tensors, 60 parameters" in told
     assert "in 1 pass" in told
     assert not (tmp_path / "out").exists()
+
+
+def commands():
+    """What README and documentation say to type, without what is left out by ellipsis."""
+    root = Path(__file__).parent.parent
+    text = (root / "README.md").read_text("utf-8") + (root / "docs" / "merging-files.md").read_text("utf-8")
+    return [words for words in re.findall(r"^    suture merge (.*)$", text, re.M) if "…" not in words]
+
+
+@pytest.mark.parametrize("words", commands())
+def test_commands_in_the_documentation_compose(words):
+    found = config.compose_merging(shlex.split(words))
+    assert found["output"]
+    assert found["mergekit"] or get_method(found["method"]["name"])
+    assert found["mergekit"] or found["models"]
+
+
+def test_the_documentation_has_commands():
+    assert len(commands()) >= 4
