@@ -55,23 +55,16 @@ def merge_files(
     >>> sorted(file.name for file in path.iterdir())
     ['README.md', 'model.safetensors', 'suture_merge.json']
     """
-    recipe = Recipe.of(
-        base,
-        models,
-        method,
-        output,
-        settings=knobs,
-        dtype=dtype,
-        shard_size=shard_size,
-        memory=memory,
-        threads=threads,
-        shard=shard,
-        vocabulary=vocabulary,
-        allow_non_finite=allow_non_finite,
-        mixed_dtypes=mixed_dtypes,
-        overwrite=overwrite,
-        rank=rank,
-    )
+    told = {
+        "dtype": dtype,
+        "shard_size": shard_size,
+        "memory": memory,
+        "threads": threads,
+        "shard": shard,
+        "rank": rank,
+    }
+    told |= {"vocabulary": vocabulary, "allow_non_finite": allow_non_finite, "mixed_dtypes": mixed_dtypes}
+    recipe = Recipe.of(base, models, method, output, settings=knobs, overwrite=overwrite, **told)
     Job(recipe).run()
     return recipe.output
 
