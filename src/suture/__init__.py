@@ -27,6 +27,7 @@ from suture.checkpoints import Checkpoint, open_checkpoint, save_checkpoint
 from suture.compatibility import compatibility
 from suture.errors import SutureError
 from suture.evaluation import Row, TaskInputs, evaluate, evaluate_row
+from suture.files import merge_files, merge_mergekit, plan_files
 from suture.merge import merge
 from suture.methods import get_method, merge_method, methods
 from suture.normalisation import reestimate_statistics
@@ -69,9 +70,12 @@ __all__ = [
     "get_method",
     "get_task_wise_weights",
     "merge",
+    "merge_files",
+    "merge_mergekit",
     "merge_method",
     "methods",
     "open_checkpoint",
+    "plan_files",
     "preflight",
     "reestimate_statistics",
     "repair",

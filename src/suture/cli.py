@@ -17,12 +17,40 @@ suture merges fine-tuned models into one and shows what that did.
   suture check …      the same words: what fits, what will be read, written and held; nothing is run
   suture evaluate …   modelpool=POOL taskpool=POOL [model=PATH]: score the pool's models, or one of your own;
                       matrix=true: every model on every task, and with output=FOLDER a report with a heat map
+  suture merge …      base=PATH models.NAME=PATH … method=METHOD output=FOLDER: merge files of any size into a sharded
+                      checkpoint, in bounded memory; killed, the same words go on. suture merge --help
   suture methods      every method with its knobs, defaults and paper
   suture zoo          the models that ship with suture and those it can build: suture zoo build NAME
   suture demo         the main job on the shipped models: eight experts into one
   suture --cfg job method=…   the whole configuration of a run; --help after it explains hydra's flags
 
 Put --traceback anywhere to see where an error came from."""
+
+
+_MERGE_HELP = """\
+suture merge base=PATH models.NAME=PATH … method=METHOD output=FOLDER [key=value …] [--plan] [--shard i/n]
+
+merges checkpoints of any size into a model directory that transformers loads: sharded safetensors, configuration,
+tokenizer, model card, hashes of the inputs. Inputs are files, model directories (sharded or not), hub ids, or folders
+of LoRA adapters. A merge that was killed goes on where it stopped when the same words are given again.
+
+  suture merge base=llama models.math=org/math models.code=code-lora method=ties_merging method.scope=tensor output=out
+  suture merge … --plan            what is read, written and held, and how long it takes here; nothing is merged
+  suture merge … --shard 2/4       the second of four processes or machines that share one output folder
+
+method.KNOB=value sets a knob of the method (suture methods lists them): a value, a gradient over the layers
+(method.scaling_factor=[0.2,0.5]), or filters: 'method.scaling_factor=[{filter:mlp,value:0.5},{value:0.3}]'
+
+  dtype=bfloat16        of the result; by default the base's
+  shard_size=5GB        the most that one file of the result holds
+  memory=300MB          the most that the merge holds beside what the system caches of files
+  threads=0             by default as many as torch uses
+  vocabulary=refuse     where vocabularies differ: base (its rows), crop, pad, or union (by token)
+  allow_non_finite=[]   names of tensors in which NaN and Inf may be; * stands for anything
+  mixed_dtypes=false    let the models' dtypes differ from the base's
+  overwrite=false       replace an output folder that is already there
+  rank=16               of adapters merged into one adapter (no base=…); by default exact, the sum of their ranks
+  seed=0                of methods that draw random numbers"""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -116,6 +144,18 @@ def _with_default_method(arguments: list[str]) -> list[str]:
     return arguments if chosen else ["method=simple_average", *arguments]
 
 
+def _merge(arguments: list[str]) -> None:
+    from suture import config
+    from suture.files import merge_configured
+
+    if not arguments or "--help" in arguments or "-h" in arguments:
+        return print(_MERGE_HELP)
+    plan, words = _flag("--plan", arguments)
+    shard, words = _option("--shard", words)
+    words += ["plan=true"] * plan + ([f"shard={shard}"] if shard else [])
+    merge_configured(config.compose_merging(words))
+
+
 def _methods(arguments: list[str]) -> None:
     from suture.report.terminal import print_methods
 
@@ -176,6 +216,7 @@ def _no_more(arguments: list[str]) -> None:
 _VERBS: dict[str, Callable[[list[str]], Any]] = {
     "check": _check,
     "evaluate": _evaluate,
+    "merge": _merge,
     "methods": _methods,
     "zoo": _zoo,
     "demo": _demo,

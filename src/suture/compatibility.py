@@ -5,7 +5,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from suture.checkpoints import Checkpoint, TensorSpec
 
 _LISTED = 5  # problems of one kind that are listed for one model before the rest is counted
-_VOCABULARY = ("embed", "lm_head", "wte", "shared.weight", "output.weight")
+#: Parts of the names of embeddings and heads, which have a row for each token.
+VOCABULARY = ("embed", "lm_head", "wte", "shared.weight", "output.weight")
 
 
 def compatibility(
@@ -78,12 +79,12 @@ def _different(
 
 
 def _shape_problem(name: str, label: str, found: TensorSpec, wanted: TensorSpec) -> str:
-    vocabulary = any(part in name for part in _VOCABULARY)
+    vocabulary = any(part in name for part in VOCABULARY)
     if vocabulary and found.shape[1:] == wanted.shape[1:]:
         return (
             f"'{name}' has {found.shape[0]} rows in '{label}' but {wanted.shape[0]} in the base: the vocabularies "
-            f"differ. Remedy: resize that model's embeddings to {wanted.shape[0]} rows, or leave the tensor at the "
-            "base by naming it under `frozen` in the pool."
+            f"differ. Remedy: suture merge … vocabulary=base, crop, pad or union; resize that model's embeddings to "
+            f"{wanted.shape[0]} rows; or leave the tensor at the base by naming it under `frozen` in the pool."
         )
     return (
         f"'{name}' has shape {tuple(found.shape)} in '{label}' but {tuple(wanted.shape)} in the base. "

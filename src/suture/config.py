@@ -91,6 +91,24 @@ def compose(argv: Sequence[str]) -> dict[str, Any]:
         return _plain(hydra.compose("config", overrides=_rewritten(argv)))
 
 
+def compose_merging(argv: Sequence[str]) -> dict[str, Any]:
+    """What `suture merge` was told. Paths are taken as they stand: base=, output=, mergekit= and models.NAME=."""
+    import hydra
+
+    _register()
+    paths, words = {}, []
+    for word in argv:
+        key, equals, value = word.partition("=")
+        if equals and (key in ("base", "output", "mergekit") or key.startswith("models.")):
+            paths[key] = value
+        else:
+            words.append(word)
+    with _one_line_errors(), hydra.initialize_config_module("suture.conf", version_base="1.3"):
+        config = _plain(hydra.compose("merging", overrides=words))
+    models = {key.removeprefix("models."): value for key, value in paths.items() if key.startswith("models.")}
+    return config | {key: paths.get(key) for key in ("base", "output", "mergekit")} | {"models": models}
+
+
 def pools(group: str) -> list[str]:
     """The pools that ship with suture: `modelpool` or `taskpool`, names with their folder."""
     root = files("suture") / "conf" / group

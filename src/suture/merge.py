@@ -1,16 +1,16 @@
 """Run one method over a whole model: slice by slice, in bounded memory, into tensors that are already allocated."""
 
 import threading
-from collections import defaultdict
-from collections.abc import Mapping, MutableMapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from suture.checkpoints import Source
 from suture.errors import ConfigError, IncompatibleModels
-from suture.methods import MergeMethod, Place, get_method, settle
+from suture.methods import MergeMethod, Place, as_merged, get_method, settle
 from suture.task_vectors import Piece, TaskVectors, open_task_vectors
 
 
@@ -57,61 +57,120 @@ def merge_task_vectors(
     merged = dict(out)
     if problem := method.check_number(len(vectors.models)):
         raise ConfigError(problem)
-    if method.gather is None:
-        _merge_entries(vectors, vectors.names, method, knobs, merged)
-    else:
-        whole_model = knobs.get("scope") == "model"
-        merge_group = _merge_with_statistic if method.vote is None else _merge_with_votes
-        one_by_one = ([name] for name in vectors.names if vectors.specs[name].numel)
-        for names in [vectors.names] if whole_model else one_by_one:
-            merge_group(vectors, names, method, knobs, merged)
+
+    def write(piece: Piece, part: Tensor) -> None:
+        merged[piece.name].view(-1)[piece.start : piece.stop] = part
+
+    merging = Merging(vectors, method, lambda name: knobs, write)
+    with vectors.workers():
+        merging.gather()
+        found = [merging.tensor(name) for name in vectors.names]
+        merging.settle(sum(votes.count for votes in found))
+        for votes in found:
+            merging.again(votes.waiting)
     for name in vectors.kept:
         merged[name].copy_(vectors.base[name])
     return merged | {alias: merged[name] for alias, name in vectors.base.aliases.items()}
 
 
-def _merge_entries(vectors, names, method, knobs, out: MutableMapping[str, Tensor], *statistic: Any) -> None:
-    labels = list(vectors.models)
+class Votes(NamedTuple):
+    """Σ of the signs of a tensor's columns, and the slices with columns that wait for the sign of all tensors' sum."""
 
-    def merge_piece(piece: Piece, base: Tensor, rows: Tensor) -> None:
-        _refuse_non_finite(vectors, piece, base, rows)
-        place = {"place": Place(piece.name, labels, piece.start)} if method.wants_place else {}
-        if method.whole_rows:
-            width = vectors.row_width(piece.name)
-            base, rows = base.view(-1, width), rows.view(len(rows), -1, width)
-        merged = method.function(base, rows, *statistic, **place, **knobs)
-        out[piece.name].view(-1)[piece.start : piece.stop] = merged.reshape(-1)
-
-    vectors.each_piece(names, merge_piece, method.operand, whole_rows=method.whole_rows)
+    count: int = 0
+    waiting: Sequence[Piece] = ()
 
 
-def _merge_with_statistic(vectors, names, method, knobs, out: MutableMapping[str, Tensor]) -> None:
-    _merge_entries(vectors, names, method, knobs, out, method.gather(vectors.stream(names, method.operand), **knobs))
+@dataclass
+class Merging:
+    """One method at work, one tensor at a time, in an order that does not matter.
 
+    `knobs_of(name)` gives a tensor's validated knobs, `write(piece, merged)` takes merged entries, on any thread.
+    `non_finite(name)` says whether NaN and Inf may go in. `statistic` is what the method must know of the whole model:
+    `gather` first, or give one that was gathered before.
+    """
 
-def _merge_with_votes(vectors, names, method, knobs, out: MutableMapping[str, Tensor]) -> None:
-    """Gather, merge and count votes in one pass, then merge anew the few columns that had to wait for the count."""
-    statistic = method.gather(vectors.stream(names), **knobs)
-    lock, votes, waiting = threading.Lock(), [0], defaultdict(list)
+    vectors: TaskVectors
+    method: MergeMethod
+    knobs_of: Callable[[str], Mapping[str, Any]]
+    write: Callable[[Piece, Tensor], None]
+    non_finite: Callable[[str], bool] = lambda name: False
+    statistic: Any = None
 
-    def merge_piece(piece: Piece, base: Tensor, deltas: Tensor) -> None:
-        _refuse_non_finite(vectors, piece, base, deltas)
-        merged, piece_votes, cancelled = method.vote(base, deltas, statistic, **knobs)
-        out[piece.name].view(-1)[piece.start : piece.stop] = merged
-        columns = (
-            cancelled.nonzero()[:, 0] + piece.start if statistic.majority is None and cancelled is not None else None
-        )
-        with lock:
-            votes[0] += piece_votes
-            if columns is not None:
-                waiting[piece.name].append(columns)
+    def whole_model(self) -> bool:
+        """Whether the method must see the whole model before it merges a tensor."""
+        names = self.vectors.names
+        return bool(names) and self.method.gather is not None and self.knobs_of(names[0]).get("scope") == "model"
 
-    vectors.each_piece(names, merge_piece)
-    statistic = settle(statistic, votes[0])
-    for name, parts in waiting.items():
-        columns = torch.cat(parts)
-        base, deltas = vectors.columns(name, columns)
-        out[name].view(-1)[columns] = method.function(base, deltas, statistic, **knobs).to(out[name].dtype)
+    def gather(self) -> None:
+        """Read the whole model, if the method must and has not."""
+        if self.statistic is None and self.whole_model():
+            self.statistic = self._gathered(self.vectors.names)
+
+    def tensor(self, name: str) -> Votes:
+        """Merge one tensor; votes are what the tensors of the whole model must be settled by afterwards."""
+        if not self.vectors.specs[name].numel:
+            return Votes()
+        pieces = self.vectors.pieces(name, rows=self.method.whole_rows)
+        statistic = self.statistic
+        if statistic is None and self.method.gather is not None:
+            statistic = self._gathered([name])
+        if self.method.vote is not None and statistic is not None and statistic.majority is None:
+            return self._vote(pieces, statistic)
+        self._merge(pieces, *(() if self.method.gather is None else (statistic,)))
+        return Votes()
+
+    def settle(self, votes: int) -> None:
+        """Settle what was left open until all tensors' votes were counted."""
+        if self.method.vote is not None and self.statistic is not None:
+            self.statistic = settle(self.statistic, votes)
+
+    def again(self, waiting: Sequence[Piece]) -> bool:
+        """Merge anew the slices that waited for `settle`, if it makes a difference to them."""
+        if not waiting or as_merged(self.statistic):
+            return False
+        self._merge(waiting, self.statistic)
+        return True
+
+    def _gathered(self, names: Sequence[str]) -> Any:
+        assert self.method.gather is not None
+        return self.method.gather(self.vectors.stream(names, self.method.operand), **self.knobs_of(names[0]))
+
+    def _merge(self, pieces: Sequence[Piece], *statistic: Any) -> None:
+        method, labels, name = self.method, list(self.vectors.models), pieces[0].name
+        knobs, width = self.knobs_of(name), self.vectors.row_width(name)
+
+        def merge_piece(piece: Piece, base: Tensor, rows: Tensor) -> None:
+            self._check(piece, base, rows)
+            place = {"place": Place(piece.name, labels, piece.start)} if method.wants_place else {}
+            if method.whole_rows:
+                base, rows = base.view(-1, width), rows.view(len(rows), -1, width)
+            self.write(piece, method.function(base, rows, *statistic, **place, **knobs).reshape(-1))
+
+        self.vectors.each_of(pieces, merge_piece, method.operand)
+
+    def _vote(self, pieces: Sequence[Piece], statistic: Any) -> Votes:
+        """Merge and count votes in one pass; note the slices with columns that have to wait for the count."""
+        knobs, lock = self.knobs_of(pieces[0].name), threading.Lock()
+        counts: list[int] = []
+        waiting: list[Piece] = []
+        merge_and_vote = self.method.vote
+        assert merge_and_vote is not None
+
+        def merge_piece(piece: Piece, base: Tensor, deltas: Tensor) -> None:
+            self._check(piece, base, deltas)
+            merged, votes, cancelled = merge_and_vote(base, deltas, statistic, **knobs)
+            self.write(piece, merged)
+            with lock:
+                counts.append(votes)
+                if cancelled is not None:
+                    waiting.append(piece)
+
+        self.vectors.each_of(pieces, merge_piece)
+        return Votes(sum(counts), sorted(waiting))
+
+    def _check(self, piece: Piece, base: Tensor, rows: Tensor) -> None:
+        if not self.non_finite(piece.name):
+            _refuse_non_finite(self.vectors, piece, base, rows)
 
 
 def _refuse_non_finite(vectors: TaskVectors, piece: Piece, base: Tensor, rows: Tensor) -> None:

@@ -51,7 +51,8 @@ class OpenModels:
         self.kind = family(run.pool.family)
         self.whole_base = open_checkpoint(run.pool.base, label="_pretrained_")
         self.base = self.mergeable(self.whole_base)
-        tuned = {name: open_fine_tuned(m, self.whole_base, label=name) for name, m in run.pool.models.items()}
+        naming = {"canonical_names": self.kind.canonical_names}
+        tuned = {name: open_fine_tuned(m, self.whole_base, label=name, **naming) for name, m in run.pool.models.items()}
         self.models = {name: self.mergeable(model) for name, model in tuned.items()}
         self.inputs = cache(self._decode)
         self.provenance = cache(lambda: provenance({"_pretrained_": self.whole_base, **self.models}))

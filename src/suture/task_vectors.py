@@ -1,10 +1,11 @@
 """The models of one merge side by side: what is merged, and the stream of task vectors, one slice at a time."""
 
 import math
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import NamedTuple
 
@@ -12,11 +13,19 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from suture.checkpoints import Checkpoint, Source, TensorSpec, open_checkpoint, open_fine_tuned
+from suture.checkpoints import Checkpoint, Parts, Source, TensorSpec, open_checkpoint, open_fine_tuned
 from suture.compatibility import compatibility, merged_names
-from suture.errors import IncompatibleModels
+from suture.errors import ConfigError, IncompatibleModels
+from suture.methods import MergeMethod, Place
+from suture.methods.order_statistic import kth_memory
 
 _CHUNK = 1 << 17  # entries of one model handled at once: the chunks of all models together stay in the cache
+_FEW = 1 << 14  # shorter slices cost more in calls than a thread less
+_GRAIN = 1 << 10
+_LARGE = 30 << 20  # bytes; glibc looks at blocks of up to 32 MB
+_LITTLE = 8_000_000  # bytes: what Python, threads and manifests take
+Flat = Tensor | Parts
+Work = Callable[["Piece", Tensor, Tensor], None]
 
 
 class Piece(NamedTuple):
@@ -32,13 +41,16 @@ class TaskVectors:
     """A base and its fine-tuned models, opened; nothing is read before it is asked for.
 
     `frozen` names are not merged and stay at the base. Of tied names only the first is merged. Integer and bool tensors
-    always come from the base. Arithmetic is in float32, in float64 for float64 tensors.
+    always come from the base. Arithmetic is in float32, in float64 for float64 tensors. `chunk` entries of each model
+    are handled at once; 0 leaves that to what fits a cache.
     """
 
     base: Checkpoint
     models: Mapping[str, Checkpoint]
     frozen: Sequence[str] = ()
     threads: int = 0
+    chunk: int = 0
+    _pools: list[ThreadPoolExecutor] = field(default_factory=list, repr=False, compare=False)
 
     @cached_property
     def names(self) -> list[str]:
@@ -59,48 +71,70 @@ class TaskVectors:
         """The task vectors (or the models' own weights) of some tensors, all by default, as a stream of flat chunks."""
         return RowStream(self, self.names if names is None else names, operand)
 
-    def each_piece(
-        self,
-        names: Sequence[str],
-        function: Callable[[Piece, Tensor, Tensor], None],
-        operand: str = "deltas",
-        *,
-        whole_rows: bool = False,
-    ) -> None:
+    def each_piece(self, names: Sequence[str], function: Work, operand: str = "deltas", *, rows: bool = False) -> None:
         """Call `function(piece, base, rows)` on every slice, on several threads, in no particular order.
 
         base: (chunk,); rows: (task, chunk), the task vectors, or the models' own weights if `operand` is "models". With
-        `whole_rows` no slice ends inside a row of a matrix, which is everything behind a tensor's first axis.
+        `rows` no slice ends inside a row of a matrix, which is everything behind a tensor's first axis.
         """
-        with _workers(self.threads) as pool:
-            for name in names:
-                flat_base, flat_models = self.flat(name)
-                work = lambda piece, base=flat_base, models=flat_models: function(
-                    piece, *_rows(piece, base, models, operand)
-                )
-                for _ in pool.map(work, self._pieces(name, self.row_width(name) if whole_rows else 1)):
-                    pass
+        for name in names:
+            self.each_of(self.pieces(name, rows=rows), function, operand)
 
-    def columns(self, name: str, index: Tensor) -> tuple[Tensor, Float[Tensor, "task column"]]:
-        """Base and task vectors at some flat positions of one tensor."""
-        flat_base, flat_models = self.flat(name)
-        dtype = compute_dtype(flat_base.dtype)
-        base = flat_base[index].to(dtype)
-        return base, torch.stack([model[index].to(dtype) - base for model in flat_models])
+    def each_of(self, pieces: Sequence[Piece], function: Work, operand: str = "deltas") -> None:
+        """`each_piece` for some pieces of one tensor."""
+        if not pieces:
+            return
+        base, models = self.flat(pieces[0].name)
+        waiting, lock = iter(pieces), threading.Lock()
 
-    def flat(self, name: str) -> tuple[Tensor, list[Tensor]]:
-        """One tensor of the base and of every model, each as one row of entries."""
-        return self.base[name].reshape(-1), [model[name].reshape(-1) for model in self.models.values()]
+        def work(_: int) -> None:
+            while True:
+                with lock:
+                    piece = next(waiting, None)
+                if piece is None:
+                    return
+                function(piece, *_rows(piece, base, models, operand))
+
+        with self.workers() as pool:
+            for _ in pool.map(work, range(min(self.number_of_threads, len(pieces)))):
+                pass
+
+    @contextmanager
+    def workers(self) -> Iterator[ThreadPoolExecutor]:
+        """Threads that each run torch on one core; inside the block every pass takes these and starts no others."""
+        if self._pools:
+            yield self._pools[-1]
+            return
+        _keep_freed_buffers()
+        intra_op = torch.get_num_threads()
+        options = {"initializer": torch.set_num_threads, "initargs": (1,)}
+        try:
+            with ThreadPoolExecutor(self.number_of_threads, **options) as pool:
+                self._pools.append(pool)
+                yield pool
+        finally:
+            self._pools.clear()
+            torch.set_num_threads(intra_op)
+
+    @property
+    def number_of_threads(self) -> int:
+        """Threads that pieces are shared out to."""
+        return self.threads or torch.get_num_threads()
+
+    def flat(self, name: str) -> tuple[Flat, list[Flat]]:
+        """One tensor of the base and of every model, each as one row of entries to be sliced."""
+        return self.base.flat(name), [model.flat(name) for model in self.models.values()]
 
     def row_width(self, name: str) -> int:
         """Entries in a row of a tensor, as a matrix with its first axis for rows; a vector is one row."""
         shape = self.base.specs[name].shape
         return math.prod(shape[1:]) if len(shape) > 1 else math.prod(shape)
 
-    def _pieces(self, name: str, unit: int) -> Iterator[Piece]:
-        numel = self.base.specs[name].numel
-        length = max(1, _CHUNK // max(1, unit)) * unit
-        return (Piece(name, start, min(start + length, numel)) for start in range(0, numel, length or 1))
+    def pieces(self, name: str, *, rows: bool = False) -> list[Piece]:
+        """The slices of one tensor; with `rows` they hold whole rows of a matrix."""
+        numel, unit = self.base.specs[name].numel, self.row_width(name) if rows else 1
+        length = max(1, (self.chunk or _CHUNK) // max(1, unit)) * unit
+        return [Piece(name, start, min(start + length, numel)) for start in range(0, numel, length or 1)]
 
 
 class RowStream:
@@ -113,6 +147,12 @@ class RowStream:
     def each(self, function: Callable[[Float[Tensor, " chunk"], Float[Tensor, "task chunk"]], None]) -> None:
         """Call `function(base, rows)` on every chunk, on several threads, in no particular order."""
         self.vectors.each_piece(self.names, lambda piece, base, rows: function(base, rows), self.operand)
+
+    def each_place(self, function: Callable[[Place, Float[Tensor, "task chunk"]], None]) -> None:
+        """Call `function(place, rows)` on every chunk, as `each` does."""
+        labels = list(self.vectors.models)
+        work = lambda piece, base, rows: function(Place(piece.name, labels, piece.start), rows)
+        self.vectors.each_piece(self.names, work, self.operand)
 
     def sample(self, num_entries: int) -> Float[Tensor, "task sample"]:
         """About `num_entries` entries of every row, in short runs spread over all tensors; all if there are few."""
@@ -130,13 +170,15 @@ class RowStream:
         return _rows(Piece(name, 0, len(base)), base, models, self.operand)[1]
 
 
-def _runs(flat: Tensor, stride: int, length: int = 256) -> Tensor:
+def _runs(flat: Flat, stride: int, length: int = 256) -> Tensor:
     if stride == 1:
-        return flat
+        return flat[:]
     blocks = len(flat) // (length * stride)
     if blocks == 0:
         return flat[: max(1, len(flat) // stride)]
-    return flat[: blocks * length * stride].view(blocks, stride, length)[:, 0].reshape(-1)
+    if isinstance(flat, Tensor):
+        return flat[: blocks * length * stride].view(blocks, stride, length)[:, 0].reshape(-1)
+    return torch.cat([flat[start : start + length] for start in range(0, blocks * length * stride, length * stride)])
 
 
 def open_task_vectors(
@@ -165,31 +207,59 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def working_memory(num_models: int, threads: int = 0) -> int:
+def _keep_freed_buffers() -> None:
+    """Have glibc keep what slices free for the next ones: by its own rule, from the first large block freed on.
+
+    Otherwise it gives each buffer back to the system, which clears its pages anew: several times the work itself.
+    """
+    torch.empty(_LARGE, dtype=torch.uint8)
+
+
+def working_memory(num_models: int, threads: int = 0, chunk: int = 0) -> int:
     """Bytes that merging holds beside the result, whatever the size of the models: buffers and histograms."""
-    buffers = (threads or torch.get_num_threads()) * (3 * num_models + 8) * _CHUNK * 4
-    return buffers + num_models * (8 + 4) * (1 << 20)
+    buffers = (threads or torch.get_num_threads()) * (chunk or _CHUNK) * _bytes_an_entry(num_models)
+    return buffers + num_models * kth_memory(num_models)
 
 
-def _rows(piece: Piece, base: Tensor, models: list[Tensor], operand: str) -> tuple[Tensor, Tensor]:
-    dtype = compute_dtype(base.dtype)
-    base = base[piece.start : piece.stop].to(dtype)
-    rows = torch.empty(len(models), len(base), dtype=dtype)
+def chunk_for(memory: int, method: MergeMethod, num_models: int, threads: int = 0) -> tuple[int, int]:
+    """Threads and entries at once that keep the working memory below a ceiling; `ConfigError` if none do.
+
+    Threads are given up before slices become short.
+    """
+    fixed, each = _needs(method, num_models)
+    threads, left = threads or torch.get_num_threads(), memory - fixed
+    while threads > 1 and left < threads * _FEW * each:
+        threads -= 1
+    chunk = left // (threads * each) // _GRAIN * _GRAIN
+    if chunk < _GRAIN:
+        least = math.ceil((fixed + _GRAIN * each) / 1e6)
+        raise ConfigError(f"memory={memory} is too little for {num_models} models. Remedy: give {least}MB or more.")
+    return threads, min(_CHUNK, chunk)
+
+
+def memory_of(method: MergeMethod, num_models: int, threads: int, chunk: int) -> int:
+    """Bytes that merging by a method holds, as `chunk_for` reckons."""
+    fixed, each = _needs(method, num_models)
+    return fixed + threads * chunk * each
+
+
+def _needs(method: MergeMethod, num_models: int) -> tuple[int, int]:
+    """Bytes in all, and bytes for each entry that a thread has in hand."""
+    fixed = num_models * kth_memory(num_models) if method.gather is not None else _LITTLE
+    return fixed, _bytes_an_entry(num_models) * (2 if method.wants_place else 1)  # random numbers come from wider ones
+
+
+def _bytes_an_entry(num_models: int) -> int:
+    return 4 * (3 * num_models + 8)
+
+
+def _rows(piece: Piece, base: Flat, models: Sequence[Flat], operand: str) -> tuple[Tensor, Tensor]:
+    part = base[piece.start : piece.stop]
+    dtype = compute_dtype(part.dtype)
+    part = part.to(dtype)
+    rows = torch.empty(len(models), len(part), dtype=dtype)
     for row, model in zip(rows, models, strict=True):
-        model = model[piece.start : piece.stop]
-        if operand == "models":
-            row.copy_(model)
-        else:
-            torch.sub(model.to(dtype), base, out=row)
-    return base, rows
-
-
-@contextmanager
-def _workers(threads: int) -> Iterator[ThreadPoolExecutor]:
-    """Threads that each run torch on one core; torch's own thread count is put back at the end."""
-    intra_op = torch.get_num_threads()
-    try:
-        with ThreadPoolExecutor(threads or intra_op, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-            yield pool
-    finally:
-        torch.set_num_threads(intra_op)
+        row.copy_(model[piece.start : piece.stop])
+        if operand == "deltas":
+            row -= part
+    return part, rows

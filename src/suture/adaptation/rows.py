@@ -180,8 +180,8 @@ def _factors(vectors: TaskVectors, name: str) -> LowRank | None:
 
 def _read(vectors: TaskVectors, name: str, statistic: TiesStatistic | None, dtype: torch.dtype | None) -> Tensor:
     base, models = vectors.flat(name)
-    base = base.to(compute_dtype(base.dtype))
-    deltas = torch.stack([model.to(base.dtype) - base for model in models])
+    base = base[:].to(compute_dtype(vectors.base.specs[name].dtype))
+    deltas = torch.stack([model[:].to(base.dtype) - base for model in models])
     _refuse_non_finite(name, list(vectors.models), deltas)
     return (deltas if statistic is None else ties_rows(deltas, statistic)).to(dtype or deltas.dtype)
 

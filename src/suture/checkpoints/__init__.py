@@ -13,7 +13,7 @@ What happens to the tensors that are no ordinary weights:
 """
 
 from suture.checkpoints.adapters import open_fine_tuned
-from suture.checkpoints.checkpoint import Checkpoint, Factors, TensorSpec
+from suture.checkpoints.checkpoint import Checkpoint, Factors, Parts, TensorSpec
 from suture.checkpoints.hashing import cache_directory, content_hash, file_sha256, provenance
 from suture.checkpoints.opening import Source, open_checkpoint
 from suture.checkpoints.writing import allocate_checkpoint, new_directory, save_checkpoint
@@ -21,6 +21,7 @@ from suture.checkpoints.writing import allocate_checkpoint, new_directory, save_
 __all__ = [
     "Checkpoint",
     "Factors",
+    "Parts",
     "Source",
     "TensorSpec",
     "allocate_checkpoint",

@@ -1,7 +1,7 @@
 """An open checkpoint: a read-only mapping name → tensor that reads a tensor when it is asked for."""
 
 import math
-from collections.abc import Callable, Hashable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import NamedTuple
@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from suture.checkpoints.mapped_files import MappedFile
 from suture.checkpoints.refusals import refusal, shown
 
 _DTYPE_NAMES = {
@@ -68,13 +69,30 @@ class Factors(NamedTuple):
 class Entry(NamedTuple):
     """One stored tensor. Entries of equal `identity` are one tensor under several names.
 
-    `factors` gives the difference to the base, where it is known to be of low rank.
+    `factors` gives the difference to the base, where it is known to be of low rank. `part(start, stop)` gives some of
+    the flattened entries, where that is cheaper than reading all. `file` is where a mapped tensor lies.
     """
 
     spec: TensorSpec
     read: Callable[[], Tensor]
     identity: Hashable = None
     factors: Callable[[], Factors] | None = None
+    part: Callable[[int, int], Tensor] | None = None
+    file: MappedFile | None = None
+
+
+class Parts:
+    """A tensor as one row of entries that are made when a slice of it is asked for."""
+
+    def __init__(self, numel: int, part: Callable[[int, int], Tensor]):
+        self.numel, self.part = numel, part
+
+    def __len__(self) -> int:
+        return self.numel
+
+    def __getitem__(self, piece: slice) -> Tensor:
+        start, stop, _ = piece.indices(self.numel)
+        return self.part(start, max(start, stop))
 
 
 class Checkpoint(Mapping[str, Tensor]):
@@ -132,6 +150,21 @@ class Checkpoint(Mapping[str, Tensor]):
     def __exit__(self, *exception: object) -> None:
         self.close()
 
+    def flat(self, name: str) -> Tensor | Parts:
+        """All entries of a tensor as one row, to be sliced: a view, or slices that are made when they are asked for.
+
+        The slices of a tensor that is the sum of a base's and an adapter's have the dtype of that sum, not its own.
+        """
+        entry = (self._entries or {}).get(name)
+        if entry is None or entry.part is None:
+            return self[name].reshape(-1)
+        return Parts(entry.spec.numel, entry.part)
+
+    def let_go(self) -> None:
+        """Take what was read of the files out of this process's memory; what was written to such tensors is lost."""
+        for file in {id(e.file): e.file for e in (self._entries or {}).values() if e.file is not None}.values():
+            file.let_go()
+
     def factors(self, name: str) -> Factors | None:
         """The difference of a tensor to the base as low-rank factors, if this checkpoint is an adapter; else None."""
         entry = (self._entries or {}).get(name)
@@ -143,6 +176,23 @@ class Checkpoint(Mapping[str, Tensor]):
             raise refusal(self.label, "is closed", "open it again")
         entries = {new: self._entries[name] for new, name in names.items()}
         return Checkpoint(entries, self.label, files=self.files, directory=self.directory, metadata=self.metadata)
+
+    def replaced(self, entries: Mapping[str, Entry]) -> "Checkpoint":
+        """The same checkpoint with other tensors under some of its names, and under all names tied to them."""
+        merged = dict(self._entries or {})
+        for name, entry in entries.items():
+            first = self.aliases.get(name, name)
+            tied = [alias for alias, canonical in self.aliases.items() if canonical == first]
+            for each in (first, *tied):
+                merged[each] = entry._replace(identity=("replaced", id(self), first)) if tied else entry
+        return Checkpoint(merged, self.label, files=self.files, directory=self.directory, metadata=self.metadata)
+
+    @classmethod
+    def joined(cls, parts: Sequence["Checkpoint"], label: str) -> "Checkpoint":
+        """One checkpoint with the tensors of several, which have no name in common; the directory is the first's."""
+        entries = {name: entry for part in parts for name, entry in (part._entries or {}).items()}
+        files = tuple(dict.fromkeys(file for part in parts for file in part.files))
+        return cls(entries, label, files=files, directory=next((p.directory for p in parts if p.directory), None))
 
     def close(self) -> None:
         """Let go of the files. Names, specs and tensors already handed out stay usable."""

@@ -32,6 +32,11 @@ class MappedFile:
             return torch.frombuffer(bytearray(self._bytes[begin:end]), dtype=dtype)
         return torch.frombuffer(self._bytes, dtype=dtype, count=count, offset=begin)
 
+    def let_go(self) -> None:
+        """Take the file's pages out of this process's memory; changes that were made to them are lost."""
+        if "_bytes" in vars(self) and hasattr(mmap, "MADV_DONTNEED"):
+            self._bytes.madvise(mmap.MADV_DONTNEED)
+
     @cached_property
     def _bytes(self) -> mmap.mmap:
         try:

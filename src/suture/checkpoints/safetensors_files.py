@@ -25,7 +25,8 @@ def read_safetensors(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
     _check_layout(path, where, data_size)
     file = MappedFile(path)
     entries = {
-        name: Entry(spec, partial(_read, file, data_start + begin, spec)) for name, (spec, begin) in where.items()
+        name: Entry(spec, partial(_read, file, data_start + begin, spec), file=file)
+        for name, (spec, begin) in where.items()
     }
     for alias, name in _tied_names(path, metadata, entries).items():
         entries[name] = entries[name]._replace(identity=(path, name))

@@ -154,7 +154,7 @@ def _entry(file: MappedFile, name: str, tensor: TensorRef, storages: Mapping[str
         raise refusal(file.path, problem, _PLAIN)
     begin = record.begin + tensor.offset * spec.dtype.itemsize
     read = partial(_view, file, begin, length, tensor)
-    return Entry(spec, read, (file.path, begin, tensor.shape, tensor.stride, spec.dtype))
+    return Entry(spec, read, (file.path, begin, tensor.shape, tensor.stride, spec.dtype), file=file)
 
 
 def _view(file: MappedFile, begin: int, length: int, tensor: TensorRef) -> Tensor:

@@ -60,19 +60,19 @@ def allocate_checkpoint(
     """
     path, aliases = Path(path), dict(aliases or {})
     stored = {name: spec for name, spec in specs.items() if name not in aliases}
-    header, offsets = _layout(stored, path, {"format": "pt", **(metadata or {})}, aliases)
+    header, offsets = safetensors_header(stored, path, {"format": "pt", **(metadata or {})}, aliases)
     size = len(header) + sum(spec.nbytes for spec in stored.values())
     with new_file(path, size) as descriptor:
-        with _disk_errors(path):
+        with disk_errors(path):
             os.pwrite(descriptor, header, 0)
             mapping = mmap.mmap(descriptor, size)
         tensors = {name: _view(mapping, offsets[name], spec) for name, spec in stored.items()}
         yield tensors | {alias: tensors[name] for alias, name in aliases.items()}
-        with _disk_errors(path):
+        with disk_errors(path):
             mapping.flush()
 
 
-def _layout(
+def safetensors_header(
     specs: Mapping[str, TensorSpec], path: Path, metadata: Mapping[str, str], aliases: Mapping[str, str]
 ) -> tuple[bytes, dict[str, int]]:
     """The header and the first byte of every tensor; wide dtypes come first, so that all are aligned."""
@@ -105,17 +105,17 @@ def new_file(path: Path, size: int) -> Iterator[int]:
         raise output_refusal(path, "is a directory, not a file", "name a file to write")
     partial = partial_path(path)
     with _parents(path), _removed_on_error(partial):
-        with _disk_errors(path):
+        with disk_errors(path):
             descriptor = os.open(partial, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
         try:
-            with _disk_errors(path):
+            with disk_errors(path):
                 _allocate(descriptor, size)
             yield descriptor
-            with _disk_errors(path):
+            with disk_errors(path):
                 os.fsync(descriptor)
         finally:
             os.close(descriptor)
-        with _disk_errors(path):
+        with disk_errors(path):
             os.replace(partial, path)
             sync_directory(path.parent)
 
@@ -128,16 +128,15 @@ def new_directory(path: str | os.PathLike[str], *, overwrite: bool = False) -> I
     in place until the new one is complete, and is removed only after that.
     """
     path = Path(path)
-    _check_replaceable(path, overwrite)
+    check_replaceable(path, overwrite)
     partial = partial_path(path)
     with _parents(path), _removed_on_error(partial):
-        with _disk_errors(path):
+        with disk_errors(path):
             partial.mkdir()
         yield partial
-        with _disk_errors(path):
+        with disk_errors(path):
             _sync_tree(partial)
-            _check_replaceable(path, overwrite)
-            _put_in_place(partial, path)
+            put_in_place(partial, path, overwrite)
             sync_directory(path.parent)
 
 
@@ -162,7 +161,8 @@ def _allocate(descriptor: int, size: int) -> None:
         os.ftruncate(descriptor, size)
 
 
-def _check_replaceable(path: Path, overwrite: bool) -> None:
+def check_replaceable(path: Path, overwrite: bool) -> None:
+    """Refuse to put a directory where there is a file, or, unless `overwrite`, something else."""
     if path.exists() and not path.is_dir():
         raise output_refusal(path, "is a file, not a directory", "name another folder")
     if path.is_dir() and not overwrite and any(path.iterdir()):
@@ -170,7 +170,9 @@ def _check_replaceable(path: Path, overwrite: bool) -> None:
         raise output_refusal(path, "already exists and is not empty", remedy)
 
 
-def _put_in_place(partial: Path, path: Path) -> None:
+def put_in_place(partial: Path, path: Path, overwrite: bool = False) -> None:
+    """Give a whole directory its name in one step; what had it before goes only with `overwrite`, and only then."""
+    check_replaceable(path, overwrite)
     if not path.exists():
         os.rename(partial, path)
     elif _exchange(partial, path):
@@ -208,7 +210,7 @@ def _sync_tree(directory: Path) -> None:
 def _parents(path: Path) -> Iterator[None]:
     """Make the folders that lead to `path`; those that were made are removed again if the block raises."""
     missing = [folder for folder in path.absolute().parents if not folder.exists()]
-    with _disk_errors(path):
+    with disk_errors(path):
         path.absolute().parent.mkdir(parents=True, exist_ok=True)
     try:
         yield
@@ -232,9 +234,9 @@ def _removed_on_error(path: Path) -> Iterator[None]:
 
 
 @contextmanager
-def _disk_errors(path: Path) -> Iterator[None]:
+def disk_errors(path: Path, remedy: str = "free some space, or write to another disk or folder") -> Iterator[None]:
+    """What the system says of a disk, as one `OutputError`."""
     try:
         yield
     except OSError as error:
-        remedy = "free some space, or write to another disk or folder"
         raise output_refusal(path, f"cannot be written: {error.strerror or error}", remedy) from error

@@ -3,23 +3,34 @@
 from suture.methods.breadcrumbs import breadcrumbs
 from suture.methods.counter_random import Place
 from suture.methods.dare import dare
+from suture.methods.dare_l1 import dare_l1
 from suture.methods.dare_ties import dare_ties
 from suture.methods.della import della
 from suture.methods.karcher import karcher
 from suture.methods.model_stock import model_stock
+from suture.methods.passthrough import passthrough
 from suture.methods.registry import MergeMethod, get_method, merge_method, methods
 from suture.methods.sce import sce
 from suture.methods.simple_average import simple_average
 from suture.methods.slerp import slerp
 from suture.methods.task_arithmetic import task_arithmetic
-from suture.methods.ties_merging import TiesStatistic, settle, ties_merging, ties_rows, trim_thresholds
+from suture.methods.ties_merging import (
+    TiesStatistic,
+    as_merged,
+    settle,
+    ties_merging,
+    ties_rows,
+    trim_thresholds,
+)
 
 __all__ = [
     "MergeMethod",
     "Place",
     "TiesStatistic",
+    "as_merged",
     "breadcrumbs",
     "dare",
+    "dare_l1",
     "dare_ties",
     "della",
     "get_method",
@@ -27,6 +38,7 @@ __all__ = [
     "merge_method",
     "methods",
     "model_stock",
+    "passthrough",
     "sce",
     "settle",
     "simple_average",

@@ -1,12 +1,14 @@
 """Model Breadcrumbs, https://arxiv.org/abs/2312.06795"""
 
+from collections.abc import Sequence
 from typing import Annotated, NamedTuple
 
 import torch
-from annotated_types import Ge, Gt, Le, Lt
+from annotated_types import Ge, Lt
 from jaxtyping import Float
 from torch import Tensor
 
+from suture.methods.dare import Density
 from suture.methods.order_statistic import kth_magnitudes
 from suture.methods.registry import merge_method
 from suture.methods.streams import DeltaStream, OneTensor
@@ -19,17 +21,18 @@ class Band(NamedTuple):
     high: Float[Tensor, " task"]
 
 
-def breadcrumbs_band(deltas: DeltaStream, *, density: float = 0.1, gamma: float = 0.01, **_) -> Band:
+def breadcrumbs_band(deltas: DeltaStream, *, density: float | Sequence[float] = 0.1, gamma: float = 0.01, **_) -> Band:
     """Which magnitudes stay when the largest ones, a share `gamma`, and enough of the smallest ones are removed.
 
     With d entries, int(d · density) stay. If gamma leaves fewer, fewer of the largest are removed, as in mergekit.
     """
-    kept, outliers = int(density * deltas.num_entries), int(gamma * deltas.num_entries)
-    removed = max(0, deltas.num_entries - kept - outliers)
-    if kept == 0:
-        zeros = kth_magnitudes(deltas, 0)
-        return Band(zeros + torch.inf, zeros)
-    return Band(kth_magnitudes(deltas, removed + 1), kth_magnitudes(deltas, removed + kept))
+    count, num_rows = deltas.num_entries, len(deltas.sample(1))
+    densities = [density] * num_rows if isinstance(density, int | float) else density
+    kept = [int(share * count) for share in densities]
+    removed = [max(0, count - k - int(gamma * count)) for k in kept]
+    low = kth_magnitudes(deltas, [r + 1 if k else 0 for r, k in zip(removed, kept, strict=True)])
+    high = kth_magnitudes(deltas, [r + k if k else 0 for r, k in zip(removed, kept, strict=True)])
+    return Band(torch.where(torch.tensor(kept) > 0, low, torch.inf), high)
 
 
 @merge_method(paper="https://arxiv.org/abs/2312.06795", gather=breadcrumbs_band)
@@ -39,13 +42,15 @@ def breadcrumbs(
     statistic: Band | None = None,
     *,
     scaling_factor: float = 0.3,
-    density: Annotated[float, Gt(0), Le(1)] = 0.1,
+    density: Density | Sequence[Density] = 0.1,
     gamma: Annotated[float, Ge(0), Lt(1)] = 0.01,
+    weights: Sequence[float] | None = None,
 ) -> Float[Tensor, " *shape"]:
     """Drop the outliers and the smallest entries of each task vector, tensor by tensor, and add the sum of the rest.
 
     `density` is the share that stays, `gamma` the share of the largest that goes; entries of equal magnitude stay or go
-    together. Without a `statistic` (the magnitudes that stay) the tensor given is taken as the whole.
+    together. It may be one for each model; `weights`: (task,) multiply the task vectors. Without a `statistic` (the
+    magnitudes that stay) the tensor given is taken as the whole.
 
     >>> deltas = torch.tensor([[9.0, -2.0, 3.0, 0.1]])
     >>> breadcrumbs(torch.zeros(4), deltas, scaling_factor=1.0, density=0.5, gamma=0.25)
@@ -54,7 +59,8 @@ def breadcrumbs(
     if statistic is None:
         statistic = breadcrumbs_band(OneTensor(deltas), density=density, gamma=gamma)
     total = torch.zeros_like(base)
-    for row, low, high in zip(deltas, *statistic, strict=True):
+    scales = [1.0] * len(deltas) if weights is None else weights
+    for row, low, high, weight in zip(deltas, *statistic, scales, strict=True):
         magnitudes = row.abs()
-        total += row * ((magnitudes >= low) & (magnitudes <= high))
+        total += weight * row * ((magnitudes >= low) & (magnitudes <= high))
     return base + scaling_factor * total

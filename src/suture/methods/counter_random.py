@@ -15,6 +15,9 @@ from torch import Tensor
 
 _GAMMA, _FIRST, _SECOND = (np.uint64(n) for n in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))
 
+_BLOCK = 1 << 18  # entries that are drawn at once; shorter blocks cost threads more in turns than they save
+_HALF = "<u4"  # the lower half first, whatever the machine
+
 
 class Place(NamedTuple):
     """Where a slice lies: the tensor's name, the models' names, and the flat position of its first entry."""
@@ -27,13 +30,34 @@ class Place(NamedTuple):
 def uniforms(seed: int, place: Place, count: int) -> Float[Tensor, "task entry"]:
     """Numbers in [0, 1), in steps of 2⁻²⁴: for every model, one for each of the `count` entries from a place on.
 
+    Two neighbouring entries, the first at an even position, take the two halves of one hash of 64 bits.
+
     >>> whole = uniforms(0, Place("w", ["a", "b"]), 5)
     >>> torch.equal(whole[1:, 3:], uniforms(0, Place("w", ["b"], start=3), 2))
     True
     """
-    steps = np.arange(place.start + 1, place.start + count + 1, dtype=np.uint64) * _GAMMA
-    rows = [_mixed(steps + _key(seed, model, place.tensor)) >> np.uint64(40) for model in place.models]
-    return torch.from_numpy(np.stack(rows).astype(np.float32) * np.float32(2**-24))
+    odd = place.start % 2
+    drawn = np.empty((len(place.models), 2 * -(-(count + odd) // 2)), dtype=np.float32)
+    for row, model in zip(drawn, place.models, strict=True):
+        key = _key(seed, model, place.tensor)
+        for start in range(0, len(row), _BLOCK):
+            _fill(row[start : start + _BLOCK], key, (place.start - odd + start) // 2)
+    return torch.from_numpy(drawn[:, odd : odd + count])
+
+
+def _fill(row: np.ndarray, key: np.uint64, first: int) -> None:
+    """Numbers from the hashes of first, first + 1, …"""
+    z = np.arange(first + 1, first + 1 + len(row) // 2, dtype="<u8")
+    z *= _GAMMA
+    z += key
+    scratch = np.empty_like(z)
+    for shift, factor in ((30, _FIRST), (27, _SECOND), (31, None)):
+        z ^= np.right_shift(z, np.uint64(shift), out=scratch)
+        if factor is not None:
+            z *= factor
+    halves = z.view(_HALF)
+    halves >>= np.uint32(8)
+    np.multiply(halves.view(f"{_HALF[0]}i4"), np.float32(2**-24), out=row)
 
 
 def somewhere(rows: Tensor) -> Place:
@@ -44,9 +68,3 @@ def somewhere(rows: Tensor) -> Place:
 def _key(seed: int, model: str, tensor: str) -> np.uint64:
     digest = hashlib.sha256("\0".join((str(seed), model, tensor)).encode()).digest()
     return np.frombuffer(digest[:8], dtype="<u8")[0]
-
-
-def _mixed(z: np.ndarray) -> np.ndarray:
-    z = (z ^ (z >> np.uint64(30))) * _FIRST
-    z = (z ^ (z >> np.uint64(27))) * _SECOND
-    return z ^ (z >> np.uint64(31))

@@ -1,13 +1,18 @@
 """DARE: drop and rescale. https://arxiv.org/abs/2311.03099"""
 
+from collections.abc import Sequence
 from typing import Annotated
 
+import torch
 from annotated_types import Gt, Le
 from jaxtyping import Float
 from torch import Tensor
 
 from suture.methods.counter_random import Place, somewhere, uniforms
 from suture.methods.registry import merge_method
+from suture.methods.streams import per_row, weighted
+
+Density = Annotated[float, Gt(0), Le(1)]
 
 
 @merge_method(paper="https://arxiv.org/abs/2311.03099")
@@ -17,30 +22,35 @@ def dare(
     place: Place | None = None,
     *,
     scaling_factor: float = 0.3,
-    density: Annotated[float, Gt(0), Le(1)] = 0.5,
+    density: Density | Sequence[Density] = 0.5,
     rescale: bool = True,
+    weights: Sequence[float] | None = None,
     seed: int = 0,
 ) -> Float[Tensor, " *shape"]:
     """Keep each entry of the task vectors with probability `density`, divided by it, and add their sum, scaled.
 
     Which entries stay depends on the seed, the model's and the tensor's name and the position (`place`), so it is the
     same for every order of named models and number of threads; models in a list are named by their place in it.
-    `rescale=False` leaves the size of what stays.
+    `rescale=False` leaves the size of what stays. `density` may be one for each model; `weights`: (task,) multiply the
+    task vectors.
 
     >>> import torch
     >>> dare(torch.zeros(4), torch.ones(1, 4), scaling_factor=1.0)
-    tensor([2., 2., 0., 2.])
+    tensor([0., 2., 2., 2.])
     """
-    return base + scaling_factor * drop(deltas, density, seed, place, rescale).sum(0)
+    return base + scaling_factor * weighted(drop(deltas, density, seed, place, rescale), weights).sum(0)
 
 
 def drop(
     deltas: Float[Tensor, " task *shape"],
-    density: float | Float[Tensor, " task *shape"],
+    density: float | Sequence[float] | Float[Tensor, " task *shape"],
     seed: int,
     place: Place | None = None,
     rescale: bool = True,
 ) -> Float[Tensor, " task *shape"]:
     """The task vectors with each entry kept with probability `density` and then divided by it."""
-    kept = uniforms(seed, place or somewhere(deltas), deltas[0].numel()).view(deltas.shape) < density
-    return deltas * kept / density if rescale else deltas * kept
+    if not isinstance(density, Tensor):
+        density = per_row(density, deltas, "density")
+    kept = uniforms(seed, place or somewhere(deltas), deltas[0].numel()).view(deltas.shape)
+    kept = torch.lt(kept, density, out=kept).to(deltas.dtype).mul_(deltas)  # 1 or 0: faster than a mask
+    return kept.div_(density) if rescale else kept

@@ -6,6 +6,7 @@ sample misled, or the bracket holds more patterns than bins, the search goes on 
 """
 
 import threading
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -14,16 +15,27 @@ from torch import Tensor
 
 _SAMPLE = 1 << 20
 _BINS = 1 << 20
+_LEAST, _SHARE = 1 << 17, 32  # of small tensors a sample of so many entries, or of one in so many
+_FEWEST = 1 << 14
+_MANY = 8  # rows; from there on each gets a quarter
 
 
-def kth_magnitudes(deltas, rank: int) -> Float[Tensor, " task"]:
-    """The `rank`-th smallest |entry| (1-based) of each row of a `DeltaStream`; zeros for rank 0, which keeps all."""
-    sample = deltas.sample(_SAMPLE)
-    if rank <= 0:
-        return torch.zeros(len(sample), dtype=sample.dtype)
-    if sample.shape[1] == deltas.num_entries:
-        return sample.abs().kthvalue(rank, dim=1).values
-    searches = [_Search(_patterns(row), rank, deltas.num_entries) for row in sample]
+def kth_magnitudes(deltas, rank: int | Sequence[int]) -> Float[Tensor, " task"]:
+    """The `rank`-th smallest |entry| (1-based) of each row of a `DeltaStream`; zeros for rank 0, which keeps all.
+
+    `rank` is one for all rows, or one for each.
+    """
+    sample = deltas.sample(min(_SAMPLE, max(_LEAST, deltas.num_entries // _SHARE)))
+    ranks = [rank] * len(sample) if isinstance(rank, int) else list(rank)
+    if sample.shape[1] == deltas.num_entries or max(ranks) <= 0:
+        pairs = zip(sample.abs(), ranks, strict=True)
+        return torch.stack([row.kthvalue(r).values if r > 0 else row.new_zeros(()) for row, r in pairs])
+    thinner = 2 * (len(sample) > _MANY)
+    sample, bins = sample[:, :: 1 << thinner].contiguous(), _BINS >> thinner
+    bins = min(bins, max(_FEWEST, 1 << (deltas.num_entries >> 3).bit_length()))
+    searches = [
+        _Search(_patterns(row), max(1, r), deltas.num_entries, bins) for row, r in zip(sample, ranks, strict=True)
+    ]
 
     def count(_, chunk: Tensor) -> None:
         for search, row in zip(searches, chunk, strict=True):
@@ -36,7 +48,13 @@ def kth_magnitudes(deltas, rank: int) -> Float[Tensor, " task"]:
             search.narrow()
     values = np.array([search.low for search in searches])
     float_type = sample[:0].numpy().dtype
-    return torch.from_numpy(values.astype(f"i{float_type.itemsize}").view(float_type))
+    found = torch.from_numpy(values.astype(f"i{float_type.itemsize}").view(float_type))
+    return torch.where(torch.tensor(ranks) > 0, found, 0.0)
+
+
+def kth_memory(num_rows: int) -> int:
+    """Bytes that a search holds for each row: the sample, twice while it is made and once sorted, and bins."""
+    return (12 * _SAMPLE + 8 * _BINS) >> 2 * (num_rows > _MANY)
 
 
 def _patterns(row: Tensor) -> np.ndarray:
@@ -48,21 +66,28 @@ def _patterns(row: Tensor) -> np.ndarray:
 class _Search:
     """One row's search: the pattern wanted lies in [low, high]; counts of the current pass."""
 
-    def __init__(self, sample: np.ndarray, rank: int, num_entries: int):
+    def __init__(self, sample: np.ndarray, rank: int, num_entries: int, bins: int):
+        self.num_bins = bins
         self.from_top = num_entries - rank  # how many entries are larger, at most
         self.largest = int(np.iinfo(sample.dtype).max)
         self.lock, self.found = threading.Lock(), False
-        self._look_in(*self._bracket(np.sort(sample), rank / num_entries))
+        self._look_in(*self._bracket(sample, rank / num_entries))
 
     def _bracket(self, sample: np.ndarray, quantile: float) -> tuple[int, int]:
-        """A quarter percent of ranks to each side of the sample's quantile; open at the ends of the sample."""
-        last, centre, margin = len(sample) - 1, quantile * len(sample), 8 + 0.0025 * len(sample)
-        low, high = int(centre - margin), int(centre + margin)
-        return int(sample[low]) if low > 0 else 0, int(sample[high]) if high < last else self.largest
+        """Six standard deviations of ranks to each side of the sample's quantile; open at the ends of the sample.
+
+        At least a quarter percent: neighbouring entries, which a sample has in runs, may resemble each other.
+        """
+        size, last = len(sample), len(sample) - 1
+        margin = 8 + max(0.0025 * size, 6 * (size * quantile * (1 - quantile)) ** 0.5)
+        low, high = int(quantile * size - margin), int(quantile * size + margin)
+        ends = [rank for rank in (low, high) if 0 < rank < last]
+        ordered = np.partition(sample, ends) if ends else sample
+        return int(ordered[low]) if low > 0 else 0, int(ordered[high]) if high < last else self.largest
 
     def _look_in(self, low: int, high: int) -> None:
         self.low, self.high, self.above = low, high, 0
-        self.shift = max(0, (high - low).bit_length() - (_BINS.bit_length() - 1))
+        self.shift = max(0, (high - low).bit_length() - (self.num_bins.bit_length() - 1))
         self.bins = np.zeros(((high - low) >> self.shift) + 1, dtype=np.int64)
 
     def count(self, patterns: np.ndarray) -> None:

@@ -1,11 +1,14 @@
 """A whole tensor or model that is only ever seen in chunks, and sums over it: what a method gathers from."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
+
+from suture.errors import ConfigError
+from suture.methods.counter_random import Place, somewhere
 
 
 @runtime_checkable
@@ -23,11 +26,16 @@ class DeltaStream(Protocol):
         """Call `function(base, rows)` on every chunk, on several threads, in no particular order."""
         ...
 
+    def each_place(self, function: Callable[[Place, Tensor], None]) -> None:
+        """Call `function(place, rows)` on every chunk, for methods that draw random numbers."""
+        ...
+
 
 class OneTensor:
     """A stream over one tensor already in memory: base (…), rows (task, …)."""
 
-    def __init__(self, rows: Tensor, base: Tensor | None = None):
+    def __init__(self, rows: Tensor, base: Tensor | None = None, place: Place | None = None):
+        self.place = place or somewhere(rows)
         self.rows = rows.reshape(len(rows), -1)
         self.base = torch.zeros_like(self.rows[0]) if base is None else base.reshape(-1)
         self.num_entries = self.rows.shape[1]
@@ -37,6 +45,9 @@ class OneTensor:
 
     def each(self, function: Callable[[Tensor, Tensor], None]) -> None:
         function(self.base, self.rows)
+
+    def each_place(self, function: Callable[[Place, Tensor], None]) -> None:
+        function(self.place, self.rows)
 
 
 class Derived:
@@ -50,6 +61,9 @@ class Derived:
 
     def each(self, function: Callable[[Tensor, Tensor], None]) -> None:
         self.stream.each(lambda base, rows: function(base, self.function(rows)))
+
+    def each_place(self, function: Callable[[Place, Tensor], None]) -> None:
+        self.stream.each_place(lambda place, rows: function(place, self.function(rows)))
 
 
 def total(stream: DeltaStream, function: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
@@ -67,6 +81,20 @@ def inner_products(stream: DeltaStream, *, with_base: bool = False) -> Float[Ten
         return rows @ rows.T
 
     return total(stream, products)
+
+
+def weighted(rows: Float[Tensor, " row *shape"], weights: Sequence[float] | None) -> Float[Tensor, " row *shape"]:
+    """Each row times its weight; `ConfigError` if there is not one for each."""
+    return rows if weights is None else rows * per_row(weights, rows, "weights")
+
+
+def per_row(values: float | Sequence[float], rows: Tensor, knob: str) -> Tensor:
+    """A knob's value, or one value for each row, as a tensor that spreads over the rows."""
+    if isinstance(values, int | float):
+        return torch.tensor(values, dtype=rows.dtype)
+    if len(values) != len(rows):
+        raise ConfigError(f"method.{knob} has {len(values)} values; wanted one per model, {len(rows)}.")
+    return torch.tensor(list(values), dtype=rows.dtype).view(-1, *[1] * (rows.ndim - 1))
 
 
 def combination(weights: Float[Tensor, " row"], rows: Float[Tensor, " row *shape"]) -> Float[Tensor, " *shape"]:

@@ -19,6 +19,7 @@ from suture.methods.order_statistic import kth_magnitudes
 from suture.methods.registry import merge_method
 from suture.methods.streams import DeltaStream, OneTensor
 
+Threshold = Annotated[float, Gt(0), Le(100)]
 _EXACT = 1 << 24  # up to here float32 counts without error
 
 
@@ -33,41 +34,66 @@ class TiesStatistic(NamedTuple):
     majority: int | None
 
 
-def trim_thresholds(deltas: DeltaStream, *, threshold: float = 20.0, scope: str = "model", **_) -> TiesStatistic:
+def trim_thresholds(
+    deltas: DeltaStream, *, threshold: float | Sequence[float] = 20.0, scope: str = "model", **_
+) -> TiesStatistic:
     """The k-th largest magnitude of every task vector, exact, from one pass over the stream.
 
     With d entries and a kept fraction K, the authors keep `|τ| ≥` the (d − int(dK))-th smallest magnitude; mergekit
     keeps max(1, int(dK)) entries of each tensor. Memory is a few MB whatever the size of the model.
     """
-    fraction = threshold / 100 if threshold > 1 else threshold
-    kept = int(deltas.num_entries * fraction)
-    rank = deltas.num_entries - kept if scope == "model" else deltas.num_entries - max(1, kept) + 1
-    return TiesStatistic(kth_magnitudes(deltas, rank), None if scope == "model" else 1)
+    rank = lambda told: _rank(deltas.num_entries, told / 100 if told > 1 else told, scope)
+    ranks = rank(threshold) if isinstance(threshold, int | float) else list(map(rank, threshold))
+    return TiesStatistic(kth_magnitudes(deltas, ranks), None if scope == "model" else 1)
+
+
+def _rank(num_entries: int, fraction: float, scope: str) -> int:
+    kept = int(num_entries * fraction)
+    return num_entries - kept if scope == "model" else num_entries - max(1, kept) + 1
 
 
 def _merge_and_vote(base, deltas, statistic, *, merge_func="sum", scaling_factor=0.3, weights=None, **_):
-    """Like `ties_merging`, and beside it (votes, cancelled): Σ of column signs, and which columns wait for it."""
+    """Like `ties_merging`, and beside it (votes, cancelled): Σ of column signs, and which columns wait for it.
+
+    While the votes are being counted cancelled columns are merged as positive.
+    """
     trimmed = [_trim(row, t) for row, t in zip(deltas, statistic.thresholds.tolist(), strict=True)]
     if weights is not None:
         trimmed = [row * weight for row, weight in zip(trimmed, weights, strict=True)]
-    column_sum, positive, negative, scratch = (torch.zeros_like(base) for _ in range(4))
-    for row in trimmed:
+    column_sum = trimmed[0].clone()
+    for row in trimmed[1:]:
         column_sum += row
-        positive += torch.clamp_min(row, 0, out=scratch)
-        negative += torch.clamp_max(row, 0, out=scratch)
-    side = column_sum.sign_()
-    cancelled = _cancelled(side, positive, scratch)
-    votes = int(side.sum() if side.numel() <= _EXACT else side.sum(dtype=torch.float64))
-    if statistic.majority and cancelled is not None:
-        side[cancelled] = float(statistic.majority)
-    if merge_func == "max":
-        merged = torch.stack([(row * side).clamp_min_(0) for row in trimmed]).amax(0) * side
-    else:
-        up = torch.gt(side, 0, out=scratch)  # 1 or 0: products are several times faster than a choice by a mask
-        merged = positive.mul_(up).add_(negative.mul_(1 - up))
-    if merge_func == "mean":
-        merged = merged / _mass_of_agreement(trimmed, side, weights)
-    return base + scaling_factor * merged, votes, cancelled
+    side = torch.copysign(torch.ones(()), column_sum)
+    merged = _disjoint_merge(trimmed, side, merge_func, weights)
+    votes, cancelled = 0, None
+    if statistic.majority != 1:
+        cancelled = _cancelled(column_sum, merged)
+        signs = column_sum.sign_()
+        votes = int(signs.sum() if signs.numel() <= _EXACT else signs.sum(dtype=torch.float64))
+        if statistic.majority is not None and cancelled is not None:
+            side[cancelled] = -1.0
+            merged = _disjoint_merge(trimmed, side, merge_func, weights)
+            if statistic.majority == 0 and merge_func == "max":
+                merged[cancelled] = 0
+    return merged.mul_(scaling_factor).add_(base), votes, cancelled
+
+
+def _disjoint_merge(trimmed: list[Tensor], side: Tensor, merge_func: str, weights: Sequence[float] | None) -> Tensor:
+    """Sum, mean or largest of the entries of each column that are on its side, which is +1 or −1 for every column."""
+    merged, agreeing = torch.zeros_like(side), torch.empty_like(side)
+    mass = torch.zeros_like(side) if merge_func == "mean" else None
+    for row, weight in zip(trimmed, weights or [1.0] * len(trimmed), strict=True):
+        torch.mul(row, side, out=agreeing).clamp_min_(0)  # products are several times faster than masks
+        if merge_func == "max":
+            torch.maximum(merged, agreeing, out=merged)
+        else:
+            merged += agreeing
+        if mass is not None:
+            mass.add_(torch.gt(agreeing, 0, out=agreeing), alpha=weight)
+    merged *= side
+    if mass is None:
+        return merged
+    return merged.div_(mass.clamp_min_(1) if weights is None else torch.where(mass.abs() < 1e-8, 1.0, mass))
 
 
 @merge_method(paper="https://arxiv.org/abs/2306.01708", gather=trim_thresholds, vote=_merge_and_vote)
@@ -77,7 +103,7 @@ def ties_merging(
     statistic: TiesStatistic | None = None,
     *,
     scaling_factor: float = 0.3,
-    threshold: Annotated[float, Gt(0), Le(100)] = 20.0,
+    threshold: Threshold | Sequence[Threshold] = 20.0,
     remove_keys: Sequence[str] = (),
     merge_func: Literal["sum", "mean", "max"] = "sum",
     scope: Literal["model", "tensor"] = "model",
@@ -85,8 +111,9 @@ def ties_merging(
 ) -> Float[Tensor, " *shape"]:
     """Trim each task vector to its largest entries, elect a sign per column, merge the entries that agree with it.
 
-    `threshold` above 1 is a percentage, else a fraction. `scope=model` trims over the whole model, with the authors'
-    count; `scope=tensor` per tensor, with mergekit's count, its `+` for cancelled columns, and `mean` as Σwδ/Σw.
+    `threshold` above 1 is a percentage, else a fraction; it may be one for each model. `scope=model` trims over the
+    whole model, with the authors' count; `scope=tensor` per tensor, with mergekit's count, its `+` for cancelled
+    columns, and `mean` as Σwδ/Σw.
     `weights`: (task,) multiply the task vectors after the trim. `remove_keys` stay at the base.
 
     Without a `statistic` the tensor given is taken as the whole model.
@@ -111,6 +138,11 @@ def settle(statistic: TiesStatistic, votes: int) -> TiesStatistic:
     return statistic._replace(majority=int(np.sign(votes)))
 
 
+def as_merged(statistic: TiesStatistic) -> bool:
+    """Whether cancelled columns come out as they did while the votes were being counted: on the positive side."""
+    return statistic.majority == 1
+
+
 def ties_rows(deltas: Float[Tensor, " task *shape"], statistic: TiesStatistic) -> Float[Tensor, " task *shape"]:
     """The task vectors of AdaMerging++: each task's trimmed entries that agree with the elected sign.
 
@@ -130,16 +162,10 @@ def _trim(row: Tensor, threshold: float) -> Tensor:
     return torch.nn.functional.hardshrink(row, float(np.nextafter(dtype(threshold), dtype(0))))
 
 
-def _cancelled(side: Tensor, positive: Tensor, scratch: Tensor) -> Tensor | None:
-    """Which columns have survivors that sum to exactly 0; None if there is no such column, as nearly always."""
-    survivors = torch.eq(side, 0, out=scratch).mul_(positive)
+def _cancelled(column_sum: Tensor, merged: Tensor) -> Tensor | None:
+    """Which columns have survivors that sum to exactly 0; None if there is no such column.
+
+    `merged` has the columns that sum to 0 on the positive side, where each of them has a survivor.
+    """
+    survivors = torch.eq(column_sum, 0, out=torch.empty_like(merged)).mul_(merged)
     return survivors > 0 if survivors.sum() > 0 else None
-
-
-def _mass_of_agreement(trimmed: list[Tensor], side: Tensor, weights: Sequence[float] | None) -> Tensor:
-    """Per column: the number of entries that are merged (at least 1), or the sum of their weights."""
-    side = torch.where(side > 0, 1.0, -1.0)
-    if weights is None:
-        return torch.stack([row * side > 0 for row in trimmed]).sum(0).clamp_min(1)
-    mass = torch.stack([(row * side > 0) * weight for row, weight in zip(trimmed, weights, strict=True)]).sum(0)
-    return torch.where(mass.abs() < 1e-8, torch.ones_like(side), mass)

@@ -1,0 +1,246 @@
+"""Merge sharded checkpoints of 1.1 B parameters in bf16: suture against plain reading and writing, and mergekit.
+
+    python benchmarks/merge_files.py [--folder DIR] [--repeats 3] [--cold] [--mergekit PYTHON] [--layers 22]
+
+A base and two fine-tunes of TinyLlama's shape (2.2 GB each, random weights) are made on the spot and removed
+afterwards. "Plain" reads every byte of the inputs once and writes as many as the result has, and waits for the disk.
+Every measurement is a process of its own: wall time of the work (imports excluded; mergekit's command includes its own)
+and the peak of its anonymous memory above what the imports took. Files are read from the page cache, or with --cold
+from the disk. --mergekit names a Python that has mergekit 0.1.5.
+"""
+
+import argparse
+import json
+import math
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+SHARD = 500_000_000
+CONFIG = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "hidden_size": 2048,
+    "intermediate_size": 5632,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 4,
+    "vocab_size": 32000,
+    "max_position_embeddings": 2048,
+    "rms_norm_eps": 1e-05,
+    "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16",
+}
+METHODS = {
+    "simple_average": {},
+    "task_arithmetic": {},
+    "ties_merging, scope=tensor": {"scope": "tensor"},
+    "ties_merging, scope=model": {"scope": "model"},
+    "dare": {},
+}
+MERGEKIT = {"linear": "", "task_arithmetic": "", "ties": "      density: 0.2\n", "dare_linear": "      density: 0.5\n"}
+
+
+def shapes(layers: int) -> dict[str, tuple[int, ...]]:
+    """The tensors of a Llama."""
+    hidden, inner, keys = 2048, 5632, 256
+    found = {"model.embed_tokens.weight": (32000, hidden)}
+    for i in range(layers):
+        prefix = f"model.layers.{i}"
+        found |= {f"{prefix}.{n}.weight": (hidden,) for n in ("input_layernorm", "post_attention_layernorm")}
+        rows = {"q_proj": hidden, "k_proj": keys, "v_proj": keys, "o_proj": hidden}
+        found |= {f"{prefix}.self_attn.{n}.weight": (size, hidden) for n, size in rows.items()}
+        found |= {f"{prefix}.mlp.{n}.weight": (inner, hidden) for n in ("gate_proj", "up_proj")}
+        found |= {f"{prefix}.mlp.down_proj.weight": (hidden, inner)}
+    return found | {"model.norm.weight": (hidden,), "lm_head.weight": (32000, hidden)}
+
+
+def make(folder: Path, layers: int) -> None:
+    """A base and two fine-tunes, in shards with an index."""
+    generator = torch.Generator().manual_seed(0)
+    shards: list[dict[str, tuple[int, ...]]] = [{}]
+    for name, shape in shapes(layers).items():
+        if 2 * sum(math.prod(shape) for shape in shards[-1].values()) > SHARD:
+            shards.append({})
+        shards[-1][name] = shape
+    models = ("base", "one", "two")
+    for model in models:
+        (folder / model).mkdir()
+        (folder / model / "config.json").write_text(json.dumps({**CONFIG, "num_hidden_layers": layers}))
+    weight_map = {}
+    for i, names in enumerate(shards, start=1):
+        file = f"model-{i:05d}-of-{len(shards):05d}.safetensors"
+        weight_map |= dict.fromkeys(names, file)
+        base = {name: 0.02 * torch.randn(shape, generator=generator) for name, shape in names.items()}
+        for model in models:
+            scale = 0.0 if model == "base" else 1e-3
+            noisy = lambda w, scale=scale: (w + scale * torch.randn(w.shape, generator=generator)) if scale else w
+            save_file({n: noisy(w).bfloat16() for n, w in base.items()}, folder / model / file, {"format": "pt"})
+    for model in models:
+        index = {"metadata": {}, "weight_map": weight_map}
+        (folder / model / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def plain_io(folder: Path) -> None:
+    """Read every byte of the inputs once into one buffer, and write as many as the result has."""
+    buffer = bytearray(1 << 24)
+    for path in sorted(folder.glob("*/model-*.safetensors")):
+        with open(path, "rb", buffering=0) as file:
+            while file.readinto(buffer):
+                pass
+    for path in sorted(folder.glob("base/model-*.safetensors")):
+        with open(folder / f"{path.name}.plain", "wb", buffering=0) as file:
+            for start in range(0, path.stat().st_size, len(buffer)):
+                file.write(buffer[: min(len(buffer), path.stat().st_size - start)])
+            os.fsync(file.fileno())
+
+
+def suture(folder: Path, name: str) -> None:
+    """What `suture merge` runs, with the inputs' hashes already known, as they are from the second merge on."""
+    from suture import merge_files
+
+    models = {model: folder / model for model in ("one", "two")}
+    out = folder.with_name(f"{folder.name}-merged")
+    merge_files(folder / "base", models, name.split(",")[0], out, shard_size="500MB", **METHODS[name])
+
+
+def mergekit(folder: Path, method: str, python: str) -> None:
+    """mergekit's command as its documentation has it, out of core, on the processor."""
+    models = "".join(
+        f"  - model: {folder / m}\n    parameters:\n      weight: 0.3\n{MERGEKIT[method]}" for m in ("one", "two")
+    )
+    base = "" if method == "linear" else f"base_model: {folder / 'base'}\n"
+    config = folder.with_name(f"{folder.name}-mergekit.yml")
+    config.write_text(f"merge_method: {method}\n{base}models:\n{models}dtype: bfloat16\n")
+    out = folder.with_name(f"{folder.name}-merged")
+    command = [
+        python,
+        "-m",
+        "mergekit.scripts.run_yaml",
+        str(config),
+        str(out),
+        "--lazy-unpickle",
+        "--no-copy-tokenizer",
+    ]
+    subprocess.run(command, check=True, capture_output=True)
+
+
+def anonymous(process: int | str = "self") -> int:
+    """Anonymous memory of a process in bytes."""
+    try:
+        lines = Path(f"/proc/{process}/status").read_text().splitlines()
+    except OSError:
+        return 0
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon")), 0)
+
+
+def children() -> list[str]:
+    """The processes that this one has started."""
+    return Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
+
+
+def measure(work, folder: Path) -> dict[str, float]:
+    """Seconds, and the peak of added anonymous memory in bytes, sampled every 5 ms."""
+    before, peak, done = anonymous(), [0], threading.Event()
+
+    def watch() -> None:
+        while not done.is_set():
+            peak[0] = max(peak[0], anonymous() - before + sum(map(anonymous, children())))
+            time.sleep(0.005)
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    start = time.perf_counter()
+    work(folder)
+    seconds = time.perf_counter() - start
+    done.set()
+    watcher.join()
+    return {"seconds": seconds, "memory": peak[0]}
+
+
+def one(name: str, folder: Path, python: str | None) -> dict[str, float]:
+    """One measurement in this process."""
+    if name == "plain":
+        return measure(plain_io, folder)
+    kind, _, method = name.partition(" ")
+    if kind == "mergekit":
+        return measure(lambda folder: mergekit(folder, method, str(python)), folder)
+    import suture as _  # noqa: F401, RUF100
+
+    return measure(lambda folder: suture(folder, method), folder)
+
+
+def tidy(folder: Path) -> None:
+    """Remove what a measurement has written."""
+    import shutil
+
+    for path in folder.glob("*.plain"):
+        path.unlink()
+    shutil.rmtree(folder.with_name(f"{folder.name}-merged"), ignore_errors=True)
+
+
+def forget(folder: Path) -> None:
+    """Take the inputs out of the page cache."""
+    for path in folder.glob("*/model-*.safetensors"):
+        descriptor = os.open(path, os.O_RDONLY)
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+        os.close(descriptor)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--folder", type=Path)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--layers", type=int, default=22)
+    parser.add_argument("--cold", action="store_true")
+    parser.add_argument("--mergekit")
+    parser.add_argument("--only", help="measure only what has this in its name, beside plain")
+    parser.add_argument("--one", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.one:
+        print(json.dumps(one(options.one, options.folder, options.mergekit)))
+        return
+    if options.folder and (options.folder / "base").exists():
+        compare(options.folder, options)
+        return
+    with tempfile.TemporaryDirectory(dir=options.folder) as outer:
+        folder = Path(outer) / "models"
+        folder.mkdir()
+        make(folder, options.layers)
+        compare(folder, options)
+
+
+def compare(folder: Path, options: argparse.Namespace) -> None:
+    names = ["plain", *(f"suture {name}" for name in METHODS)]
+    names += [f"mergekit {name}" for name in MERGEKIT] if options.mergekit else []
+    names = [name for name in names if not options.only or name == "plain" or options.only in name]
+    command = [sys.executable, __file__, "--folder", str(folder), "--mergekit", options.mergekit or "", "--one"]
+    environment = {**os.environ, "SUTURE_CACHE": str(folder.with_name("cache"))}
+    runs = {name: [] for name in names}
+    for _ in range(options.repeats):
+        for name in names:  # interleaved, so that a noisy minute hits all of them
+            if options.cold:
+                forget(folder)
+            done = subprocess.run([*command, name], capture_output=True, text=True, check=True, env=environment)
+            runs[name].append(json.loads(done.stdout.splitlines()[-1]))
+            tidy(folder)
+    size = sum(path.stat().st_size for path in folder.glob("base/*.safetensors"))
+    where = "the disk" if options.cold else "the page cache"
+    print(f"model size {size / 1e9:.2f} GB, three models read from {where}; median of {options.repeats} (min – max)")
+    for name, measured in runs.items():
+        seconds = [run["seconds"] for run in measured]
+        memory = statistics.median(run["memory"] for run in measured)
+        ratios = [run["seconds"] / plain["seconds"] for run, plain in zip(measured, runs["plain"], strict=True)]
+        spread = f"{statistics.median(seconds):7.2f} s ({min(seconds):.2f} – {max(seconds):.2f})"
+        print(f"{name:34s} {spread}   {statistics.median(ratios):5.2f} × plain   {memory / 1e6:6.0f} MB")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,92 @@
+"""Models put together from slices of other models' layers, tensor by tensor, without copying any."""
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from suture.checkpoints import Checkpoint
+from suture.errors import ConfigError
+
+_LAYER = re.compile(r"(?:^|\.)(\d+)\.")
+_FIRST = ("embed", "embd", "wte", "wpe")  # what comes before the layers; everything else outside them comes after
+_COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
+
+
+class Slice(NamedTuple):
+    """Layers start … stop of a model."""
+
+    model: Checkpoint
+    start: int
+    stop: int
+
+
+class Origin(NamedTuple):
+    """Where a tensor of a model made of slices comes from: which slice, its name there, and how deep in that slice."""
+
+    slice: int
+    name: str
+    depth: float
+
+
+def layer_of(name: str) -> int | None:
+    """The number of the layer that a tensor belongs to."""
+    found = _LAYER.search(name)
+    return int(found[1]) if found else None
+
+
+def count_layers(names: Iterable[str]) -> int:
+    """Layers of a model; `ConfigError` unless they are one stack."""
+    stacks: dict[str, int] = {}
+    for name in names:
+        if found := _LAYER.search(name):
+            stack = name[: found.start(1)]
+            stacks[stack] = max(stacks.get(stack, 0), int(found[1]) + 1)
+    if len(stacks) != 1:
+        told = ", ".join(sorted(stacks)) or "no layers"
+        raise ConfigError(f"Slices need a model with one stack of layers; found {told}. Remedy: merge whole models.")
+    return next(iter(stacks.values()))
+
+
+def origins(slices: Sequence[Slice]) -> dict[str, Origin]:
+    """Every tensor of the model that the slices make, one behind the other, and where it comes from."""
+    found: dict[str, Origin] = {}
+    offset = 0
+    for number, (model, start, stop) in enumerate(slices):
+        layers = count_layers(model)
+        if not 0 <= start < stop <= layers:
+            raise ConfigError(f"layer_range [{start}, {stop}] does not fit '{model.label}', which has {layers} layers.")
+        for name in model:
+            layer = layer_of(name)
+            if layer is None:
+                if number == (0 if any(part in name for part in _FIRST) else len(slices) - 1):
+                    found[name] = Origin(number, name, 0.0)
+            elif start <= layer < stop:
+                depth = (layer - start) / (stop - start - 1) if stop - start > 1 else 1.0
+                found[_renumbered(name, layer - start + offset)] = Origin(number, name, depth)
+        offset += stop - start
+    return found
+
+
+def assemble(slices: Sequence[Slice], label: str) -> Checkpoint:
+    """The model that the slices make, as one checkpoint."""
+    parts = [
+        slices[number].model.select({name: o.name for name, o in origins(slices).items() if o.slice == number})
+        for number in range(len(slices))
+    ]
+    return Checkpoint.joined(parts, label)
+
+
+def configuration(config: Mapping[str, Any], slices: Sequence[Slice]) -> dict[str, Any]:
+    """What changes in a model's configuration when it is made of slices."""
+    layers = [layer for piece in slices for layer in range(piece.start, piece.stop)]
+    changes: dict[str, Any] = {key: len(layers) for key in _COUNTS if key in config}
+    kinds = config.get("layer_types")
+    if isinstance(kinds, list) and len(kinds) > max(layers):
+        changes["layer_types"] = [kinds[layer] for layer in layers]
+    return changes
+
+
+def _renumbered(name: str, layer: int) -> str:
+    found = _LAYER.search(name)
+    assert found is not None
+    return f"{name[: found.start(1)]}{layer}{name[found.end(1) :]}"
