@@ -17,6 +17,8 @@ suture merges fine-tuned models into one and shows what that did.
   suture check …      the same words: what fits, what will be read, written and held; nothing is run
   suture evaluate …   modelpool=POOL taskpool=POOL [model=PATH]: score the pool's models, or one of your own;
                       matrix=true: every model on every task, and with output=FOLDER a report with a heat map
+  suture report RUN [RUN …] [--output PAGE] [--still]
+                      the page of a finished run made anew, or one page that compares several; --still: pictures only
   suture methods      every method with its knobs, defaults and paper
   suture zoo          the models that ship with suture and those it can build: suture zoo build NAME
   suture demo         the main job on the shipped models: eight experts into one
@@ -116,6 +118,16 @@ def _with_default_method(arguments: list[str]) -> list[str]:
     return arguments if chosen else ["method=simple_average", *arguments]
 
 
+def _report(arguments: list[str]) -> None:
+    from suture.report import report
+
+    output, rest = _option("--output", arguments)
+    still, rest = _flag("--still", rest)
+    if unknown := next((word for word in rest if word.startswith("-")), None):
+        raise ConfigError(unknown_name("option of suture report", unknown, ["--output", "--still"]))
+    print(f"The page is {report(rest, output, interactive=not still)}")
+
+
 def _methods(arguments: list[str]) -> None:
     from suture.report.terminal import print_methods
 
@@ -176,6 +188,7 @@ def _no_more(arguments: list[str]) -> None:
 _VERBS: dict[str, Callable[[list[str]], Any]] = {
     "check": _check,
     "evaluate": _evaluate,
+    "report": _report,
     "methods": _methods,
     "zoo": _zoo,
     "demo": _demo,
