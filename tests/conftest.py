@@ -10,7 +10,7 @@ install_import_hook(
     ["suture.adaptation", "suture.methods", "suture.surgery", "suture.task_vectors"], "typecheck.checked"
 )
 
-pytest_plugins = ["desk"]
+pytest_plugins = ["desk", "pages"]
 
 
 @pytest.fixture(autouse=True)

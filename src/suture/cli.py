@@ -19,6 +19,11 @@ suture merges fine-tuned models into one and shows what that did.
                       matrix=true: every model on every task, and with output=FOLDER a report with a heat map
   suture merge …      base=PATH models.NAME=PATH … method=METHOD output=FOLDER: merge files of any size into a sharded
                       checkpoint, in bounded memory; killed, the same words go on. suture merge --help
+  suture report RUN [RUN …] [--output PAGE] [--still]
+                      the page of a finished run made anew, or one page that compares several; --still: pictures only
+  suture analyse WHAT modelpool=POOL …
+                      similarity, layers, trimming of the weights; interpolation, landscape, bias on a taskpool=POOL:
+                      a table, and files with the figure in output=FOLDER; models=A,B looks at some of the pool
   suture methods      every method with its knobs, defaults and paper
   suture zoo          the models that ship with suture and those it can build: suture zoo build NAME
   suture demo         the main job on the shipped models: eight experts into one
@@ -156,6 +161,43 @@ def _merge(arguments: list[str]) -> None:
     merge_configured(config.compose_merging(words))
 
 
+def _analyse(arguments: list[str]) -> None:
+    from suture import config
+    from suture.analysis.running import ANALYSES, analyse_configured
+    from suture.report.findings import print_finding
+
+    as_json, arguments = _flag("--json", arguments)
+    if not arguments or arguments[0] not in ANALYSES:
+        raise ConfigError(unknown_name("analysis", arguments[0] if arguments else "", ANALYSES))
+    words, options = _split_options(arguments[1:], ("models", "points", "threshold", "scope", "model"))
+    for key in ("models", "points"):
+        if key in options:
+            options[key] = options[key].split(",")
+    found, folder = analyse_configured(arguments[0], config.compose(_with_default_method(words)), options)
+    if as_json:
+        print(json.dumps(found.as_data() | {"folder": str(folder)}, indent=2))
+    else:
+        print_finding(found)
+        print(f"The table and the figure are in {folder}")
+
+
+def _split_options(arguments: list[str], names: tuple[str, ...]) -> tuple[list[str], dict[str, Any]]:
+    """The words for hydra, and those that belong to the verb."""
+    pairs = [argument.partition("=")[::2] for argument in arguments]
+    words = [word for word, (key, _) in zip(arguments, pairs, strict=True) if key not in names]
+    return words, {key: value for key, value in pairs if key in names}
+
+
+def _report(arguments: list[str]) -> None:
+    from suture.report import report
+
+    output, rest = _option("--output", arguments)
+    still, rest = _flag("--still", rest)
+    if unknown := next((word for word in rest if word.startswith("-")), None):
+        raise ConfigError(unknown_name("option of suture report", unknown, ["--output", "--still"]))
+    print(f"The page is {report(rest, output, interactive=not still)}")
+
+
 def _methods(arguments: list[str]) -> None:
     from suture.report.terminal import print_methods
 
@@ -217,6 +259,8 @@ _VERBS: dict[str, Callable[[list[str]], Any]] = {
     "check": _check,
     "evaluate": _evaluate,
     "merge": _merge,
+    "analyse": _analyse,
+    "report": _report,
     "methods": _methods,
     "zoo": _zoo,
     "demo": _demo,

@@ -7,7 +7,7 @@ from typing import Any
 from suture.errors import ConfigError, unknown_name
 
 _KEYS = ("accelerator", "devices", "strategy", "precision", "num_nodes", "loggers")
-_LOGGERS = ("csv", "tensorboard", "none")
+_LOGGERS = ("csv", "tensorboard", "mlflow", "wandb", "none")
 PRECISIONS = ("32-true", "bf16-mixed")
 
 
@@ -43,14 +43,23 @@ def make_logger(config: Mapping[str, Any], folder: Path):
     kind, settings = _logger_kind(config), config.get("loggers") or {}
     if kind == "none":
         return None
+    root, name = settings.get("root_dir") or folder, settings.get("name") or ""
+    try:
+        return _logger(kind, root, name)
+    except ModuleNotFoundError as error:
+        raise ConfigError(f"fabric.loggers.kind={kind} needs {error.name}: pip install 'suture[{kind}]'.") from None
+
+
+def _logger(kind: str, root: Any, name: str):
     from lightning_fabric.loggers.csv_logs import CSVLogger
     from lightning_fabric.loggers.tensorboard import TensorBoardLogger
 
-    place = {"root_dir": settings.get("root_dir") or folder, "name": settings.get("name") or "", "version": ""}
-    try:
+    from suture.loggers import MlflowLogger, WandbLogger
+
+    if kind in ("csv", "tensorboard"):
+        place = {"root_dir": root, "name": name, "version": ""}
         return CSVLogger(**place) if kind == "csv" else TensorBoardLogger(**place)
-    except ModuleNotFoundError as error:
-        raise ConfigError(f"fabric.loggers.kind={kind} needs {error.name}: pip install 'suture[{kind}]'.") from None
+    return MlflowLogger(root, name) if kind == "mlflow" else WandbLogger(root, name)
 
 
 def _logger_kind(config: Mapping[str, Any]) -> str:

@@ -1,5 +1,6 @@
 """What all figures share: colours, and a figure that is saved as PNG and SVG."""
 
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,10 @@ COLOURS = (
     *("#9aa5b1", "#3e4c59", "#2f6f9f", "#d9822b", "#3f9c6b", "#a154a1", "#c44536", "#5c6ac4"),
     *("#8c6d46", "#6fb1d6", "#e8b56b", "#93cfae", "#cfa3cf", "#e59a90", "#b0b6e6", "#c7b08f"),
 )
-_STYLE: Any = {"svg.hashsalt": "suture", "font.size": 9, "axes.spines.top": False, "axes.spines.right": False}
+_STYLE: Any = {
+    **{"svg.hashsalt": "suture", "font.size": 9, "axes.spines.top": False, "axes.spines.right": False},
+    "text.parse_math": False,  # a dollar sign in a name is a dollar sign
+}
 
 
 def save(stem: Path, paint: Callable[[Any, Any], None], content: Any, size: tuple[float, float] = (6.0, 3.6)) -> Path:
@@ -32,3 +36,17 @@ def save_figure(stem: Path, paint: Callable[[Any, Any], None], content: Any, siz
 def in_percent(curve: Mapping[Any, float]) -> tuple[list[float], list[float]]:
     """The two coordinates of a curve of accuracies."""
     return list(curve), [100 * value for value in curve.values()]
+
+
+def label(name: str, most: int = 24) -> str:
+    """A name as a figure has room for it."""
+    return name if len(name) <= most else f"{name[: most - 1]}…"
+
+
+def file_name(figure: str, name: str) -> str:
+    """The name of a figure's file, whatever the model is called.
+
+    >>> file_name("coefficients", "../my model + final")
+    'coefficients_my_model_final'
+    """
+    return f"{figure}_{re.sub(r'[^0-9A-Za-z.-]+', '_', name).strip('._-')[:80]}"

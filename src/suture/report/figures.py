@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from suture.report import learning_figures, repair_figures
-from suture.report.canvas import COLOURS, in_percent, save, save_figure
+from suture.report.canvas import COLOURS, file_name, in_percent, label, save, save_figure
 from suture.report.contents import Learning, RepairReport, Report
 
 
@@ -14,11 +14,11 @@ def draw(report: Report, folder: Path) -> list[Path]:
     if report.tasks:
         drawn.append(save(folder / "accuracy", _accuracy, report, (2.2 + 0.9 * len(report.tasks), 3.6)))
     for knob, curves in report.curves.items():
-        drawn.append(save(folder / f"accuracy_over_{knob}", _curves, (report, knob, curves)))
+        drawn.append(save(folder / file_name("accuracy_over", knob), _curves, (report, knob, curves)))
     for name, learning in report.learning.items():
         drawn += _draw_learning(name, learning, folder)
     for name, repair in report.repairs.items():
-        drawn += _draw_repair(name.replace(" + ", "_"), repair, folder)
+        drawn += _draw_repair(name, repair, folder)
     if report.matrix:
         size = 2.4 + 0.55 * len(report.tasks), 1.6 + 0.42 * len(report.matrix)
         drawn.append(save(folder / "expert_matrix", _expert_matrix, report, size))
@@ -29,25 +29,29 @@ def _draw_learning(name: str, learning: Learning, folder: Path) -> list[Path]:
     drawn = []
     if len(learning.losses):
         drawn.append(
-            save(folder / f"coefficients_over_steps_{name}", learning_figures.coefficients_over_steps, learning)
+            save(
+                folder / file_name("coefficients_over_steps", name), learning_figures.coefficients_over_steps, learning
+            )
         )
-        drawn.append(save(folder / f"objective_over_steps_{name}", learning_figures.objective_over_steps, learning))
+        drawn.append(
+            save(folder / file_name("objective_over_steps", name), learning_figures.objective_over_steps, learning)
+        )
     if learning.scores:
-        drawn.append(save(folder / f"accuracy_over_steps_{name}", _accuracy_over_steps, learning.scores))
+        drawn.append(save(folder / file_name("accuracy_over_steps", name), _accuracy_over_steps, learning.scores))
     if learning.layers is not None:
         size = 2.6 + 0.5 * len(learning.tasks), 1.4 + 0.11 * len(learning.layers)
-        drawn.append(save(folder / f"coefficients_{name}", learning_figures.coefficients, learning, size))
+        drawn.append(save(folder / file_name("coefficients", name), learning_figures.coefficients, learning, size))
     return drawn
 
 
 def _draw_repair(name: str, repair: RepairReport, folder: Path) -> list[Path]:
     drawn = []
     if repair.scores:
-        drawn.append(save(folder / f"accuracy_over_steps_{name}", _accuracy_over_steps, repair.scores))
+        drawn.append(save(folder / file_name("accuracy_over_steps", name), _accuracy_over_steps, repair.scores))
     if repair.representation is not None:
         size = repair_figures.size_of_scatter(repair)
-        drawn.append(save(folder / f"l1_by_layer_{name}", repair_figures.l1_by_layer, repair))
-        drawn.append(save_figure(folder / f"representation_{name}", repair_figures.scatter, repair, size))
+        drawn.append(save(folder / file_name("l1_by_layer", name), repair_figures.l1_by_layer, repair))
+        drawn.append(save_figure(folder / file_name("representation", name), repair_figures.scatter, repair, size))
     return drawn
 
 
@@ -58,12 +62,12 @@ def _accuracy(axes, report: Report) -> None:
     for i, row in enumerate(report.rows):
         heights = [100 * row.accuracies.get(task, float("nan")) for task in report.tasks] + [100 * row.mean]
         places = [g + (i - (len(report.rows) - 1) / 2) * width for g in range(len(groups))]
-        axes.bar(places, heights, width * 0.92, label=row.name, color=COLOURS[i % len(COLOURS)])
-    axes.set_xticks(range(len(groups)), groups, rotation=20, ha="right")
+        axes.bar(places, heights, width * 0.92, label=label(row.name), color=COLOURS[i % len(COLOURS)])
+    axes.set_xticks(range(len(groups)), map(label, groups), rotation=20, ha="right")
     axes.set_ylabel("accuracy (%)")
     axes.set_ylim(0, 100)
     letters = 13 * axes.figure.get_figwidth()  # what a line of the legend has room for, with its patches
-    across = int(letters / (8 + max(len(row.name) for row in report.rows)))
+    across = int(letters / (8 + max(len(label(row.name)) for row in report.rows)))
     axes.figure.legend(loc="outside upper center", ncols=max(1, min(across, len(report.rows))), frameon=False)
 
 
@@ -71,10 +75,12 @@ def _curves(axes, content) -> None:
     """Mean accuracy against a knob, with pretrained and experts as lines to compare with."""
     report, knob, curves = content
     for i, (name, curve) in enumerate(curves.items()):
-        axes.plot(*in_percent(curve), marker="o", markersize=3.5, label=name, color=COLOURS[(i + 2) % len(COLOURS)])
+        axes.plot(
+            *in_percent(curve), marker="o", markersize=3.5, label=label(name), color=COLOURS[(i + 2) % len(COLOURS)]
+        )
     for row, style in ((report.pretrained, ":"), (report.experts, "--")):
         if row is not None:
-            axes.axhline(100 * row.mean, linestyle=style, color=COLOURS[1], linewidth=1, label=row.name)
+            axes.axhline(100 * row.mean, linestyle=style, color=COLOURS[1], linewidth=1, label=label(row.name))
     axes.set_xlabel("scaling factor λ" if knob == "scaling_factor" else knob.replace("_", " "))
     if min(curves[name]) > 0 and max(curves[name]) >= 20 * min(curves[name]):
         axes.set_xscale("log")
@@ -90,8 +96,8 @@ def _expert_matrix(axes, report: Report) -> None:
         for across, value in enumerate(line):
             colour = "white" if value > 60 else "black"
             axes.text(across, down, f"{value:.0f}", ha="center", va="center", color=colour)
-    axes.set_xticks(range(len(report.tasks)), report.tasks, rotation=40, ha="right")
-    axes.set_yticks(range(len(report.matrix)), [row.name for row in report.matrix])
+    axes.set_xticks(range(len(report.tasks)), map(label, report.tasks), rotation=40, ha="right")
+    axes.set_yticks(range(len(report.matrix)), [label(row.name) for row in report.matrix])
     axes.set_xlabel("task")
     axes.set_ylabel("model")
     axes.figure.colorbar(image, ax=axes, label="accuracy (%)")

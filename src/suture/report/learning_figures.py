@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from suture.report.canvas import COLOURS
+from suture.report.canvas import COLOURS, label
 from suture.report.contents import Learning
 
 
@@ -12,7 +12,7 @@ def coefficients_over_steps(axes, learning: Learning) -> None:
     steps = range(len(history))
     for i, task in enumerate(learning.tasks):
         colour, values = COLOURS[i % len(COLOURS)], history[:, i]
-        axes.plot(steps, values.mean(1), label=task, color=colour, linewidth=1.4)
+        axes.plot(steps, values.mean(1), label=label(task), color=colour, linewidth=1.4)
         if learning.layers:
             axes.fill_between(steps, values.min(1), values.max(1), color=colour, alpha=0.08, linewidth=0)
     axes.set_xlabel("step")
@@ -40,12 +40,12 @@ def coefficients(axes, learning: Learning) -> None:
     middle = values.mean()
     reach = max(abs(values - middle).max(), 1e-6)
     image = axes.imshow(values.T, aspect="auto", cmap="RdBu_r", vmin=middle - reach, vmax=middle + reach)
-    axes.set_xticks(range(len(learning.tasks)), learning.tasks, rotation=40, ha="right")
-    axes.set_yticks(range(len(learning.layers or ())), _short_names(learning.layers or ()), fontsize=5)
+    axes.set_xticks(range(len(learning.tasks)), map(label, learning.tasks), rotation=40, ha="right")
+    axes.set_yticks(range(len(learning.layers or ())), short_names(learning.layers or ()), fontsize=5)
     axes.figure.colorbar(image, ax=axes, label="coefficient")
 
 
-def _short_names(layers: Sequence[str]) -> list[str]:
+def short_names(layers: Sequence[str]) -> list[str]:
     """Names without what they all begin with."""
     parts = [layer.split(".") for layer in layers]
     shared = next((i for i, level in enumerate(zip(*parts, strict=False)) if len(set(level)) > 1), 0)

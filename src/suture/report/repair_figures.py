@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from suture.report.canvas import label
 from suture.report.contents import RepairReport
 from suture.surgery import FINAL, Representation
 
@@ -14,10 +15,10 @@ def l1_by_layer(axes, repair: RepairReport) -> None:
     found = repair.representation
     assert found is not None
     places = range(len(found.places))
-    for distances, colour, label in ((found.before, _BEFORE, "merged"), (found.after, _AFTER, "repaired")):
+    for distances, colour, side in ((found.before, _BEFORE, "merged"), (found.after, _AFTER, "repaired")):
         values = distances.l1.numpy()
         axes.plot(places, values.T, color=colour, alpha=0.2, linewidth=0.8)
-        axes.plot(places, values.mean(0), color=colour, marker="o", markersize=3.5, label=label)
+        axes.plot(places, values.mean(0), color=colour, marker="o", markersize=3.5, label=side)
     axes.set_yscale("log")
     axes.set_xticks(places, [_short(place) for place in found.places], rotation=40, ha="right", fontsize=7)
     axes.set_ylabel("mean |model − expert|")
@@ -48,7 +49,7 @@ def _panel(panel, found: Representation, task: str) -> None:
     for name, colour in (("expert", _EXPERT), ("merged", _BEFORE), ("repaired", _AFTER)):
         points = found.scatter[task][name].numpy()
         panel.scatter(points[:, 0], points[:, 1], s=5, alpha=0.45, color=colour, label=name, linewidths=0)
-    panel.set_title(f"{task} ({found.explained[task]:.0%})", fontsize=8)
+    panel.set_title(f"{label(task)} ({found.explained[task]:.0%})", fontsize=8)
     panel.set_xticks([])
     panel.set_yticks([])
 

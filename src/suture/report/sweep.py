@@ -1,7 +1,7 @@
 """Several runs side by side: one table, and the curve of accuracy over what was swept."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from os.path import commonpath
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,7 @@ def summarise(folders: Sequence[Path]) -> Path | None:
         references.get("pretrained"),
         references.get("experts"),
         command=runs[0]["command"],
-        curves=_curves(runs, swept),
+        curves=_curves(runs),
     )
     shared = Path(commonpath([str(folder) for folder in folders]))
     write(report, shared)
@@ -50,32 +50,44 @@ def _swept(runs: Sequence[dict[str, Any]]) -> dict[str, Row]:
     for run in runs:
         for data in run["rows"]:
             if data["name"] not in _REFERENCES:
-                name = f"{data['name']} {_told(run, runs, repaired=' + ' in data['name'])}".strip()
+                name = f"{data['name']} {told(run, runs, data['name'])}".strip()
                 found.setdefault(name, _row(data, run, name))
     return found
 
 
-def _told(run: dict[str, Any], runs: Sequence[dict[str, Any]], *, repaired: bool) -> str:
+def told(run: Mapping[str, Any], runs: Sequence[Mapping[str, Any]], row: str) -> str:
     """The knobs that differ between the runs of this method, and of this repair if the row is one of a repair."""
-    groups = ("method", "surgery") if repaired else ("method",)
-    return " ".join(f"{k}={v}" for group in groups for k, v in _differing(run, runs, group).items())
+    return " ".join(f"{k}={v}" for k, v in _differing_of(run, runs, row).items())
 
 
-def _differing(run: dict[str, Any], runs: Sequence[dict[str, Any]], group: str) -> dict[str, Any]:
-    mine, kind = run["config"][group], "name" if group == "method" else "kind"
-    peers = [r["config"][group] for r in runs if r["config"][group][kind] == mine[kind]]
+def _differing_of(run: Mapping[str, Any], runs: Sequence[Mapping[str, Any]], row: str) -> dict[str, Any]:
+    groups = ("method", "surgery") if " + " in row else ("method",)
+    return {k: v for group in groups for k, v in _differing(run, runs, group).items()}
+
+
+def _differing(run: Mapping[str, Any], runs: Sequence[Mapping[str, Any]], group: str) -> dict[str, Any]:
+    """Of a run of several methods, or a sweep, the knobs are not those of one row: nothing is said."""
+    mine, kind = run["config"].get(group), "name" if group == "method" else "kind"
+    if not isinstance(mine, Mapping):
+        return {}
+    others = [r["config"][group] for r in runs if isinstance(r["config"].get(group), Mapping)]
+    peers = [other for other in others if other[kind] == mine[kind]]
     return {knob: mine[knob] for knob in mine if len({str(peer.get(knob)) for peer in peers}) > 1}
 
 
-def _curves(runs: Sequence[dict[str, Any]], swept: dict[str, Row]) -> dict[str, dict[str, dict[float, float]]]:
-    """Mean accuracy over each numeric knob that took several values while nothing else differed."""
+def curves_of(runs: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, list[list[float]]]]:
+    """Mean accuracy over each numeric knob that took several values while nothing else differed, as in report.json."""
+    found = _curves(runs).items()
+    return {knob: {name: [list(p) for p in curve.items()] for name, curve in curves.items()} for knob, curves in found}
+
+
+def _curves(runs: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, dict[float, float]]]:
     curves: dict[str, dict[str, dict[float, float]]] = {}
     for run in runs:
         for data in run["rows"]:
-            groups = ("method", "surgery") if " + " in data["name"] else ("method",)
-            told = {k: v for group in groups for k, v in _differing(run, runs, group).items()}
-            if data["name"] not in _REFERENCES and len(told) == 1:
-                knob, value = next(iter(told.items()))
+            differing = _differing_of(run, runs, data["name"])
+            if data["name"] not in _REFERENCES and len(differing) == 1:
+                knob, value = next(iter(differing.items()))
                 if isinstance(value, int | float) and not isinstance(value, bool):
                     curves.setdefault(knob, {}).setdefault(data["name"], {})[value] = data["mean"]
     several = {k: {n: dict(sorted(c.items())) for n, c in cs.items() if len(c) > 1} for k, cs in curves.items()}

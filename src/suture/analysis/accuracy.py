@@ -1,0 +1,117 @@
+"""Accuracy along lines and over planes of weights: base + Σ λ_t τ_t for many λ, merged anew at each point."""
+
+import copy
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from suture.analysis.finding import Finding
+from suture.analysis.weights import Models
+from suture.checkpoints import Source
+from suture.errors import ConfigError
+from suture.evaluation import BATCH_SIZE, TaskInputs, evaluate_row
+from suture.families.base import Encoder, Track, untracked
+from suture.task_vectors import TaskVectors, open_task_vectors
+
+POINTS = (0.0, 0.25, 0.5, 0.75, 1.0)
+
+
+def interpolation(
+    module: nn.Module,
+    base: Source,
+    models: Models,
+    tasks: Mapping[str, TaskInputs],
+    *,
+    points: Sequence[float] = POINTS,
+    frozen: Sequence[str] = (),
+    batch_size: int = BATCH_SIZE,
+    track: Track = untracked,
+) -> Finding:
+    """Accuracy from the base (λ = 0) to each model (λ = 1) on its own task, and of their sum on all tasks.
+
+    `module` is the architecture; it is copied. `tasks` go by the models' names. `values`: "alone" (model, point), and
+    "together" (task, point), the accuracies of base + λ Σ τ.
+    """
+    vectors, named = _opened(base, models, tasks, frozen)
+    module, size = copy.deepcopy(module), {"batch_size": batch_size, "track": track}
+    score = lambda state, on: evaluate_row("", _loaded(module, state), {task: tasks[task] for task in on}, **size)
+    alone = [[score(state, [n]).on(n) for state in _line(vectors, [n], points)] for n in named]
+    together = [score(state, tasks) for state in _line(vectors, list(vectors.models), points)]
+    on_each = torch.tensor([[row.on(task) for row in together] for task in tasks], dtype=torch.float64)
+    values = {"alone": torch.tensor(alone, dtype=torch.float64), "together": on_each}
+    mean = on_each.mean(0).tolist()
+    rows = [(p, mean[i], *(line[i] for line in alone)) for i, p in enumerate(points)]
+    heads = ("λ", "all, mean over tasks", *named)
+    labels = {"models": named, "tasks": list(tasks), "points": list(points)}
+    notes = ("A model's column is base + λ τ of this model alone, on its own task.",)
+    return Finding("interpolation", "accuracy from the base to each model", heads, rows, values, labels, notes)
+
+
+def landscape(
+    module: nn.Module,
+    base: Source,
+    models: Mapping[str, Source],
+    tasks: Mapping[str, TaskInputs],
+    *,
+    points: Sequence[float] = POINTS,
+    frozen: Sequence[str] = (),
+    batch_size: int = BATCH_SIZE,
+    track: Track = untracked,
+) -> Finding:
+    """Accuracy of base + a τ_first + b τ_second over a grid of (a, b), for two models and their tasks.
+
+    `values`: "accuracy" (task, a, b). Raises `ConfigError` for another number of models than two.
+    """
+    if len(models) != 2:
+        raise ConfigError(
+            f"A landscape is of two models, found {len(models)}. Remedy: choose two with models=ONE,OTHER."
+        )
+    vectors, named = _opened(base, models, tasks, frozen)
+    module, chosen = copy.deepcopy(module), {name: tasks[name] for name in named}
+    grid = [(a, b) for a in points for b in points]
+    found = [
+        evaluate_row("", _loaded(module, state), chosen, batch_size=batch_size, track=track)
+        for state in _combinations(vectors, torch.tensor(grid))
+    ]
+    rows = [(*place, *(row.on(name) for name in named), row.mean) for place, row in zip(grid, found, strict=True)]
+    accuracy = torch.tensor([[row.on(name) for row in found] for name in named], dtype=torch.float64)
+    values = {"accuracy": accuracy.reshape(len(named), len(points), len(points))}
+    heads = (*(f"λ {name}" for name in named), *(f"on {name}" for name in named), "mean")
+    title = f"accuracy between {' and '.join(named)}"
+    return Finding("landscape", title, heads, rows, values, {"models": named, "points": list(points)})
+
+
+def _opened(base, models, tasks: Mapping[str, Any], frozen: Sequence[str]) -> tuple[TaskVectors, list[str]]:
+    vectors = open_task_vectors(base, models, frozen=frozen)
+    if missing := [name for name in vectors.models if name not in tasks]:
+        raise ConfigError(
+            f"Model '{missing[0]}' has no task of its name. Remedy: add the task, or leave the model out."
+        )
+    return vectors, list(vectors.models)
+
+
+def _line(vectors: TaskVectors, names: Sequence[str], points: Sequence[float]) -> Iterator[dict[str, Tensor]]:
+    some = TaskVectors(vectors.base, {n: vectors.models[n] for n in names}, vectors.frozen, vectors.threads)
+    return _combinations(some, torch.tensor(points)[:, None].expand(-1, len(names)))
+
+
+def _combinations(vectors: TaskVectors, weights: Float[Tensor, "point task"]) -> Iterator[dict[str, Tensor]]:
+    """base + Σ weight · τ for each point, in turn in the same tensors: one model is held, whatever their number."""
+    merged = {name: vectors.base[name].clone() for name in vectors.specs}
+    for point in weights:
+
+        def write(piece, base, rows, point=point) -> None:
+            merged[piece.name].view(-1)[piece.start : piece.stop] = base + point.to(rows.dtype) @ rows
+
+        vectors.each_piece(vectors.names, write)
+        yield merged | {alias: merged[name] for alias, name in vectors.base.aliases.items()}
+
+
+def _loaded(module: nn.Module, state: Mapping[str, Tensor]) -> nn.Module:
+    if isinstance(module, Encoder):
+        return module.load(state)
+    module.load_state_dict(state)
+    return module

@@ -1,0 +1,69 @@
+"""How far a merged model's representations are from its experts', layer by layer, before any repair.
+
+The representation bias of Representation Surgery: https://arxiv.org/abs/2402.02705
+"""
+
+from collections.abc import Mapping
+
+import torch
+from torch import nn
+
+from suture.adaptation.forward import Forward, call
+from suture.analysis.finding import Finding
+from suture.batches import Inputs
+from suture.errors import ConfigError
+from suture.families.base import Track, untracked
+from suture.surgery import linear_cka
+from suture.surgery.network import Block, Blocks, by_place, find_blocks, places_of
+from suture.surgery.problem import Experts, Problem
+
+
+def bias(
+    merged: nn.Module,
+    experts: Experts,
+    inputs: Mapping[str, Inputs],
+    *,
+    blocks: Blocks = None,
+    forward: Forward = call,
+    batch_size: int = 64,
+    track: Track = untracked,
+) -> Finding:
+    """Mean |merged − expert| and linear CKA after every block and at the final feature, on each task's inputs.
+
+    `experts` is a mapping task → module or a function that gives it. `blocks` as `find_blocks` takes them; by default
+    those that are found, if any. A block's representation is its mean over positions. `values`: "l1" and "cka", each
+    (task, place).
+    """
+    problem = Problem(merged, experts, inputs, forward, encode_batch=batch_size, track=track)
+    looked = _blocks(problem, blocks)
+    l1, cka, places = [], [], places_of(looked)
+    for task in problem.tasks:
+        pairs = zip(
+            by_place(problem.merged_rows(task, inputs[task], looked), looked),
+            by_place(problem.expert_rows(task, inputs[task], looked), looked),
+            strict=True,
+        )
+        found = [((one.double() - other.double()).abs().mean(), linear_cka(one, other)) for one, other in pairs]
+        l1.append(torch.stack([pair[0] for pair in found]))
+        cka.append(torch.stack([pair[1] for pair in found]))
+    values = {"l1": torch.stack(l1), "cka": torch.stack(cka)}
+    rows = [
+        (place, values["l1"][:, i].mean().item(), values["cka"][:, i].mean().item(), *values["l1"][:, i].tolist())
+        for i, place in enumerate(places)
+    ]
+    heads = ("place", "L1", "CKA", *(f"L1 {task}" for task in problem.tasks))
+    notes = ("L1 and CKA are means over tasks; the columns behind them are each task's L1.",)
+    title = "distance of the merged model to its experts"
+    return Finding("bias", title, heads, rows, values, {"tasks": problem.tasks, "places": places}, notes)
+
+
+def _blocks(problem: Problem, blocks: Blocks) -> tuple[Block, ...]:
+    if blocks is not None and len(blocks) == 0:
+        return ()
+    first = problem.inputs[problem.tasks[0]]
+    try:
+        return find_blocks(problem.module, first, forward=problem.forward, blocks=blocks)
+    except ConfigError:
+        if blocks is not None:
+            raise
+        return ()  # a module without lists of blocks has its final feature

@@ -1,0 +1,126 @@
+"""What can be seen in the weights alone: how alike task vectors are, how large, and where they disagree.
+
+Everything streams: one slice of each model is held at a time.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Literal
+
+import torch
+from annotated_types import Gt, Le
+from jaxtyping import Float
+from torch import Tensor
+
+from suture.analysis.finding import Finding
+from suture.checkpoints import Source
+from suture.methods.streams import inner_products, total
+from suture.methods.ties_merging import trim_thresholds
+from suture.task_vectors import TaskVectors, open_task_vectors
+
+Models = Mapping[str, Source] | Sequence[Source]
+
+
+def similarity(base: Source, models: Models, *, frozen: Sequence[str] = ()) -> Finding:
+    """Cosine similarity of every two task vectors, over the whole model, and each one's norm. float64.
+
+    `values`: "cosine" (model, model), nan for a model that equals the base; "norm" (model,). Raises
+    `IncompatibleModels` for models that do not fit together.
+
+    >>> one, other = {"w": torch.tensor([1.0, 0.0])}, {"w": torch.tensor([1.0, 1.0])}
+    >>> found = similarity({"w": torch.zeros(2)}, {"one": one, "other": other})
+    >>> [round(value, 3) for value in found.values["cosine"][0].tolist()]
+    [1.0, 0.707]
+    """
+    vectors = open_task_vectors(base, models, frozen=frozen)
+    products, names = inner_products(vectors.stream()), list(vectors.models)
+    norms = products.diagonal().sqrt()
+    cosine = products / torch.outer(norms, norms)
+    rows = [(name, norm, *line) for name, norm, line in zip(names, norms.tolist(), cosine.tolist(), strict=True)]
+    values = {"cosine": cosine, "norm": norms}
+    title = "cosine similarity of task vectors"
+    return Finding("similarity", title, ("model", "norm", *names), rows, values, {"models": names})
+
+
+def layers(base: Source, models: Models, *, frozen: Sequence[str] = ()) -> Finding:
+    """For each tensor: how far the models moved it, and how much they disagree about the direction.
+
+    `values`, each (tensor, …): "norm" (tensor, model) of the task vectors; "relative" their mean over the base's norm;
+    "conflict" the share of entries in which two models pull in opposite directions, the mean over pairs: 1/2 where
+    signs are independent; "agreement" Σ|Σ_t τ| / Σ Σ_t |τ|: 1 where all pull the same way, about 1/√T for T
+    independent ones.
+
+    >>> one, other = {"w": torch.tensor([2.0, 2.0])}, {"w": torch.tensor([2.0, 0.0])}
+    >>> found = layers({"w": torch.ones(2)}, {"one": one, "other": other})
+    >>> found.values["conflict"].item(), found.values["agreement"].item()
+    (0.5, 0.5)
+    """
+    vectors = open_task_vectors(base, models, frozen=frozen)
+    sums = torch.stack([total(vectors.stream([name]), _moments) for name in vectors.names])
+    count = len(vectors.models)
+    squares, (own, conflict, net, mass) = sums[:, :count], sums[:, count:].T
+    entries = torch.tensor([vectors.specs[name].numel for name in vectors.names], dtype=torch.float64)
+    norm = squares.sqrt()
+    values = {
+        "norm": norm,
+        "relative": norm.mean(1) / own.sqrt(),
+        "conflict": conflict / (entries * count * (count - 1) / 2),
+        "agreement": net / mass,
+    }
+    columns = [values["norm"].mean(1), *(values[key] for key in ("relative", "conflict", "agreement"))]
+    rows = list(zip(vectors.names, map(int, entries), *(column.tolist() for column in columns), strict=True))
+    heads = ("tensor", "entries", "mean norm", "norm / base", "conflict", "agree")
+    labels = {"tensors": vectors.names, "models": list(vectors.models)}
+    return Finding("layers", "task vectors, tensor by tensor", heads, rows, values, labels)
+
+
+def trimming(
+    base: Source,
+    models: Models,
+    *,
+    threshold: Annotated[float, Gt(0), Le(100)] = 20.0,
+    scope: Literal["model", "tensor"] = "model",
+    frozen: Sequence[str] = (),
+) -> Finding:
+    """What TIES trims in each tensor, and where the signs of what survives collide.
+
+    `values`: "kept" (tensor, model), the share of entries that survive; "collide" (tensor,), the share of entries that
+    some survivors raise and others lower; "lost" (tensor,), the share of survivors that lose the election of signs
+    (none where they cancel exactly). `threshold` and `scope` are those of `ties_merging`.
+    """
+    vectors = open_task_vectors(base, models, frozen=frozen)
+    knobs = {"threshold": threshold, "scope": scope}
+    whole = trim_thresholds(vectors.stream(), **knobs).thresholds if scope == "model" else None
+    sums = []
+    for name in vectors.names:
+        stream = vectors.stream([name])
+        least = trim_thresholds(stream, **knobs).thresholds if whole is None else whole
+        sums.append(total(stream, lambda _, rows, least=least: _survivors(rows, least)))
+    values = _shares(vectors, torch.stack(sums))
+    kept = values["kept"]
+    columns = [kept.mean(1), kept.amin(1), kept.amax(1), values["collide"], values["lost"]]
+    rows = list(zip(vectors.names, *(column.tolist() for column in columns), strict=True))
+    heads = ("tensor", "kept", "least", "most", "collide", "lost")
+    title = f"what TIES keeps at threshold {threshold:g}, scope={scope}"
+    return Finding("trimming", title, heads, rows, values, {"tensors": vectors.names, "models": list(vectors.models)})
+
+
+def _moments(base: Float[Tensor, " chunk"], rows: Float[Tensor, "task chunk"]) -> Float[Tensor, " moment"]:
+    """Σ τ² of each model, Σ θ₀², pairs of opposite signs, Σ|Σ_t τ|, Σ Σ_t |τ|."""
+    rows = rows.double()
+    pairs = (rows > 0).sum(0) * (rows < 0).sum(0)
+    whole = [base.double().square().sum(), pairs.sum().double(), rows.sum(0).abs().sum(), rows.abs().sum()]
+    return torch.cat([rows.square().sum(1), torch.stack(whole)])
+
+
+def _survivors(rows: Float[Tensor, "task chunk"], least: Float[Tensor, " task"]) -> Float[Tensor, " count"]:
+    """Survivors of each model, columns where they collide, survivors on the losing side."""
+    kept = torch.where(rows.abs() >= least[:, None].to(rows.dtype), rows, 0.0)
+    collide = (kept > 0).any(0) & (kept < 0).any(0)
+    lost = kept.sign() * kept.sum(0).sign() < 0
+    return torch.cat([(kept != 0).sum(1), torch.stack([collide.sum(), lost.sum()])]).double()
+
+
+def _shares(vectors: TaskVectors, sums: Float[Tensor, "tensor count"]) -> dict[str, Tensor]:
+    entries = torch.tensor([vectors.specs[name].numel for name in vectors.names], dtype=torch.float64)
+    survivors, (collide, lost) = sums[:, :-2], sums[:, -2:].T
+    return {"kept": survivors / entries[:, None], "collide": collide / entries, "lost": lost / survivors.sum(1)}

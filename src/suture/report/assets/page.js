@@ -1,0 +1,72 @@
+"use strict";
+const charts = JSON.parse(document.getElementById("charts").textContent);
+const element = (tag, properties = {}) => Object.assign(document.createElement(tag), properties);
+
+// A chart is drawn when its panel is first shown: only then has it a width.
+async function draw(figure) {
+  if (figure.drawn || typeof vegaEmbed === "undefined") return;
+  figure.drawn = true;
+  const chart = charts[figure.dataset.chart];
+  const { view } = await vegaEmbed(figure.querySelector(".chart"), chart.spec, { renderer: "svg", actions: false });
+  figure.view = view;
+  const controls = element("div", { className: "controls" });
+  for (const [name, label, options] of chart.choices) controls.append(choice(view, name, label, options));
+  if (Object.keys(chart.legend).length > 1) controls.append(legend(view, chart.legend));
+  if (controls.children.length) figure.querySelector("figcaption").after(controls);
+}
+
+function choice(view, name, label, options) {
+  const select = element("select", { name });
+  for (const option of options) select.append(element("option", { textContent: option }));
+  select.onchange = () => view.signal(name, select.value).runAsync();
+  const labelled = element("label", { textContent: `${label} ` });
+  labelled.append(select);
+  return labelled;
+}
+
+// A click shows one name strongly and the others faintly, a second click all.
+function legend(view, entries) {
+  const box = element("div", { className: "legend" });
+  for (const [name, colour] of Object.entries(entries)) {
+    const button = element("button", { type: "button", textContent: name });
+    button.style.setProperty("--colour", colour === "currentColor" ? "var(--ink)" : colour);
+    button.setAttribute("aria-pressed", "false");
+    button.onclick = () => {
+      const on = button.getAttribute("aria-pressed") === "false";
+      for (const other of box.children) other.setAttribute("aria-pressed", String(on && other === button));
+      view.signal("picked", on ? name : null).runAsync();
+    };
+    box.append(button);
+  }
+  return box;
+}
+
+function sort(table, column) {
+  const head = table.tHead.rows[0].cells[column];
+  const up = column === 0 ? head.ariaSort !== "ascending" : head.ariaSort === "descending";
+  for (const cell of table.tHead.rows[0].cells) cell.removeAttribute("aria-sort");
+  head.ariaSort = up ? "ascending" : "descending";
+  const key = (row) => (column ? Number.parseFloat(row.cells[column].dataset.value) : row.cells[0].textContent);
+  const order = (a, b) => (column ? a - b : a.localeCompare(b));
+  const known = (row) => column === 0 || !Number.isNaN(key(row));
+  const rows = [...table.tBodies[0].rows];
+  const sorted = rows.filter(known).sort((a, b) => (up ? order(key(a), key(b)) : order(key(b), key(a))));
+  table.tBodies[0].append(...sorted, ...rows.filter((row) => !known(row)));
+}
+
+for (const table of document.querySelectorAll("table.sortable"))
+  [...table.tHead.rows[0].cells].forEach((cell, i) => (cell.firstChild.onclick = () => sort(table, i)));
+
+for (const select of document.querySelectorAll("select.panels"))
+  select.onchange = () => {
+    const panels = [...select.closest("section").querySelectorAll(".panel")];
+    panels.forEach((panel, i) => (panel.hidden = i !== select.selectedIndex));
+    panels[select.selectedIndex].querySelectorAll("[data-chart]").forEach(draw);
+  };
+
+document.getElementById("theme").onclick = () => {
+  const dark = document.documentElement.dataset.theme ?? (matchMedia("(prefers-color-scheme: dark)").matches ? "dark" : "light");
+  document.documentElement.dataset.theme = dark === "dark" ? "light" : "dark";
+};
+
+window.drawn = Promise.all([...document.querySelectorAll(".panel:not([hidden]) [data-chart]")].map(draw));
