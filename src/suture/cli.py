@@ -24,6 +24,7 @@ suture merges fine-tuned models into one and shows what that did.
   suture analyse WHAT modelpool=POOL …
                       similarity, layers, trimming of the weights; interpolation, landscape, bias on a taskpool=POOL:
                       a table, and files with the figure in output=FOLDER; models=A,B looks at some of the pool
+  suture reproduce    --list: published figures with their commands; --check RUN: does a run agree with them
   suture methods      every method with its knobs, defaults and paper
   suture zoo          the models that ship with suture and those it can build: suture zoo build NAME
   suture demo         the main job on the shipped models: eight experts into one
@@ -198,6 +199,28 @@ def _report(arguments: list[str]) -> None:
     print(f"The page is {report(rest, output, interactive=not still)}")
 
 
+def _reproduce(arguments: list[str]) -> None:
+    from suture.report.terminal import print_compared, print_published
+    from suture.reproduce import compare, published
+
+    run, rest = _option("--check", arguments)
+    listed, rest = _flag("--list", rest)
+    _no_more(rest)
+    if run is None and not listed:
+        raise ConfigError("Wanted: suture reproduce --list, or suture reproduce --check RUN.")
+    if listed:
+        print_published(published())
+    if run is not None:
+        found = compare(run)
+        if not found:
+            raise ConfigError(
+                f"'{run}' is no run of a published figure. Remedy: suture reproduce --list has the commands."
+            )
+        print_compared(found)
+        if not all(one.within for one in found):
+            raise SystemExit(1)
+
+
 def _methods(arguments: list[str]) -> None:
     from suture.report.terminal import print_methods
 
@@ -262,6 +285,7 @@ _VERBS: dict[str, Callable[[list[str]], Any]] = {
     "analyse": _analyse,
     "report": _report,
     "methods": _methods,
+    "reproduce": _reproduce,
     "zoo": _zoo,
     "demo": _demo,
 }

@@ -1,11 +1,14 @@
 """Tables for people at a terminal; plain when standard output is not one."""
 
+from collections.abc import Iterable
+
 from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
 from suture.preflight import Preflight, in_bytes
 from suture.report.contents import Report, cells, columns, percent
+from suture.reproduce import Compared, Published
 
 _ACROSS = 6  # models that fit beside each other in 80 columns
 
@@ -78,6 +81,25 @@ def print_preflight(found: Preflight) -> None:
         console.print(f"[red]problem:[/red] {problem}" if console.is_terminal else f"problem: {problem}", markup=True)
     if not found.problems:
         console.print("everything fits")
+
+
+def print_published(figures: Iterable[Published]) -> None:
+    """Published figures, each with its tolerance and its command."""
+    console = Console(soft_wrap=True, highlight=False)
+    for figure in figures:
+        console.print(f"[bold]{figure.id}[/bold]  {figure.mean:.1f} ± {figure.tolerance:.1f} %  ({figure.row})")
+        console.print(f"    {figure.command}", markup=False)
+
+
+def print_compared(found: Iterable[Compared]) -> None:
+    """A run's figures beside the published ones."""
+    table = Table(box=SIMPLE, padding=(0, 1, 0, 0), caption="mean accuracy in %")
+    for head in ("", "published", "this run", "tolerance", ""):
+        table.add_column(head, justify="right" if head else "left")
+    for one in found:
+        figure, said = one.published, "within" if one.within else "outside"
+        table.add_row(figure.id, f"{figure.mean:.1f}", f"{one.found:.1f}", f"{figure.tolerance:.1f}", said)
+    Console().print(table)
 
 
 def print_methods() -> None:
