@@ -41,7 +41,7 @@ def _coefficients(learning: Learning) -> dict[str, Any]:
 def _losses(losses: Tensor) -> dict[str, Any]:
     """The mean of the steps around each that is kept."""
     taken = _thinned(len(losses), _STEPS)
-    ends = [*taken[1:], len(losses)]
+    ends = [*taken[1:], len(losses)][: len(taken)]  # no steps, no losses
     return {"steps": taken, "loss": [_number(losses[a:b].mean()) for a, b in zip(taken, ends, strict=True)]}
 
 
