@@ -25,7 +25,7 @@ def test_commands_in_the_readme_compose(multirun, words):
     words = [re.sub(r",.*", "", word) if multirun else word for word in shlex.split(words)]
     composed = config.compose(words)
     check_run(composed)
-    assert composed["modelpool"]["models"]["_pretrained_"] == "zoo:glyphs8/pretrained"
+    assert composed["modelpool"]["models"]["_pretrained_"] in ("zoo:glyphs8/pretrained", "openai/clip-vit-base-patch32")
 
 
 def test_the_readme_has_code_and_commands():

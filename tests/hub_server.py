@@ -1,0 +1,105 @@
+"""A hub on loopback: enough of its HTTP interface for huggingface_hub to download from."""
+
+import hashlib
+import json
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from urllib.parse import unquote
+
+COMMIT = "1" * 40
+
+
+class Hub:
+    """Serves a folder's files as every repository's; the next download of the file called `cut` breaks off half-way."""
+
+    def __init__(self, folder: Path):
+        self.folder, self.cut = folder, ""
+        self.revisions: list[str] = []
+        self.ranges: list[str] = []
+        self.sent = 0
+
+
+@contextmanager
+def serving(folder: Path) -> Iterator[tuple[str, Hub]]:
+    """The address of a hub with one repository, and what was asked of it."""
+    hub = Hub(folder)
+    handler = type("Handler", (_Handler,), {"hub": hub})
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{server.server_address[1]}", hub
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
+
+
+def _listed(file: Path) -> dict:
+    return {"type": "file", "path": file.name, "size": file.stat().st_size, "oid": "2" * 40}
+
+
+class _Handler(BaseHTTPRequestHandler):
+    hub: Hub
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, *_):
+        pass
+
+    def do_HEAD(self):
+        self._answer(body=False)
+
+    def do_GET(self):
+        self._answer(body=True)
+
+    def _answer(self, body: bool) -> None:
+        path = unquote(self.path.partition("?")[0])
+        if "/resolve/" in path:
+            name = path.split("/resolve/")[1].partition("/")[2]
+            return self._file(self.hub.folder / name, body)
+        if path.startswith("/api/") and "/revision/" in path:
+            self.hub.revisions.append(path.partition("/revision/")[2])
+            if self.hub.revisions[-1] == "unknown":
+                return self._json({"error": "no such revision"}, 404, {"X-Error-Code": "RevisionNotFound"})
+        if path.startswith("/api/") and "/tree/" in path:
+            return self._json([_listed(file) for file in sorted(self.hub.folder.iterdir())])
+        if path.startswith("/api/"):
+            files = [{"rfilename": file.name} for file in sorted(self.hub.folder.iterdir())]
+            return self._json({"id": "org/tiny", "sha": COMMIT, "siblings": files, "private": False, "tags": []})
+        self._json({"error": "not found"}, 404, {"X-Error-Code": "RepoNotFound"})
+
+    def _json(self, data, status=200, headers=None) -> None:
+        text = json.dumps(data).encode()
+        self.send_response(status)
+        for name, value in {"Content-Type": "application/json", "Content-Length": len(text), **(headers or {})}.items():
+            self.send_header(name, str(value))
+        self.end_headers()
+        self.wfile.write(text)
+
+    def _file(self, file: Path, body: bool) -> None:
+        if not file.is_file():
+            return self._json({"error": "no such file"}, 404, {"X-Error-Code": "EntryNotFound"})
+        data, asked = file.read_bytes(), self.headers.get("Range")
+        start = int(asked.removeprefix("bytes=").partition("-")[0] or 0) if asked and body else 0
+        if asked and body:
+            self.hub.ranges.append(asked)
+        self.send_response(206 if start else 200)
+        headers = {"ETag": f'"{hashlib.sha256(data).hexdigest()}"', "X-Repo-Commit": COMMIT, "Accept-Ranges": "bytes"}
+        headers |= {"Content-Length": len(data) - start}
+        headers |= {"Content-Range": f"bytes {start}-{len(data) - 1}/{len(data)}"} if start else {}
+        for name, value in headers.items():
+            self.send_header(name, str(value))
+        self.end_headers()
+        if not body:
+            return
+        if file.name == self.hub.cut:
+            self.hub.cut = ""
+            self.wfile.write(data[: len(data) // 2])
+            self.wfile.flush()
+            self.connection.close()  # the line goes dead
+            return
+        self.hub.sent += len(data) - start
+        self.wfile.write(data[start:])
