@@ -2,13 +2,20 @@
 
 There may be no torchvision whose operators match a CPU build of torch. Its Python part is enough here, once the two
 operators that it registers fake kernels for are declared. They are kept out of the other tests' environment, because
-transformers imports whatever torchvision it finds.
+transformers imports whatever torchvision it finds. By hand:
+
+    PYTHONPATH=tests python -m pytest -p vision_libraries tests/vision/check_open_clip.py
 """
 
 import sys
 from pathlib import Path
 
 FOLDER = Path(sys.prefix) / "vision"
+
+
+def pytest_configure() -> None:
+    """As a plugin of pytest: before any test file is imported."""
+    enable()
 
 
 def enable() -> None:
