@@ -69,7 +69,9 @@ def drifted(weights, seed=1):
 def test_the_registry_knows_clip_and_refuses_others_with_the_nearest_name():
     assert families() == ["clip", "open_clip"]
     assert family("clip") is Clip
-    with pytest.raises(ConfigError, match=r"Unknown model family 'clipp'\. Did you mean 'clip'\? Known: clip"):
+    with pytest.raises(
+        ConfigError, match=r"Unknown model family 'clipp'\. Did you mean 'clip' or 'open_clip'\? Known: clip, open_clip"
+    ):
         family("clipp")
 
 
