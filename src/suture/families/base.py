@@ -4,11 +4,14 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor, nn
 
 from suture.tasks.base import Images
+
+if TYPE_CHECKING:
+    from suture.families.pictures import PictureReader
 
 # track("Decoding mnist", total) opens a progress bar and gives the function that counts steps.
 Track = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]
@@ -88,21 +91,26 @@ class Family(ABC):
     def encoder(self, state: Mapping[str, Tensor] | None = None) -> Encoder:
         """A new encoder with these weights (the pretrained ones when None)."""
 
+    @property
     @abstractmethod
+    def reader(self) -> "PictureReader":
+        """The model's own way from a picture to pixels."""
+
     def decode(
         self, images: Images, track: Track = untracked, description: str = "Decoding", out: Tensor | None = None
     ) -> Tensor:
         """The inputs of the encoder for all images, compact: uint8 (N, *input_shape), written into `out` if given."""
+        return self.reader.decode(images, track, description, out)
 
     @property
-    @abstractmethod
     def input_shape(self) -> tuple[int, ...]:
         """The shape of one decoded input."""
+        return self.reader.shape
 
     @property
-    @abstractmethod
     def recipe(self) -> str:
         """All that `decode` depends on beside the images, for the key of a cache."""
+        return self.reader.recipe
 
     @abstractmethod
     def head(

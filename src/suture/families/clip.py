@@ -87,25 +87,11 @@ class Clip(Family):
         encoder = ClipEncoder(tower, projection, self.reader.standardise()).eval().requires_grad_(False)
         return encoder.load(self.weights if state is None else state)
 
-    def decode(
-        self, images: Images, track: Track = untracked, description: str = "Decoding", out: Tensor | None = None
-    ) -> Tensor:
-        """uint8 (N, 3, H, W), resized and cropped by the model's own processor; the encoder standardises."""
-        return self.reader.decode(images, track, description, out)
-
-    @property
-    def input_shape(self) -> tuple[int, ...]:
-        side = self.config.vision_config.image_size
-        return (3, side, side)
-
-    @property
-    def recipe(self) -> str:
-        return self.reader.recipe
-
     @cached_property
     def reader(self) -> PictureReader:
         """The model's own way from a picture to pixels."""
-        return PictureReader(self.processor, self.input_shape, str(self.directory))
+        side = self.config.vision_config.image_size
+        return PictureReader(self.processor, (3, side, side), str(self.directory))
 
     def preprocess(self, images: Images, track: Track = untracked, description: str = "Decoding") -> Tensor:
         """float32 (N, 3, H, W), as `transformers` gives them: `decode` and then standardise."""

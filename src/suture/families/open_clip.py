@@ -21,7 +21,6 @@ from suture.errors import CheckpointError, ConfigError, unknown_name
 from suture.families.base import Encoder, Family, Track, untracked
 from suture.families.heads import cached, digest, zero_shot_head
 from suture.families.pictures import PictureReader, Standardise, quiet
-from suture.tasks.base import Images
 
 _VISUAL, _TEXT_BLOCKS, _PICKLED = "visual.", "transformer.resblocks.", "model."
 _HEAD_WIDTH = 64  # entries of an attention head in every CLIP
@@ -95,27 +94,13 @@ class OpenClip(Family):
         encoder = OpenClipEncoder(tower, others, self.reader.standardise()).eval().requires_grad_(False)
         return encoder.load(self.weights if state is None else state)
 
-    def decode(
-        self, images: Images, track: Track = untracked, description: str = "Decoding", out: Tensor | None = None
-    ) -> Tensor:
-        """uint8 (N, 3, H, W): the shorter side resized (bicubic), the centre cropped, as open_clip's transforms do."""
-        return self.reader.decode(images, track, description, out)
-
-    @property
-    def input_shape(self) -> tuple[int, ...]:
-        return (3, self._sizes["image_size"], self._sizes["image_size"])
-
-    @property
-    def recipe(self) -> str:
-        return self.reader.recipe
-
     def head(
         self, classnames: Sequence[str], templates: Sequence[str], track: Track = untracked, *, task: str = ""
     ) -> Tensor:
         """Class directions (C, D): a head file's rows, or unit vectors of the text tower, cached by content."""
         if heads := self.settings.get("heads"):
             return self._stored_head(heads, task, len(classnames))
-        if self._text_prefix is None:
+        if not self._has_text_tower:
             raise ConfigError(
                 f"'{self.label}' has no text tower to make a head for '{task}' with. "
                 "Remedy: give head files under modelpool.heads, or a whole open_clip checkpoint as _pretrained_."
@@ -149,14 +134,14 @@ class OpenClip(Family):
 
     @cached_property
     def reader(self) -> PictureReader:
-        """CLIP's own way from a picture to pixels, at the size of the position embedding."""
+        """The shorter side resized (bicubic), the centre cropped, as open_clip does, to the side it was trained at."""
         with quiet():
             import transformers
 
             kind = getattr(transformers, "CLIPImageProcessorPil", None) or transformers.CLIPImageProcessor
             side = self._sizes["image_size"]
             processor = kind(size={"shortest_edge": side}, crop_size={"height": side, "width": side})
-        return PictureReader(processor, self.input_shape, self.label)
+        return PictureReader(processor, (3, side, side), self.label)
 
     @cached_property
     def _named(self) -> dict[str, Tensor]:
@@ -164,8 +149,8 @@ class OpenClip(Family):
         return {name.removeprefix(_PICKLED): self.weights[name] for name in self.weights}
 
     @property
-    def _text_prefix(self) -> str | None:
-        return _TEXT_BLOCKS if any(name.startswith(_TEXT_BLOCKS) for name in self._named) else None
+    def _has_text_tower(self) -> bool:
+        return any(name.startswith(_TEXT_BLOCKS) for name in self._named)
 
     @cached_property
     def _sizes(self) -> dict[str, int]:
