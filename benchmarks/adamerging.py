@@ -148,14 +148,19 @@ def load(folder: Path, name: str) -> dict[str, Tensor]:
     return load_file(folder / f"{name}.safetensors")
 
 
-def network_alone(found: SimpleNamespace, folder: Path, steps: int) -> dict[str, Any]:
-    """Forward and backward through the plain module, all tasks in one batch, each gradient freed when it is there."""
+def free_gradients(module: nn.Module) -> None:
+    """Let the backward pass make every weight's gradient and drop it as soon as it is there."""
 
     def free(parameter: Tensor) -> None:
         parameter.grad = None
 
-    for parameter in found.module.parameters():
+    for parameter in module.parameters():
         parameter.requires_grad_(True).register_post_accumulate_grad_hook(free)
+
+
+def network_alone(found: SimpleNamespace, folder: Path, steps: int) -> dict[str, Any]:
+    """Forward and backward through the plain module, all tasks in one batch, each gradient freed when it is there."""
+    free_gradients(found.module)
     streams, times = {name: iter(b) for name, b in batches(found).items()}, [time.perf_counter()]
     for _ in range(steps):
         outputs = forward(found.module, torch.cat([next(stream) for stream in streams.values()])).split(BATCH)

@@ -1,4 +1,4 @@
-"""Forward and backward of a ViT-B/32 tower over 128 inputs, in passes of 16, 32 and 128; glibc with and without paging.
+"""A ViT-B/32 tower, forward and backward over 128 inputs in passes of 16, 32 and 128; glibc as it is or keeping blocks.
 
     python benchmarks/passes.py [--repeats 2]
 
@@ -13,20 +13,15 @@ import sys
 import time
 
 import torch
-from adamerging import forward, tower
+from adamerging import forward, free_gradients, tower
 
 INPUTS, PASSES = 128, (16, 32, 128)
 KEPT = {"MALLOC_MMAP_THRESHOLD_": 1 << 32, "MALLOC_TRIM_THRESHOLD_": 1 << 36, "MALLOC_TOP_PAD_": 1 << 26}
 
 
-def free(parameter: torch.nn.Parameter) -> None:
-    parameter.grad = None
-
-
 def measure(inputs_a_pass: int, repeats: int) -> list[float]:
     module, seconds = tower(1.0), []
-    for parameter in module.parameters():
-        parameter.requires_grad_(True).register_post_accumulate_grad_hook(free)
+    free_gradients(module)
     images = torch.randn(INPUTS, 3, 224, 224, generator=torch.Generator().manual_seed(0))
     for _ in range(repeats):
         start = time.perf_counter()
