@@ -1,11 +1,15 @@
 """How adaptation runs: cut into passes, streamed, as factors, taken up again, in several processes."""
 
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from adaptation_problem import problem
 from torch import nn
 
-from suture.adaptation import adapt
+from suture.adaptation import adapt, forward
 from suture.adaptation.passes import passes
 from suture.adaptation.rows import Held, LowRank
 from suture.adaptation.team import launch
@@ -22,6 +26,17 @@ def test_micro_batches_give_the_same_trajectory(micro_batch, concatenate):
     cut = adapt(*problem(torch.float64), max_steps=5, lr=0.1, micro_batch=micro_batch, concatenate=concatenate)
     torch.testing.assert_close(cut.history, whole.history, rtol=0, atol=1e-12)
     torch.testing.assert_close(cut.losses, whole.losses, rtol=0, atol=1e-12)
+
+
+def test_on_a_cpu_a_large_network_goes_task_by_task_unless_asked_otherwise(monkeypatch):
+    monkeypatch.setattr(forward, "LARGE_ON_CPU", 50)  # the problem's network has 59 parameters
+    module, *rest = problem()
+    sizes = []
+    module.register_forward_pre_hook(lambda module, inputs: sizes.append(len(inputs[0])))
+    for asked, wanted in ((None, [3, 3, 3]), (True, [9])):
+        sizes.clear()
+        adapt(module, *rest, max_steps=1, concatenate=asked)
+        assert sizes == wanted
 
 
 @pytest.mark.parametrize("objective", ["expert_cross_entropy", "expert_feature_l1"])
@@ -161,6 +176,28 @@ def test_two_processes_find_what_one_finds(options):
     two = launch(fabric, lambda f: adapt(*problem(torch.float64), max_steps=4, lr=0.1, fabric=f, **options))
     torch.testing.assert_close(two.history, one.history, rtol=0, atol=1e-12)
     torch.testing.assert_close(two.losses, one.losses, rtol=0, atol=1e-12)
+
+
+def test_processes_that_each_run_the_whole_script_leave_one_to_go_on(tmp_path):
+    script = """
+import sys, torch
+sys.path.insert(0, sys.argv[1])
+from adaptation_problem import problem
+from lightning_fabric import Fabric
+from suture.adaptation import adapt
+from suture.adaptation.team import launch
+
+fabric = Fabric(accelerator="cpu", devices=2, strategy="ddp")
+result = launch(fabric, lambda f: adapt(*problem(torch.float64), max_steps=4, lr=0.1, fabric=f))
+print(f"process {fabric.global_rank} goes on")
+torch.save(result.history, sys.argv[2])
+"""
+    (tmp_path / "script.py").write_text(script)
+    command = [sys.executable, tmp_path / "script.py", Path(__file__).parent, tmp_path / "history.pt"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
+    assert done.stdout.splitlines() == ["process 0 goes on"]
+    one = adapt(*problem(torch.float64), max_steps=4, lr=0.1)
+    torch.testing.assert_close(torch.load(tmp_path / "history.pt"), one.history, rtol=0, atol=1e-12)
 
 
 def test_half_precision_passes_stay_near_and_others_are_refused():

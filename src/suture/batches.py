@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from jaxtyping import Int
-from torch import Tensor
+from torch import Tensor, nn
 
 from suture.errors import ConfigError, DataError
 from suture.randomness import generator_for
@@ -90,6 +90,11 @@ def concatenate(batches: Sequence[Any]) -> Any:
     if isinstance(first, Mapping):
         return {key: concatenate([batch[key] for batch in batches]) for key in first}
     return tuple(concatenate(parts) for parts in zip(*batches, strict=True))
+
+
+def device_of(module: nn.Module) -> torch.device:
+    """Where the module's weights are, and so its inputs have to be; the CPU for a module without any."""
+    return next((tensor.device for tensor in module.state_dict().values()), torch.device("cpu"))
 
 
 def to_device(inputs: Any, device: torch.device) -> Any:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from suture import tasks as data
+from suture.batches import device_of
 from suture.decoded import decoded
 from suture.errors import CheckpointError, ConfigError, DataError
 from suture.families.base import Family, Track, untracked
@@ -161,7 +162,8 @@ def correct_answers(
         raise DataError(f"Task {task.name!r} has no inputs to evaluate on.")
     if batch_size < 1:
         raise ConfigError(f"batch_size={batch_size} is not a size; give 1 or more.")
-    device, correct = _device(model), []
+    device = device_of(model) if isinstance(model, nn.Module) else torch.device("cpu")
+    correct = []
     with torch.inference_mode(), evaluation_mode(model), track(f"{name}: {task.name}", len(task)) as advance:
         for start in range(0, len(task), batch_size):
             inputs = task.inputs[start : start + batch_size].to(device)
@@ -231,11 +233,6 @@ def _evaluate_each(
 
 def _ratio(part: float, whole: float) -> float:
     return part / whole if whole else nan
-
-
-def _device(model: Model) -> torch.device:
-    tensors = model.parameters() if isinstance(model, nn.Module) else iter(())
-    return next((tensor.device for tensor in tensors), torch.device("cpu"))
 
 
 @contextmanager

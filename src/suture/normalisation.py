@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from suture.batches import to_device
+from suture.batches import device_of, to_device
 from suture.errors import ConfigError, DataError
 from suture.families.base import Track, untracked
 
@@ -95,7 +95,7 @@ def _order_of_use(module: nn.Module, layers: Mapping[str, nn.Module], batch: Any
         layer.register_forward_pre_hook(lambda *_, name=name: order.append(name)) for name, layer in layers.items()
     ]
     with _removed_afterwards(hooks):
-        run(module, to_device(batch, _device(module)))
+        run(module, to_device(batch, device_of(module)))
     twice = next((name for name in order if order.count(name) > 1), None)
     if twice is not None:
         raise ConfigError(f"'{twice}' is used more than once in a pass, so its statistics depend on themselves.")
@@ -115,7 +115,7 @@ def _measure(module: nn.Module, name: str, layer: Any, batches: Iterable[Any], r
     with _removed_afterwards([layer.register_forward_pre_hook(look)]):
         for batch in batches:
             with suppress(_Reached):
-                run(module, to_device(batch, _device(module)))
+                run(module, to_device(batch, device_of(module)))
     if moments.count < 2:
         raise DataError(f"'{name}' sees {moments.count} value for each channel; a variance needs 2 or more.")
     layer.running_mean.copy_(moments.mean)
@@ -126,10 +126,6 @@ def _call(module: nn.Module, batch: Any) -> Any:
     if isinstance(batch, tuple | list):
         raise ConfigError("A batch is a tuple; give forward=lambda module, batch: module(batch[0]), or inputs alone.")
     return module(**batch) if isinstance(batch, Mapping) else module(batch)
-
-
-def _device(module: nn.Module) -> torch.device:
-    return next((tensor.device for tensor in module.state_dict().values()), torch.device("cpu"))
 
 
 @contextmanager

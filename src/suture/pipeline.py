@@ -16,7 +16,7 @@ from suture.opened import OpenModels
 from suture.preflight import Preflight
 from suture.run import Run, new_folder
 
-_REPAIRS = (("surgery=final",), ("surgery=deep", "surgery.steps=200", "surgery.concatenate=true"))
+_REPAIRS = (("surgery=final",), ("surgery=deep", "surgery.steps=200"))
 _DEMO: tuple[tuple[Sequence[str], Sequence[Sequence[str]]], ...] = (
     (["method=simple_average"], []),
     (["method=task_arithmetic"], []),

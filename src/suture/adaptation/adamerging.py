@@ -94,9 +94,9 @@ def adapt(
     module gives logits.
 
     `granularity`, `init_values` and `objective`: see `layout`, `initial_values` and `OBJECTIVES`. `softmax` normalises
-    over tasks. With `concatenate` all tasks share one forward and backward pass; by default where this is exact;
-    `micro_batch` limits the inputs of one pass. `plus_plus` takes the trimmed, sign-agreeing rows of TIES with its
-    `threshold`. `frozen` tensors stay at the base.
+    over tasks. With `concatenate` all tasks share one forward and backward pass; by default where this is exact, but
+    on a CPU only for networks below ten million parameters; `micro_batch` limits the inputs of one pass. `plus_plus`
+    takes the trimmed, sign-agreeing rows of TIES with its `threshold`. `frozen` tensors stay at the base.
 
     `max_steps` is 1,000 by default, as published; `schedule="fast"` gets as far in 200 (see
     `suture.adaptation.schedules`). With `max_steps=0` it merges with `init_values`.
@@ -125,8 +125,8 @@ def adapt(
     spread()
     descent = _optimizer(optimizer, values, lr, weight_decay)
     _check(max_steps, batches, logits, arrangement)
-    concatenate = check_concatenation(concatenate, module, logits, micro_batch)
     team, profile = Team(fabric), profile or Profile()
+    concatenate = check_concatenation(concatenate, module, logits, micro_batch, device=team.device)
 
     with profile("construct the wrapped model"):
         rows = task_vector_rows(

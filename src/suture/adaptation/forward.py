@@ -9,13 +9,15 @@ from torch import Tensor, nn
 from suture.adaptation.merged_model import MergedModel
 from suture.adaptation.objectives import Objective
 from suture.adaptation.passes import Part, Pass
-from suture.batches import concatenate, size
+from suture.batches import concatenate, device_of, size
 from suture.errors import ConfigError
 from suture.evaluation import evaluation_mode
 from suture.progress import Profile
 
 Forward = Callable[[nn.Module, Any], Tensor]
 Head = Callable[[Tensor], Tensor]
+# From here on a CPU is faster task by task, and holds a fraction: measured by benchmarks/passes.py.
+LARGE_ON_CPU = 10_000_000
 Logits = Callable[[nn.Module, Any, str], Tensor] | Mapping[str, Head] | nn.ModuleDict
 
 
@@ -35,9 +37,17 @@ def call(module: nn.Module, inputs: Any) -> Tensor:
 
 
 def check_concatenation(
-    concatenate: bool | None, module: nn.Module, logits: Logits | None, micro_batch: int | None = None
+    concatenate: bool | None,
+    module: nn.Module,
+    logits: Logits | None,
+    micro_batch: int | None = None,
+    *,
+    device: torch.device | None = None,
 ) -> bool:
-    """Whether to run all tasks in one batch; `ConfigError` where what is asked for would not be exact."""
+    """Whether to run all tasks in one batch; `ConfigError` where what is asked for would not be exact.
+
+    Unasked it is done where it is exact and pays, on `device` or where the module is: on a CPU only for a small one.
+    """
     if micro_batch is not None and (micro_batch < 1 or depends_on_batch(module)):
         reason = depends_on_batch(module) or "wanted 1 or more"
         raise ConfigError(f"micro_batch={micro_batch}: {reason}. Remedy: leave it out, or module.eval().")
@@ -45,7 +55,11 @@ def check_concatenation(
     reason = "`logits` is a function of one task" if separate else depends_on_batch(module)
     if concatenate and reason:
         raise ConfigError(f"concatenate=True, but {reason}. Remedy: concatenate=False, or module.eval().")
-    return not reason if concatenate is None else concatenate
+    return concatenate if concatenate is not None else not reason and _pays(module, device or device_of(module))
+
+
+def _pays(module: nn.Module, device: torch.device) -> bool:
+    return device.type != "cpu" or sum(parameter.numel() for parameter in module.parameters()) < LARGE_ON_CPU
 
 
 def depends_on_batch(module: nn.Module) -> str | None:

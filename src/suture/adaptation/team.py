@@ -42,11 +42,23 @@ class Team:
 
 
 def launch(fabric: "Fabric", function: "Callable[[Fabric], T]") -> T:
-    """Run `function(fabric)` in every process of Fabric's strategy, and give what process 0 gives."""
-    if fabric.world_size == 1:
+    """Run `function(fabric)` in every process of Fabric's strategy, and give what process 0 gives.
+
+    Strategies fork processes for this (`ddp_fork`), or start the whole command once for each (`ddp`, torchrun, Slurm).
+    Of the latter, all but process 0 end here: what follows is one process's work.
+    """
+    if fabric.world_size == 1 or not _forks(fabric):
         fabric.launch()
-        return function(fabric)
+        result = function(fabric)
+        if fabric.global_rank > 0:
+            raise SystemExit(0)
+        return result
     return torch.load(io.BytesIO(fabric.launch(_packed, function)), weights_only=False)  # type: ignore[arg-type]
+
+
+def _forks(fabric: "Fabric") -> bool:
+    launcher = fabric.strategy.launcher
+    return launcher is not None and launcher.is_interactive_compatible
 
 
 def _packed(fabric: "Fabric", function: "Callable[[Fabric], T]") -> bytes:

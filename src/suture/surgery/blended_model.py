@@ -10,6 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from suture.adaptation.forward import Forward, call
+from suture.batches import device_of
 from suture.checkpoints import open_checkpoint, save_checkpoint
 from suture.errors import CheckpointError, ConfigError, unknown_name
 from suture.surgery.network import Network
@@ -77,8 +78,7 @@ class BlendModel(nn.Module):
             if file.metadata.get("kind") != '"blend"':
                 raise CheckpointError(f"'{path}' holds no blend. Remedy: name a file that BlendModel.save wrote.")
             tasks, weights = json.loads(file.metadata["tasks"]), file["weights"].clone()
-        device = next((tensor.device for tensor in backbone.parameters()), torch.device("cpu"))
-        return cls(backbone, experts, weights, tasks, forward=forward).to(device)
+        return cls(backbone, experts, weights, tasks, forward=forward).to(device_of(backbone))
 
     def _expert(self, i: int) -> nn.Module:
         if self.experts is not None:

@@ -50,14 +50,12 @@ def deep(
     fixed, with no backward pass through the network; it holds all tokens of one block and task in memory, and its steps
     are counted over all places and tasks, with losses of nan for the tasks whose turn it is not. `blocks` and
     `channel_axis`: see `find_blocks`. `concatenate` runs all tasks in one pass; by default where this is exact, but
-    not on the CPU.
+    on a CPU only for networks below ten million parameters.
     """
     find = {"forward": problem.forward, "blocks": blocks, "channel_axis": channel_axis}
     found = find_blocks(problem.module, problem.inputs[problem.tasks[0]], **find)
     network = Network(problem.module, problem.forward, found)
     together = check_concatenation(concatenate, network.module, None)
-    if concatenate is None and network.device.type == "cpu":
-        together = False  # a large model takes several times the memory there, for no less time
     order = Order(problem.inputs, steps, batch_size, seed, whole=problem.cache is not None)
     wanted = [problem.expert_rows(task, order.inputs(task), found) for task in problem.tasks]
     repairs = new_modules(problem, found, wanted[0], rank, seed, variant)

@@ -5,11 +5,11 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, cast
 
-import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from suture.adaptation.forward import Forward, call
+from suture.batches import device_of
 from suture.checkpoints import Checkpoint, open_checkpoint, save_checkpoint
 from suture.errors import CheckpointError, ConfigError, unknown_name
 from suture.surgery.modules import FINAL, SurgeryModules
@@ -119,11 +119,10 @@ class SurgeryModel(nn.Module):
             blocks = [Block(*block) for block in facts["blocks"]]
             repairs = {place: _read_modules(file, place, facts) for place in places_of(blocks)}
             router = _read_router(file, facts["router"]) if "router" in facts else None
-        device = next((tensor.device for tensor in backbone.parameters()), torch.device("cpu"))
         model = cls(
             backbone, repairs, facts["tasks"], forward=forward, blocks=blocks, router=router, kind=facts["kind"]
         )
-        return model.to(device)
+        return model.to(device_of(backbone))
 
     def _repaired(self, inputs: Any, which: slice | Tensor) -> Tensor:
         return self.network(inputs, lambda i, rows: self.repairs[i](rows, which))

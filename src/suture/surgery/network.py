@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from suture.adaptation.forward import Forward, call
-from suture.batches import Inputs, take, to_device
+from suture.batches import Inputs, device_of, take, to_device
 from suture.errors import ConfigError, IncompatibleModels
 from suture.surgery.modules import FINAL
 
@@ -48,7 +48,7 @@ class Network(nn.Module):
     @property
     def device(self) -> torch.device:
         """Where the inputs have to be."""
-        return next((tensor.device for tensor in self.module.parameters()), torch.device("cpu"))
+        return device_of(self.module)
 
     def forward(self, inputs: Any, visit: Visit | None = None) -> Tensor:
         """The features (B, dim); every place is visited on the way."""
@@ -150,9 +150,8 @@ def _shapes(
 
     for path in paths:
         _submodule(probe, path).register_forward_hook(partial(see, path))
-    device = next((tensor.device for tensor in module.parameters()), torch.device("cpu"))
     with torch.no_grad():
-        forward(probe, to_device(take(inputs, torch.zeros(count, dtype=torch.long)), device))
+        forward(probe, to_device(take(inputs, torch.zeros(count, dtype=torch.long)), device_of(module)))
     return shapes
 
 

@@ -14,7 +14,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from suture.adaptation.forward import Forward, call
-from suture.batches import Inputs, ShuffledBatches, size, take, to_device
+from suture.batches import Inputs, ShuffledBatches, device_of, size, take, to_device
 from suture.checkpoints import TensorSpec, allocate_checkpoint, content_hash, open_checkpoint
 from suture.errors import CheckpointError, ConfigError, DataError
 from suture.families.base import Track, untracked
@@ -75,7 +75,7 @@ class Problem:
     @property
     def device(self) -> torch.device:
         """Where the merged module is, and its repair will be."""
-        return next((tensor.device for tensor in self.module.parameters()), torch.device("cpu"))
+        return device_of(self.module)
 
     def expert(self, task: str) -> nn.Module:
         """The task's fine-tuned module."""
