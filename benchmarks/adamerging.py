@@ -1,6 +1,6 @@
 """AdaMerging on a ViT-B/32-sized tower and eight tasks: suture against the textbook loop. Seconds a step, and memory.
 
-    python benchmarks/adamerging.py [--steps 2] [--repeats 3] [--scale 1.0] [--tasks 8]
+    python benchmarks/adamerging.py [--steps 2] [--repeats 3] [--scale 1.0] [--tasks 8] [--measure memory] [--rows …]
 
 The weights are random: the vision tower of CLIP ViT-B/32 with its projection (88 M parameters, float32), task vectors
 of scale 1e-3, heads of 100 classes, 16 images a task and step, layer-wise coefficients, entropy. "Textbook" keeps the
@@ -171,13 +171,15 @@ def network_alone(found: SimpleNamespace, folder: Path, steps: int) -> dict[str,
     return {"times": times, "values": torch.zeros(0)}
 
 
+AUTOCAST = "suture, bf16 autocast"
 WORK: dict[str, Callable[..., dict[str, Any]]] = {
     "network alone": network_alone,
     "textbook": textbook,
     "suture": suture,
     "suture, bf16 vectors": lambda *a: suture(*a, vectors_dtype=torch.bfloat16),
+    "suture, streamed": lambda *a: suture(*a, stream_vectors=True),
     "suture, one pass": lambda *a: suture(*a, concatenate=True),
-    "suture, bf16 autocast": lambda *a: suture(*a, autocast=True),
+    AUTOCAST: lambda *a: suture(*a, autocast=True),
 }
 OWN_PAGES = {"MALLOC_MMAP_THRESHOLD_": str(1 << 20)}
 
@@ -226,6 +228,10 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--tasks", type=int, default=8)
     parser.add_argument("--scale", type=float, default=1.0, help="width relative to ViT-B/32")
+    parser.add_argument(
+        "--rows", nargs="*", default=list(WORK), choices=list(WORK), help="out of which the table is made"
+    )
+    parser.add_argument("--measure", nargs="*", default=["memory", "time"], choices=["memory", "time"])
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--one", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -247,16 +253,18 @@ def main() -> None:
 
 
 def compare(folder: Path, options: argparse.Namespace) -> None:
-    if not bf16_units():
-        print("suture, bf16 autocast: skipped, because this processor has no bfloat16 matrix units", flush=True)
-        del WORK["suture, bf16 autocast"]
-    compare_memory(folder, options)
-    compare_time(folder, options)
+    if AUTOCAST in options.rows and not bf16_units():
+        print(f"{AUTOCAST}: skipped, because this processor has no bfloat16 matrix units", flush=True)
+        options.rows.remove(AUTOCAST)
+    if "memory" in options.measure:
+        compare_memory(folder, options)
+    if "time" in options.measure:
+        compare_time(folder, options)
 
 
 def compare_memory(folder: Path, options: argparse.Namespace) -> None:
     alone = 0.0
-    for name in WORK:
+    for name in options.rows:
         found = one(name, folder, options, steps=1, environment=OWN_PAGES)
         alone = alone or found["peak"]
         held = "" if found["held"] is None else f"   {found['held']:5.2f} held between steps"
@@ -266,23 +274,22 @@ def compare_memory(folder: Path, options: argparse.Namespace) -> None:
 
 
 def compare_time(folder: Path, options: argparse.Namespace) -> None:
-    timed = list(WORK)
-    runs = {name: [] for name in timed}
+    runs = {name: [] for name in options.rows}
     for _ in range(options.repeats):
-        for name in timed:  # interleaved, so that a noisy minute hits all of them
+        for name in runs:  # interleaved, so that a noisy minute hits all of them
             runs[name].append(one(name, folder, options, steps=options.steps))
     pooled = lambda name, key: [value for run in runs[name] for value in run[key]]
-    for name in timed:
+    for name in runs:
         seconds, outside = pooled(name, "seconds"), pooled(name, "outside")
         share = f"   {statistics.median(outside):.1%} outside of the network" if outside else ""
         spread = f"({min(seconds):.1f} – {max(seconds):.1f})"
         print(f"{name:22s} {statistics.median(seconds):6.1f} s a step {spread}{share}", flush=True)
-    ratios = [a / b for a, b in zip(pooled("textbook", "seconds"), pooled("suture", "seconds"), strict=True)]
-    print(f"textbook / suture: {statistics.median(ratios):.2f}")
-    values = {name: torch.tensor(runs[name][0]["values"]) for name in timed[1:]}
-    for name in timed[2:]:
-        apart = (values[name] - values["textbook"]).abs().max()
-        print(f"coefficients of {name} and textbook after {options.steps} steps: at most {apart:.1e} apart")
+    if "textbook" in runs:
+        for name in (name for name in runs if name.startswith("suture")):
+            ratios = [a / b for a, b in zip(pooled("textbook", "seconds"), pooled(name, "seconds"), strict=True)]
+            values = [torch.tensor(runs[row][0]["values"]) for row in ("textbook", name)]
+            apart = f"{(values[0] - values[1]).abs().max():.1e}"
+            print(f"textbook / {name}: {statistics.median(ratios):.2f}; coefficients at most {apart} apart at the end")
 
 
 def one(name: str, folder: Path, options: argparse.Namespace, *, steps: int, environment: dict[str, str] | None = None):
