@@ -1,16 +1,19 @@
 """What a family of models has to provide so that its models can be merged, evaluated and saved."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor, nn
 
-from suture.tasks.base import Images
+from suture.errors import ConfigError
+from suture.heads import Head
+from suture.tasks.base import Images, Task
 
 if TYPE_CHECKING:
+    from suture.checkpoints import Checkpoint
     from suture.families.pictures import PictureReader
 
 # track("Decoding mnist", total) opens a progress bar and gives the function that counts steps.
@@ -57,21 +60,30 @@ class Family(ABC):
     """One pretrained model on disk, and what depends on it: encoder, inputs, heads, saving.
 
     `directory` is the pretrained model as the family saves it. `weights` are its tensors, if already open. `settings`
-    are the keys of a model pool that only this family knows, `known_settings`.
+    are the keys of a model pool that only this family knows, `known_settings`. `experts` are the whole fine-tuned
+    models by name, for families whose heads are theirs.
     """
 
     name: ClassVar[str]
     known_settings: ClassVar[frozenset[str]] = frozenset()
-    needs_directory: ClassVar[bool] = True
 
     def __init__(
         self,
         directory: str | Path | None,
         weights: Mapping[str, Tensor] | None = None,
         settings: Mapping[str, Any] | None = None,
+        experts: Mapping[str, "Checkpoint"] | None = None,
     ):
-        self.directory = Path(directory or "")
-        self._weights, self.settings = weights, settings or {}
+        self._directory = None if directory is None else Path(directory)
+        self._weights, self.settings, self.experts = weights, settings or {}, {} if experts is None else experts
+
+    @property
+    def directory(self) -> Path:
+        """The pretrained model's directory; raises `ConfigError` if it is a file alone."""
+        if self._directory is None:
+            label = getattr(self._weights, "label", "_pretrained_")
+            raise ConfigError(f"'{label}' is no model directory. Remedy: give one with config and tokenizer.")
+        return self._directory
 
     @property
     def weights(self) -> Mapping[str, Tensor]:
@@ -82,9 +94,8 @@ class Family(ABC):
             self._weights = open_checkpoint(self.directory)
         return self._weights
 
-    @staticmethod
     @abstractmethod
-    def canonical_names(names: Iterable[str]) -> dict[str, str]:
+    def canonical_names(self, names: Iterable[str]) -> dict[str, str]:
         """Canonical name → stored name, for the tensors that take part in a merge."""
 
     @abstractmethod
@@ -113,15 +124,8 @@ class Family(ABC):
         return self.reader.recipe
 
     @abstractmethod
-    def head(
-        self, classnames: Sequence[str], templates: Sequence[str], track: Track = untracked, *, task: str = ""
-    ) -> Tensor:
-        """Class directions (C, D), float32: zero-shot, each of length one, or those kept for the task of this name."""
-
-    @property
-    @abstractmethod
-    def logit_scale(self) -> float:
-        """What cosine similarities are multiplied with to become logits."""
+    def head(self, task: Task, track: Track = untracked) -> Head:
+        """From features to the task's classes."""
 
     @abstractmethod
     def save(self, state: Mapping[str, Tensor], out: Path) -> None:

@@ -19,7 +19,8 @@ from suture.errors import CheckpointError
 from suture.families.base import Encoder, Family, Track, companion_files, untracked
 from suture.families.heads import cached, digest, zero_shot_head
 from suture.families.pictures import PictureReader, Standardise, quiet
-from suture.tasks.base import Images
+from suture.heads import Head
+from suture.tasks.base import Images, Task
 
 _VISION, _TEXT = "vision_model.", "text_model."
 _BARE = ("embeddings.", "encoder.", "pre_layrnorm.", "post_layernorm.")
@@ -97,15 +98,19 @@ class Clip(Family):
         """float32 (N, 3, H, W), as `transformers` gives them: `decode` and then standardise."""
         return self.reader.standardise()(self.decode(images, track, description))
 
-    def head(
-        self, classnames: Sequence[str], templates: Sequence[str], track: Track = untracked, *, task: str = ""
-    ) -> Tensor:
+    def head(self, task: Task, track: Track = untracked) -> Head:
+        """The cosine to each class's direction, times the model's logit scale."""
+        directions = self.directions(task.classnames, task.templates, track)
+        return Head(directions, scale=self.logit_scale, normalised=True)
+
+    def directions(self, classnames: Sequence[str], templates: Sequence[str], track: Track = untracked) -> Tensor:
         """Zero-shot class directions (C, D) from the pretrained text tower; cached on disk by content."""
         key = digest({}, [], "clip head", self._text_digest, list(classnames), list(templates))
         return cached(key, lambda: zero_shot_head(self._encode_text, classnames, templates, track))
 
     @cached_property
     def logit_scale(self) -> float:
+        """What cosine similarities are multiplied with to become logits."""
         return _tensor(self.weights, "logit_scale", self.directory).float().exp().item()
 
     def save(self, state: Mapping[str, Tensor], out: Path) -> None:
