@@ -350,7 +350,7 @@ def test_a_configuration_that_makes_no_sense_is_refused_in_one_line(tmp_path):
 def test_a_processor_of_another_size_than_the_tower_s_is_refused(tmp_path):
     directory = save_tiny_clip(tmp_path / "clip")
     edit_json(directory / "config.json", vision_config={"image_size": 32})
-    with pytest.raises(CheckpointError, match=r"makes images of shape \(3, 16, 16\), the vision tower wants"):
+    with pytest.raises(CheckpointError, match=r"makes images of shape \(3, 16, 16\), the model wants"):
         Clip(directory, {}).decode(images(noise()))
 
 

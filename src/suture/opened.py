@@ -19,7 +19,7 @@ from suture.checkpoints import (
     save_checkpoint,
 )
 from suture.evaluation import Row, TaskInputs, evaluate_experts, evaluate_row, evaluation_set, expert_matrix
-from suture.families import Family, companion_files, family
+from suture.families import Family, family
 from suture.learned import LearnedMethod
 from suture.merge import merge_task_vectors
 from suture.methods import MergeMethod
@@ -53,9 +53,10 @@ class OpenModels:
         #: The pretrained model's family: names, encoder, heads, what is saved beside the weights.
         self.family: Family = kind(self.whole_base.directory, self.whole_base, settings, tuned)
         self.base = self.mergeable(self.whole_base)
-        naming = {"canonical_names": self.family.canonical_names}
+        stored = self.family.canonical_names(self.whole_base)
+        told = lambda names: {stored.get(c, c): name for c, name in self.family.canonical_names(names).items()}
         for name, model in run.pool.models.items():
-            tuned[name] = open_fine_tuned(model, self.whole_base, label=name, **naming)
+            tuned[name] = open_fine_tuned(model, self.whole_base, label=name, canonical_names=told)
         self.models = {name: self.mergeable(model) for name, model in tuned.items()}
         self.inputs = cache(self._decode)
         self.provenance = cache(lambda: provenance({"_pretrained_": self.whole_base, **self.models}))
@@ -75,6 +76,8 @@ class OpenModels:
             bytes_written=sum(spec.nbytes for spec in self.whole_base.specs.values()),
             threads=run.threads,
         )
+        for task in run.taskpool.tasks if run.taskpool else ():
+            found.problems += self.family.problems(task)
         if not found.problems:
             self._foresee_learning(found, run)
         return found
@@ -161,7 +164,8 @@ class OpenModels:
             found.memory = method.memory(stage)
 
     def _write(self, folder: Path, run: Run, adapted: Adapted | None) -> None:
-        base, stored = self.whole_base, self.family.canonical_names(self.whole_base)
+        base = self.family.kept(self.whole_base)
+        stored = self.family.canonical_names(base)
         with allocate_checkpoint(base.specs, folder / "model.safetensors", aliases=base.aliases) as tensors:
             vectors = self._vectors(run)
             out = {name: tensors[stored[name]] for name in vectors.specs}
@@ -172,8 +176,7 @@ class OpenModels:
                 out[name].copy_(tensor)
             for name in set(tensors) - set(stored.values()):
                 tensors[name].copy_(base[name])
-        for path in companion_files(self.whole_base.directory) if self.whole_base.directory else ():
-            (folder / path.name).write_bytes(path.read_bytes())
+        self.family.complete(folder)
 
     def _decode(self, split: Split) -> dict[str, TaskInputs]:
         assert self.run.taskpool is not None

@@ -10,16 +10,15 @@ tower where the pretrained checkpoint has one.
 
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from suture.checkpoints import open_checkpoint, save_checkpoint
+from suture.checkpoints import open_checkpoint
 from suture.errors import CheckpointError, ConfigError, unknown_name
 from suture.families.base import Encoder, Family, Track, untracked
-from suture.families.heads import cached, digest, zero_shot_head
+from suture.families.heads import cached, digest, without_templates, zero_shot_head
 from suture.families.pictures import PictureReader, Standardise, quiet
 from suture.heads import Head
 from suture.tasks.base import Task
@@ -107,20 +106,14 @@ class OpenClip(Family):
         directions = self.directions(task.classnames, task.templates, track)
         return Head(directions, scale=self._named["logit_scale"].float().exp().item(), normalised=True)
 
+    def problems(self, task: Task) -> list[str]:
+        return [*super().problems(task), *([] if self.settings.get("heads") else without_templates(task))]
+
     def directions(self, classnames: Sequence[str], templates: Sequence[str], track: Track = untracked) -> Tensor:
         """Zero-shot class directions (C, D) from the text tower; cached on disk by content."""
         text = {name: tensor for name, tensor in self._named.items() if not name.startswith(_VISUAL)}
         key = digest(text, [], "open_clip head", self.quick_gelu, list(classnames), list(templates))
         return cached(key, lambda: zero_shot_head(self._encode_text, classnames, templates, track))
-
-    def save(self, state: Mapping[str, Tensor], out: Path) -> None:
-        """`model.safetensors` in the base's names and dtypes, with what the base holds beside the merged tensors."""
-        stored, out = self.canonical_names(self.weights), Path(out)
-        tensors = dict(self.weights.items())
-        for name, key in self.canonical_names(state).items():
-            tensors[stored[name]] = state[key].detach().to(tensors[stored[name]].dtype)
-        out.mkdir(parents=True, exist_ok=True)
-        save_checkpoint(tensors, out / "model.safetensors", metadata={"format": "pt"})
 
     @property
     def label(self) -> str:
