@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-WORDS = "the a cat dog runs sleeps red blue one two is was near far big small".split()
+WORDS = "the a cat dog runs sleeps red blue one two is was near far big small".split()  # noqa: SIM905
 TASKS = {"colour": ("blue", "red"), "animal": ("cat", "dog"), "number": ("one", "two")}
 
 

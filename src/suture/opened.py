@@ -76,8 +76,8 @@ class OpenModels:
             bytes_written=sum(spec.nbytes for spec in self.whole_base.specs.values()),
             threads=run.threads,
         )
-        for task in run.taskpool.tasks if run.taskpool else ():
-            found.problems += self.family.problems(task)
+        tasks = run.taskpool.tasks if run.taskpool else ()
+        found.problems[:0] = [problem for task in tasks for problem in self.family.problems(task)]
         if not found.problems:
             self._foresee_learning(found, run)
         return found

@@ -133,8 +133,8 @@ class Classification(Family):
             except Exception as error:  # the library has an exception class of its own for almost everything
                 raise CheckpointError(f"'{directory}' has no usable config.json: {one_line(error)}") from error
 
-    def _model(self, classes: int, config: Any = None) -> Any:
-        config = deepcopy(config or self.config)
+    def _model(self, classes: int, config: Any) -> Any:
+        config = deepcopy(config)
         config.num_labels = classes
         with quiet(), torch.random.fork_rng(devices=[]):
             import transformers
@@ -146,8 +146,9 @@ class Classification(Family):
                 raise CheckpointError(told) from error
 
     def _skeleton(self, classes: int) -> Any:
+        config = self.config
         with torch.device("meta"):
-            return self._model(classes)
+            return self._model(classes, config)
 
     @cached_property
     def _two(self) -> Any:
@@ -173,7 +174,7 @@ class Classification(Family):
 
     @cached_property
     def _parts(self) -> Parts:
-        return take_apart(self._model(2), self.example(), str(self.directory))
+        return take_apart(self._model(2, self.config), self.example(), str(self.directory))
 
     @cached_property
     def _encoder(self) -> Backbone:
@@ -208,8 +209,9 @@ class Classification(Family):
         return classes.pop()
 
     def _rest(self, name: str, classes: int) -> Rest:
+        config, axes = self._own_config(name), self._parts.axes
         with torch.device("meta"):
-            rest = Rest(self._model(classes, self._own_config(name)), self._prefix, self._parts.axes)
+            rest = Rest(self._model(classes, config), self._prefix, axes)
         rest.to_empty(device="cpu")
         state = rest.model.state_dict()
         for key, tensor in self._head_tensors(name).items():
@@ -234,7 +236,8 @@ class Classification(Family):
         (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", "utf-8")
         config = deepcopy(self._own_config(name))
         config.num_labels, config.architectures = classes, [type(self._two).__name__]
-        config.save_pretrained(folder)
+        with quiet():
+            config.save_pretrained(folder)
         for path in companion_files(self.directory):
             if path.name != "config.json":
                 shutil.copyfile(path, folder / path.name)

@@ -25,9 +25,10 @@ class Task:
 
     `source` says where the data is (a folder, a hub id, or `zoo:NAME/PATH`), `classnames` are in label order, and every
     template has a `{}` where the class name goes. A task of texts names its one or two `text_columns`, and a template,
-    if its family wants one, has `{column}` where a text goes. `labels` are the source's own names of the classes, in the
-    same order, where they are others. `subset`, `image_column`, `label_column` and `splits` (ours → the source's) say
-    where to look in a source that leaves a choice. `test_samples` are the test sizes that figures were published for.
+    if its family wants one, has `{column}` where a text goes. `labels` are the source's own names of the classes, in
+    the same order, where they are others. `subset`, `image_column`, `label_column` and `splits` (ours → the source's)
+    say where to look in a source that leaves a choice. `test_samples` are the test sizes that figures were published
+    for.
     """
 
     name: str
