@@ -2,12 +2,11 @@
 
 The backbone is what the library calls the base model (`bert.…`, `resnet.…`). All else of a fine-tuned model is its
 head: a linear layer, after layers of its own in some architectures (RoBERTa's dense, DistilBERT's pre_classifier).
-Canonical names are those of the classification model, in today's spelling (LayerNorm.weight for LayerNorm.gamma).
+Canonical names are those that the modules of the classification model have today.
 """
 
 import json
 import os
-import re
 import shutil
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Mapping
@@ -19,15 +18,15 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from suture.checkpoints import Checkpoint, save_checkpoint
+from suture.checkpoints import Checkpoint, open_checkpoint, save_checkpoint
 from suture.errors import CheckpointError, ConfigError, SutureError
 from suture.families.base import Encoder, Family, Track, companion_files, one_line, untracked
 from suture.families.pictures import quiet
+from suture.families.spelling import spelling_of
 from suture.families.taken_apart import Before, Parts, Pick, Rest, take_apart
 from suture.heads import Head
 from suture.tasks.base import Task
 
-_OLD = ((re.compile(r"LayerNorm\.gamma$"), "LayerNorm.weight"), (re.compile(r"LayerNorm\.beta$"), "LayerNorm.bias"))
 _BACKBONE, _HEAD = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
 
 
@@ -75,7 +74,7 @@ class Classification(Family):
         """Name in the classification model → stored name, for the tensors of the backbone."""
         found = {}
         for stored in names:
-            name = _modern(stored)
+            name = self._spelling(stored)
             found |= {c: stored for c in (name, f"{self._prefix}.{name}") if c in self._backbone_names}
         return found
 
@@ -96,6 +95,9 @@ class Classification(Family):
 
     def problems(self, task: Task) -> list[str]:
         found = super().problems(task)
+        if missing := sorted(self._backbone_names - set(self.canonical_names(self.weights)) - self._counters):
+            told = f"'{missing[0]}' is missing from '{getattr(self.weights, 'label', self.directory)}'"
+            return [*found, f"{told}; wanted the weights that its config.json describes."]
         try:
             classes = self._classes(task.name)
         except SutureError as error:
@@ -106,8 +108,9 @@ class Classification(Family):
         return [*found, f"{told} has {classes} classes. Remedy: list a name for every class, in the head's order."]
 
     def kept(self, base: Checkpoint) -> Checkpoint:
-        """The backbone alone, under its canonical names."""
-        return base.select(self.canonical_names(base))
+        """The backbone alone, under the names that it was stored with."""
+        within = lambda name: name if name.startswith(f"{self._prefix}.") else f"{self._prefix}.{name}"
+        return base.select({within(stored): stored for stored in self.canonical_names(base).values()})
 
     def complete(self, out: Path) -> None:
         """Configuration and processor; and in `tasks/NAME` a whole model for each expert, on the backbone's file."""
@@ -155,6 +158,10 @@ class Classification(Family):
         """The architecture with two classes, without memory."""
         return self._skeleton(2)
 
+    @cached_property
+    def _spelling(self) -> Callable[[str], str]:
+        return spelling_of(self._two)
+
     @property
     def _prefix(self) -> str:
         return self._two.base_model_prefix
@@ -162,6 +169,11 @@ class Classification(Family):
     @cached_property
     def _backbone_names(self) -> set[str]:
         return {f"{self._prefix}.{name}" for name in getattr(self._two, self._prefix).state_dict()}
+
+    @cached_property
+    def _counters(self) -> set[str]:
+        """Tensors of whole numbers, which a checkpoint may lack."""
+        return {name for name, tensor in self._two.state_dict().items() if not tensor.is_floating_point()}
 
     @cached_property
     def _head_shapes(self) -> dict[str, tuple[int | None, ...]]:
@@ -184,7 +196,7 @@ class Classification(Family):
 
     def _head_tensors(self, name: str) -> dict[str, Tensor]:
         expert = self.experts[name]
-        stored = {_modern(key): key for key in expert}
+        stored = {self._spelling(key): key for key in expert}
         return {key: expert[stored[key]] for key in self._head_shapes}
 
     def _classes(self, name: str) -> int:
@@ -196,7 +208,7 @@ class Classification(Family):
                 "Remedy: name a model and its task alike."
             )
         expert, classes = self.experts[name], set()
-        stored = {_modern(key): key for key in expert}
+        stored = {self._spelling(key): key for key in expert}
         for key, wanted in self._head_shapes.items():
             if key not in stored:
                 raise CheckpointError(f"'{key}' is missing from '{name}'; wanted a model with its classification head.")
@@ -230,7 +242,7 @@ class Classification(Family):
         tensors = {key: tensor.contiguous() for key, tensor in self._head_tensors(name).items()}
         save_checkpoint(tensors, folder / _HEAD, metadata={"format": "pt"})
         _link(out / "model.safetensors", folder / _BACKBONE)
-        files = dict.fromkeys(self.canonical_names(self.weights), _BACKBONE) | dict.fromkeys(tensors, _HEAD)
+        files = dict.fromkeys(open_checkpoint(folder / _BACKBONE), _BACKBONE) | dict.fromkeys(tensors, _HEAD)
         total = sum((folder / file).stat().st_size for file in (_BACKBONE, _HEAD))
         index = {"metadata": {"total_size": total}, "weight_map": files}
         (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", "utf-8")
@@ -241,12 +253,6 @@ class Classification(Family):
         for path in companion_files(self.directory):
             if path.name != "config.json":
                 shutil.copyfile(path, folder / path.name)
-
-
-def _modern(name: str) -> str:
-    for pattern, spelling in _OLD:
-        name = pattern.sub(spelling, name)
-    return name
 
 
 def _link(file: Path, name: Path) -> None:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from suture.errors import CheckpointError
+from suture.families.base import one_line
 
 Pick = Callable[[Any], Tensor]  # a base model's output → features (B, D)
 
@@ -88,11 +89,21 @@ class _Given(nn.Module):
         self.axes, self.features = axes, None
 
     def forward(self, *_: Any, **__: Any) -> Any:
-        from transformers.modeling_outputs import BaseModelOutputWithPooling
-
         rows: Any = self.features
-        more = (..., *[None] * (self.axes - 2))
-        return BaseModelOutputWithPooling(last_hidden_state=rows[:, None], pooler_output=rows[more])
+        return _Output(rows[:, None], rows[(..., *[None] * (self.axes - 2))])
+
+
+class _Output:
+    """A base model's output by name or by number; what nobody gave is None."""
+
+    def __init__(self, hidden: Tensor, pooled: Tensor):
+        self.last_hidden_state, self.pooler_output = hidden, pooled
+
+    def __getitem__(self, which: int | slice) -> Any:
+        return (self.last_hidden_state, self.pooler_output)[which]
+
+    def __getattr__(self, name: str) -> None:
+        return None
 
 
 @torch.no_grad()
@@ -105,7 +116,10 @@ def take_apart(model: Any, example: Mapping[str, Tensor], label: str) -> Parts:
         if not name.startswith(f"{prefix}."):  # a head of zeros would make the same of anything
             parameter.normal_(0, 0.5, generator=generator)
     hook = backbone.register_forward_hook(lambda module, _, output: given.append(output))
-    logits = model(**example).logits
+    try:
+        logits = model(**example).logits
+    except Exception as error:  # a model may ask for anything
+        raise CheckpointError(f"'{label}' does not run on its own inputs: {one_line(error)}") from error
     hook.remove()
     for pick in (pooled, first_token):
         feature = _try(lambda pick=pick: pick(given[0]))
