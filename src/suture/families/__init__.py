@@ -8,7 +8,7 @@ from suture.families.base import Encoder, Family, Track, companion_files, untrac
 
 __all__ = ["Encoder", "Family", "Track", "companion_files", "families", "family", "untracked"]
 
-_SHARED = ("base", "classification", "heads", "pictures", "spelling", "taken_apart", "texts")
+_SHARED = ("base", "classification", "heads", "models", "pictures", "spelling", "taken_apart", "texts")
 
 
 def families() -> list[str]:

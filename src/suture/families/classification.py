@@ -20,7 +20,8 @@ from torch import Tensor, nn
 
 from suture.checkpoints import Checkpoint, open_checkpoint, save_checkpoint
 from suture.errors import CheckpointError, ConfigError, SutureError
-from suture.families.base import Encoder, Family, Track, companion_files, one_line, untracked
+from suture.families.base import Encoder, Family, Track, companion_files, untracked
+from suture.families.models import build, config_of, copy_into
 from suture.families.pictures import quiet
 from suture.families.spelling import spelling_of
 from suture.families.taken_apart import Before, Parts, Pick, Rest, take_apart
@@ -42,18 +43,9 @@ class Backbone(Encoder):
         """Features (B, D)."""
         return self._pick(self.get_submodule(self._prefix)(**self.prepare(*inputs, **named)))
 
-    @torch.no_grad()
     def load(self, state: Mapping[str, Tensor]) -> "Backbone":
         """Copy the weights and statistics of another backbone in, in place; raises `CheckpointError`."""
-        found, label = self._naming(state), getattr(state, "label", "the model")
-        own = {name: tensor for name, tensor in self.state_dict().items() if tensor.is_floating_point()}
-        for name, tensor in own.items():
-            if name not in found:
-                raise CheckpointError(f"'{name}' is missing from '{label}'; wanted a model of the base's architecture.")
-            if (shape := state[found[name]].shape) != tensor.shape:
-                raise CheckpointError(f"'{name}' has shape {tuple(shape)}, not {tuple(tensor.shape)}, in '{label}'.")
-        for name, tensor in own.items():
-            tensor.copy_(state[found[name]])
+        copy_into(self, state, self._naming)
         return self
 
 
@@ -125,28 +117,10 @@ class Classification(Family):
     @cached_property
     def config(self) -> Any:
         """The pretrained model's configuration; raises `CheckpointError`."""
-        return self._read_config(self.directory)
-
-    def _read_config(self, directory: Path) -> Any:
-        with quiet():
-            from transformers import AutoConfig
-
-            try:
-                return AutoConfig.from_pretrained(directory, local_files_only=True)
-            except Exception as error:  # the library has an exception class of its own for almost everything
-                raise CheckpointError(f"'{directory}' has no usable config.json: {one_line(error)}") from error
+        return config_of(self.directory)
 
     def _model(self, classes: int, config: Any) -> Any:
-        config = deepcopy(config)
-        config.num_labels = classes
-        with quiet(), torch.random.fork_rng(devices=[]):
-            import transformers
-
-            try:
-                return getattr(transformers, self.auto).from_config(config).float().eval().requires_grad_(False)
-            except Exception as error:  # as above
-                told = f"'{self.directory}' holds no model for family={self.name}: {one_line(error)}"
-                raise CheckpointError(told) from error
+        return build(self.auto, config, self.name, self.directory, num_labels=classes)
 
     def _skeleton(self, classes: int) -> Any:
         config = self.config
@@ -233,7 +207,7 @@ class Classification(Family):
     def _own_config(self, name: str) -> Any:
         """An expert's configuration, or the pretrained model's where the expert is weights alone."""
         directory = self.experts[name].directory
-        own = None if directory is None else self._read_config(directory)
+        own = None if directory is None else config_of(directory)
         return own if own is not None and own.model_type == self.config.model_type else self.config
 
     def _write_task(self, out: Path, folder: Path, name: str, classes: int) -> None:
