@@ -377,3 +377,12 @@ def test_the_encoder_is_frozen_and_in_evaluation_mode(clip):
     assert isinstance(encoder, nn.Module)
     assert not encoder.training
     assert not any(p.requires_grad for p in encoder.parameters())
+
+
+def test_an_installed_package_can_bring_a_family(monkeypatch):
+    from importlib.metadata import EntryPoint, EntryPoints
+
+    entry = EntryPoint("letters", "suture.families.clip:FAMILY", "suture.families")
+    monkeypatch.setattr("suture.families.entry_points", lambda group: EntryPoints([entry]).select(group=group))
+    assert "letters" in families()
+    assert family("letters") is Clip

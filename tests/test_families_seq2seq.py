@@ -12,9 +12,11 @@ from tiny_texts import TASKS, rows_of, save_tokenizer, write_task
 from suture import tasks
 from suture.checkpoints import open_checkpoint, open_fine_tuned
 from suture.cli import main
+from suture.config import compose
 from suture.decoded import decoded
 from suture.evaluation import task_inputs
 from suture.families.seq2seq import Seq2Seq
+from suture.run import Run
 from suture.tasks import Task
 
 NAMES = ("colour", "animal")
@@ -195,3 +197,34 @@ def test_bad_input_is_one_line(words, shop, capsys):
     assert "the class name 'violet' is no word of the tokenizer" in refused(
         capsys, words(colour={"classnames": ["blue", "violet"]})
     )
+
+
+SEVEN = ["glue-cola", "glue-mnli", "glue-mrpc", "glue-qnli", "glue-qqp", "glue-rte", "glue-sst2"]
+
+
+@pytest.mark.parametrize("pool", ["flan-t5-base_glue_lora16", "flan-t5-large_glue_lora16", "flan-t5-base_glue"])
+def test_the_published_pools_fit_their_tasks(pool):
+    run = Run.from_config(compose(["method=task_arithmetic", f"modelpool={pool}", "taskpool=flan-t5_glue"]))
+    assert sorted(run.pool.models) == sorted(task.name for task in run.taskpool.tasks) == SEVEN
+    for task in run.taskpool.tasks:
+        assert task.source == "nyu-mll/glue"
+        assert all("{" + column + "}" in task.templates[0] for column in task.text_columns)
+        assert len(task.own_names) == len(task.classnames)
+
+
+def test_a_task_of_glue_is_read_from_a_folder_as_the_hub_keeps_it(tmp_path):
+    from datasets import ClassLabel, Dataset, Features, Value
+
+    words = {k: v for k, v in tasks.known("glue-rte").items() if k != "source"}
+    features = Features(sentence1=Value("string"), sentence2=Value("string"), label=ClassLabel(names=words["labels"]))
+    for split, labels in (("validation", [0, 1, 1]), ("test", [-1, -1])):
+        rows = {"sentence1": ["One."] * len(labels), "sentence2": ["Two."] * len(labels), "label": labels}
+        Dataset.from_dict(rows, features=features).to_parquet(tmp_path / "rte" / f"{split}-00000-of-00001.parquet")
+    task = Task("glue-rte", str(tmp_path), **words)
+    assert tasks.check(task, "test") == []
+    assert tasks.notes(task, "test") == []  # how many there are is not known before they are read
+    found = tasks.load(task, "test")
+    assert found.labels.tolist() == [0, 1, 1]
+    assert found.prompts(0, 1) == ["Does the text: 'One.' entail that 'Two.' is true? Provide 'yes' or 'no'."]
+    swapped = replace(task, labels=tuple(reversed(words["labels"])))
+    assert "label 0" in tasks.check(swapped, "test")[0]

@@ -157,7 +157,7 @@ def _builder(folder: Path, task: Task) -> Any:
 
     name, data_dir = _subset(folder, task.subset)
     try:
-        return load_dataset_builder(str(folder), name=name, data_dir=data_dir)
+        return load_dataset_builder(str(folder.absolute()), name=name, data_dir=data_dir)
     except Exception as error:  # as above
         raise DataError(
             f"'{folder}' is no data set that `datasets` can read ({' '.join(str(error).split())})."
