@@ -32,6 +32,9 @@ class FirstStep(Encoder):
     The output layer is held too, so that names fit; no input reaches it.
     """
 
+    encoder: nn.Module
+    decoder: nn.Module
+
     def __init__(self, model: Any, prepare: nn.Module, start: int, naming: Naming):
         super().__init__()
         for part in _PARTS:

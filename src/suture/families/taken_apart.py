@@ -86,10 +86,11 @@ class _Given(nn.Module):
 
     def __init__(self, axes: int):
         super().__init__()
-        self.axes, self.features = axes, None
+        self.axes = axes
+        self.features: Any = None
 
     def forward(self, *_: Any, **__: Any) -> Any:
-        rows: Any = self.features
+        rows = self.features
         return _Output(rows[:, None], rows[(..., *[None] * (self.axes - 2))])
 
 
