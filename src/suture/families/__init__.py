@@ -20,10 +20,10 @@ def families() -> list[str]:
 
 def family(name: str) -> type[Family]:
     """The family of this name; raises `ConfigError` with the nearest name."""
-    if name not in families():
-        raise ConfigError(unknown_name("model family", name, families()))
     if name in _here():
         return importlib.import_module(f"{__name__}.{name}").FAMILY
+    if name not in families():
+        raise ConfigError(unknown_name("model family", name, families()))
     return next(entry.load() for entry in entry_points(group=_GROUP) if entry.name == name)
 
 

@@ -58,8 +58,11 @@ def copy_into(module: nn.Module, state: Mapping[str, Tensor], naming: Naming) ->
 
 def first_names(module: nn.Module) -> dict[str, Tensor]:
     """The floating-point tensors of a module's state, each under the first of its names."""
-    seen: dict[int, str] = {}
     state = module.state_dict(keep_vars=True)
-    for name, tensor in state.items():
-        seen.setdefault(id(tensor), name)
-    return {name: state[name] for name in seen.values() if state[name].is_floating_point()}
+    return {name: state[name] for name in dict.fromkeys(tied_names(module).values()) if state[name].is_floating_point()}
+
+
+def tied_names(module: nn.Module) -> dict[str, str]:
+    """Every name in a module's state → the first name of the same tensor."""
+    seen: dict[int, str] = {}
+    return {name: seen.setdefault(id(t), name) for name, t in module.state_dict(keep_vars=True).items()}

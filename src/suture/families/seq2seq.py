@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from suture.checkpoints import Checkpoint
 from suture.errors import CheckpointError, ConfigError, SutureError
 from suture.families.base import Encoder, Family, Track, untracked
-from suture.families.models import Naming, build, config_of, copy_into, first_names
+from suture.families.models import Naming, build, config_of, copy_into, tied_names
 from suture.families.spelling import spelling_of
 from suture.families.texts import SETTINGS, TextReader
 from suture.heads import Head
@@ -66,9 +66,14 @@ class Seq2Seq(Family):
     known_settings = SETTINGS
 
     def canonical_names(self, names: Iterable[str]) -> dict[str, str]:
-        """Name in the model → stored name; of tied tensors the first name alone."""
-        found = {self._spelling(stored): stored for stored in names}
-        return {name: found[name] for name in self._names if name in found}
+        """Name in the model → stored name; of tied tensors the first name alone, whichever of them are stored."""
+        found: dict[str, str] = {}
+        for stored in names:
+            name = self._spelling(stored)
+            first = self._tied.get(name)
+            if first is not None and (first == name or first not in found):
+                found[first] = stored
+        return found
 
     def encoder(self, state: Mapping[str, Tensor] | None = None) -> FirstStep:
         return deepcopy(self._encoder).load(self.weights if state is None else state)
@@ -132,8 +137,8 @@ class Seq2Seq(Family):
             return self._model()
 
     @cached_property
-    def _names(self) -> list[str]:
-        return [*first_names(self._skeleton)]
+    def _tied(self) -> dict[str, str]:
+        return tied_names(self._skeleton)
 
     @cached_property
     def _spelling(self) -> Any:
