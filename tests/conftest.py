@@ -10,7 +10,7 @@ install_import_hook(
     ["suture.adaptation", "suture.methods", "suture.surgery", "suture.task_vectors"], "typecheck.checked"
 )
 
-pytest_plugins = ["desk", "pages"]
+pytest_plugins = ["desk", "pages", "text_shop"]
 
 
 @pytest.fixture(autouse=True)

@@ -13,8 +13,8 @@ from suture.evaluation import (
     evaluate_experts,
     evaluate_row,
     expert_matrix,
-    zero_shot_logits,
 )
+from suture.heads import Head
 
 IDENTITY = nn.Identity()
 # Four logits rows; the right answers are 0, 1, 1, 2: three of four are found.
@@ -50,16 +50,39 @@ def test_a_head_turns_features_into_logits_by_cosine():
     features = torch.tensor([[10.0, 9.0], [0.0, 0.1]])
     head = torch.tensor([[0.6, 0.8], [0.0, 1.0]])
     expected = 2 * torch.tensor([[(6 + 7.2) / 181**0.5, 9 / 181**0.5], [0.8, 1.0]])
-    torch.testing.assert_close(zero_shot_logits(features, head, 2.0), expected)
-    task = TaskInputs("angles", features, torch.tensor([0, 1]), head, 2.0)
+    zero_shot = Head(head, scale=2.0, normalised=True)
+    torch.testing.assert_close(zero_shot(features), expected)
+    task = TaskInputs("angles", features, torch.tensor([0, 1]), zero_shot)
     assert evaluate(IDENTITY, task) == Accuracy(1.0, 2)
 
 
 def test_the_scale_of_features_does_not_matter_where_there_is_a_head():
     generator = torch.Generator().manual_seed(0)
     inputs, head = torch.randn(50, 8, generator=generator), torch.randn(5, 8, generator=generator)
-    task = TaskInputs("random", inputs, torch.arange(50) % 5, head)
+    task = TaskInputs("random", inputs, torch.arange(50) % 5, Head(head, normalised=True))
     assert evaluate(IDENTITY, task) == evaluate(lambda x: 100 * x, task)
+
+
+def test_a_linear_head_has_a_bias_and_takes_features_as_they_are():
+    linear = nn.Linear(4, 3)
+    features = torch.randn(5, 4)
+    assert torch.equal(Head(linear.weight, linear.bias)(features), linear(features))
+    twice = Head(linear.weight, linear.bias, scale=2.0, before=nn.Tanh())
+    torch.testing.assert_close(twice(features), linear(2 * features.tanh()))
+
+
+def test_the_cosine_head_has_the_bits_of_its_formula():
+    features, head = torch.randn(50, 8), torch.randn(5, 8)
+    expected = 3.7 * nn.functional.normalize(features, dim=-1) @ head.T
+    assert torch.equal(Head(head, scale=3.7, normalised=True)(features), expected)
+
+
+def test_inputs_that_are_a_mapping_are_keyword_arguments():
+    inputs = {"ids": LOGITS, "mask": torch.tensor([[1.0], [1], [1], [0]])}
+    task = TaskInputs("scores", inputs, torch.tensor([0, 1, 1, 2]))
+    model = lambda ids, mask: ids * mask
+    assert evaluate(model, task, batch_size=3) == Accuracy(0.5, 4)
+    assert evaluate(model, task.first(2)) == Accuracy(1.0, 2)
 
 
 def test_a_module_is_evaluated_without_dropout_and_left_as_it_was():

@@ -11,9 +11,10 @@ from tiny_clip import SIDE, edit_json, save_tiny_clip
 from torch import nn
 
 from suture.errors import CheckpointError, ConfigError
-from suture.evaluation import evaluate, task_inputs, zero_shot_logits
+from suture.evaluation import evaluate, task_inputs
 from suture.families import Encoder, companion_files, families, family
 from suture.families.clip import Clip
+from suture.heads import Head
 from suture.tasks import Images, Task
 
 NAMES = ("cat", "dog", "owl")
@@ -67,10 +68,10 @@ def drifted(weights, seed=1):
 
 
 def test_the_registry_knows_clip_and_refuses_others_with_the_nearest_name():
-    assert families() == ["clip", "open_clip"]
+    assert families() == ["clip", "image_classification", "open_clip", "seq2seq", "sequence_classification"]
     assert family("clip") is Clip
     with pytest.raises(
-        ConfigError, match=r"Unknown model family 'clipp'\. Did you mean 'clip' or 'open_clip'\? Known: clip, open_clip"
+        ConfigError, match=r"Unknown model family 'clipp'\. Did you mean 'clip' or 'open_clip'\? Known: clip, image_cl"
     ):
         family("clipp")
 
@@ -90,7 +91,7 @@ def test_logits_equal_those_of_transformers(clip, reference, directory):
     tokens = CLIPTokenizer.from_pretrained(directory)(prompts, padding=True, return_tensors="pt")
     with torch.inference_mode():
         expected = reference(pixel_values=pixels, **tokens).logits_per_image
-        logits = zero_shot_logits(clip.encoder()(pixels), clip.head(NAMES, TEMPLATES[:1]), clip.logit_scale)
+        logits = clip.head(Task("", "", NAMES, TEMPLATES[:1]))(clip.encoder()(pixels))
     torch.testing.assert_close(logits, expected, atol=1e-5, rtol=0)
     torch.testing.assert_close(logits / clip.logit_scale, expected / clip.logit_scale, atol=1e-6, rtol=0)
 
@@ -107,7 +108,7 @@ def test_a_head_averages_normalised_templates_and_normalises_again(clip, referen
                 encoded.append(reference.get_text_features(**tokens).pooler_output[0])
         mean = torch.stack([e / e.norm() for e in encoded]).mean(0)
         expected.append(mean / mean.norm())
-    head = clip.head(NAMES, TEMPLATES)
+    head = clip.directions(NAMES, TEMPLATES)
     assert head.dtype == torch.float32
     torch.testing.assert_close(head, torch.stack(expected), atol=1e-6, rtol=0)
 
@@ -115,7 +116,7 @@ def test_a_head_averages_normalised_templates_and_normalises_again(clip, referen
 def test_a_head_can_take_part_in_a_backward_pass(clip, head_cache):
     features = torch.randn(2, 8, requires_grad=True)
     for _ in ("made", "from the cache"):
-        zero_shot_logits(features, clip.head(NAMES, TEMPLATES), 1.0).sum().backward()
+        Head(clip.directions(NAMES, TEMPLATES), normalised=True)(features).sum().backward()
 
 
 @pytest.mark.parametrize(("height", "width"), [(SIDE, SIDE), (28, 28), (20, 33), (7, 9)])
@@ -201,58 +202,58 @@ def test_weights_that_do_not_fit_are_refused_before_anything_is_written(clip):
 
 
 def test_a_head_is_made_once_and_then_read_from_the_cache(directory, clip, head_cache, counted):
-    first = clip.head(NAMES, TEMPLATES)
+    first = clip.directions(NAMES, TEMPLATES)
     assert len(counted) == 1
     assert len(list(head_cache.iterdir())) == 1
-    again = Clip(directory, load_file(directory / "model.safetensors")).head(NAMES, TEMPLATES)
+    again = Clip(directory, load_file(directory / "model.safetensors")).directions(NAMES, TEMPLATES)
     assert len(counted) == 1
     torch.testing.assert_close(again, first, atol=0, rtol=0)
 
 
 def test_other_names_templates_or_text_weights_make_another_head(directory, clip, head_cache, counted):
-    clip.head(NAMES, TEMPLATES)
-    clip.head(NAMES[::-1], TEMPLATES)
-    clip.head(NAMES, TEMPLATES[:1])
+    clip.directions(NAMES, TEMPLATES)
+    clip.directions(NAMES[::-1], TEMPLATES)
+    clip.directions(NAMES, TEMPLATES[:1])
     weights = load_file(directory / "model.safetensors")
     weights["text_projection.weight"][0, 0] += 1
-    Clip(directory, weights).head(NAMES, TEMPLATES)
+    Clip(directory, weights).directions(NAMES, TEMPLATES)
     assert len(counted) == 4
     assert len(list(head_cache.iterdir())) == 4
 
 
 def test_another_tokenizer_makes_another_head(tmp_path, clip, head_cache, counted):
     copy = save_tiny_clip(tmp_path / "copy")
-    clip.head(NAMES, TEMPLATES)
-    Clip(copy, load_file(copy / "model.safetensors")).head(NAMES, TEMPLATES)
+    clip.directions(NAMES, TEMPLATES)
+    Clip(copy, load_file(copy / "model.safetensors")).directions(NAMES, TEMPLATES)
     assert len(counted) == 1
     edit_json(copy / "tokenizer_config.json", model_max_length=20)
-    Clip(copy, load_file(copy / "model.safetensors")).head(NAMES, TEMPLATES)
+    Clip(copy, load_file(copy / "model.safetensors")).directions(NAMES, TEMPLATES)
     assert len(counted) == 2
 
 
 def test_the_vision_weights_and_the_model_s_place_do_not_matter_to_a_head(clip, directory, head_cache, counted):
-    clip.head(NAMES, TEMPLATES)
-    Clip(directory, {**clip.weights, **drifted(clip.weights)}).head(NAMES, TEMPLATES)
+    clip.directions(NAMES, TEMPLATES)
+    Clip(directory, {**clip.weights, **drifted(clip.weights)}).directions(NAMES, TEMPLATES)
     assert len(counted) == 1
 
 
 @pytest.mark.parametrize("damage", ["cut short", "one bit", "something else"])
 def test_a_damaged_cache_entry_is_made_again(clip, head_cache, counted, damage):
-    head = clip.head(NAMES, TEMPLATES)
+    head = clip.directions(NAMES, TEMPLATES)
     (entry,) = head_cache.iterdir()
     data = bytearray(entry.read_bytes())
     data[-3] ^= 1
     entry.write_bytes({"cut short": data[:-9], "one bit": data, "something else": b"hello"}[damage])
-    torch.testing.assert_close(clip.head(NAMES, TEMPLATES), head, atol=0, rtol=0)
+    torch.testing.assert_close(clip.directions(NAMES, TEMPLATES), head, atol=0, rtol=0)
     assert len(counted) == 2
-    clip.head(NAMES, TEMPLATES)
+    clip.directions(NAMES, TEMPLATES)
     assert len(counted) == 2
 
 
 def test_a_cache_that_cannot_be_written_costs_only_time(clip, tmp_path, monkeypatch, caplog):
     (tmp_path / "file").touch()
     monkeypatch.setenv("SUTURE_CACHE", str(tmp_path / "file"))
-    assert clip.head(NAMES, TEMPLATES).shape == (3, 8)
+    assert clip.directions(NAMES, TEMPLATES).shape == (3, 8)
     assert "The head is not cached" in caplog.text
 
 
@@ -318,7 +319,7 @@ def test_missing_parts_of_the_pretrained_model_are_named(clip, directory, tmp_pa
     with pytest.raises(CheckpointError, match=r"no usable preprocessor_config\.json or processor_config\.json"):
         bare.decode(images(noise()))
     with pytest.raises(CheckpointError, match=r"no usable tokenizer\.json, or vocab\.json and merges\.txt"):
-        bare.head(("never", "seen", "before"), TEMPLATES)
+        bare.directions(("never", "seen", "before"), TEMPLATES)
     vision = {name: tensor for name, tensor in clip.weights.items() if name.startswith("vision_model.")}
     with pytest.raises(CheckpointError, match=r"'visual_projection\.weight' is missing from"):
         Clip(directory, vision).encoder()
@@ -349,7 +350,7 @@ def test_a_configuration_that_makes_no_sense_is_refused_in_one_line(tmp_path):
 def test_a_processor_of_another_size_than_the_tower_s_is_refused(tmp_path):
     directory = save_tiny_clip(tmp_path / "clip")
     edit_json(directory / "config.json", vision_config={"image_size": 32})
-    with pytest.raises(CheckpointError, match=r"makes images of shape \(3, 16, 16\), the vision tower wants"):
+    with pytest.raises(CheckpointError, match=r"makes images of shape \(3, 16, 16\), the model wants"):
         Clip(directory, {}).decode(images(noise()))
 
 
@@ -365,7 +366,7 @@ def test_nothing_is_printed_and_transformers_keeps_its_settings(clip, capfd):
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     clip.encoder()
     clip.decode(images(noise()))
-    clip.head(("quiet", "loud"), TEMPLATES)
+    clip.directions(("quiet", "loud"), TEMPLATES)
     assert (logging.get_verbosity(), logging.is_progress_bar_enabled()) == (level, bars)
     assert capfd.readouterr() == ("", "")
 
@@ -376,3 +377,12 @@ def test_the_encoder_is_frozen_and_in_evaluation_mode(clip):
     assert isinstance(encoder, nn.Module)
     assert not encoder.training
     assert not any(p.requires_grad for p in encoder.parameters())
+
+
+def test_an_installed_package_can_bring_a_family(monkeypatch):
+    from importlib.metadata import EntryPoint, EntryPoints
+
+    entry = EntryPoint("letters", "suture.families.clip:FAMILY", "suture.families")
+    monkeypatch.setattr("suture.families.entry_points", lambda group: EntryPoints([entry]).select(group=group))
+    assert "letters" in families()
+    assert family("letters") is Clip

@@ -11,6 +11,7 @@ from suture.pipeline import check_run
 
 README = (Path(__file__).parent.parent / "README.md").read_text("utf-8")
 BLOCKS = re.findall(r"```python\n(.*?)```", README, re.S)
+BASES = ("zoo:glyphs8/pretrained", "openai/clip-vit-base-patch32", "google/flan-t5-base")
 COMMANDS = re.findall(r"^    suture (-m )?(method=.*)$", README, re.M)
 
 
@@ -25,7 +26,7 @@ def test_commands_in_the_readme_compose(multirun, words):
     words = [re.sub(r",.*", "", word) if multirun else word for word in shlex.split(words)]
     composed = config.compose(words)
     check_run(composed)
-    assert composed["modelpool"]["models"]["_pretrained_"] in ("zoo:glyphs8/pretrained", "openai/clip-vit-base-patch32")
+    assert composed["modelpool"]["models"]["_pretrained_"] in BASES
 
 
 def test_the_readme_has_code_and_commands():

@@ -237,10 +237,9 @@ def test_a_class_name_that_is_not_text_is_refused(idx):
     )
 
 
-def test_a_task_without_names_or_templates_is_refused(idx):
-    problems = tasks.check(replace(idx, classnames=(), templates=()), "test")
+def test_a_task_without_names_is_refused(idx):
+    problems = tasks.check(replace(idx, classnames=()), "test")
     assert any("has no class names" in problem for problem in problems)
-    assert any("has no templates" in problem for problem in problems)
 
 
 def test_an_unknown_split_is_refused(idx):

@@ -28,6 +28,7 @@ from suture.compatibility import compatibility
 from suture.errors import SutureError
 from suture.evaluation import Row, TaskInputs, evaluate, evaluate_row
 from suture.files import merge_files, merge_mergekit, plan_files
+from suture.heads import Head
 from suture.merge import merge
 from suture.methods import get_method, merge_method, methods
 from suture.normalisation import reestimate_statistics
@@ -44,6 +45,7 @@ __all__ = [
     "CLIPVisionModelPool",
     "CLIPVisionModelTaskPool",
     "Checkpoint",
+    "Head",
     "InfiniteDataLoader",
     "LayerWiseAdaMergingAlgorithm",
     "LayerWiseMergedModel",

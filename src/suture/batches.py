@@ -1,6 +1,6 @@
 """Batches of inputs: a tensor, or a mapping of tensors for keyword arguments; the first axis counts the inputs."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -12,6 +12,7 @@ from suture.errors import ConfigError, DataError
 from suture.randomness import generator_for
 
 Inputs = Tensor | Mapping[str, Tensor]
+Forward = Callable[[Any, Any], Tensor]  # (module, inputs) → (batch, …)
 
 
 class ShuffledBatches:
@@ -104,3 +105,18 @@ def to_device(inputs: Any, device: torch.device) -> Any:
     if isinstance(inputs, tuple | list):
         return tuple(to_device(value, device) for value in inputs)
     return inputs.to(device) if isinstance(inputs, Tensor) else inputs
+
+
+def call(module: Any, inputs: Any) -> Tensor:
+    """What the module gives for a batch: (batch, …). Mappings are keyword arguments; of an output with `logits`, those.
+
+    Raises `ConfigError` if the module gives anything else, and for a batch that is a tuple.
+    """
+    if isinstance(inputs, tuple | list):
+        raise ConfigError("A batch is a tuple; give forward=lambda module, batch: module(batch[0]), or inputs alone.")
+    output = module(**inputs) if isinstance(inputs, Mapping) else module(inputs)
+    found = output if isinstance(output, Tensor) else getattr(output, "logits", None)
+    if not isinstance(found, Tensor):
+        kind = type(output).__name__
+        raise ConfigError(f"The module gives a {kind}, not a tensor; give forward=lambda module, inputs: …")
+    return found

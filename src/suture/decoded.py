@@ -1,7 +1,8 @@
 """Decoded inputs in memory-mapped files: an image is decoded and resized once, for every model and every later run.
 
-A file is keyed by what the images are (`Images.identity`) and how the family reads them (`Family.recipe`). It is only
-a cache: it may be deleted at any time, and where it cannot be written the inputs are held in memory instead.
+Texts are tokenized once in the same way. A file is keyed by what the inputs are (`identity`) and how the family reads
+them (`Family.recipe`). It is only a cache: it may be deleted at any time, and where it cannot be written the inputs are
+held in memory instead.
 """
 
 import logging
@@ -14,19 +15,52 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from suture.checkpoints import cache_directory
+from suture.batches import Inputs
+from suture.checkpoints import cache_directory, open_checkpoint, save_checkpoint
 from suture.checkpoints.mapped_files import MappedFile
 from suture.checkpoints.writing import partial_path
+from suture.errors import CheckpointError, OutputError
 from suture.families.base import Family, Track, untracked
 from suture.families.heads import digest
-from suture.tasks.base import Images
+from suture.tasks.base import Images, Texts
 
 T = TypeVar("T")
 log = logging.getLogger(__name__)
 
 
-def decoded(family: Family, images: Images, track: Track = untracked, description: str = "Decoding") -> Tensor:
-    """What `family.decode` gives, from the cache if it is there; images without an identity are decoded anew."""
+def decoded(family: Family, found: Images | Texts, track: Track = untracked, description: str = "Decoding") -> Inputs:
+    """What the family makes of images or texts, from the cache if it is there; without an identity it is made anew."""
+    if isinstance(found, Texts):
+        return _tokenized(family, found, track, description)
+    return _decoded(family, found, track, description)
+
+
+def _tokenized(family: Family, texts: Texts, track: Track, description: str) -> dict[str, Tensor]:
+    if texts.identity is None or len(texts) == 0:
+        return family.tokens(texts, track, description)
+    path = cache_directory() / "inputs" / f"{digest({}, [], texts.identity, family.recipe)}.safetensors"
+    kept = _kept(path, len(texts))
+    if kept is not None:
+        return kept
+    tokens = family.tokens(texts, track, description)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_checkpoint(tokens, path)
+    except (OSError, OutputError) as error:
+        log.warning("Tokens are held in memory, not in %s: %s", path.parent, error)
+        return tokens
+    return dict(open_checkpoint(path))
+
+
+def _kept(path: Path, count: int) -> dict[str, Tensor] | None:
+    try:
+        tokens = dict(open_checkpoint(path)) if path.is_file() else {}
+    except CheckpointError:  # damaged: made again
+        return None
+    return tokens if tokens and all(len(tensor) == count for tensor in tokens.values()) else None
+
+
+def _decoded(family: Family, images: Images, track: Track, description: str) -> Tensor:
     if images.identity is None or len(images) == 0:
         return family.decode(images, track, description)
     shape = (len(images), *family.input_shape)

@@ -33,7 +33,8 @@ def check_fabric(config: Mapping[str, Any]) -> None:
             raise ConfigError(unknown_name("key of fabric", key, _KEYS))
     if "spawn" in str(config.get("strategy")):
         remedy = "Remedy: ddp_fork, or ddp, which starts the command once for each process."
-        raise ConfigError(f"fabric.strategy={config['strategy']}: what runs cannot be handed to a new process. {remedy}")
+        found = f"fabric.strategy={config['strategy']}"
+        raise ConfigError(f"{found}: what runs cannot be handed to a new process. {remedy}")
     precision, kind = str(config.get("precision") or PRECISIONS[0]), _logger_kind(config)
     if precision not in PRECISIONS:
         raise ConfigError(unknown_name("fabric.precision", precision, PRECISIONS))

@@ -1,7 +1,8 @@
 """Accuracy of models on tasks, and the three summaries of it: mean, mean relative to the experts, gap closed.
 
 `evaluate(model, task)` is the whole job for one model and one task. The model is any callable: it gives
-features (B, D) where the task has a head, and logits (B, C) where it has none. What is undefined is nan.
+features (B, D) where the task has a head, and logits (B, C) where it has none. Inputs that are a mapping of tensors, as
+token ids with their mask, are its keyword arguments. What is undefined is nan.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -13,28 +14,27 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import normalize
 
 from suture import tasks as data
-from suture.batches import device_of
+from suture.batches import Forward, Inputs, call, device_of, take, to_device
 from suture.decoded import decoded
 from suture.errors import CheckpointError, ConfigError, DataError
 from suture.families.base import Family, Track, untracked
+from suture.heads import Head
 from suture.tasks import Split, Task
 
-Model = Callable[[Tensor], Tensor]
+Model = Callable[..., Tensor]
 BATCH_SIZE = 256
 
 
 @dataclass(frozen=True, eq=False)
 class TaskInputs:
-    """One task, decoded: inputs (N, ...), labels (N,), and the head (C, D) with its scale, if it has one."""
+    """One task, decoded: inputs (N, …), or a mapping of several such tensors, labels (N,), and the head, if any."""
 
     name: str
-    inputs: Tensor
+    inputs: Inputs
     labels: Tensor
-    head: Tensor | None = None
-    logit_scale: float = 1.0
+    head: Head | None = None
     classnames: tuple[str, ...] | None = None
 
     def __len__(self) -> int:
@@ -42,13 +42,11 @@ class TaskInputs:
 
     def first(self, count: int) -> "TaskInputs":
         """The same task with its first inputs only."""
-        return replace(self, inputs=self.inputs[:count], labels=self.labels[:count])
+        return replace(self, inputs=take(self.inputs, slice(0, count)), labels=self.labels[:count])
 
     def logits(self, output: Tensor) -> Tensor:
         """Logits (B, C) from what the model gave: features (B, D), or logits where there is no head."""
-        if self.head is None:
-            return output
-        return zero_shot_logits(output, self.head.to(output.device), self.logit_scale)
+        return output if self.head is None else self.head(output)
 
 
 class Accuracy(NamedTuple):
@@ -96,11 +94,6 @@ class Row:
         return self.accuracies.get(task, nan)
 
 
-def zero_shot_logits(features: Tensor, head: Tensor, logit_scale: float) -> Tensor:
-    """logit_scale · normalise(features) · headᵀ: features (B, D), head (C, D) → logits (B, C)."""
-    return logit_scale * normalize(features, dim=-1) @ head.T
-
-
 def evaluation_set(
     family: Family,
     pool: Iterable[Task],
@@ -115,15 +108,14 @@ def evaluation_set(
 def task_inputs(
     family: Family, task: Task, split: Split = "test", track: Track = untracked, first: int | None = None
 ) -> TaskInputs:
-    """One task, or only its `first` images, decoded by the family's processor, with its zero-shot head."""
-    images = data.load(task, split)
-    images = images if first is None else images.first(first)
+    """One task, or only its `first` inputs, as the family reads them, with its head."""
+    found = data.load(task, split)
+    found = found if first is None else found.first(first)
     return TaskInputs(
         name=task.name,
-        inputs=decoded(family, images, track, f"Decoding {task.name}"),
-        labels=images.labels,
-        head=family.head(task.classnames, task.templates, track, task=task.name),
-        logit_scale=family.logit_scale,
+        inputs=decoded(family, found, track, f"Decoding {task.name}"),
+        labels=found.labels,
+        head=family.head(task, track),
         classnames=task.classnames,
     )
 
@@ -135,17 +127,18 @@ def evaluate(
     batch_size: int = BATCH_SIZE,
     track: Track = untracked,
     name: str = "Evaluating",
+    forward: Forward = call,
 ) -> Accuracy:
     """The share of inputs whose largest logit is at the label.
 
-    A module is in evaluation mode meanwhile, and batches go to its device. Raises `DataError` for an empty
-    task or labels outside of the logits, `CheckpointError` when the output is not finite.
+    A module is in evaluation mode meanwhile, and batches go to its device, through `forward(model, inputs)`. Raises
+    `DataError` for an empty task or labels outside of the logits, `CheckpointError` when the output is not finite.
 
     >>> task = TaskInputs("parity", torch.eye(2), torch.tensor([0, 0]))
     >>> evaluate(lambda inputs: inputs, task)
     Accuracy(value=0.5, samples=2)
     """
-    correct = correct_answers(model, task, batch_size=batch_size, track=track, name=name)
+    correct = correct_answers(model, task, batch_size=batch_size, track=track, name=name, forward=forward)
     return Accuracy(int(correct.sum()) / len(task), len(task))
 
 
@@ -156,6 +149,7 @@ def correct_answers(
     batch_size: int = BATCH_SIZE,
     track: Track = untracked,
     name: str = "Evaluating",
+    forward: Forward = call,
 ) -> Tensor:
     """Which inputs have their largest logit at the label: bool (N,), on the CPU. See `evaluate`."""
     if len(task) == 0:
@@ -166,9 +160,9 @@ def correct_answers(
     correct = []
     with torch.inference_mode(), evaluation_mode(model), track(f"{name}: {task.name}", len(task)) as advance:
         for start in range(0, len(task), batch_size):
-            inputs = task.inputs[start : start + batch_size].to(device)
+            inputs = to_device(take(task.inputs, slice(start, start + batch_size)), device)
             labels = task.labels[start : start + batch_size]
-            correct.append(_correct(task, task.logits(model(inputs)), labels))
+            correct.append(_correct(task, task.logits(forward(model, inputs)), labels))
             advance(len(labels))
     return torch.cat(correct)
 

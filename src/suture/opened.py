@@ -18,9 +18,8 @@ from suture.checkpoints import (
     provenance,
     save_checkpoint,
 )
-from suture.errors import ConfigError
 from suture.evaluation import Row, TaskInputs, evaluate_experts, evaluate_row, evaluation_set, expert_matrix
-from suture.families import Family, companion_files, family
+from suture.families import Family, family
 from suture.learned import LearnedMethod
 from suture.merge import merge_task_vectors
 from suture.methods import MergeMethod
@@ -48,11 +47,16 @@ class OpenModels:
 
     def __init__(self, run: Run, profile: Profile | None = None):
         self.run, self.profile = run, profile or Profile()
-        self.kind = family(run.pool.family)
         self.whole_base = open_checkpoint(run.pool.base, label="_pretrained_")
+        tuned: dict[str, Checkpoint] = {}
+        kind, settings = family(run.pool.family), run.pool.settings
+        #: The pretrained model's family: names, encoder, heads, what is saved beside the weights.
+        self.family: Family = kind(self.whole_base.directory, self.whole_base, settings, tuned)
         self.base = self.mergeable(self.whole_base)
-        naming = {"canonical_names": self.kind.canonical_names}
-        tuned = {name: open_fine_tuned(m, self.whole_base, label=name, **naming) for name, m in run.pool.models.items()}
+        stored = self.family.canonical_names(self.whole_base)
+        told = lambda names: {stored.get(c, c): name for c, name in self.family.canonical_names(names).items()}
+        for name, model in run.pool.models.items():
+            tuned[name] = open_fine_tuned(model, self.whole_base, label=name, canonical_names=told)
         self.models = {name: self.mergeable(model) for name, model in tuned.items()}
         self.inputs = cache(self._decode)
         self.provenance = cache(lambda: provenance({"_pretrained_": self.whole_base, **self.models}))
@@ -72,6 +76,8 @@ class OpenModels:
             bytes_written=sum(spec.nbytes for spec in self.whole_base.specs.values()),
             threads=run.threads,
         )
+        tasks = run.taskpool.tasks if run.taskpool else ()
+        found.problems[:0] = [problem for task in tasks for problem in self.family.problems(task)]
         if not found.problems:
             self._foresee_learning(found, run)
         return found
@@ -137,22 +143,13 @@ class OpenModels:
         return expert_matrix(expert, self.inputs("test"), self.models, batch_size=self.run.batch_size, track=bar)
 
     @cached_property
-    def family(self) -> Family:
-        """The pretrained model's family: encoder, heads, what is saved beside the weights."""
-        if self.kind.needs_directory and self.whole_base.directory is None:
-            raise ConfigError(
-                f"'{self.whole_base.label}' is no model directory. Remedy: give one with config and tokenizer."
-            )
-        return self.kind(self.whole_base.directory, self.whole_base, self.run.pool.settings)
-
-    @cached_property
     def encoder(self):
         """One module that every model of the run is loaded into in turn."""
         return self.family.encoder().eval()
 
     def mergeable(self, checkpoint: Checkpoint) -> Checkpoint:
         """The tensors of a checkpoint that a merge works on, under the family's canonical names."""
-        return checkpoint.select(self.kind.canonical_names(checkpoint))
+        return checkpoint.select(self.family.canonical_names(checkpoint))
 
     def _vectors(self, run: Run) -> TaskVectors:
         return TaskVectors(self.base, self.models, run.frozen, run.threads)
@@ -167,7 +164,8 @@ class OpenModels:
             found.memory = method.memory(stage)
 
     def _write(self, folder: Path, run: Run, adapted: Adapted | None) -> None:
-        base, stored = self.whole_base, self.kind.canonical_names(self.whole_base)
+        base = self.family.kept(self.whole_base)
+        stored = self.family.canonical_names(base)
         with allocate_checkpoint(base.specs, folder / "model.safetensors", aliases=base.aliases) as tensors:
             vectors = self._vectors(run)
             out = {name: tensors[stored[name]] for name in vectors.specs}
@@ -178,8 +176,7 @@ class OpenModels:
                 out[name].copy_(tensor)
             for name in set(tensors) - set(stored.values()):
                 tensors[name].copy_(base[name])
-        for path in companion_files(self.whole_base.directory) if self.whole_base.directory else ():
-            (folder / path.name).write_bytes(path.read_bytes())
+        self.family.complete(folder)
 
     def _decode(self, split: Split) -> dict[str, TaskInputs]:
         assert self.run.taskpool is not None

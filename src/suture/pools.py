@@ -85,9 +85,9 @@ def _task(name: str, config: Mapping[str, Any], root: str | None) -> Task:
     words = known(name) | {key: value for key, value in config.items() if value is not None}
     if root is not None and (folder := _folder_of(Path(root).expanduser(), name, words)):
         words["source"] = str(folder)
-    missing = [key for key in ("source", "classnames", "templates") if not words.get(key)]
+    missing = [key for key in ("source", "classnames") if not words.get(key)]
     if missing:
-        raise ConfigError(f"taskpool.tasks.{name} has no {missing[0]}. Wanted: source, classnames, templates.")
+        raise ConfigError(f"taskpool.tasks.{name} has no {missing[0]}. Wanted: source and classnames, at least.")
     words |= {"source": str(words["source"]), "classnames": tuple(map(str, words["classnames"]))}
     return Task(name, **{key: value for key, value in words.items() if key != "folders"})
 

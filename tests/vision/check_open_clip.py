@@ -74,7 +74,7 @@ def test_heads_come_from_the_text_tower():
 
     with torch.no_grad():
         text = model.encode_text(SimpleTokenizer(context_length=77)(["a cat.", "a dog."]))
-    torch.testing.assert_close(family.head(names, ["a {}."]), torch.nn.functional.normalize(text, dim=-1))
+    torch.testing.assert_close(family.directions(names, ["a {}."]), torch.nn.functional.normalize(text, dim=-1))
 
 
 _MODELING = """
@@ -167,7 +167,7 @@ def test_a_head_of_another_number_of_classes_is_refused(words, published, capsys
         None, open_checkpoint(published / "zeroshot.pt"), {"heads": {"first": str(published / "head_first.pt")}}
     )
     with pytest.raises(suture.SutureError, match="has 3 classes but 'first' has 2"):
-        family.head(["a", "b"], ["{}"], task="first")
+        family.head(suture.Task("first", "", ("a", "b"), ("{}",)))
 
 
 def test_a_merged_clip_gives_equal_logits_in_transformers_and_open_clip(tmp_path, monkeypatch, pixels):

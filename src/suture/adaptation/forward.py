@@ -9,31 +9,17 @@ from torch import Tensor, nn
 from suture.adaptation.merged_model import MergedModel
 from suture.adaptation.objectives import Objective
 from suture.adaptation.passes import Part, Pass
-from suture.batches import concatenate, device_of, size
+from suture.batches import Forward, call, concatenate, device_of, size
 from suture.errors import ConfigError
 from suture.evaluation import evaluation_mode
 from suture.progress import Profile
 
-Forward = Callable[[nn.Module, Any], Tensor]
+__all__ = ["Forward", "Head", "Logits", "Network", "call", "check_concatenation", "depends_on_batch"]
+
 Head = Callable[[Tensor], Tensor]
 # From here on a CPU is faster task by task, and holds a fraction: measured by benchmarks/passes.py.
 LARGE_ON_CPU = 10_000_000
 Logits = Callable[[nn.Module, Any, str], Tensor] | Mapping[str, Head] | nn.ModuleDict
-
-
-def call(module: nn.Module, inputs: Any) -> Tensor:
-    """What the module gives for a batch: (batch, …). Mappings are keyword arguments; of an output with `logits`, those.
-
-    Raises `ConfigError` if the module gives anything else, and for a batch that is a tuple.
-    """
-    if isinstance(inputs, tuple | list):
-        raise ConfigError("A batch is a tuple; give forward=lambda module, batch: module(batch[0]), or inputs alone.")
-    output = module(**inputs) if isinstance(inputs, Mapping) else module(inputs)
-    found = output if isinstance(output, Tensor) else getattr(output, "logits", None)
-    if not isinstance(found, Tensor):
-        kind = type(output).__name__
-        raise ConfigError(f"The module gives a {kind}, not a tensor; give forward=lambda module, inputs: …")
-    return found
 
 
 def check_concatenation(

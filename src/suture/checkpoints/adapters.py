@@ -119,7 +119,7 @@ def _sorted_out(
         in_base = _names_in_base([*(f"{module}.weight" for module in sides), *replaced], base, canonical_names)
         sides = {in_base[f"{module}.weight"].removesuffix(".weight"): found for module, found in sides.items()}
         replaced = {in_base[name]: stored for name, stored in replaced.items()}
-    for name in [*(f"{module}.weight" for module in sides), *replaced]:
+    for name in (f"{module}.weight" for module in sides):
         if name not in base:
             raise refusal(folder, f"adapts '{shown(name)}', which the base lacks", "give the base it was trained on")
     if not sides and not replaced:

@@ -2,22 +2,30 @@
 
 import importlib
 import pkgutil
+from importlib.metadata import entry_points
 
 from suture.errors import ConfigError, unknown_name
 from suture.families.base import Encoder, Family, Track, companion_files, untracked
 
 __all__ = ["Encoder", "Family", "Track", "companion_files", "families", "family", "untracked"]
 
-_SHARED = ("base", "heads", "pictures")
+_GROUP = "suture.families"  # entry points of other packages
+_SHARED = ("base", "classification", "heads", "models", "pictures", "spelling", "taken_apart", "texts")
 
 
 def families() -> list[str]:
-    """The names of all families, sorted."""
-    return sorted(m.name for m in pkgutil.iter_modules(__path__) if m.name not in _SHARED)
+    """The names of all families, sorted: those here, and those that installed packages announce."""
+    return sorted({*_here(), *(entry.name for entry in entry_points(group=_GROUP))})
 
 
 def family(name: str) -> type[Family]:
     """The family of this name; raises `ConfigError` with the nearest name."""
+    if name in _here():
+        return importlib.import_module(f"{__name__}.{name}").FAMILY
     if name not in families():
         raise ConfigError(unknown_name("model family", name, families()))
-    return importlib.import_module(f"{__name__}.{name}").FAMILY
+    return next(entry.load() for entry in entry_points(group=_GROUP) if entry.name == name)
+
+
+def _here() -> list[str]:
+    return [module.name for module in pkgutil.iter_modules(__path__) if module.name not in _SHARED]

@@ -1,17 +1,22 @@
 """What a family of models has to provide so that its models can be merged, evaluated and saved."""
 
+import shutil
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast
 
 from torch import Tensor, nn
 
-from suture.tasks.base import Images
+from suture.errors import ConfigError
+from suture.heads import Head
+from suture.tasks.base import Images, Task, Texts
 
 if TYPE_CHECKING:
+    from suture.checkpoints import Checkpoint
     from suture.families.pictures import PictureReader
+    from suture.families.texts import TextReader
 
 # track("Decoding mnist", total) opens a progress bar and gives the function that counts steps.
 Track = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]
@@ -24,7 +29,9 @@ _COMPANIONS = (
     "merges.txt",
     "preprocessor_config.json",
     "processor_config.json",
+    "sentencepiece.bpe.model",
     "special_tokens_map.json",
+    "spiece.model",
     "tokenizer.json",
     "tokenizer_config.json",
     "vocab.json",
@@ -57,21 +64,31 @@ class Family(ABC):
     """One pretrained model on disk, and what depends on it: encoder, inputs, heads, saving.
 
     `directory` is the pretrained model as the family saves it. `weights` are its tensors, if already open. `settings`
-    are the keys of a model pool that only this family knows, `known_settings`.
+    are the keys of a model pool that only this family knows, `known_settings`. `experts` are the whole fine-tuned
+    models by name, for families whose heads are theirs.
     """
 
     name: ClassVar[str]
+    reads: ClassVar[Literal["pictures", "texts"]] = "pictures"
     known_settings: ClassVar[frozenset[str]] = frozenset()
-    needs_directory: ClassVar[bool] = True
 
     def __init__(
         self,
         directory: str | Path | None,
         weights: Mapping[str, Tensor] | None = None,
         settings: Mapping[str, Any] | None = None,
+        experts: Mapping[str, "Checkpoint"] | None = None,
     ):
-        self.directory = Path(directory or "")
-        self._weights, self.settings = weights, settings or {}
+        self._directory = None if directory is None else Path(directory)
+        self._weights, self.settings, self.experts = weights, settings or {}, {} if experts is None else experts
+
+    @property
+    def directory(self) -> Path:
+        """The pretrained model's directory; raises `ConfigError` if it is a file alone."""
+        if self._directory is None:
+            label = getattr(self._weights, "label", "_pretrained_")
+            raise ConfigError(f"'{label}' is no model directory. Remedy: give one with config and tokenizer.")
+        return self._directory
 
     @property
     def weights(self) -> Mapping[str, Tensor]:
@@ -82,9 +99,8 @@ class Family(ABC):
             self._weights = open_checkpoint(self.directory)
         return self._weights
 
-    @staticmethod
     @abstractmethod
-    def canonical_names(names: Iterable[str]) -> dict[str, str]:
+    def canonical_names(self, names: Iterable[str]) -> dict[str, str]:
         """Canonical name → stored name, for the tensors that take part in a merge."""
 
     @abstractmethod
@@ -93,36 +109,65 @@ class Family(ABC):
 
     @property
     @abstractmethod
-    def reader(self) -> "PictureReader":
-        """The model's own way from a picture to pixels."""
+    def reader(self) -> "PictureReader | TextReader":
+        """The model's own way from a picture to pixels, or from a text to tokens."""
 
     def decode(
         self, images: Images, track: Track = untracked, description: str = "Decoding", out: Tensor | None = None
     ) -> Tensor:
         """The inputs of the encoder for all images, compact: uint8 (N, *input_shape), written into `out` if given."""
-        return self.reader.decode(images, track, description, out)
+        return cast("PictureReader", self.reader).decode(images, track, description, out)
+
+    def tokens(self, texts: Texts, track: Track = untracked, description: str = "Reading texts") -> dict[str, Tensor]:
+        """The inputs of the encoder for all texts: int32 (N, length), each under the name of an argument."""
+        return cast("TextReader", self.reader).tokens(texts, track, description)
 
     @property
     def input_shape(self) -> tuple[int, ...]:
-        """The shape of one decoded input."""
-        return self.reader.shape
+        """The shape of one decoded image."""
+        return cast("PictureReader", self.reader).shape
 
     @property
     def recipe(self) -> str:
-        """All that `decode` depends on beside the images, for the key of a cache."""
+        """All that `decode` or `tokens` depends on beside its input, for the key of a cache."""
         return self.reader.recipe
 
-    @abstractmethod
-    def head(
-        self, classnames: Sequence[str], templates: Sequence[str], track: Track = untracked, *, task: str = ""
-    ) -> Tensor:
-        """Class directions (C, D), float32: zero-shot, each of length one, or those kept for the task of this name."""
+    def problems(self, task: Task) -> list[str]:
+        """What of a task does not fit this family or its models, one line each; from words and headers alone."""
+        if (task.text_columns is not None) == (self.reads == "texts"):
+            return []
+        found, remedy = (
+            ("no text_columns", "name them") if self.reads == "texts" else ("text_columns", "leave them out")
+        )
+        reads = f"family={self.name} reads {self.reads}"
+        return [f"Task {task.name!r} has {found}, but {reads}. Remedy: {remedy}, or choose another family."]
 
-    @property
     @abstractmethod
-    def logit_scale(self) -> float:
-        """What cosine similarities are multiplied with to become logits."""
+    def head(self, task: Task, track: Track = untracked) -> Head:
+        """From features to the task's classes."""
 
-    @abstractmethod
+    def kept(self, base: "Checkpoint") -> "Checkpoint":
+        """The part of the pretrained model that a merged model is saved with: all of it, unless a family says less."""
+        return base
+
+    def complete(self, out: Path) -> None:
+        """Add what a model needs beside the merged weights, `model.safetensors`, to their directory."""
+        for path in companion_files(self.directory) if self._directory else ():
+            shutil.copyfile(path, out / path.name)
+
     def save(self, state: Mapping[str, Tensor], out: Path) -> None:
-        """Write the model with these merged tensors as a directory that loads without suture."""
+        """Write a directory that loads without suture: the merged tensors in the base's names and dtypes, and more."""
+        from suture.checkpoints import open_checkpoint, save_checkpoint
+
+        base, out = self.kept(open_checkpoint(self.weights)), Path(out)
+        stored, tensors = self.canonical_names(base), dict(base.items())
+        for name, key in self.canonical_names(state).items():
+            tensors[stored[name]] = state[key].detach().to(tensors[stored[name]].dtype)
+        out.mkdir(parents=True, exist_ok=True)
+        save_checkpoint(tensors, out / "model.safetensors", metadata={"format": "pt"})
+        self.complete(out)
+
+
+def one_line(error: Exception) -> str:
+    """What another library says, on one line and not too long."""
+    return " ".join(str(error).split())[:160]

@@ -6,7 +6,6 @@ transformers 5 saved has no such prefix, the published ones have it.
 """
 
 import json
-import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -16,10 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from suture.errors import CheckpointError
-from suture.families.base import Encoder, Family, Track, companion_files, untracked
-from suture.families.heads import cached, digest, zero_shot_head
+from suture.families.base import Encoder, Family, Track, one_line, untracked
+from suture.families.heads import cached, digest, without_templates, zero_shot_head
 from suture.families.pictures import PictureReader, Standardise, quiet
-from suture.tasks.base import Images
+from suture.heads import Head
+from suture.tasks.base import Images, Task
 
 _VISION, _TEXT = "vision_model.", "text_model."
 _BARE = ("embeddings.", "encoder.", "pre_layrnorm.", "post_layernorm.")
@@ -97,15 +97,22 @@ class Clip(Family):
         """float32 (N, 3, H, W), as `transformers` gives them: `decode` and then standardise."""
         return self.reader.standardise()(self.decode(images, track, description))
 
-    def head(
-        self, classnames: Sequence[str], templates: Sequence[str], track: Track = untracked, *, task: str = ""
-    ) -> Tensor:
+    def head(self, task: Task, track: Track = untracked) -> Head:
+        """The cosine to each class's direction, times the model's logit scale."""
+        directions = self.directions(task.classnames, task.templates, track)
+        return Head(directions, scale=self.logit_scale, normalised=True)
+
+    def problems(self, task: Task) -> list[str]:
+        return [*super().problems(task), *without_templates(task)]
+
+    def directions(self, classnames: Sequence[str], templates: Sequence[str], track: Track = untracked) -> Tensor:
         """Zero-shot class directions (C, D) from the pretrained text tower; cached on disk by content."""
         key = digest({}, [], "clip head", self._text_digest, list(classnames), list(templates))
         return cached(key, lambda: zero_shot_head(self._encode_text, classnames, templates, track))
 
     @cached_property
     def logit_scale(self) -> float:
+        """What cosine similarities are multiplied with to become logits."""
         return _tensor(self.weights, "logit_scale", self.directory).float().exp().item()
 
     def save(self, state: Mapping[str, Tensor], out: Path) -> None:
@@ -116,8 +123,7 @@ class Clip(Family):
         out = Path(out)
         out.mkdir(parents=True, exist_ok=True)
         save_checkpoint(tensors, out / "model.safetensors", metadata={"format": "pt"})
-        for path in companion_files(self.directory):
-            shutil.copyfile(path, out / path.name)
+        self.complete(out)
 
     def full_state(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Every tensor of the base, with those of the merged vision tower in their places."""
@@ -140,7 +146,7 @@ class Clip(Family):
         try:
             settings = json.loads(path.read_text("utf-8"))
         except (OSError, ValueError) as error:
-            reason = _one_line(error)
+            reason = one_line(error)
             raise CheckpointError(f"'{path}' cannot be read ({reason}); wanted a CLIPModel directory.") from error
         if settings.get("model_type") != "clip":
             raise CheckpointError(
@@ -153,7 +159,7 @@ class Clip(Family):
             try:
                 return CLIPConfig.from_dict(settings)
             except Exception as error:  # the library has an exception class of its own for almost every setting
-                raise CheckpointError(f"'{path}' describes no valid CLIP: {_one_line(error)}") from error
+                raise CheckpointError(f"'{path}' describes no valid CLIP: {one_line(error)}") from error
 
     @cached_property
     def processor(self) -> Any:
@@ -273,15 +279,11 @@ def _from_disk(kind: Any, directory: Path, wanted: str) -> Any:
     try:
         return kind.from_pretrained(directory, local_files_only=True)
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"'{directory}' has no usable {wanted}: {_one_line(error)}") from error
+        raise CheckpointError(f"'{directory}' has no usable {wanted}: {one_line(error)}") from error
 
 
 def _wrong_shape(name: str, found: Tensor, wanted: Tensor) -> str:
     return f"'{name}' has shape {tuple(found.shape)} but {tuple(wanted.shape)} in the pretrained model."
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:160]
 
 
 FAMILY = Clip

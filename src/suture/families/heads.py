@@ -16,9 +16,12 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from suture.errors import DataError
 from suture.families.base import Track, untracked
+from suture.tasks.base import Task
 
 _BATCH = 64
+ONE_TEMPLATE = "give at least one, such as 'a photo of a {}.'."
 log = logging.getLogger(__name__)
 
 
@@ -28,7 +31,9 @@ def zero_shot_head(
     templates: Sequence[str],
     track: Track = untracked,
 ) -> Tensor:
-    """Class directions (C, D) from `encode`, which maps B prompts to features (B, D)."""
+    """Class directions (C, D) from `encode`, which maps B prompts to features (B, D); `DataError` without templates."""
+    if not templates:
+        raise DataError(f"There are no templates to make a head with; {ONE_TEMPLATE}")
     prompts = [template.replace("{}", name) for name in classnames for template in templates]
     encoded = []
     with torch.inference_mode(), track("Encoding class names", len(prompts)) as advance:
@@ -39,6 +44,11 @@ def zero_shot_head(
         directions = directions.unflatten(0, (len(classnames), len(templates)))
         head = normalize(directions.mean(1), dim=-1)
     return head.clone()  # made outside of inference mode, so that a head can take part in a backward pass
+
+
+def without_templates(task: Task) -> list[str]:
+    """One line where a zero-shot head is wanted and there is nothing to make it of."""
+    return [] if task.templates else [f"Task {task.name!r}: it has no templates; {ONE_TEMPLATE}"]
 
 
 def digest(tensors: Mapping[str, Tensor], files: Iterable[Path], *facts: object) -> str:

@@ -10,17 +10,18 @@ tower where the pretrained checkpoint has one.
 
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from suture.checkpoints import open_checkpoint, save_checkpoint
+from suture.checkpoints import open_checkpoint
 from suture.errors import CheckpointError, ConfigError, unknown_name
 from suture.families.base import Encoder, Family, Track, untracked
-from suture.families.heads import cached, digest, zero_shot_head
+from suture.families.heads import cached, digest, without_templates, zero_shot_head
 from suture.families.pictures import PictureReader, Standardise, quiet
+from suture.heads import Head
+from suture.tasks.base import Task
 
 _VISUAL, _TEXT_BLOCKS, _PICKLED = "visual.", "transformer.resblocks.", "model."
 _HEAD_WIDTH = 64  # entries of an attention head in every CLIP
@@ -71,7 +72,6 @@ class OpenClip(Family):
 
     name = "open_clip"
     known_settings = frozenset({"quick_gelu", "heads"})
-    needs_directory = False
 
     @staticmethod
     def canonical_names(names: Iterable[str]) -> dict[str, str]:
@@ -94,34 +94,26 @@ class OpenClip(Family):
         encoder = OpenClipEncoder(tower, others, self.reader.standardise()).eval().requires_grad_(False)
         return encoder.load(self.weights if state is None else state)
 
-    def head(
-        self, classnames: Sequence[str], templates: Sequence[str], track: Track = untracked, *, task: str = ""
-    ) -> Tensor:
-        """Class directions (C, D): a head file's rows, or unit vectors of the text tower, cached by content."""
+    def head(self, task: Task, track: Track = untracked) -> Head:
+        """A head file's rows, which are scaled already, or class directions with the model's logit scale."""
         if heads := self.settings.get("heads"):
-            return self._stored_head(heads, task, len(classnames))
+            return Head(self._stored_head(heads, task.name, len(task.classnames)), normalised=True)
         if not self._has_text_tower:
             raise ConfigError(
-                f"'{self.label}' has no text tower to make a head for '{task}' with. "
+                f"'{self.label}' has no text tower to make a head for '{task.name}' with. "
                 "Remedy: give head files under modelpool.heads, or a whole open_clip checkpoint as _pretrained_."
             )
+        directions = self.directions(task.classnames, task.templates, track)
+        return Head(directions, scale=self._named["logit_scale"].float().exp().item(), normalised=True)
+
+    def problems(self, task: Task) -> list[str]:
+        return [*super().problems(task), *([] if self.settings.get("heads") else without_templates(task))]
+
+    def directions(self, classnames: Sequence[str], templates: Sequence[str], track: Track = untracked) -> Tensor:
+        """Zero-shot class directions (C, D) from the text tower; cached on disk by content."""
         text = {name: tensor for name, tensor in self._named.items() if not name.startswith(_VISUAL)}
         key = digest(text, [], "open_clip head", self.quick_gelu, list(classnames), list(templates))
         return cached(key, lambda: zero_shot_head(self._encode_text, classnames, templates, track))
-
-    @cached_property
-    def logit_scale(self) -> float:
-        """1 with head files, whose rows are scaled already."""
-        return 1.0 if self.settings.get("heads") else self._named["logit_scale"].float().exp().item()
-
-    def save(self, state: Mapping[str, Tensor], out: Path) -> None:
-        """`model.safetensors` in the base's names and dtypes, with what the base holds beside the merged tensors."""
-        stored, out = self.canonical_names(self.weights), Path(out)
-        tensors = dict(self.weights.items())
-        for name, key in self.canonical_names(state).items():
-            tensors[stored[name]] = state[key].detach().to(tensors[stored[name]].dtype)
-        out.mkdir(parents=True, exist_ok=True)
-        save_checkpoint(tensors, out / "model.safetensors", metadata={"format": "pt"})
 
     @property
     def label(self) -> str:

@@ -39,6 +39,10 @@ class PictureReader:
                 advance(done)
         return pixels
 
+    def shape_of(self, picture: Any) -> tuple[int, ...]:
+        """The shape that the processor gives to a picture."""
+        return tuple(self._made([picture])[0].shape)
+
     @property
     def recipe(self) -> str:
         """All that decides the pixels beside the picture."""
@@ -51,12 +55,15 @@ class PictureReader:
             raise CheckpointError(f"The processor of '{self.label}' normalises without image_mean or image_std.")
         return Standardise(self.processor)
 
-    def _resized(self, pictures: list) -> Tensor:
+    def _made(self, pictures: list) -> list[Tensor]:
         geometry = {"do_rescale": False, "do_normalize": False, "do_convert_rgb": True}
-        made = [torch.from_numpy(np.asarray(x)) for x in self.processor(pictures, **geometry)["pixel_values"]]
+        return [torch.from_numpy(np.asarray(x)) for x in self.processor(pictures, **geometry)["pixel_values"]]
+
+    def _resized(self, pictures: list) -> Tensor:
+        made = self._made(pictures)
         if wrong := [tuple(x.shape) for x in made if tuple(x.shape) != self.shape]:
             raise CheckpointError(
-                f"The processor of '{self.label}' makes images of shape {wrong[0]}, the vision tower "
+                f"The processor of '{self.label}' makes images of shape {wrong[0]}, the model "
                 f"wants {self.shape}; correct its size or crop_size."
             )
         return torch.stack(made)

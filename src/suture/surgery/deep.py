@@ -5,8 +5,7 @@ the means over tokens, corrected and the expert's, plus that of the final featur
 side is constant: one row of (sum of widths + dim) numbers for each input. The backbone is frozen: only gradients of
 activations are computed.
 
-The mean runs over all positions. Where texts are padded, padded positions count like others: pad the inputs to the
-length that the model will see.
+The mean runs over all positions; of texts that come with an `attention_mask`, over those that are not padding.
 """
 
 from collections.abc import Callable, Sequence
@@ -23,7 +22,7 @@ from suture.surgery.final import set_means
 from suture.surgery.fitting import Descent, Losses, Optimizer, descend
 from suture.surgery.layerwise import fit_layerwise
 from suture.surgery.modules import FINAL, SurgeryModules
-from suture.surgery.network import Block, Network, by_place, find_blocks
+from suture.surgery.network import Block, Network, by_place, find_blocks, position_mean
 from suture.surgery.problem import Order, Problem
 from suture.surgery.results import SurgeryResult, surgery_result
 from suture.task_vectors import compute_dtype
@@ -124,7 +123,7 @@ def _passed(
 
     def visit(i: int, rows: Tensor) -> Tensor:
         corrected = repairs[i](rows, which)
-        means = corrected.mean(1).to(repairs[i].down.dtype)
+        means = position_mean(corrected, inputs).to(repairs[i].down.dtype)
         found.append((means.view_as(goals[i]) - goals[i]).abs().mean((1, 2)))
         return corrected
 

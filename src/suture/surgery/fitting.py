@@ -10,6 +10,7 @@ from torch import Tensor
 
 from suture.errors import DataError
 from suture.surgery.modules import SurgeryModules
+from suture.surgery.network import position_mean
 from suture.surgery.problem import OnStep
 
 Optimizer = Literal["adam", "shared_adam"]
@@ -150,10 +151,12 @@ def fit_constants(
     rows: Sequence[Tensor],
     wanted: Sequence[Tensor],
     batches: Callable[[int], Sequence[Tensor]],
+    masks: Sequence[Tensor] | None = None,
 ) -> Losses:
     """The losses of modules at one place whose inputs are constants: mean |mean over positions of ẑ − wanted|.
 
-    `rows` (input, position, dim), `wanted` (input, dim) and the batches have one entry for each task of `group`.
+    `rows` (input, position, dim), `wanted` (input, dim) and the batches have one entry for each task of `group`, and so
+    have `masks` (input, position), which are 0 where a position is padding.
     """
     device, dtype = modules.down.device, modules.down.dtype
 
@@ -162,7 +165,8 @@ def fit_constants(
         indices = batches(step)
         z = torch.cat([rows[t][indices[t]] for t in chosen]).to(device, dtype)
         goal = torch.stack([wanted[t][indices[t]] for t in chosen]).to(device, dtype)
-        repaired = modules(z, which).mean(1).view_as(goal)
+        mask = {} if masks is None else {"attention_mask": torch.cat([masks[t][indices[t]] for t in chosen]).to(device)}
+        repaired = position_mean(modules(z, which), mask).view_as(goal)
         return (repaired - modules.prepared(goal)).abs().mean((1, 2))
 
     return losses

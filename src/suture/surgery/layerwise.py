@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.nn.functional import pad
 
 from suture.batches import size, to_device
 from suture.errors import ConfigError
@@ -42,8 +43,10 @@ def fit_layerwise(
     first = _take_up(problem.resume, modules, total)
     for number, (i, t) in list(enumerate(stages))[first:]:
         rows = _tokens(problem, network, modules[: i + 1], t, order)
-        _set_mean(modules[i], t, rows)
-        losses = fit_constants(modules[i], slice(t, t + 1), [rows], [goals[t][i]], lambda s, t=t: [order(s)[t]])
+        masks = _mask(order.inputs(problem.tasks[t]), rows)
+        _set_mean(modules[i], t, rows, masks)
+        batches = lambda s, t=t: [order(s)[t]]
+        losses = fit_constants(modules[i], slice(t, t + 1), [rows], [goals[t][i]], batches, masks)
         descent = Descent([modules[i]], [slice(t, t + 1)], lr, "adam")
         resume = None if problem.resume is None else _Stage(problem.resume, number, modules, total)
         on_step = _counting(problem.on_step, number * steps, t, len(wanted))
@@ -101,7 +104,14 @@ def _tokens(
         with suppress(_Reached):
             network(to_device(batch, network.device), visit)
     problem.passes.merged += size(inputs)
-    return torch.cat(found)
+    longest = max(rows.shape[1] for rows in found)
+    return torch.cat([pad(rows, (0, 0, 0, longest - rows.shape[1])) for rows in found])
+
+
+def _mask(inputs: Any, rows: Tensor) -> list[Tensor] | None:
+    """Which positions of texts are not padding."""
+    mask = inputs.get("attention_mask") if isinstance(inputs, Mapping) else None
+    return None if mask is None or not 1 < rows.shape[1] <= mask.shape[1] else [mask[:, : rows.shape[1]]]
 
 
 class _Reached(Exception):
@@ -109,9 +119,10 @@ class _Reached(Exception):
 
 
 @torch.no_grad()
-def _set_mean(modules: SurgeryModules, task: int, rows: Tensor) -> None:
+def _set_mean(modules: SurgeryModules, task: int, rows: Tensor, masks: list[Tensor] | None) -> None:
     if modules.mean is not None:
-        modules.mean[task] = rows.mean((0, 1), dtype=torch.float64)
+        real = rows if masks is None else rows[masks[0].to(rows.device) > 0][None]
+        modules.mean[task] = real.mean((0, 1), dtype=torch.float64)
 
 
 @torch.no_grad()

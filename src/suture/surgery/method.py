@@ -204,7 +204,7 @@ def _right(problem: Problem, model: nn.Module, task: str, data: TaskInputs, enco
         final = lambda rows: model.repair(rows.to(problem.device), task)
         return correct_answers(final, replace(data, inputs=encoded(task)))
     plain = model.for_task(task) if isinstance(model, SurgeryModel) else partial(model, task=task)
-    return correct_answers(plain, data)
+    return correct_answers(plain, data, forward=lambda model, inputs: model(inputs))
 
 
 def _row(name: str, right: Right) -> Row:

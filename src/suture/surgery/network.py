@@ -6,11 +6,12 @@ features (B, width), and sequence-first tokens (tokens, B, width) all come in th
 
 import copy
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from suture.adaptation.forward import Forward, call
@@ -199,6 +200,15 @@ def _pattern(text: str) -> re.Pattern[str]:
         return re.compile(text)
     except re.error as error:
         raise ConfigError(f"blocks: {text!r} is not a regular expression: {error}.") from None
+
+
+def position_mean(rows: Float[Tensor, "row position dim"], inputs: Any) -> Float[Tensor, "row dim"]:
+    """The mean over positions; of texts that came with an `attention_mask`, over those that are not padding."""
+    mask = inputs.get("attention_mask") if isinstance(inputs, Mapping) else None
+    if mask is None or not 1 < rows.shape[1] <= mask.shape[1]:
+        return rows.mean(1)
+    weights = mask[:, : rows.shape[1]].to(rows)[..., None]
+    return (rows * weights).sum(1) / weights.sum(1)
 
 
 def places_of(blocks: Sequence[Block]) -> list[str]:

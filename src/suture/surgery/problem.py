@@ -20,7 +20,7 @@ from suture.errors import CheckpointError, ConfigError, DataError
 from suture.families.base import Track, untracked
 from suture.resuming import Resume
 from suture.surgery.modules import SurgeryModules
-from suture.surgery.network import Block, Network
+from suture.surgery.network import Block, Network, position_mean
 
 Experts = Callable[[str], nn.Module] | Mapping[str, nn.Module] | nn.ModuleDict
 #: on_step(step, losses (task,), place → modules) after each step; the modules are live: copy what is to be kept.
@@ -152,7 +152,7 @@ class Order:
 def place_means(network: Network, inputs: Any) -> Float[Tensor, "input width"]:
     """The mean over positions of every block's output and then the feature, side by side."""
     means: list[Tensor] = []
-    network(inputs, lambda i, rows: means.append(rows.mean(1)))
+    network(inputs, lambda i, rows: means.append(position_mean(rows, inputs)))
     return torch.cat(means, dim=1)
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -13,7 +14,7 @@ from suture.errors import ConfigError
 from suture.families.base import Track, untracked
 from suture.surgery.model import SurgeryModel
 from suture.surgery.modules import FINAL
-from suture.surgery.network import Block, Blocks, Network, by_place, find_blocks, places_of
+from suture.surgery.network import Block, Blocks, Network, by_place, find_blocks, places_of, position_mean
 from suture.surgery.problem import Experts, Problem, split
 
 _SEPARATE = 1e-12
@@ -135,18 +136,20 @@ def _repaired_rows(
     network = Network(model.network.module, forward, list(places.values()))
     names, wanted, repairs = places_of(network.blocks), set(places_of(looked)), model.repair_at
     means: list[Tensor] = []
+    seen: list[Any] = []
 
     def visit(i: int, rows: Tensor) -> Tensor:
         repair = repairs.get(names[i])
         corrected = rows if repair is None else repair(rows, model.which(task))
         if names[i] in wanted:
-            means.append(corrected.mean(1))
+            means.append(position_mean(corrected, seen[0]))
         return corrected
 
     found = []
     for batch in split(inputs, batch_size):
         means.clear()
-        network(to_device(batch, network.device), visit)
+        seen[:] = [to_device(batch, network.device)]
+        network(seen[0], visit)
         found.append(torch.cat(means, dim=1).cpu())
     return torch.cat(found)
 

@@ -1,4 +1,4 @@
-"""A task: class names, templates, and the images of a split. One file for each kind of source.
+"""A task: class names, templates, and the images or texts of a split. One file for each kind of source.
 
 `check(task, split)` says what is wrong from headers alone; `load(task, split)` gives images and labels; `known` are the
 tasks of the published benchmarks, whose words are data.
@@ -14,13 +14,13 @@ from typing import Any
 
 from suture import hub
 from suture.errors import ConfigError, DataError, SutureError
-from suture.tasks.base import SPLITS, Images, Source, Split, Task
+from suture.tasks.base import SPLITS, Images, Source, Split, Task, Texts
 
-__all__ = ["Images", "Source", "Split", "Task", "check", "known", "load", "notes", "sources"]
+__all__ = ["Images", "Source", "Split", "Task", "Texts", "check", "known", "load", "notes", "sources"]
 
 
-def load(task: Task, split: Split) -> Images:
-    """The images and labels of one split; raises `DataError` with the first problem that `check` names.
+def load(task: Task, split: Split) -> Images | Texts:
+    """The images or texts, and the labels, of one split; raises `DataError` with the first problem that `check` names.
 
     A data set of a hub is downloaded first, unless it is in the hub's cache.
     """
@@ -29,7 +29,7 @@ def load(task: Task, split: Split) -> Images:
         hub.download_dataset(task.source, task.subset)
         _refuse(check(task, split))  # once more, now that there is something to look at
     folder = _folder(task)
-    return _source(folder).load(folder, split, task)
+    return _source(folder, task).load(folder, split, task)
 
 
 def check(task: Task, split: Split) -> list[str]:
@@ -45,11 +45,12 @@ def notes(task: Task, split: Split) -> list[str]:
     if _is_on_hub(task) and hub.cached_dataset(task.source) is None:
         return [f"Task {task.name!r}: '{task.source}' will be downloaded from the hub."]
     folder = _folder(task)
-    count = _source(folder).count(folder, split, task)
+    count = _source(folder, task).count(folder, split, task)
     if split != "test" or count is None or not task.test_samples or count in task.test_samples:
         return []
     published = " or ".join(f"{size:,}" for size in task.test_samples)
-    return [f"Task {task.name!r}: {count:,} test images; published figures are for {published}."]
+    what = "texts" if task.text_columns else "images"
+    return [f"Task {task.name!r}: {count:,} test {what}; published figures are for {published}."]
 
 
 def _refuse(problems: list[str]) -> None:
@@ -80,8 +81,6 @@ def _wording_problems(task: Task) -> list[str]:
         problems.append(f"it has {len(names)} class names but {len(task.labels)} labels; list one for each.")
     if not names:
         problems.append("it has no class names; list them in label order under `classnames`.")
-    if not task.templates:
-        problems.append("it has no templates; give at least one, such as 'a photo of a {}.'.")
     problems += [
         f"class name {n!r} is of type {type(n).__name__}, wanted text; put it in quotes."
         for n in names
@@ -92,10 +91,16 @@ def _wording_problems(task: Task) -> list[str]:
         for n in dict.fromkeys(names)
         if names.count(n) > 1
     ]
-    problems += [
-        f"template {t!r} has no {{}}; put {{}} where the class name goes." for t in task.templates if "{}" not in str(t)
-    ]
-    return problems
+    return problems + [p for template in task.templates for p in _template_problems(str(template), task)]
+
+
+def _template_problems(template: str, task: Task) -> list[str]:
+    if task.text_columns is None:
+        wanted = [] if "{}" in template else ["{}; put {} where the class name goes."]
+    else:
+        places = ["{" + column + "}" for column in task.text_columns]
+        wanted = [f"{place}; put {place} where that text goes." for place in places if place not in template]
+    return [f"template {template!r} has no {place}" for place in wanted]
 
 
 def _data_problems(task: Task, split: Split) -> list[str]:
@@ -103,7 +108,7 @@ def _data_problems(task: Task, split: Split) -> list[str]:
         if _is_on_hub(task) and hub.cached_dataset(task.source) is None and not hub.is_offline():
             return []  # nothing is fetched for a look
         folder = _folder(task)
-        return _source(folder).problems(folder, split, task)
+        return _source(folder, task).problems(folder, split, task)
     except SutureError as error:
         return [str(error)]
     except OSError as error:
@@ -130,10 +135,11 @@ def _is_on_hub(task: Task) -> bool:
     return not Path(task.source).expanduser().is_dir() and hub.is_hub_id(task.source)
 
 
-def _source(folder: Path) -> Source:
-    for source in sources().values():
+def _source(folder: Path, task: Task) -> Source:
+    fitting = [source for source in sources().values() if source.texts or not task.text_columns]
+    for source in fitting:
         if source.found(folder):
             return source
-    wanted = " or ".join(source.wanted for source in sources().values())
+    wanted = " or ".join(source.wanted for source in fitting)
     found = sorted(p.name for p in folder.iterdir())[:4]
     raise DataError(f"'{folder}' holds {', '.join(found) or 'nothing'}; wanted {wanted}.")

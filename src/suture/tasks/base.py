@@ -1,6 +1,7 @@
-"""What a task is, what its images look like once found, and what a kind of source has to provide."""
+"""What a task is, what its images or texts look like once found, and what a kind of source has to provide."""
 
 import hashlib
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -8,6 +9,8 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 from torch import Tensor
+
+from suture.errors import DataError
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -18,28 +21,32 @@ SPLITS: tuple[Split, ...] = ("train", "test")
 
 @dataclass(frozen=True)
 class Task:
-    """A classification data set and the words that make its zero-shot head.
+    """A classification data set and the words that make its head or its prompts.
 
     `source` says where the data is (a folder, a hub id, or `zoo:NAME/PATH`), `classnames` are in label order, and every
-    template has a `{}` where the class name goes. `labels` are the source's own names of the classes, in the same
-    order, where they are others. `subset`, `image_column`, `label_column` and `splits` (ours → the source's) say where
-    to look in a source that leaves a choice. `test_samples` are the test sizes that figures were published for.
+    template has a `{}` where the class name goes. A task of texts names its one or two `text_columns`, and a template,
+    if its family wants one, has `{column}` where a text goes. `labels` are the source's own names of the classes, in
+    the same order, where they are others. `subset`, `image_column`, `label_column` and `splits` (ours → the source's)
+    say where to look in a source that leaves a choice. `test_samples` are the test sizes that figures were published
+    for.
     """
 
     name: str
     source: str
     classnames: tuple[str, ...]
-    templates: tuple[str, ...]
+    templates: tuple[str, ...] = ()
     labels: tuple[str, ...] | None = None
     subset: str | None = None
     image_column: str | None = None
+    text_columns: tuple[str, ...] | None = None
     label_column: str | None = None
     splits: Mapping[str, str] = field(default_factory=dict)
     test_samples: tuple[int, ...] = ()
 
     def __post_init__(self):
-        for name in ("classnames", "templates", "labels", "test_samples"):
+        for name in ("classnames", "templates", "labels", "text_columns", "test_samples"):
             value = getattr(self, name)
+            value = [value] if isinstance(value, str) else value
             object.__setattr__(self, name, None if value is None else tuple(value))
 
     @property
@@ -79,20 +86,72 @@ class Images:
         return [self.pixels[i] for i in range(start, stop)]
 
 
+@dataclass(frozen=True, eq=False)
+class Texts:
+    """The texts of one split, in a fixed order: `columns` name → N texts, in the order in which they are read.
+
+    `template` has `{column}` where a text goes, for models that are asked in words. The rest is as in `Images`.
+    """
+
+    columns: Mapping[str, Sequence[str]]
+    labels: Tensor
+    template: str | None = None
+    classnames: tuple[str, ...] | None = None
+    identity: str | None = None
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def first(self, count: int) -> "Texts":
+        """The first texts only; what is made of them is not kept."""
+        return replace(self, labels=self.labels[:count], identity=None)
+
+    def rows(self, start: int, stop: int) -> list[list[str]]:
+        """Each column's texts from `start` up to `stop`; raises `DataError` for what is no text."""
+        stop, found = min(stop, len(self)), []
+        for name, column in self.columns.items():
+            found.append(list(column[start:stop]))
+            wrong = next((i for i, text in enumerate(found[-1]) if not isinstance(text, str)), None)
+            if wrong is not None:
+                kind = type(found[-1][wrong]).__name__
+                raise DataError(f"Row {start + wrong} has no text in column '{name}' but a {kind}; remove or fill it.")
+        return found
+
+    def prompts(self, start: int, stop: int) -> list[str]:
+        """The template with the texts from `start` up to `stop` in it."""
+        assert self.template is not None
+        names = list(self.columns)
+        return [
+            filled(self.template, dict(zip(names, row, strict=True)))
+            for row in zip(*self.rows(start, stop), strict=True)
+        ]
+
+
+def filled(template: str, texts: Mapping[str, str]) -> str:
+    """A template with texts in place of their names in braces, all at once: braces in a text stay as they are.
+
+    >>> filled("Is '{one}' like '{other}'?", {"one": "{other}", "other": "b"})
+    "Is '{other}' like 'b'?"
+    """
+    pattern = "|".join(re.escape("{" + name + "}") for name in texts)
+    return re.sub(pattern, lambda match: texts[match[0][1:-1]], template)
+
+
 @dataclass(frozen=True)
 class Source:
     """One kind of data set on disk.
 
     `found(folder)` recognises it. `load(folder, split, task)` reads it. `problems`, of the same arguments, says in
-    one line each what `load` would stumble over, from names, sizes and labels alone, and `count` how many images there
-    are, if that is known before they are read.
+    one line each what `load` would stumble over, from names, sizes and labels alone, and `count` how many inputs there
+    are, if that is known before they are read. `texts` says whether it can hold texts.
     """
 
     wanted: str
     found: Callable[[Path], bool]
-    load: Callable[[Path, Split, Task], Images]
+    load: Callable[[Path, Split, Task], Images | Texts]
     problems: Callable[[Path, Split, Task], list[str]]
     count: Callable[[Path, Split, Task], int | None]
+    texts: bool = False
 
 
 def files_identity(paths: Sequence[Path]) -> str:

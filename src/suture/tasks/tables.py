@@ -1,11 +1,14 @@
 """Data sets of the Hugging Face `datasets` library: a folder as the hub keeps it, or one that `save_to_disk` wrote.
 
-The hub's folders hold parquet files or WebDataset archives, with a card or without one.
+The hub's folders hold parquet files or WebDataset archives, with a card or without one; texts also come as csv, tsv or
+jsonl files, named after their splits.
 
 Labels are numbers whose names the data set itself knows. Those names are held against the task's class names: a name
 that stands at another place is refused, since accuracy would be that of a shuffled head.
 """
 
+import csv
+import json
 import re
 import sys
 from collections.abc import Sequence
@@ -16,13 +19,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from suture.errors import DataError
-from suture.tasks.base import Images, Source, Split, Task
+from suture.tasks.base import Images, Source, Split, Task, Texts
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
 _SAVED = ("dataset_dict.json", "state.json")
-_STORED = ("*.parquet", "*.arrow", "*.tar")
+_STORED = ("*.parquet", "*.arrow", "*.tar", "*.csv", "*.tsv", "*.jsonl")
 _OTHER_SPLITS: dict[Split, tuple[str, ...]] = {"train": (), "test": ("validation", "valid", "val")}
 
 
@@ -49,15 +52,20 @@ def _found(folder: Path) -> bool:
     return _is_saved(folder) or any(next(folder.rglob(pattern), None) for pattern in _STORED)
 
 
-def _load(folder: Path, split: Split, task: Task) -> Images:
+def _load(folder: Path, split: Split, task: Task) -> Images | Texts:
     with _library():
         table = _saved(folder, split, task) if _is_saved(folder) else _stored(folder, split, task)
-    image, label = _columns(table.features, task)
+    contents, label = _columns(table.features, task)
     labels = torch.tensor(_numbers(table.with_format(None)[label], task))
     if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < len(task.classnames):
         found = f"from {int(labels.min())} to {int(labels.max())}"
         raise DataError(f"'{folder}' has labels {found} but there are {len(task.classnames)} class names.")
-    return Images(TablePictures(table, image), labels, _names(table.features[label]), table._fingerprint)
+    names = _names(table.features[label])
+    if task.text_columns is None:
+        return Images(TablePictures(table, contents[0]), labels, names, table._fingerprint)
+    template, plain = next(iter(task.templates), None), table.with_format(None)
+    identity = repr((table._fingerprint, contents, template))
+    return Texts({name: plain[name] for name in contents}, labels, template, names, identity)
 
 
 def _problems(folder: Path, split: Split, task: Task) -> list[str]:
@@ -92,7 +100,7 @@ def _features(folder: Path, split: Split, task: Task) -> Any:
         return builder.info.features
     first = Path(str(builder.config.data_files[name][0]))
     if first.suffix != ".parquet":
-        return None
+        return _header(first)
     from datasets import Features
     from pyarrow import ArrowException, parquet
 
@@ -100,6 +108,21 @@ def _features(folder: Path, split: Split, task: Task) -> Any:
         return Features.from_arrow_schema(parquet.read_schema(first))
     except (ArrowException, OSError, ValueError) as error:
         raise DataError(f"'{first}' cannot be read ({_one_line(error)}); fetch it again.") from None
+
+
+def _header(file: Path) -> Any:
+    """Names of columns, of types unknown, from a first line; None for other files."""
+    if file.suffix not in (".csv", ".tsv", ".jsonl"):
+        return None
+    try:
+        with file.open(encoding="utf-8", newline="") as opened:
+            line = next(csv.reader(opened, delimiter="\t" if file.suffix == ".tsv" else ","), [])
+            if file.suffix != ".jsonl":
+                return dict.fromkeys(line)
+            opened.seek(0)
+            return dict.fromkeys(json.loads(opened.readline() or "{}"))
+    except (OSError, ValueError, csv.Error) as error:
+        raise DataError(f"'{file}' cannot be read ({_one_line(error)}); fetch it again.") from None
 
 
 def _is_saved(folder: Path) -> bool:
@@ -134,7 +157,7 @@ def _builder(folder: Path, task: Task) -> Any:
 
     name, data_dir = _subset(folder, task.subset)
     try:
-        return load_dataset_builder(str(folder), name=name, data_dir=data_dir)
+        return load_dataset_builder(str(folder.absolute()), name=name, data_dir=data_dir)
     except Exception as error:  # as above
         raise DataError(
             f"'{folder}' is no data set that `datasets` can read ({' '.join(str(error).split())})."
@@ -159,21 +182,21 @@ def _split_name(splits: Any, split: Split, task: Task, folder: Path) -> str:
     raise DataError(f"'{folder}' has no {split} split (found: {', '.join(map(str, splits)) or 'none'}).")
 
 
-def _columns(features: Any, task: Task) -> tuple[str, str]:
-    """The names of the columns with the images and the labels: those the task names, or the only ones there can be."""
+def _columns(features: Any, task: Task) -> tuple[tuple[str, ...], str]:
+    """The columns with the contents and that with the labels: those the task names, or the only ones there can be."""
     from datasets import ClassLabel
     from datasets import Image as ImageFeature
 
     images = [name for name, feature in features.items() if isinstance(feature, ImageFeature)]
     labels = [name for name, feature in features.items() if isinstance(feature, ClassLabel)] or ["label"]
-    chosen = []
-    for what, given, candidates in (("image", task.image_column, images), ("label", task.label_column, labels)):
-        name = given or (candidates[0] if len(candidates) == 1 else what)
+    only = lambda what, given, candidates: given or (candidates[0] if len(candidates) == 1 else what)
+    contents = task.text_columns or (only("image", task.image_column, images),)
+    label = only("label", task.label_column, labels)
+    key = "text_columns" if task.text_columns else "image_column"
+    for name, told in [*((name, key) for name in contents), (label, "label_column")]:
         if name not in features:
-            found = ", ".join(features)
-            raise DataError(f"there is no column '{name}' (found: {found}); name it under `{what}_column`.")
-        chosen.append(name)
-    return chosen[0], chosen[1]
+            raise DataError(f"there is no column '{name}' (found: {', '.join(features)}); name it under `{told}`.")
+    return contents, label
 
 
 def _names(feature: Any) -> tuple[str, ...] | None:
@@ -232,4 +255,6 @@ def _library():
             datasets.enable_progress_bars()
 
 
-SOURCE = Source("a data set of the `datasets` library (parquet files)", _found, _load, _problems, _count)
+SOURCE = Source(
+    "a data set of the `datasets` library (parquet, csv or jsonl files)", _found, _load, _problems, _count, texts=True
+)

@@ -85,7 +85,7 @@ def _clothing(data: str | Path | None, recipe: Recipe, seed: int) -> ZooTask:
             "folder of its IDX files: --data DIR."
         )
     task = Task("clothing", str(data or FASHION_MNIST), CLOTHING, TEMPLATES)
-    found: dict[Split, Images] = {split: sources.load(task, split) for split in ("train", "test")}
+    found: dict[Split, Any] = {split: sources.load(task, split) for split in ("train", "test")}
     train = _some(found["train"], recipe.train_images, generator_for(seed, "clothing/train"))
     test = _some(found["test"], recipe.test_images, generator_for(seed, "clothing/t10k"))
     return _task("clothing", CLOTHING, train, test, recipe)

@@ -1,0 +1,43 @@
+"""Text classifiers of `transformers` (BERT, RoBERTa, DistilBERT, …): a merged encoder, and a head for each task.
+
+A pretrained model is any directory of the same architecture, with or without a head of its own. Tasks name one or two
+`text_columns`.
+"""
+
+from functools import cached_property
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from suture.families.classification import Classification
+from suture.families.texts import SETTINGS, TextReader
+
+
+class SequenceClassification(Classification):
+    """An encoder's directory, with its tokenizer; experts are models for `AutoModelForSequenceClassification`.
+
+    Settings: `max_length` and `padding`, see `TextReader`.
+    """
+
+    name = "sequence_classification"
+    reads: ClassVar[Literal["pictures", "texts"]] = "texts"
+    known_settings = SETTINGS
+    auto = "AutoModelForSequenceClassification"
+
+    @cached_property
+    def reader(self) -> TextReader:
+        """The model's tokenizer."""
+        return TextReader(self.directory, self.settings, getattr(self.config, "max_position_embeddings", None))
+
+    def prepare(self) -> nn.Module:
+        return self.reader.trim()
+
+    def example(self) -> dict[str, Tensor]:
+        ids = self.reader.tokenizer(["a", "b"])["input_ids"]
+        rows = torch.tensor([row[:1] * 2 if len(row) < 2 else row[:2] for row in ids])
+        rows[1, 1] = (rows[0, 1] + 1) % self.config.vocab_size  # two inputs that differ
+        return {"input_ids": rows, "attention_mask": torch.ones_like(rows)}
+
+
+FAMILY = SequenceClassification
