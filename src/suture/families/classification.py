@@ -6,6 +6,7 @@ Canonical names are those that the modules of the classification model have toda
 """
 
 import json
+import logging
 import os
 import shutil
 from abc import abstractmethod
@@ -28,6 +29,7 @@ from suture.families.taken_apart import Before, Parts, Pick, Rest, take_apart
 from suture.heads import Head
 from suture.tasks.base import Task
 
+log = logging.getLogger(__name__)
 _BACKBONE, _HEAD = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
 
 
@@ -110,8 +112,9 @@ class Classification(Family):
         for name in self.experts:
             try:
                 classes = self._classes(name)
-            except SutureError:
-                continue  # a model without a head gives none
+            except SutureError as error:  # of a model that no task asks for
+                log.warning("The merged model gets no tasks/%s: %s", name, error)
+                continue
             self._write_task(out, out / "tasks" / name, name, classes)
 
     @cached_property
