@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from suture.natural import natural
 from suture.report.learning_figures import short_names
 
 INK = "currentColor"  # of the page, so that charts follow its theme
@@ -305,7 +306,7 @@ def _by_layer(learned: Mapping[str, Any]) -> Chart:
     middle = sum(row["value"] for row in rows) / max(1, len(rows))
     hint = [_tip("layer", "nominal"), _tip("task", "nominal"), _tip("value", title="coefficient", format=".3f")]
     step = max(3.0, min(11.0, 760 / len(layers)))
-    spec = _heat(rows, "task", "layer", "value", hint, sorts=(tasks, layers), step=step)
+    spec = _heat(rows, "task", "layer", "value", hint, sorts=(tasks, sorted(layers, key=natural)), step=step)
     spec["encoding"]["y"]["axis"] |= {"labelFontSize": 8, "labelExpr": _end_of_label(29, 60)}
     spec["layer"][0]["encoding"]["color"] |= {
         "scale": {"scheme": "redblue", "reverse": True, "domainMid": middle},

@@ -1,14 +1,15 @@
 """Tables for people at a terminal; plain when standard output is not one."""
 
 from collections.abc import Iterable
-
-from rich.box import SIMPLE
-from rich.console import Console
-from rich.table import Table
+from typing import TYPE_CHECKING, Any
 
 from suture.preflight import Preflight, in_bytes
 from suture.report.contents import Report, cells, columns, percent
 from suture.reproduce import Compared, Published
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
 
 _ACROSS = 6  # models that fit beside each other in 80 columns
 
@@ -17,9 +18,9 @@ def print_report(report: Report) -> None:
     """The accuracy table, in percent, tasks down and models across; nothing without rows."""
     if not report.rows:
         return
-    console = Console()
+    console = _console()
     caption = "accuracy in %; norm.: relative to the experts"
-    table = Table(title=report.title, caption=caption, box=SIMPLE, padding=(0, 1, 0, 0), title_justify="left")
+    table = _table(title=report.title, caption=caption, padding=(0, 1, 0, 0), title_justify="left")
     fill = _models_across if len(report.rows) <= _ACROSS else _models_down
     fill(table, report)
     console.print(table)
@@ -30,7 +31,7 @@ def print_report(report: Report) -> None:
         console.print(f"note: {note}", highlight=False)
 
 
-def _models_across(table: Table, report: Report) -> None:
+def _models_across(table: "Table", report: Report) -> None:
     heads, body = columns(report), [cells(report, row) for row in report.rows]
     table.add_column("")
     for line in body:
@@ -43,7 +44,7 @@ def _models_across(table: Table, report: Report) -> None:
         table.add_row(head, *(line[i] for line in body), samples)
 
 
-def _models_down(table: Table, report: Report) -> None:
+def _models_down(table: "Table", report: Report) -> None:
     """Too many models for 80 columns: their summaries only; the report has every task."""
     for head in ("", *columns(report)[-3:]):
         table.add_column(head, justify="right" if head else "left")
@@ -52,9 +53,9 @@ def _models_down(table: Table, report: Report) -> None:
         table.add_row(line[0], *line[-3:])
 
 
-def _matrix(report: Report) -> Table:
+def _matrix(report: Report) -> "Table":
     """Models down, tasks across in the order of the table above; names are cut so that eight fit in 80 columns."""
-    table = Table(box=SIMPLE, padding=0)
+    table = _table(padding=0)
     table.add_column("")
     for task in report.tasks:
         table.add_column(_cut(task, 7), justify="right")
@@ -69,7 +70,7 @@ def _cut(name: str, width: int) -> str:
 
 def print_preflight(found: Preflight) -> None:
     """Sizes, then notes, then problems."""
-    console = Console(soft_wrap=True, highlight=False)
+    console = _console(soft_wrap=True, highlight=False)
     console.print(f"{found.tensors} tensors to merge, {found.parameters / 1e6:.1f} M parameters")
     console.print(f"reads {in_bytes(found.bytes_read)}, writes {in_bytes(found.bytes_written)}", end="")
     console.print(f", merging holds about {in_bytes(found.memory)} beside the result")
@@ -85,7 +86,7 @@ def print_preflight(found: Preflight) -> None:
 
 def print_published(figures: Iterable[Published]) -> None:
     """Published figures, each with its tolerance and its command."""
-    console = Console(soft_wrap=True, highlight=False)
+    console = _console(soft_wrap=True, highlight=False)
     for figure in figures:
         console.print(f"[bold]{figure.id}[/bold]  {figure.mean:.1f} ± {figure.tolerance:.1f} %  ({figure.row})")
         console.print(f"    {figure.command}", markup=False)
@@ -93,20 +94,20 @@ def print_published(figures: Iterable[Published]) -> None:
 
 def print_compared(found: Iterable[Compared]) -> None:
     """A run's figures beside the published ones."""
-    table = Table(box=SIMPLE, padding=(0, 1, 0, 0), caption="mean accuracy in %")
+    table = _table(padding=(0, 1, 0, 0), caption="mean accuracy in %")
     for head in ("", "published", "this run", "tolerance", ""):
         table.add_column(head, justify="right" if head else "left")
     for one in found:
         figure, said = one.published, "within" if one.within else "outside"
         table.add_row(figure.id, f"{figure.mean:.1f}", f"{one.found:.1f}", f"{figure.tolerance:.1f}", said)
-    Console().print(table)
+    _console().print(table)
 
 
 def print_methods() -> None:
     """Every method with its knobs, defaults, aliases and paper."""
     from suture.learned import all_methods
 
-    console = Console(soft_wrap=True, highlight=False)
+    console = _console(soft_wrap=True, highlight=False)
     for method in all_methods().values():
         aliases = f" (also {', '.join(method.aliases)})" if method.aliases else ""
         console.print(f"[bold]{method.name}[/bold]{aliases}: {method.knobs.summary}")
@@ -114,3 +115,16 @@ def print_methods() -> None:
             shown = list(default) if isinstance(default, tuple) else default
             console.print(f"    method.{knob}={'null' if shown is None else shown}", markup=False)
         console.print(f"    {method.paper}")
+
+
+def _console(**how: Any) -> "Console":
+    from rich.console import Console
+
+    return Console(**how)
+
+
+def _table(**how: Any) -> "Table":
+    from rich.box import SIMPLE
+    from rich.table import Table
+
+    return Table(box=SIMPLE, **how)
