@@ -32,6 +32,7 @@ def maker():
 @pytest.fixture(scope="module")
 def followed(tmp_path_factory):
     """The folder of someone who has typed the page from top to bottom."""
+    pytest.importorskip("sklearn", reason="pip install 'suture[zoo]'")
     folder, names = tmp_path_factory.mktemp("tutorial"), {"__name__": "page"}
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
@@ -44,7 +45,6 @@ def followed(tmp_path_factory):
 
 
 def test_every_line_of_the_tutorial_runs(followed):
-    pytest.importorskip("sklearn", reason="pip install 'suture[zoo]'")
     left = ["first/report.html", "second/report.html", "third/surgery.safetensors", "comparison.html"]
     left += ["own/merged/model.safetensors", "own/report/report.html", "own/surgery.safetensors"]
     assert [name for name in left if not (followed / name).is_file()] == []

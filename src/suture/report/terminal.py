@@ -1,6 +1,6 @@
 """Tables for people at a terminal; plain when standard output is not one."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from suture.preflight import Preflight, in_bytes
@@ -11,7 +11,9 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
-_ACROSS = 6  # models that fit beside each other in 80 columns
+_WIDTHS = (16, 12, 10)  # of a model's column: the widest for which all models fit beside each other
+_SAMPLES = "samples"
+_TASKS_ACROSS = 8  # in the matrix
 
 
 def print_report(report: Report) -> None:
@@ -20,28 +22,48 @@ def print_report(report: Report) -> None:
         return
     console = _console()
     caption = "accuracy in %; norm.: relative to the experts"
-    table = _table(title=report.title, caption=caption, padding=(0, 1, 0, 0), title_justify="left")
-    fill = _models_across if len(report.rows) <= _ACROSS else _models_down
-    fill(table, report)
+    table = _table(title=report.title, caption=caption, padding=0, title_justify="left")
+    if not _models_across(table, report, console.width):
+        _models_down(table, report)
     console.print(table)
     if report.matrix:
         console.print("every model on every task, accuracy in %", style="italic")
-        console.print(_matrix(report))
+        for start in range(0, len(report.tasks), _TASKS_ACROSS):
+            console.print(_matrix(report, report.tasks[start : start + _TASKS_ACROSS]))
     for note in report.notes:
         console.print(f"note: {note}", highlight=False)
 
 
-def _models_across(table: "Table", report: Report) -> None:
+def _models_across(table: "Table", report: Report, width: int) -> bool:
+    """Tasks down, with their numbers of samples if there is room for them; False if the models do not fit."""
     heads, body = columns(report), [cells(report, row) for row in report.rows]
-    table.add_column("")
-    for line in body:
-        table.add_column(line[0].replace("_", " "), justify="right")
-    table.add_column("samples", justify="right", style="dim")
+    first, names = max(map(len, heads)), [line[0].replace("_", " ") for line in body]
+    room = width - first - 3
+    widths, counted = _fitting(names, room - len(_SAMPLES) - 1), True
+    if widths is None:
+        widths, counted = _fitting(names, room), False
+    if widths is None:
+        return False
+    table.add_column("", min_width=first)
+    for name, wide in zip(names, widths, strict=True):
+        table.add_column(name, justify="right", overflow="fold", width=wide)
+    if counted:
+        table.add_column(_SAMPLES, justify="right", style="dim")
     for i, head in enumerate(heads[1:], start=1):
         if head == "mean":
             table.add_section()
-        samples = str(report.samples[head]) if head in report.samples else ""
-        table.add_row(head, *(line[i] for line in body), samples)
+        samples = [str(report.samples.get(head, ""))] if counted else []
+        table.add_row(head, *(line[i] for line in body), *samples)
+    return True
+
+
+def _fitting(names: Sequence[str], room: int) -> list[int] | None:
+    """Widths of columns that fit into so many letters; names take several lines, broken at spaces."""
+    for most in _WIDTHS:
+        widths = [max(6, min(most, max(map(len, name.split())))) for name in names]
+        if sum(widths) + len(widths) <= room:
+            return widths
+    return None
 
 
 def _models_down(table: "Table", report: Report) -> None:
@@ -53,19 +75,25 @@ def _models_down(table: "Table", report: Report) -> None:
         table.add_row(line[0], *line[-3:])
 
 
-def _matrix(report: Report) -> "Table":
-    """Models down, tasks across in the order of the table above; names are cut so that eight fit in 80 columns."""
+def _matrix(report: Report, tasks: Sequence[str]) -> "Table":
+    """Models down, some of the tasks across in the order of the table above; names are cut so that eight fit."""
     table = _table(padding=0)
     table.add_column("")
-    for task in report.tasks:
+    for task in tasks:
         table.add_column(_cut(task, 7), justify="right")
     for row in report.matrix:
-        table.add_row(_cut(row.name, 12), *(percent(row.on(task)) for task in report.tasks))
+        table.add_row(_cut(row.name, 12), *(percent(row.on(task)) for task in tasks))
     return table
 
 
 def _cut(name: str, width: int) -> str:
-    return name if len(name) <= width else f"{name[: width - 1]}…"
+    """Names begin alike and end alike: what is cut out is from between.
+
+    >>> _cut("oxford_flowers102", 7)
+    'oxfo…02'
+    """
+    start = (width - 1) * 2 // 3
+    return name if len(name) <= width else f"{name[:start]}…{name[start - width + 1 :]}"
 
 
 def print_preflight(found: Preflight) -> None:
