@@ -154,7 +154,8 @@ def _references(name: str) -> Iterator[str]:
     sources = " and ".join(sorted({" ".join(index[case]["source"].split(";")[0].split()[:2]) for case in cases}))
     yield (
         f"{len(cases)} reference case{'s' * (len(cases) > 1)} of {sources}; "
-        f"the largest difference of an entry is {largest:.1e}. The first entries of `{cases[0]}`, with {_told(knobs_of(index[cases[0]]))}:"
+        f"the largest difference of an entry is {largest:.1e}. "
+        f"The first entries of `{cases[0]}`, with {_told(knobs_of(index[cases[0]]))}:"
     )
     base, models, ours, theirs = found[cases[0]]
     rows = {"base": base, **models, "published": theirs, "suture": ours}
