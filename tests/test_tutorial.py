@@ -4,22 +4,17 @@ import importlib.util
 import json
 import os
 import re
-import shlex
 import sys
 from pathlib import Path
 
 import pytest
+import small_zoo
 
 from suture.cli import main
 
 ROOT = Path(__file__).parent.parent
 PAGE, NOTEBOOK = ROOT / "docs" / "tutorial.md", ROOT / "examples" / "tutorial.ipynb"
 TEXT = PAGE.read_text("utf-8")
-
-
-def shortened(command):
-    """A run on the zoo with loops of a few steps; other commands as they stand."""
-    return f"{command} fast_dev_run=true" if "taskpool=glyphs8" in command else command
 
 
 def maker():
@@ -34,13 +29,14 @@ def followed(tmp_path_factory):
     """The folder of someone who has typed the page from top to bottom."""
     pytest.importorskip("sklearn", reason="pip install 'suture[zoo]'")
     folder, names = tmp_path_factory.mktemp("tutorial"), {"__name__": "page"}
+    pools = small_zoo.write_pools(tmp_path_factory.mktemp("zoo"))
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         for python, command in re.findall(r"```python\n(.*?)```|^    suture ([^\n]*)$", TEXT, re.S | re.M):
             if python:
                 exec(compile(python, "tutorial.md", "exec"), names)
             else:
-                assert main(shlex.split(shortened(command))) == 0, command
+                assert main(small_zoo.shortened(command, pools)) == 0, command
     return folder
 
 
@@ -66,18 +62,21 @@ def test_the_notebook_is_the_page():
     assert json.loads(NOTEBOOK.read_text("utf-8")) == maker().notebook(TEXT), "python docs/notebook.py makes it anew"
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of the libraries that run it
-def test_the_notebook_runs(tmp_path, monkeypatch):
+@pytest.mark.parametrize("cells", ["its own", pytest.param("all", marks=pytest.mark.slow)])
+def test_the_notebook_runs(cells, tmp_path, monkeypatch):
+    """Cells with commands on the zoo are slow, and the same as on the page."""
     nbclient = pytest.importorskip("nbclient", reason="pip install nbclient ipykernel")
     nbformat = pytest.importorskip("nbformat")
     pytest.importorskip("ipykernel")
     monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
     monkeypatch.setenv("IPYTHONDIR", str(tmp_path / "ipython"))
     book = nbformat.read(NOTEBOOK, as_version=4)
-    for cell in book.cells:
-        if cell.cell_type == "code":
-            cell.source = "\n".join(map(shortened, cell.source.splitlines()))
-    nbclient.NotebookClient(book, timeout=240, resources={"metadata": {"path": str(tmp_path)}}).execute()
+    if cells != "all":
+        book.cells = [
+            cell for cell in book.cells if "glyphs8" not in cell.source and "!suture report" not in cell.source
+        ]
+    nbclient.NotebookClient(book, timeout=600, resources={"metadata": {"path": str(tmp_path)}}).execute()
     assert (tmp_path / "own" / "report" / "report.html").is_file()
-    assert (tmp_path / "comparison.html").is_file()
+    assert (tmp_path / "own" / "merged" / "model.safetensors").is_file()
+    assert (tmp_path / "comparison.html").is_file() == (cells == "all")
     assert "Open own/report/report.html" in str(book.cells)
