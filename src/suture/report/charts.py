@@ -145,7 +145,10 @@ def by_place(distances: Mapping[str, Any]) -> Chart:
         rows,
         transform=transform,
         params=[{"name": "task", "value": everything}, {"name": "measure", "value": measures[0]}, _PICKED],
-        mark={"type": "line", "point": {"size": 60, "filled": True}},
+        layer=[
+            {"mark": "line", "encoding": {"strokeWidth": _larger("side", sides, [5, 1.6])}},
+            {"mark": {"type": "point", "filled": True}, "encoding": {"size": _larger("side", sides, [130, 45])}},
+        ],
         height=240,
         encoding={
             "x": {**_across("place"), "sort": [_last(p) for p in places]},
@@ -175,7 +178,7 @@ def scatter(points: Mapping[str, Any], explained: Mapping[str, float]) -> Chart:
         "type": "quantitative",
         "title": None,
         "scale": {"zero": False},
-        "axis": {"labels": False, "ticks": False},
+        "axis": {"labels": False, "ticks": False, "grid": False},
     }
     spec = _spec(
         rows,
@@ -219,6 +222,7 @@ _CONFIG = {
         },
         **{"labelFontSize": 11, "titleFontSize": 11, "labelLimit": 110},
     },
+    "axisQuantitative": {"labelOverlap": "greedy", "labelSeparation": 8},
     "legend": {"labelColor": INK, "titleColor": INK},
 }
 
@@ -236,6 +240,11 @@ def _end_of_label(narrow: int, wide: int) -> str:
 
 def _across(name: str) -> dict[str, Any]:
     return {"field": name, "type": "nominal", "title": None, "axis": {"labelAngle": -40, "grid": False}}
+
+
+def _larger(name: str, names: Iterable[str], sizes: Sequence[float]) -> dict[str, Any]:
+    """The first name's marks larger than the other's, so that they are seen where both are the same."""
+    return {"field": name, "type": "nominal", "scale": {"domain": list(names), "range": sizes}, "legend": None}
 
 
 def _line(points: Sequence[Mapping[str, Any]], title: str) -> dict[str, Any]:

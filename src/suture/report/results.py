@@ -51,7 +51,7 @@ class Scoring:
         with profile("comparing representations"):
             repairs = {name: self._repair(r) for name, r in results.items() if isinstance(r, SurgeryResult)}
         return Report(
-            title or f"{', '.join(results)} on {len(self.tasks)} tasks",
+            title or _title(results, self.tasks),
             rows,
             base,
             best,
@@ -105,3 +105,8 @@ class Scoring:
     def _provenance(self) -> dict[str, Any]:
         named = {"_pretrained_": self.pretrained, **(self.experts or {})}
         return provenance({name: open_checkpoint(source) for name, source in named.items() if source is not None})
+
+
+def _title(results: Mapping[str, Result], tasks: Mapping[str, TaskInputs]) -> str:
+    named = ", ".join(results) if len(results) < 3 else f"{len(results)} results"
+    return f"{named} on {len(tasks)} task{'s' * (len(tasks) > 1)}"
