@@ -249,7 +249,7 @@ def _larger(name: str, names: Iterable[str], sizes: Sequence[float]) -> dict[str
 
 def _line(points: Sequence[Mapping[str, Any]], title: str) -> dict[str, Any]:
     y = {"field": "value", "type": "quantitative", "title": title, "scale": {"zero": False}}
-    x = {"field": "step", "type": "quantitative", "title": "step"}
+    x = {"field": "step", "type": "quantitative", "title": "step", "axis": {"tickMinStep": 1}}
     encoding = {"x": x, "y": y, "tooltip": [_tip("step"), _tip("value", format=".4g")]}
     mark = {"type": "line", "color": PALETTE[0], "point": {"size": 20, "filled": True, "color": PALETTE[0]}}
     return _spec(points, mark=mark, encoding=encoding, height=200)
@@ -294,7 +294,7 @@ def _over_steps(over_steps: Mapping[str, Any], layers: bool) -> Chart:
     ]
     palette = colours(tasks)
     title = "coefficient" + (", mean and range over layers" if layers else "")
-    x = {"field": "step", "type": "quantitative"}
+    x = {"field": "step", "type": "quantitative", "axis": {"tickMinStep": 1}}
     y = {"field": "mean", "type": "quantitative", "title": title, "scale": {"zero": False}}
     hint = [_tip("task", "nominal"), _tip("step"), *(_tip(side, format=".3f") for side in ("mean", "low", "high"))]
     band = {"mark": "area", "encoding": {"y": {**y, "field": "low"}, "y2": {"field": "high"}}}
@@ -319,7 +319,7 @@ def _by_layer(learned: Mapping[str, Any]) -> Chart:
     spec["encoding"]["y"]["axis"] |= {"labelFontSize": 8, "labelExpr": _end_of_label(29, 60)}
     spec["layer"][0]["encoding"]["color"] |= {
         "scale": {"scheme": "redblue", "reverse": True, "domainMid": middle},
-        "legend": {"orient": "top", "title": "coefficient", "format": ".2f"},
+        "legend": {"orient": "top", "title": "coefficient", "format": ".3~f"},
     }
     about = f"White is the mean, {middle:.3f}. Names are without what all of them begin with."
     return Chart("Coefficients by layer and task", spec, about=about)

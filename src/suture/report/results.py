@@ -1,6 +1,7 @@
 """A report on what the functions of `suture` gave back: merged weights, adaptations, repairs, modules of any kind."""
 
 import copy
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -21,6 +22,7 @@ from suture.surgery.method import Repaired
 
 #: A row of accuracies, an adaptation, a repair, weights of any kind, or a model: anything from inputs to logits.
 Result = Row | AdaMergingResult | SurgeryResult | Source | Callable[[Tensor], Tensor]
+Weights = str | os.PathLike | nn.Module | Mapping  # what a checkpoint can be opened from
 COMPARED = 256  # inputs of each task that representations are compared on
 
 
@@ -79,8 +81,7 @@ class Scoring:
             return {task: one(task) for task in self.tasks}
         if isinstance(result, AdaMergingResult):
             return self._loaded(result.merged)
-        plain = callable(result) and not isinstance(result, nn.Module)
-        return result if plain else self._loaded(result)
+        return self._loaded(result) if isinstance(result, Weights) else result
 
     def _loaded(self, source: Source) -> nn.Module:
         """The module itself, or weights of any kind in a copy of `module`."""
