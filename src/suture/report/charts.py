@@ -244,7 +244,7 @@ def _across(name: str) -> dict[str, Any]:
 
 def _larger(name: str, names: Iterable[str], sizes: Sequence[float]) -> dict[str, Any]:
     """The first name's marks larger than the other's, so that they are seen where both are the same."""
-    return {"field": name, "type": "nominal", "scale": {"domain": list(names), "range": sizes}, "legend": None}
+    return {"field": name, "type": "ordinal", "scale": {"domain": list(names), "range": sizes}, "legend": None}
 
 
 def _line(points: Sequence[Mapping[str, Any]], title: str) -> dict[str, Any]:
