@@ -1,28 +1,224 @@
-"""For the documentation: one page per method, generated from its signature and docstring."""
+"""For the documentation: a page for each method and each repair, generated from signatures, docstrings and references.
+
+Formulas are in `formulas.yaml`. All figures are computed or read where they are kept: the reference vectors of
+`tests/golden`, and suture's own list of published figures.
+"""
 
 import inspect
+import json
+import re
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
 
+import torch
+import yaml
 from mkdocs.structure.files import File
+from safetensors.torch import load_file
 
-from suture.learned import all_methods
+import suture
+from suture.knobs import Knobs
+from suture.learned import LearnedMethod, all_methods
+from suture.methods import MergeMethod
+from suture.preflight import in_bytes
+from suture.reproduce import published
+from suture.surgery.method import KINDS, Repair
+from suture.task_vectors import chunk_for, memory_of
+
+ROOT = Path(__file__).parent.parent
+GOLDEN = ROOT / "tests" / "golden"
+FORMULAS: dict[str, str] = yaml.safe_load((ROOT / "docs" / "formulas.yaml").read_text("utf-8"))
+MODELS, THREADS = 8, 2  # that the memory of a merge is told for
+_SHOWN = 4  # entries of a reference case
 
 
 def on_files(files, config):
-    """Add methods.md and methods/NAME.md to the site."""
-    pages = {name.replace("/", "_"): method for name, method in all_methods().items()}
-    lines = [f"- [`{method.name}`](methods/{page}.md): {method.knobs.summary}" for page, method in pages.items()]
-    files.append(File.generated(config, "methods.md", content="# Methods\n\n" + "\n".join(lines) + "\n"))
-    for page, method in pages.items():
-        files.append(File.generated(config, f"methods/{page}.md", content=method_page(method)))
+    """Add methods.md and a page for each method and repair to the site."""
+    methods = {f"methods/{name.replace('/', '_')}.md": method for name, method in all_methods().items()}
+    repairs = {f"repairs/{kind}.md": kind for kind in KINDS}
+    lines = [f"- [`{method.name}`]({page}): {method.knobs.summary}" for page, method in methods.items()]
+    index = ["# Methods", "\n".join(lines), "## Repairs", "After any method, `surgery=KIND`:"]
+    index += ["\n".join(f"- [`{k}`]({page}): {_knobs(k).summary}" for page, k in repairs.items())]
+    files.append(File.generated(config, "methods.md", content="\n\n".join(index) + "\n"))
+    for page, method in methods.items():
+        files.append(File.generated(config, page, content=method_page(method)))
+    for page, kind in repairs.items():
+        files.append(File.generated(config, page, content=repair_page(kind)))
     return files
 
 
-def method_page(method) -> str:
-    """Name, paper, what it does, its knobs with their defaults, and the line that runs it."""
-    described = (inspect.getdoc(method.knobs.function) or "").split(">>>")[0].strip()
-    shown = lambda value: "null" if value is None else list(value) if isinstance(value, tuple) else value
-    knobs = [f"| `method.{knob}` | `{shown(value)}` |" for knob, value in method.knobs.defaults.items()]
-    aliases = f"Also: {', '.join(f'`{alias}`' for alias in method.aliases)}.\n\n" if method.aliases else ""
-    table = "| knob | default |\n|---|---|\n" + "\n".join(knobs) if knobs else "It has no knobs."
+def method_page(method: MergeMethod | LearnedMethod) -> str:
+    """What it does, its formula, what it costs, its knobs, a small case, and what it is held against."""
+    aliases = f"Also: {', '.join(f'`{alias}`' for alias in method.aliases)}." if method.aliases else ""
+    static = isinstance(method, MergeMethod)
     line = f"    suture method={method.name} modelpool=glyphs8 taskpool=glyphs8"
-    return f"# {method.name}\n\n{described}\n\n{aliases}Paper: <{method.paper}>\n\n{table}\n\n{line}\n"
+    if static and method.num_models[1] == 1:
+        line = f"    suture merge base=BASE models.one=ONE method={method.name} output=merged"
+    cost = _cost(method) if static else _COST_OF_LEARNING
+    parts = [f"# {method.name}", _described(method.knobs.function), aliases, f"Paper: <{method.paper}>"]
+    parts += [_formula(method.name), "## What it costs", cost, _table("method", method.knobs.defaults), line]
+    parts += [*_by_hand(method.knobs.function), *_references(method.name), *_figures(method)]
+    return "\n\n".join(filter(None, parts)) + "\n"
+
+
+def repair_page(kind: str) -> str:
+    """The same of a repair."""
+    defaults = {knob: value for knob, value in Repair.defaults(kind).items() if knob != "kind"}
+    papers = re.findall(r"https://arxiv\.org/abs/[\d.]+", inspect.getmodule(KINDS[kind]).__doc__)
+    line = f"    suture method=task_arithmetic surgery={kind} modelpool=glyphs8 taskpool=glyphs8"
+    parts = [f"# surgery={kind}", _described(KINDS[kind]), f"Paper: <{papers[0]}>" if papers else ""]
+    parts += [
+        _formula(f"surgery={kind}"),
+        "## What it costs",
+        _COST_OF_REPAIRS[kind],
+        _table("surgery", defaults),
+        line,
+    ]
+    parts += [*_references(f"surgery={kind}"), *_table_of_figures(f"surgery={kind}")]
+    return "\n\n".join(filter(None, parts)) + "\n"
+
+
+def _knobs(kind: str) -> Knobs:
+    return Knobs(f"surgery={kind}", KINDS[kind], "surgery")
+
+
+def _described(function: Callable) -> str:
+    return (inspect.getdoc(function) or "").split(">>>")[0].strip()
+
+
+def _formula(name: str) -> str:
+    lines = "\n".join(f"    {line}" for line in FORMULAS[name].strip().splitlines())
+    legend = "θ₀: the pretrained weights. θ_t: those fine-tuned for task t. τ_t = θ_t − θ₀."
+    return f"{lines}\n\n{'' if '=' in name else legend}".strip("\n")
+
+
+def _cost(method: MergeMethod) -> str:
+    """Passes over the files and memory, from what the method is registered as."""
+    if method.gather is None:
+        passes = "One pass over the files."
+    elif "scope" in method.knobs.defaults:
+        passes = (
+            "Two passes over the files with `scope=model`; with `scope=tensor` one, each tensor read twice in a row."
+        )
+    else:
+        passes = "One pass over the files, each tensor read twice in a row."
+    count = int(min(MODELS, method.num_models[1]))
+    threads, chunk = chunk_for(300_000_000, method, count, THREADS)
+    held, models = in_bytes(memory_of(method, count, threads, chunk)), f"{count} model{'s' * (count > 1)}"
+    return f"{passes} At most {held} beside the result, with {models} and {THREADS} threads, whatever their size."
+
+
+_COST_OF_LEARNING = """A forward and a backward pass of every task's batch at each step. Beside the activations: the
+task vectors (in half the memory with `vectors_dtype=bfloat16`, in none with `stream_vectors=true`), the base, the
+merged weights and one gradient."""
+_COST_OF_REPAIRS = {
+    "final": "Each input that a step uses, once through the merged model and once through its expert, forward only.",
+    "deep": "Each input once through its expert; at each step a forward and a backward pass through the merged model.",
+    "online": "Each input once through the merged model and once through its expert, forward only.",
+    "blend": "Each input once through the merged model and all experts, forward only; all of them run at inference.",
+}
+
+
+def _table(group: str, defaults: Mapping[str, Any]) -> str:
+    lines = [f"| `{group}.{knob}` | `{_word(value)}` |" for knob, value in defaults.items()]
+    return "## Knobs\n\n| knob | default |\n|---|---|\n" + "\n".join(lines) if lines else "It has no knobs."
+
+
+def _word(value: Any) -> str:
+    """A value as the command line takes it."""
+    if value is None or isinstance(value, bool):
+        return json.dumps(value)
+    return str(list(value) if isinstance(value, tuple) else value)
+
+
+def _by_hand(function: Callable) -> Iterator[str]:
+    """The small case of the docstring, which the tests run."""
+    example = (inspect.getdoc(function) or "").partition(">>>")[2]
+    if example:
+        yield f"## By hand\n\n```pycon\n>>>{example.rstrip()}\n```"
+
+
+def _references(name: str) -> Iterator[str]:
+    """What suture gives on the reference vectors beside what the published implementation gave."""
+    prefix, knobs_of = _REFERENCES.get(name, ("", None))
+    index = json.loads((GOLDEN / "index.json").read_text("utf-8"))
+    cases = sorted(case for case in index if prefix and re.match(prefix, case))
+    if not cases:
+        return
+    yield "## Reference"
+    if knobs_of is None:
+        yield f"{len(cases)} whole trajectories in `tests/golden` (`{cases[0]}` and on) are reproduced by the tests."
+        return
+    found = {case: _compared(name, case, knobs_of(index[case])) for case in cases}
+    largest = max((ours - theirs).abs().max().item() for _, _, ours, theirs in found.values())
+    sources = " and ".join(sorted({" ".join(index[case]["source"].split(";")[0].split()[:2]) for case in cases}))
+    yield (
+        f"{len(cases)} reference case{'s' * (len(cases) > 1)} of {sources}; "
+        f"the largest difference of an entry is {largest:.1e}. "
+        f"The first entries of `{cases[0]}`, with {_told(knobs_of(index[cases[0]]))}:"
+    )
+    base, models, ours, theirs = found[cases[0]]
+    rows = {"base": base, **models, "published": theirs, "suture": ours}
+    lines = [
+        f"| {row} | {' | '.join(f'{value:.4f}' for value in values[:_SHOWN].tolist())} |"
+        for row, values in rows.items()
+    ]
+    yield "\n".join(["| | " + " | ".join(map(str, range(_SHOWN))) + " |", "|---|" + "---:|" * _SHOWN, *lines])
+
+
+def _compared(name: str, case: str, knobs: Mapping[str, Any]):
+    """(base, models, suture's result, the published one), each flattened in the order of its names."""
+    tensors = load_file(GOLDEN / f"{case}.safetensors")
+    part = lambda prefix: {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+    labels = sorted({key.split("/")[0] for key in tensors if key.startswith("model_")})
+    models = {label: part(f"{label}/") for label in labels}
+    base = part("base/") or models[labels[0]]  # an average has none
+    merged, wanted = suture.merge(base, models, name, **knobs), part("merged/")
+    flat = lambda state: torch.cat([state[key].flatten() for key in sorted(base)])
+    return flat(base), {label: flat(model) for label, model in models.items()}, flat(merged), flat(wanted)
+
+
+def _told(knobs: Mapping[str, Any]) -> str:
+    return ", ".join(f"`{knob}={value}`" for knob, value in knobs.items()) or "defaults"
+
+
+def _ties(case: Mapping[str, Any]) -> dict[str, Any]:
+    if case["scope"] == "model":
+        return {key: case[key] for key in ("threshold", "merge_func", "scaling_factor")}
+    given = case["parameters"]
+    func = "mean" if given["normalize"] else "sum"
+    return {"scope": "tensor", "threshold": given["density"], "merge_func": func, "scaling_factor": given["weight"]}
+
+
+_given = lambda *names: lambda case: {name: case["parameters"][name] for name in names}
+#: Method → the names of its reference cases, and the knobs of a case; without knobs the tests alone run them.
+_REFERENCES: dict[str, tuple[str, Callable[[Mapping[str, Any]], dict[str, Any]] | None]] = {
+    "simple_average": ("tensor_linear", lambda case: {}),
+    "task_arithmetic": ("tensor_task_arithmetic", lambda case: {"scaling_factor": case["parameters"]["weight"]}),
+    "ties_merging": ("ties_global|tensor_ties", _ties),
+    "breadcrumbs": (
+        "tensor_breadcrumbs",
+        lambda case: {"scaling_factor": case["parameters"]["weight"], **_given("density", "gamma")(case)},
+    ),
+    "model_stock": ("tensor_model_stock", lambda case: {}),
+    "sce": ("tensor_sce", _given("select_topk")),
+    "slerp": ("tensor_slerp", _given("t")),
+    "adamerging": ("adamerging_", None),
+    "surgery=final": ("surgery_v1", None),
+    "surgery=deep": ("surgery_v2", None),
+}
+
+
+def _figures(method: MergeMethod | LearnedMethod) -> Iterator[str]:
+    yield from _table_of_figures(*(f"method={name}" for name in (method.name, *method.aliases)))
+
+
+def _table_of_figures(*words: str) -> Iterator[str]:
+    """The published figures of the runs that have one of these words."""
+    found = [one for one in published() if set(words) & set(one.words) and one.row not in ("pretrained", "experts")]
+    if found:
+        yield "## Published\n\nMean accuracies in %, on checkpoints of two families that are never compared (" + (
+            "[which](../published.md)): what was published, not what was measured here."
+        )
+        lines = [f"| {one.id} | {one.mean:.1f} | `{one.command}` |" for one in found]
+        yield "\n".join(["| | mean | run |", "|---|---:|---|", *lines])

@@ -78,6 +78,16 @@ def test_scope_tensor_trims_each_tensor_to_its_share():
     assert each.values["kept"][:, 0].tolist() == [0.5, 0.5]
 
 
+@pytest.mark.parametrize("analyse", [layers, trimming])
+def test_layers_come_in_the_order_of_their_numbers(analyse):
+    sizes = {"layers.10.w": 2, "layers.2.w": 3, "embed": 4}
+    base = {name: torch.zeros(size) for name, size in sizes.items()}
+    found = analyse(base, {"one": {name: torch.arange(1.0, size + 1) for name, size in sizes.items()}})
+    assert found.labels["tensors"] == [row[0] for row in found.rows] == ["embed", "layers.2.w", "layers.10.w"]
+    if analyse is layers:
+        assert [row[1] for row in found.rows] == [4, 3, 2]
+
+
 class Bend(nn.Module):
     def __init__(self):
         super().__init__()

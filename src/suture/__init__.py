@@ -35,6 +35,7 @@ from suture.normalisation import reestimate_statistics
 from suture.pipeline import demo
 from suture.pools import ModelPool, TaskPool
 from suture.preflight import preflight
+from suture.report import report
 from suture.surgery import SurgeryModel, SurgeryModelWrapper, repair
 from suture.tasks import Task
 
@@ -81,5 +82,6 @@ __all__ = [
     "preflight",
     "reestimate_statistics",
     "repair",
+    "report",
     "save_checkpoint",
 ]

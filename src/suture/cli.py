@@ -2,10 +2,12 @@
 
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from suture.answers import Answer, Manner
 from suture.errors import ConfigError, SutureError, unknown_name
 
 _HELP = """\
@@ -28,9 +30,11 @@ suture merges fine-tuned models into one and shows what that did.
   suture methods      every method with its knobs, defaults and paper
   suture zoo          the models that ship with suture and those it can build: suture zoo build NAME
   suture demo         the main job on the shipped models: eight experts into one
+  suture completion   bash, zsh or fish: the script that completes all these words; suture completion --help
   suture --cfg job method=…   the whole configuration of a run; --help after it explains hydra's flags
 
-Put --traceback anywhere to see where an error came from."""
+Anywhere: --json for one JSON document instead of tables, --quiet for the result alone (a folder, a page, names),
+--traceback to see where an error came from."""
 
 
 _MERGE_HELP = """\
@@ -60,12 +64,13 @@ method.KNOB=value sets a knob of the method (suture methods lists them): a value
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit code: 0, or 2 after one line on standard error for bad input."""
+    """Run one command; returns the exit code: 0, 1 for a figure that disagrees, 2 after one line for bad input."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    traceback = "--traceback" in arguments
-    arguments = [argument for argument in arguments if argument != "--traceback"]
+    traceback, arguments = _flag("--traceback", arguments)
     try:
-        _dispatch(arguments)
+        manner, arguments = _manner(arguments)
+        with manner.while_working():
+            answer = _dispatch(arguments)
     except SutureError as error:
         if traceback:
             raise
@@ -74,33 +79,53 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("suture: stopped.", file=sys.stderr)
         return 130
-    return 0
+    if answer is None:
+        return 0
+    manner.tell(answer)
+    return answer.code
 
 
-def _dispatch(arguments: list[str]) -> None:
+def _manner(arguments: list[str]) -> tuple[Manner, list[str]]:
+    """How to answer, and the other words. What is only text (help, hydra's own flags) comes as it is."""
+    for manner in (Manner.JSON, Manner.QUIET):
+        asked, arguments = _flag(manner.value, arguments)
+        if not asked:
+            continue
+        others = [word for word in arguments if word in (*_TEXT, "--json", "--quiet")]
+        if others or not arguments:
+            raise ConfigError(f"{manner.value} does not go with {others[0] if others else 'the help'}.")
+        return manner, arguments
+    return Manner.TABLES, arguments
+
+
+def _dispatch(arguments: list[str]) -> Answer | None:
     if not arguments or arguments in (["--help"], ["-h"]):
         return _help()
     if arguments == ["--version"]:
         return _version()
     verb, rest = arguments[0], arguments[1:]
-    if verb in _VERBS:
-        return _VERBS[verb](rest)
+    if verb in VERBS:
+        return VERBS[verb](rest)
     if "=" not in verb and not verb.startswith("-"):
-        raise ConfigError(unknown_name("command", verb, [*_VERBS, "method=…"]))
-    _pipeline(arguments)
+        raise ConfigError(unknown_name("command", verb, [*VERBS, "method=…"]))
+    return _pipeline(arguments)
 
 
-def _pipeline(arguments: list[str]) -> None:
+def _pipeline(arguments: list[str]) -> Answer:
     from suture import config, pipeline
     from suture.report.sweep import summarise
 
-    folders = [
-        folder
-        for folder in config.run_each(arguments, pipeline.run_configured, pipeline.check_run)
-        if folder is not None
-    ]
+    results = config.run_each(arguments, pipeline.run_configured, pipeline.check_run)
+    folders = [result for result in results if isinstance(result, Path)]
     if len(folders) > 1:
         summarise(folders)
+    told = [_told(result) if isinstance(result, Path) else asdict(result) for result in results]
+    return Answer(told[0] if len(told) == 1 else {"runs": told}, "\n".join(map(str, folders)))
+
+
+def _told(folder: Path) -> dict[str, Any]:
+    """The folder of a run, and what its report holds."""
+    return {"folder": str(folder), **json.loads((folder / "report.json").read_text("utf-8"))}
 
 
 def _help() -> None:
@@ -113,28 +138,23 @@ def _help() -> None:
         print(f"{group}s: {', '.join(config.pools(group))}; or the path of a YAML file of your own")
 
 
-def _version() -> None:
+def _version() -> Answer:
     from importlib.metadata import version
 
     print(f"suture {version('suture')}")
+    return Answer({"version": version("suture")}, version("suture"))
 
 
-def _check(arguments: list[str]) -> None:
+def _check(arguments: list[str]) -> Answer:
     from suture import config, pipeline
+    from suture.report.terminal import print_preflight
 
-    as_json, arguments = _flag("--json", arguments)
     found = pipeline.check_configured(config.compose(_with_default_method(arguments)))
-    if as_json:
-        print(json.dumps(found.__dict__, indent=2))
-    else:
-        from suture.report.terminal import print_preflight
-
-        print_preflight(found)
-    if found.problems:
-        raise SystemExit(2)
+    print_preflight(found)
+    return Answer(asdict(found), "\n".join(found.problems), 2 if found.problems else 0)
 
 
-def _evaluate(arguments: list[str]) -> None:
+def _evaluate(arguments: list[str]) -> Answer:
     from suture import config, pipeline
 
     model = next((a.partition("=")[2] for a in arguments if a.startswith("model=")), None)
@@ -142,7 +162,11 @@ def _evaluate(arguments: list[str]) -> None:
     if matrix not in ("true", "false"):
         raise ConfigError(f"matrix={matrix}: wanted true or false.")
     arguments = [a for a in arguments if not a.startswith(("model=", "matrix="))]
-    pipeline.evaluate_configured(config.compose(_with_default_method(arguments)), model, matrix == "true")
+    composed = config.compose(_with_default_method(arguments))
+    report = pipeline.evaluate_configured(composed, model, matrix == "true")
+    data = report.as_data()
+    shown = {key: data[key] for key in ("tasks", "samples", "rows", "matrix")} | {"folder": composed["output"]}
+    return Answer(shown, "\n".join(f"{row.name}\t{100 * row.mean:.2f}" for row in report.rows))
 
 
 def _with_default_method(arguments: list[str]) -> list[str]:
@@ -150,7 +174,7 @@ def _with_default_method(arguments: list[str]) -> list[str]:
     return arguments if chosen else ["method=simple_average", *arguments]
 
 
-def _merge(arguments: list[str]) -> None:
+def _merge(arguments: list[str]) -> Answer | None:
     from suture import config
     from suture.files import merge_configured
 
@@ -159,15 +183,17 @@ def _merge(arguments: list[str]) -> None:
     plan, words = _flag("--plan", arguments)
     shard, words = _option("--shard", words)
     words += ["plan=true"] * plan + ([f"shard={shard}"] if shard else [])
-    merge_configured(config.compose_merging(words))
+    result = merge_configured(config.compose_merging(words))
+    if isinstance(result, Path):
+        return Answer({"output": str(result), "finished": result.is_dir()}, str(result))
+    return Answer(asdict(result) | {"seconds": result.seconds}, str(result))
 
 
-def _analyse(arguments: list[str]) -> None:
+def _analyse(arguments: list[str]) -> Answer:
     from suture import config
     from suture.analysis.running import ANALYSES, analyse_configured
     from suture.report.findings import print_finding
 
-    as_json, arguments = _flag("--json", arguments)
     if not arguments or arguments[0] not in ANALYSES:
         raise ConfigError(unknown_name("analysis", arguments[0] if arguments else "", ANALYSES))
     words, options = _split_options(arguments[1:], ("models", "points", "threshold", "scope", "model"))
@@ -175,11 +201,9 @@ def _analyse(arguments: list[str]) -> None:
         if key in options:
             options[key] = options[key].split(",")
     found, folder = analyse_configured(arguments[0], config.compose(_with_default_method(words)), options)
-    if as_json:
-        print(json.dumps(found.as_data() | {"folder": str(folder)}, indent=2))
-    else:
-        print_finding(found)
-        print(f"The table and the figure are in {folder}")
+    print_finding(found)
+    print(f"The table and the figure are in {folder}")
+    return Answer(found.as_data() | {"folder": str(folder)}, str(folder))
 
 
 def _split_options(arguments: list[str], names: tuple[str, ...]) -> tuple[list[str], dict[str, Any]]:
@@ -189,17 +213,19 @@ def _split_options(arguments: list[str], names: tuple[str, ...]) -> tuple[list[s
     return words, {key: value for key, value in pairs if key in names}
 
 
-def _report(arguments: list[str]) -> None:
+def _report(arguments: list[str]) -> Answer:
     from suture.report import report
 
     output, rest = _option("--output", arguments)
     still, rest = _flag("--still", rest)
     if unknown := next((word for word in rest if word.startswith("-")), None):
         raise ConfigError(unknown_name("option of suture report", unknown, ["--output", "--still"]))
-    print(f"The page is {report(rest, output, interactive=not still)}")
+    page = report(rest, output, interactive=not still)
+    print(f"The page is {page}")
+    return Answer({"page": str(page)}, str(page))
 
 
-def _reproduce(arguments: list[str]) -> None:
+def _reproduce(arguments: list[str]) -> Answer:
     from suture.report.terminal import print_compared, print_published
     from suture.reproduce import compare, published
 
@@ -208,8 +234,11 @@ def _reproduce(arguments: list[str]) -> None:
     _no_more(rest)
     if run is None and not listed:
         raise ConfigError("Wanted: suture reproduce --list, or suture reproduce --check RUN.")
+    answer = Answer(None)
     if listed:
         print_published(published())
+        lines = [f"{one.id}\t{one.command}" for one in published()]
+        answer = Answer([asdict(one) | {"command": one.command} for one in published()], "\n".join(lines))
     if run is not None:
         found = compare(run)
         if not found:
@@ -217,24 +246,33 @@ def _reproduce(arguments: list[str]) -> None:
                 f"'{run}' is no run of a published figure. Remedy: suture reproduce --list has the commands."
             )
         print_compared(found)
-        if not all(one.within for one in found):
-            raise SystemExit(1)
+        lines = [f"{one.published.id}\t{one.found:.2f}\t{'within' if one.within else 'outside'}" for one in found]
+        data = [asdict(one) | {"within": one.within} for one in found]
+        answer = Answer(data, "\n".join(lines), 0 if all(one.within for one in found) else 1)
+    return answer
 
 
-def _methods(arguments: list[str]) -> None:
+def _methods(arguments: list[str]) -> Answer:
+    from suture.learned import all_methods
     from suture.report.terminal import print_methods
 
     _no_more(arguments)
     print_methods()
+    told = lambda method: {
+        **{"name": method.name, "aliases": method.aliases, "paper": method.paper},
+        **{"summary": method.knobs.summary, "knobs": method.knobs.defaults},
+    }
+    return Answer([told(method) for method in all_methods().values()], "\n".join(all_methods()))
 
 
-def _zoo(arguments: list[str]) -> None:
+def _zoo(arguments: list[str]) -> Answer:
     from suture import zoo
 
     if not arguments:
-        for name, line in zoo.inventory().items():
+        found: Mapping[str, str] = zoo.inventory()
+        for name, line in found.items():
             print(f"{name}  {line}")
-        return
+        return Answer(found, "\n".join(found))
     if arguments[0] != "build":
         raise ConfigError(unknown_name("zoo command", arguments[0], ["build"]))
     output, rest = _option("--output", arguments[1:])
@@ -247,14 +285,27 @@ def _zoo(arguments: list[str]) -> None:
     options = {} if data is None else {"data": data}
     built = zoo.build(rest[0], Path(output) if output else None, seed=int(seed or 0), **options)
     print(f"Built {rest[0]} in {built}")
+    return Answer({"name": rest[0], "folder": str(built)}, str(built))
 
 
-def _demo(arguments: list[str]) -> None:
+def _demo(arguments: list[str]) -> Answer:
     from suture import pipeline
 
     output, rest = _option("--output", arguments)
     _no_more(rest)
-    pipeline.demo(Path(output) if output else None)
+    folder = pipeline.demo(Path(output) if output else None)
+    return Answer(_told(folder), str(folder))
+
+
+def _completion(arguments: list[str]) -> Answer | None:
+    from suture.completion import HELP, SHELLS, script
+
+    if len(arguments) != 1 or arguments[0] in ("--help", "-h"):
+        return print(HELP)
+    if arguments[0] not in SHELLS:
+        raise ConfigError(unknown_name("shell", arguments[0], SHELLS))
+    print(script(arguments[0]), end="")
+    return None
 
 
 def _flag(name: str, arguments: list[str]) -> tuple[bool, list[str]]:
@@ -278,7 +329,8 @@ def _no_more(arguments: list[str]) -> None:
         raise ConfigError(f"Unexpected argument {arguments[0]!r}. See suture --help.")
 
 
-_VERBS: dict[str, Callable[[list[str]], Any]] = {
+#: The verbs and what runs them.
+VERBS: dict[str, Callable[[list[str]], Answer | None]] = {
     "check": _check,
     "evaluate": _evaluate,
     "merge": _merge,
@@ -288,7 +340,10 @@ _VERBS: dict[str, Callable[[list[str]], Any]] = {
     "reproduce": _reproduce,
     "zoo": _zoo,
     "demo": _demo,
+    "completion": _completion,
 }
+#: Words whose answer is text and nothing else.
+_TEXT = ("--help", "-h", "--cfg", "-c", "--info", "-i", "--hydra-help", "--shell-completion", "-sc", "completion")
 
 
 if __name__ == "__main__":

@@ -28,6 +28,11 @@ class Knobs:
         return {name: parameter.default for name, parameter in self._parameters.items()}
 
     @property
+    def annotations(self) -> dict[str, Any]:
+        """Every knob with its type."""
+        return {name: parameter.annotation for name, parameter in self._parameters.items()}
+
+    @property
     def summary(self) -> str:
         """The first sentence of the function's docstring."""
         return (inspect.getdoc(self.function) or "").split("\n", 1)[0]

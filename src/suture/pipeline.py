@@ -7,14 +7,16 @@ from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from suture.checkpoints import new_directory, open_checkpoint
 from suture.errors import ConfigError
-from suture.evaluation import Row
 from suture.opened import OpenModels
 from suture.preflight import Preflight
 from suture.run import Run, new_folder
+
+if TYPE_CHECKING:
+    from suture.report import Report
 
 _REPAIRS = (("surgery=final",), ("surgery=deep", "surgery.steps=200"))
 _DEMO: tuple[tuple[Sequence[str], Sequence[Sequence[str]]], ...] = (
@@ -25,8 +27,8 @@ _DEMO: tuple[tuple[Sequence[str], Sequence[Sequence[str]]], ...] = (
 )
 
 
-def run_configured(config: Mapping[str, Any]) -> Path | None:
-    """One run from its configuration: prints the table and returns the folder; None after a dry run."""
+def run_configured(config: Mapping[str, Any]) -> Path | Preflight:
+    """One run from its configuration: prints the table and returns the folder; after a dry run what was found."""
     from suture.report.terminal import print_preflight
 
     run = Run.from_config(config)
@@ -38,7 +40,7 @@ def run_configured(config: Mapping[str, Any]) -> Path | None:
     if config["dry_run"]:
         print_preflight(found)
     found.refuse()
-    return None if config["dry_run"] else merge_and_report([run], models, config, found.notes)
+    return found if config["dry_run"] else merge_and_report([run], models, config, found.notes)
 
 
 def is_finished(output: Path, config: Mapping[str, Any], models: OpenModels) -> bool:
@@ -107,7 +109,7 @@ def check_configured(config: Mapping[str, Any]) -> Preflight:
     return OpenModels(Run.from_config(config)).preflight()
 
 
-def evaluate_configured(config: Mapping[str, Any], model: str | None = None, matrix: bool = False) -> list[Row]:
+def evaluate_configured(config: Mapping[str, Any], model: str | None = None, matrix: bool = False) -> "Report":
     """Score the pool's pretrained model and experts, and one more model of the same architecture if it is named.
 
     With `matrix` every fine-tuned model is scored on every task too, and the report, a heat map in it, is written
@@ -128,4 +130,4 @@ def evaluate_configured(config: Mapping[str, Any], model: str | None = None, mat
         if folder:
             write(report, folder)
     print_report(report)
-    return rows
+    return report

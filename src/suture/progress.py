@@ -4,14 +4,26 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 
 _PATIENCE = 1.0  # seconds before a progress bar appears
+_shown = ContextVar("shown", default=True)
+
+
+@contextmanager
+def silent() -> Iterator[None]:
+    """No progress bar inside the block, not even at a terminal."""
+    token = _shown.set(False)
+    try:
+        yield
+    finally:
+        _shown.reset(token)
 
 
 @contextmanager
 def bar(description: str, total: int) -> Iterator[Callable[[int], None]]:
     """Give a function that counts steps; from one second on a bar with the time left shows them at a terminal."""
-    if not sys.stderr.isatty():
+    if not (_shown.get() and sys.stderr.isatty()):
         yield lambda steps: None
         return
     shown = _Bar(description, total)

@@ -15,6 +15,7 @@ from suture.analysis.finding import Finding
 from suture.checkpoints import Source
 from suture.methods.streams import inner_products, total
 from suture.methods.ties_merging import trim_thresholds
+from suture.natural import natural
 from suture.task_vectors import TaskVectors, open_task_vectors
 
 Models = Mapping[str, Source] | Sequence[Source]
@@ -55,10 +56,11 @@ def layers(base: Source, models: Models, *, frozen: Sequence[str] = ()) -> Findi
     (0.5, 0.5)
     """
     vectors = open_task_vectors(base, models, frozen=frozen)
-    sums = torch.stack([total(vectors.stream([name]), _moments) for name in vectors.names])
+    names = sorted(vectors.names, key=natural)
+    sums = torch.stack([total(vectors.stream([name]), _moments) for name in names])
     count = len(vectors.models)
     squares, (own, conflict, net, mass) = sums[:, :count], sums[:, count:].T
-    entries = torch.tensor([vectors.specs[name].numel for name in vectors.names], dtype=torch.float64)
+    entries = _entries(vectors, names)
     norm = squares.sqrt()
     values = {
         "norm": norm,
@@ -67,9 +69,9 @@ def layers(base: Source, models: Models, *, frozen: Sequence[str] = ()) -> Findi
         "agreement": net / mass,
     }
     columns = [values["norm"].mean(1), *(values[key] for key in ("relative", "conflict", "agreement"))]
-    rows = list(zip(vectors.names, map(int, entries), *(column.tolist() for column in columns), strict=True))
+    rows = list(zip(names, map(int, entries), *(column.tolist() for column in columns), strict=True))
     heads = ("tensor", "entries", "mean norm", "norm / base", "conflict", "agree")
-    labels = {"tensors": vectors.names, "models": list(vectors.models)}
+    labels = {"tensors": names, "models": list(vectors.models)}
     return Finding("layers", "task vectors, tensor by tensor", heads, rows, values, labels)
 
 
@@ -90,18 +92,18 @@ def trimming(
     vectors = open_task_vectors(base, models, frozen=frozen)
     knobs = {"threshold": threshold, "scope": scope}
     whole = trim_thresholds(vectors.stream(), **knobs).thresholds if scope == "model" else None
-    sums = []
-    for name in vectors.names:
+    names, sums = sorted(vectors.names, key=natural), []
+    for name in names:
         stream = vectors.stream([name])
         least = trim_thresholds(stream, **knobs).thresholds if whole is None else whole
         sums.append(total(stream, lambda _, rows, least=least: _survivors(rows, least)))
-    values = _shares(vectors, torch.stack(sums))
+    values = _shares(torch.stack(sums), _entries(vectors, names))
     kept = values["kept"]
     columns = [kept.mean(1), kept.amin(1), kept.amax(1), values["collide"], values["lost"]]
-    rows = list(zip(vectors.names, *(column.tolist() for column in columns), strict=True))
+    rows = list(zip(names, *(column.tolist() for column in columns), strict=True))
     heads = ("tensor", "kept", "least", "most", "collide", "lost")
     title = f"what TIES keeps at threshold {threshold:g}, scope={scope}"
-    return Finding("trimming", title, heads, rows, values, {"tensors": vectors.names, "models": list(vectors.models)})
+    return Finding("trimming", title, heads, rows, values, {"tensors": names, "models": list(vectors.models)})
 
 
 def _moments(base: Float[Tensor, " chunk"], rows: Float[Tensor, "task chunk"]) -> Float[Tensor, " moment"]:
@@ -120,7 +122,10 @@ def _survivors(rows: Float[Tensor, "task chunk"], least: Float[Tensor, " task"])
     return torch.cat([(kept != 0).sum(1), torch.stack([collide.sum(), lost.sum()])]).double()
 
 
-def _shares(vectors: TaskVectors, sums: Float[Tensor, "tensor count"]) -> dict[str, Tensor]:
-    entries = torch.tensor([vectors.specs[name].numel for name in vectors.names], dtype=torch.float64)
+def _shares(sums: Float[Tensor, "tensor count"], entries: Float[Tensor, " tensor"]) -> dict[str, Tensor]:
     survivors, (collide, lost) = sums[:, :-2], sums[:, -2:].T
     return {"kept": survivors / entries[:, None], "collide": collide / entries, "lost": lost / survivors.sum(1)}
+
+
+def _entries(vectors: TaskVectors, names: Sequence[str]) -> Float[Tensor, " tensor"]:
+    return torch.tensor([vectors.specs[name].numel for name in names], dtype=torch.float64)

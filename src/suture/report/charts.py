@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from suture.natural import natural
 from suture.report.learning_figures import short_names
 
 INK = "currentColor"  # of the page, so that charts follow its theme
@@ -144,7 +145,10 @@ def by_place(distances: Mapping[str, Any]) -> Chart:
         rows,
         transform=transform,
         params=[{"name": "task", "value": everything}, {"name": "measure", "value": measures[0]}, _PICKED],
-        mark={"type": "line", "point": {"size": 60, "filled": True}},
+        layer=[
+            {"mark": "line", "encoding": {"strokeWidth": _larger("side", sides, [5, 1.6])}},
+            {"mark": {"type": "point", "filled": True}, "encoding": {"size": _larger("side", sides, [130, 45])}},
+        ],
         height=240,
         encoding={
             "x": {**_across("place"), "sort": [_last(p) for p in places]},
@@ -174,7 +178,7 @@ def scatter(points: Mapping[str, Any], explained: Mapping[str, float]) -> Chart:
         "type": "quantitative",
         "title": None,
         "scale": {"zero": False},
-        "axis": {"labels": False, "ticks": False},
+        "axis": {"labels": False, "ticks": False, "grid": False},
     }
     spec = _spec(
         rows,
@@ -218,6 +222,7 @@ _CONFIG = {
         },
         **{"labelFontSize": 11, "titleFontSize": 11, "labelLimit": 110},
     },
+    "axisQuantitative": {"labelOverlap": "greedy", "labelSeparation": 8},
     "legend": {"labelColor": INK, "titleColor": INK},
 }
 
@@ -237,9 +242,14 @@ def _across(name: str) -> dict[str, Any]:
     return {"field": name, "type": "nominal", "title": None, "axis": {"labelAngle": -40, "grid": False}}
 
 
+def _larger(name: str, names: Iterable[str], sizes: Sequence[float]) -> dict[str, Any]:
+    """The first name's marks larger than the other's, so that they are seen where both are the same."""
+    return {"field": name, "type": "ordinal", "scale": {"domain": list(names), "range": sizes}, "legend": None}
+
+
 def _line(points: Sequence[Mapping[str, Any]], title: str) -> dict[str, Any]:
     y = {"field": "value", "type": "quantitative", "title": title, "scale": {"zero": False}}
-    x = {"field": "step", "type": "quantitative", "title": "step"}
+    x = {"field": "step", "type": "quantitative", "title": "step", "axis": {"tickMinStep": 1}}
     encoding = {"x": x, "y": y, "tooltip": [_tip("step"), _tip("value", format=".4g")]}
     mark = {"type": "line", "color": PALETTE[0], "point": {"size": 20, "filled": True, "color": PALETTE[0]}}
     return _spec(points, mark=mark, encoding=encoding, height=200)
@@ -284,7 +294,7 @@ def _over_steps(over_steps: Mapping[str, Any], layers: bool) -> Chart:
     ]
     palette = colours(tasks)
     title = "coefficient" + (", mean and range over layers" if layers else "")
-    x = {"field": "step", "type": "quantitative"}
+    x = {"field": "step", "type": "quantitative", "axis": {"tickMinStep": 1}}
     y = {"field": "mean", "type": "quantitative", "title": title, "scale": {"zero": False}}
     hint = [_tip("task", "nominal"), _tip("step"), *(_tip(side, format=".3f") for side in ("mean", "low", "high"))]
     band = {"mark": "area", "encoding": {"y": {**y, "field": "low"}, "y2": {"field": "high"}}}
@@ -305,11 +315,11 @@ def _by_layer(learned: Mapping[str, Any]) -> Chart:
     middle = sum(row["value"] for row in rows) / max(1, len(rows))
     hint = [_tip("layer", "nominal"), _tip("task", "nominal"), _tip("value", title="coefficient", format=".3f")]
     step = max(3.0, min(11.0, 760 / len(layers)))
-    spec = _heat(rows, "task", "layer", "value", hint, sorts=(tasks, layers), step=step)
+    spec = _heat(rows, "task", "layer", "value", hint, sorts=(tasks, sorted(layers, key=natural)), step=step)
     spec["encoding"]["y"]["axis"] |= {"labelFontSize": 8, "labelExpr": _end_of_label(29, 60)}
     spec["layer"][0]["encoding"]["color"] |= {
         "scale": {"scheme": "redblue", "reverse": True, "domainMid": middle},
-        "legend": {"orient": "top", "title": "coefficient", "format": ".2f"},
+        "legend": {"orient": "top", "title": "coefficient", "format": ".3~f"},
     }
     about = f"White is the mean, {middle:.3f}. Names are without what all of them begin with."
     return Chart("Coefficients by layer and task", spec, about=about)

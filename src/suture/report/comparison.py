@@ -13,14 +13,8 @@ from suture.report.sweep import curves_of, told
 _OF_A_MODEL = ("learning", "objective", "scatter", "explained")
 
 
-def report(runs: Sequence[str | Path], output: str | Path | None = None, *, interactive: bool = True) -> Path:
-    """Make the page of a finished run anew, or one page of several runs side by side; returns its path.
-
-    `runs` are folders that runs left. The page goes to `output`: by default into the run's folder, and to
-    `comparison.html` for several. `interactive=False` shows still pictures. Raises `ConfigError` for a folder without a
-    finished run, and for runs that were scored on different tasks.
-    """
-    folders = [Path(run) for run in runs]
+def compare(folders: Sequence[Path], output: str | Path | None, *, interactive: bool) -> Path:
+    """The page of one finished run made anew, or one page of several; see `suture.report`."""
     if not folders:
         raise ConfigError("There is nothing to report on. Wanted: suture report RUN [RUN …], folders of finished runs.")
     single = len(folders) == 1

@@ -10,13 +10,13 @@ from suture.report.page import page
 from suture.report.points import points_of
 
 
-def write(report: Report, folder: Path) -> None:
+def write(report: Report, folder: Path, *, interactive: bool = True) -> None:
     """Write every form of the report into an existing folder."""
     figures = draw(report, folder / "figures")
     (folder / "report.json").write_text(json.dumps(report.as_data(), indent=2, default=str) + "\n", "utf-8")
     (folder / "figures.json").write_text(json.dumps(points_of(report), separators=(",", ":")) + "\n", "utf-8")
     (folder / "report.md").write_text(_markdown(report, figures), "utf-8")
-    (folder / "report.html").write_text(page(read(folder)), "utf-8")
+    (folder / "report.html").write_text(page(read(folder), interactive=interactive), "utf-8")
 
 
 def _markdown(report: Report, figures: list[Path]) -> str:

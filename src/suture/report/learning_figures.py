@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+from suture.natural import natural
 from suture.report.canvas import COLOURS, label
 from suture.report.contents import Learning
 
@@ -36,12 +37,14 @@ def objective_over_steps(axes, learning: Learning) -> None:
 
 def coefficients(axes, learning: Learning) -> None:
     """Heat map, layers down and tasks across, white at the mean."""
-    values = learning.coefficients.numpy()
+    layers = learning.layers or ()
+    order = sorted(range(len(layers)), key=lambda i: natural(layers[i]))
+    values = learning.coefficients.numpy()[:, order]
     middle = values.mean()
     reach = max(abs(values - middle).max(), 1e-6)
     image = axes.imshow(values.T, aspect="auto", cmap="RdBu_r", vmin=middle - reach, vmax=middle + reach)
     axes.set_xticks(range(len(learning.tasks)), map(label, learning.tasks), rotation=40, ha="right")
-    axes.set_yticks(range(len(learning.layers or ())), short_names(learning.layers or ()), fontsize=5)
+    axes.set_yticks(range(len(layers)), short_names([layers[i] for i in order]), fontsize=5)
     axes.figure.colorbar(image, ax=axes, label="coefficient")
 
 

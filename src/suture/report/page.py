@@ -122,10 +122,14 @@ def _best(data: Mapping[str, Any]) -> str:
     if not found:
         return ""
     best = max(found, key=lambda row: row["mean"])
-    closed = f", which closes {percent(best['gap_closed'])} % of the gap" if best["gap_closed"] is not None else ""
+    closed = (
+        f", which closes {percent(best['gap_closed'])}\N{NO-BREAK SPACE}% of the gap"
+        if best["gap_closed"] is not None
+        else ""
+    )
     means = {row["name"]: row["mean"] for row in data["rows"] if row["name"] in REFERENCES}
-    between = "; ".join(f"{name} {percent(mean)} %" for name, mean in means.items())
-    said = f"Best: <strong>{escape(best['name'])}</strong> with {percent(best['mean'])} %{closed}."
+    between = "; ".join(f"{name} {percent(mean)}\N{NO-BREAK SPACE}%" for name, mean in means.items())
+    said = f"Best: <strong>{escape(best['name'])}</strong> with {percent(best['mean'])}\N{NO-BREAK SPACE}%{closed}."
     return f"<p class=lead>{said}{f' <span class=note>({escape(between)})</span>' if between else ''}</p>"
 
 

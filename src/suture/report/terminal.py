@@ -1,49 +1,72 @@
 """Tables for people at a terminal; plain when standard output is not one."""
 
-from collections.abc import Iterable
-
-from rich.box import SIMPLE
-from rich.console import Console
-from rich.table import Table
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any
 
 from suture.preflight import Preflight, in_bytes
 from suture.report.contents import Report, cells, columns, percent
 from suture.reproduce import Compared, Published
 
-_ACROSS = 6  # models that fit beside each other in 80 columns
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+
+_WIDTHS = (16, 12, 10)  # of a model's column: the widest for which all models fit beside each other
+_SAMPLES = "samples"
+_TASKS_ACROSS = 8  # in the matrix
 
 
 def print_report(report: Report) -> None:
     """The accuracy table, in percent, tasks down and models across; nothing without rows."""
     if not report.rows:
         return
-    console = Console()
+    console = _console()
     caption = "accuracy in %; norm.: relative to the experts"
-    table = Table(title=report.title, caption=caption, box=SIMPLE, padding=(0, 1, 0, 0), title_justify="left")
-    fill = _models_across if len(report.rows) <= _ACROSS else _models_down
-    fill(table, report)
+    table = _table(title=report.title, caption=caption, padding=0, title_justify="left")
+    if not _models_across(table, report, console.width):
+        _models_down(table, report)
     console.print(table)
     if report.matrix:
         console.print("every model on every task, accuracy in %", style="italic")
-        console.print(_matrix(report))
+        for start in range(0, len(report.tasks), _TASKS_ACROSS):
+            console.print(_matrix(report, report.tasks[start : start + _TASKS_ACROSS]))
     for note in report.notes:
         console.print(f"note: {note}", highlight=False)
 
 
-def _models_across(table: Table, report: Report) -> None:
+def _models_across(table: "Table", report: Report, width: int) -> bool:
+    """Tasks down, with their numbers of samples if there is room for them; False if the models do not fit."""
     heads, body = columns(report), [cells(report, row) for row in report.rows]
-    table.add_column("")
-    for line in body:
-        table.add_column(line[0].replace("_", " "), justify="right")
-    table.add_column("samples", justify="right", style="dim")
+    first, names = max(map(len, heads)), [line[0].replace("_", " ") for line in body]
+    room = width - first - 3
+    widths, counted = _fitting(names, room - len(_SAMPLES) - 1), True
+    if widths is None:
+        widths, counted = _fitting(names, room), False
+    if widths is None:
+        return False
+    table.add_column("", min_width=first)
+    for name, wide in zip(names, widths, strict=True):
+        table.add_column(name, justify="right", overflow="fold", width=wide)
+    if counted:
+        table.add_column(_SAMPLES, justify="right", style="dim")
     for i, head in enumerate(heads[1:], start=1):
         if head == "mean":
             table.add_section()
-        samples = str(report.samples[head]) if head in report.samples else ""
-        table.add_row(head, *(line[i] for line in body), samples)
+        samples = [str(report.samples.get(head, ""))] if counted else []
+        table.add_row(head, *(line[i] for line in body), *samples)
+    return True
 
 
-def _models_down(table: Table, report: Report) -> None:
+def _fitting(names: Sequence[str], room: int) -> list[int] | None:
+    """Widths of columns that fit into so many letters; names take several lines, broken at spaces."""
+    for most in _WIDTHS:
+        widths = [max(6, min(most, max(map(len, name.split())))) for name in names]
+        if sum(widths) + len(widths) <= room:
+            return widths
+    return None
+
+
+def _models_down(table: "Table", report: Report) -> None:
     """Too many models for 80 columns: their summaries only; the report has every task."""
     for head in ("", *columns(report)[-3:]):
         table.add_column(head, justify="right" if head else "left")
@@ -52,24 +75,30 @@ def _models_down(table: Table, report: Report) -> None:
         table.add_row(line[0], *line[-3:])
 
 
-def _matrix(report: Report) -> Table:
-    """Models down, tasks across in the order of the table above; names are cut so that eight fit in 80 columns."""
-    table = Table(box=SIMPLE, padding=0)
+def _matrix(report: Report, tasks: Sequence[str]) -> "Table":
+    """Models down, some of the tasks across in the order of the table above; names are cut so that eight fit."""
+    table = _table(padding=0)
     table.add_column("")
-    for task in report.tasks:
+    for task in tasks:
         table.add_column(_cut(task, 7), justify="right")
     for row in report.matrix:
-        table.add_row(_cut(row.name, 12), *(percent(row.on(task)) for task in report.tasks))
+        table.add_row(_cut(row.name, 12), *(percent(row.on(task)) for task in tasks))
     return table
 
 
 def _cut(name: str, width: int) -> str:
-    return name if len(name) <= width else f"{name[: width - 1]}…"
+    """Names begin alike and end alike: what is cut out is from between.
+
+    >>> _cut("oxford_flowers102", 7)
+    'oxfo…02'
+    """
+    start = (width - 1) * 2 // 3
+    return name if len(name) <= width else f"{name[:start]}…{name[start - width + 1 :]}"
 
 
 def print_preflight(found: Preflight) -> None:
     """Sizes, then notes, then problems."""
-    console = Console(soft_wrap=True, highlight=False)
+    console = _console(soft_wrap=True, highlight=False)
     console.print(f"{found.tensors} tensors to merge, {found.parameters / 1e6:.1f} M parameters")
     console.print(f"reads {in_bytes(found.bytes_read)}, writes {in_bytes(found.bytes_written)}", end="")
     console.print(f", merging holds about {in_bytes(found.memory)} beside the result")
@@ -85,7 +114,7 @@ def print_preflight(found: Preflight) -> None:
 
 def print_published(figures: Iterable[Published]) -> None:
     """Published figures, each with its tolerance and its command."""
-    console = Console(soft_wrap=True, highlight=False)
+    console = _console(soft_wrap=True, highlight=False)
     for figure in figures:
         console.print(f"[bold]{figure.id}[/bold]  {figure.mean:.1f} ± {figure.tolerance:.1f} %  ({figure.row})")
         console.print(f"    {figure.command}", markup=False)
@@ -93,20 +122,20 @@ def print_published(figures: Iterable[Published]) -> None:
 
 def print_compared(found: Iterable[Compared]) -> None:
     """A run's figures beside the published ones."""
-    table = Table(box=SIMPLE, padding=(0, 1, 0, 0), caption="mean accuracy in %")
+    table = _table(padding=(0, 1, 0, 0), caption="mean accuracy in %")
     for head in ("", "published", "this run", "tolerance", ""):
         table.add_column(head, justify="right" if head else "left")
     for one in found:
         figure, said = one.published, "within" if one.within else "outside"
         table.add_row(figure.id, f"{figure.mean:.1f}", f"{one.found:.1f}", f"{figure.tolerance:.1f}", said)
-    Console().print(table)
+    _console().print(table)
 
 
 def print_methods() -> None:
     """Every method with its knobs, defaults, aliases and paper."""
     from suture.learned import all_methods
 
-    console = Console(soft_wrap=True, highlight=False)
+    console = _console(soft_wrap=True, highlight=False)
     for method in all_methods().values():
         aliases = f" (also {', '.join(method.aliases)})" if method.aliases else ""
         console.print(f"[bold]{method.name}[/bold]{aliases}: {method.knobs.summary}")
@@ -114,3 +143,16 @@ def print_methods() -> None:
             shown = list(default) if isinstance(default, tuple) else default
             console.print(f"    method.{knob}={'null' if shown is None else shown}", markup=False)
         console.print(f"    {method.paper}")
+
+
+def _console(**how: Any) -> "Console":
+    from rich.console import Console
+
+    return Console(**how)
+
+
+def _table(**how: Any) -> "Table":
+    from rich.box import SIMPLE
+    from rich.table import Table
+
+    return Table(box=SIMPLE, **how)

@@ -1,0 +1,45 @@
+# Completion of `suture` for bash, made by `suture completion bash`.
+_suture_words() {
+    case $1 in
+@WORDS@
+    esac
+}
+
+_suture() {
+    local line=${COMP_LINE:0:COMP_POINT} word verb='' method='' surgery='' before candidates key
+    word=${line##*[[:space:]]}
+    local -a typed
+    read -r -a typed <<< "${line%"$word"}"
+    for before in "${typed[@]:1}"; do
+        case $before in
+            method=*) method=${before#method=} ;;
+            surgery=*) surgery=${before#surgery=} ;;
+            -*) ;;
+            *=*) ;;
+            *) [[ -n $verb ]] || verb=$before ;;
+        esac
+    done
+    if [[ $word == *=* ]]; then
+        key=${word%%=*}=
+        candidates=$(_suture_words "$key")
+        COMPREPLY=($(compgen -P "$key" -W "$candidates" -- "${word#*=}"))
+        case $key in
+            modelpool= | taskpool= | base= | models.* | model= | mergekit= | output=)
+                COMPREPLY+=($(compgen -P "$key" -f -- "${word#*=}")) ;;
+        esac
+    else
+        [[ ${#typed[@]} -gt 1 && -z $verb ]] && verb=run
+        candidates="$(_suture_words "$verb") --json --quiet --traceback"
+        case $verb in run | check | evaluate | analyse | merge)
+            candidates+=" $(_suture_words "method:$method") $(_suture_words "surgery:$surgery")" ;;
+        esac
+        COMPREPLY=($(compgen -W "$candidates" -- "$word"))
+    fi
+    [[ ${#COMPREPLY[@]} -eq 1 && ${COMPREPLY[0]} == *[=.] ]] && compopt -o nospace 2> /dev/null
+    # readline takes what is behind an = for a word of its own
+    if [[ $word == *=* && $COMP_WORDBREAKS == *=* ]]; then
+        COMPREPLY=("${COMPREPLY[@]#"${word%"${word##*=}"}"}")
+    fi
+}
+
+complete -o default -F _suture suture

@@ -1,0 +1,50 @@
+# Completion of `suture` for fish, made by `suture completion fish`.
+function __suture_words
+    switch $argv[1]
+@WORDS@
+    end
+end
+
+function __suture
+    set -l word (commandline -ct)
+    set -l verb
+    set -l method
+    set -l surgery
+    for before in (commandline -opc)[2..]
+        switch $before
+            case 'method=*'
+                set method (string replace 'method=' '' -- $before)
+            case 'surgery=*'
+                set surgery (string replace 'surgery=' '' -- $before)
+            case '-*' '*=*'
+            case '*'
+                test -n "$verb"; or set verb $before
+        end
+    end
+    if string match -q '*=*' -- $word
+        set -l key (string replace -r '=.*' '=' -- $word)
+        for value in (__suture_words $key)
+            echo $key$value
+        end
+        switch $key
+            case 'modelpool=' 'taskpool=' 'base=' 'models.*' 'model=' 'mergekit=' 'output='
+                for path in (string replace -r '[^=]*=' '' -- $word)*
+                    echo $key$path
+                end
+        end
+        return
+    end
+    if test (count (commandline -opc)) -gt 1; and test -z "$verb"
+        set verb run
+    end
+    __suture_words "$verb"
+    printf '%s\n' --json --quiet --traceback
+    switch "$verb"
+        case run check evaluate analyse merge
+            __suture_words "method:$method"
+            __suture_words "surgery:$surgery"
+    end
+end
+
+complete -c suture -f -a '(__suture)'
+complete -c suture -n '__fish_seen_subcommand_from report' -F
