@@ -34,6 +34,7 @@ from suture.normalisation import reestimate_statistics
 from suture.pipeline import demo
 from suture.pools import ModelPool, TaskPool
 from suture.preflight import preflight
+from suture.pushing import push
 from suture.surgery import SurgeryModel, SurgeryModelWrapper, repair
 from suture.tasks import Task
 
@@ -77,6 +78,7 @@ __all__ = [
     "open_checkpoint",
     "plan_files",
     "preflight",
+    "push",
     "reestimate_statistics",
     "repair",
     "save_checkpoint",
