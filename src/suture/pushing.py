@@ -5,8 +5,6 @@ from pathlib import Path
 from suture import hub
 from suture.errors import ConfigError
 from suture.files.publishing import PROVENANCE
-from suture.report.card import CARD, card
-from suture.report.finished import read
 
 _BESIDE = ("surgery*.safetensors", "coefficients.safetensors")
 
@@ -26,6 +24,9 @@ def push(run: str | Path, name: str, *, private: bool = False, revision: str | N
 
 def _files(folder: Path) -> dict[str, Path | bytes]:
     """Where each file goes in the repository, and where it is or what it holds."""
+    from suture.report.card import CARD, card
+    from suture.report.finished import read
+
     if (folder / PROVENANCE).is_file():
         return {path.relative_to(folder).as_posix(): path for path in _below(folder) if path.name != PROVENANCE}
     run, model = read(folder), folder / "model"
