@@ -143,6 +143,12 @@ def test_models_and_data_of_a_hub_are_linked(run):
     assert front["library_name"] == "open_clip"
 
 
+def test_a_card_names_no_repair_where_there_is_none(run):
+    found = read(run)
+    config = {**found.data["config"], "surgery": {"kind": "none"}}
+    assert "| surgery" not in card(replace(found, data={**found.data, "config": config}))
+
+
 def test_a_card_of_ones_own_is_kept_and_sent(run, hub, tmp_path):
     own = shutil.copytree(run, tmp_path / "own")
     (own / "model" / "README.md").write_text("---\ntags: [mine]\n---\nMine.\n")

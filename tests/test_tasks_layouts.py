@@ -309,3 +309,15 @@ def test_every_published_task_but_two_has_a_layout_of_its_own():
     for name in names:
         for words in tasks.known(name).get("layouts", ()):
             layout(words)
+
+
+def test_every_scene_of_sun397_is_known_by_its_folder(tmp_path):
+    names = tasks.known("sun397")["classnames"]
+    for number, name in enumerate(names):
+        made.picture(tmp_path / f"sun397/test/{name[0]}_{name.replace(' ', '_')}/0.png", number % 5)
+    (task,) = TaskPool.from_config({"root": str(tmp_path), "tasks": {"sun397": None}}).tasks
+    assert tasks.check(task, "test") == []
+    images = tasks.load(task, "test")
+    assert sorted(images.labels.tolist()) == list(range(397))
+    folders = [path.parent.name for path in images.pixels.paths]
+    assert [names[label].replace(" ", "_") for label in images.labels.tolist()] == [name[2:] for name in folders]
