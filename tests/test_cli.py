@@ -30,7 +30,9 @@ def test_a_run_leaves_one_folder_with_everything(desk, capsys):
         "figures/accuracy.png",
         "figures/accuracy.svg",
     }
-    assert wanted | {"model/model.safetensors", "model/config.json", "model/tokenizer.json"} <= written
+    assert (
+        wanted | {"model/model.safetensors", "model/config.json", "model/tokenizer.json", "model/README.md"} <= written
+    )
     report = json.loads((out / "report.json").read_text())
     assert [row["name"] for row in report["rows"]] == ["pretrained", "experts", "ties_merging"]
     assert report["samples"] == {"first": 12, "second": 12}

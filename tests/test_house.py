@@ -15,6 +15,8 @@ AT_HOME = {
     "transformers": ["families/", "zoo/"],
     "matplotlib": ["report/", "zoo/"],
     "datasets": ["tasks/"],
+    "h5py": ["tasks/"],
+    "scipy": ["tasks/"],
 }
 
 

@@ -35,6 +35,7 @@ from suture.normalisation import reestimate_statistics
 from suture.pipeline import demo
 from suture.pools import ModelPool, TaskPool
 from suture.preflight import preflight
+from suture.pushing import push
 from suture.report import report
 from suture.surgery import SurgeryModel, SurgeryModelWrapper, repair
 from suture.tasks import Task
@@ -80,6 +81,7 @@ __all__ = [
     "open_checkpoint",
     "plan_files",
     "preflight",
+    "push",
     "reestimate_statistics",
     "repair",
     "report",

@@ -23,6 +23,8 @@ suture merges fine-tuned models into one and shows what that did.
                       checkpoint, in bounded memory; killed, the same words go on. suture merge --help
   suture report RUN [RUN …] [--output PAGE] [--still]
                       the page of a finished run made anew, or one page that compares several; --still: pictures only
+  suture push RUN org/name [--private] [--revision BRANCH]
+                      a finished run's model to the hub, with a model card, in one commit
   suture analyse WHAT modelpool=POOL …
                       similarity, layers, trimming of the weights; interpolation, landscape, bias on a taskpool=POOL:
                       a table, and files with the figure in output=FOLDER; models=A,B looks at some of the pool
@@ -225,6 +227,20 @@ def _report(arguments: list[str]) -> Answer:
     return Answer({"page": str(page)}, str(page))
 
 
+def _push(arguments: list[str]) -> Answer:
+    from suture.pushing import push
+
+    private, rest = _flag("--private", arguments)
+    revision, rest = _option("--revision", rest)
+    if unknown := next((word for word in rest if word.startswith("-")), None):
+        raise ConfigError(unknown_name("option of suture push", unknown, ["--private", "--revision"]))
+    if len(rest) != 2:
+        raise ConfigError("Wanted: suture push RUN org/name [--private] [--revision BRANCH].")
+    address = push(*rest, private=private, revision=revision)
+    print(f"The model is at {address}")
+    return Answer({"address": address}, address)
+
+
 def _reproduce(arguments: list[str]) -> Answer:
     from suture.report.terminal import print_compared, print_published
     from suture.reproduce import compare, published
@@ -335,6 +351,7 @@ VERBS: dict[str, Callable[[list[str]], Answer | None]] = {
     "evaluate": _evaluate,
     "merge": _merge,
     "analyse": _analyse,
+    "push": _push,
     "report": _report,
     "methods": _methods,
     "reproduce": _reproduce,

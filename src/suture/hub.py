@@ -1,4 +1,4 @@
-"""Models and data sets of a hub, by id: downloaded once into the hub's own cache, or found there when offline.
+"""Models and data sets of a hub, by id: downloaded once into the hub's own cache, or found there when offline; uploads.
 
 An id is "org/name", or "org/name@revision" for a branch, tag or commit. Downloads show their progress, go on where they
 were interrupted, and are huggingface_hub's own.
@@ -6,11 +6,11 @@ were interrupted, and are huggingface_hub's own.
 
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
-from suture.errors import CheckpointError, DataError, SutureError
+from suture.errors import CheckpointError, DataError, OutputError, SutureError
 
 Kind = Literal["model", "dataset"]
 
@@ -60,6 +60,55 @@ def cached_dataset(name: str) -> Path | None:
         )
     except Exception:  # as below
         return None
+
+
+def check_writable(name: str) -> None:
+    """Refuse what cannot be written without asking the hub: no id, no token, no network. Raises `OutputError`."""
+    import huggingface_hub
+
+    if not _ID.fullmatch(name) or "@" in name:
+        raise OutputError(f"'{name}' is no name of a model on the hub. Remedy: write it as org/name.")
+    if is_offline():
+        raise OutputError(f"'{name}' cannot be written: HF_HUB_OFFLINE is set. Remedy: unset it.")
+    if huggingface_hub.get_token() is None:
+        raise OutputError(f"'{name}' cannot be written without a token. Remedy: hf auth login, or set HF_TOKEN.")
+
+
+def upload(files: Mapping[str, Path | bytes], name: str, *, private: bool = False, revision: str | None = None) -> str:
+    """Commit files, by their paths in the repository, to a hub model that is made if need be; returns its address.
+
+    One commit, so that the model on the hub is always whole. Raises `OutputError`.
+    """
+    from huggingface_hub import CommitOperationAdd, HfApi
+
+    api = HfApi()
+    operations = [CommitOperationAdd(path, source) for path, source in files.items()]
+    sending = False
+    try:
+        address = api.create_repo(name, private=private, exist_ok=True)
+        if revision is not None:
+            api.create_branch(name, branch=revision, exist_ok=True)
+        sending = True
+        api.create_commit(name, operations, commit_message="Upload a model merged with suture", revision=revision)
+    except Exception as error:  # its HTTP library's errors share no base with its own
+        raise _upload_refusal(name, error, sending) from error
+    return f"{address}/tree/{revision}" if revision else str(address)
+
+
+def _upload_refusal(name: str, error: Exception, sending: bool) -> OutputError:
+    found: BaseException = error
+    while found.__cause__ is not None and not hasattr(found, "response"):
+        found = found.__cause__
+    status = getattr(getattr(found, "response", None), "status_code", None)
+    what = f"{type(found).__name__}{f', status {status}' if status else ''}"
+    if status in (401, 403):
+        problem, remedy = f"may not be written: the hub refuses the token ({what})", "use a token that may write there"
+    elif sending:
+        problem = f"is as it was: the upload broke off ({what})"
+        remedy = "give the same words again; what has arrived is not sent again"
+    else:
+        problem, remedy = f"could not be reached ({what}); nothing was sent", "check the network and the name"
+    return OutputError(f"'{name}' {problem}. Remedy: {remedy}.")
 
 
 def _snapshot(kind: Kind, name: str, revision: str | None, patterns: Sequence[str], *, top_level: bool = False) -> Path:

@@ -79,6 +79,7 @@ def merge_and_report(runs: Sequence[Run], models: OpenModels, config: Mapping[st
     """Merge by one or several methods, score every result, report. The run's folder appears when all is there."""
     from suture import config as configuration
     from suture.report import Learning, RepairReport, Report, print_report, write
+    from suture.report.card import write_card
 
     first, merged = runs[0], {}
     with new_directory(first.output, overwrite=first.overwrite) as folder:
@@ -99,6 +100,8 @@ def merge_and_report(runs: Sequence[Run], models: OpenModels, config: Mapping[st
         )
         write(report, folder)
         configuration.save(dict(config), folder / "config.yaml")
+        if len(runs) == 1:
+            write_card(folder)
     print_report(report)
     print(f"The merged model and the report are in {first.output}")
     return first.output

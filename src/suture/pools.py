@@ -9,6 +9,7 @@ from suture.checkpoints import Source
 from suture.errors import ConfigError, unknown_name
 from suture.families import family
 from suture.tasks import Task, known
+from suture.tasks.names import plain
 
 PRETRAINED = "_pretrained_"
 _TASK_KEYS = {*(key.name for key in fields(Task)), "folders"} - {"name"}
@@ -93,9 +94,15 @@ def _task(name: str, config: Mapping[str, Any], root: str | None) -> Task:
 
 
 def _folder_of(root: Path, name: str, words: Mapping[str, Any]) -> Path | None:
-    """Where a task's data are in a folder for all tasks: under its name, or where the papers' scripts keep them."""
-    candidates = [name, *words.get("folders", ())]
-    return next((root / folder for folder in candidates if (root / folder).is_dir()), None)
+    """Where a task's data are in a folder for all tasks: under its name, or where the papers' scripts keep them.
+
+    Case and punctuation may differ: stanford-cars is found in stanford_cars, dtd in DTD.
+    """
+    wanted = [name, *words.get("folders", ())]
+    if exact := next((root / folder for folder in wanted if (root / folder).is_dir()), None):
+        return exact
+    there = {plain(path.name): path for path in sorted(root.iterdir()) if path.is_dir()} if root.is_dir() else {}
+    return next((there[plain(folder)] for folder in wanted if plain(folder) in there), None)
 
 
 def _refuse_unknown(where: str, config: Mapping[str, Any], known: set[str]) -> None:

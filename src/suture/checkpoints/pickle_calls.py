@@ -30,11 +30,15 @@ class Name(NamedTuple):
 
 
 class Inert:
-    """What stands for an object of a class that is not imported: its arguments, state and items."""
+    """What stands for an object of a class that is not imported: its arguments, state and items.
+
+    `built` is the state as the pickle gave it, which for arrays is no mapping.
+    """
 
     def __init__(self, name: Name, arguments: tuple = ()):
         self.name, self.arguments = name, arguments
         self.state: dict[Any, Any] = {}
+        self.built: Any = None
         self.items: list[Any] = []
         self.mapping: dict[Any, Any] = {}
 

@@ -259,6 +259,7 @@ class _Machine:
             if not isinstance(target, dict | TensorRef):
                 raise TypeError(f"a state for a {type(target).__name__}")
             return  # attributes of a plain dict, such as the versions kept with a state dict, are not data
+        target.built = state
         for part in state if type(state) is tuple else (state,):
             self._keep_state(target, part)
 

@@ -4,17 +4,17 @@ import json
 import shlex
 import shutil
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from suture.checkpoints import Source, TensorSpec
+from suture.cards import command_line, front_matter, inputs_table
+from suture.checkpoints import TensorSpec
 from suture.checkpoints.writing import check_replaceable
 from suture.files.opening import BASE, Inputs
 from suture.files.recipe import Recipe
-from suture.hub import is_hub_id
 
 PROVENANCE = "suture_merge.json"
 _COMPANIONS = (
@@ -87,35 +87,21 @@ def _configured(config: dict[str, Any], specs: Mapping[str, TensorSpec]) -> str:
 def _card(recipe: Recipe, inputs: Inputs, origin: Mapping[str, Any]) -> str:
     """The model card, with the tags that hubs look for."""
     sources = {BASE: recipe.base, **recipe.models}
-    hub = [source for source in sources.values() if isinstance(source, str) and is_hub_id(source)]
     told = recipe.translation.told.get("parameters") or {} if recipe.translation else recipe.settings
     settings = "".join(f" {key}={value}" for key, value in told.items())
     lines = [
-        "---",
-        "library_name: transformers",
-        "tags: [merge, suture]",
-        f"base_model: {json.dumps(hub)}",
-        "---",
+        *front_matter(list(sources.values()), [recipe.method.name], "transformers"),
         f"# {recipe.output.name}",
         "",
         f"Merged by [{recipe.method.name}]({recipe.method.paper}){settings} with suture "
         f"{origin['versions']['suture']}; dtype {_told(recipe.dtype)}.",
         "",
-        "| model | files | sha256 |",
-        "|---|---|---|",
-        *(row for label, source in sources.items() for row in _rows(label, source, origin["inputs"][label])),
+        *inputs_table(sources, origin["inputs"]),
         "",
-        f"    {origin['command']}",
+        command_line(origin["command"]),
         "",
     ]
     return "\n".join(lines)
-
-
-def _rows(label: str, source: Source | None, found: Mapping[str, Any]) -> Iterator[str]:
-    """A line for each file; of a path on this machine only the last part is told."""
-    name = source if isinstance(source, str) and is_hub_id(source) else label.strip("_")
-    for path, digest in found.get("files", {"in memory": found.get("sha256")}).items():
-        yield f"| {name} | {Path(path).name} | {digest} |"
 
 
 def _told(dtype: torch.dtype | None) -> str:

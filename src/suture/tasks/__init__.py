@@ -1,4 +1,4 @@
-"""A task: class names, templates, and the images or texts of a split. One file for each kind of source.
+"""A task: class names, templates, and the images or texts of a split. One file for each kind of source and of layout.
 
 `check(task, split)` says what is wrong from headers alone; `load(task, split)` gives images and labels; `known` are the
 tasks of the published benchmarks, whose words are data.
@@ -14,6 +14,7 @@ from typing import Any
 
 from suture import hub
 from suture.errors import ConfigError, DataError, SutureError
+from suture.tasks import layouts
 from suture.tasks.base import SPLITS, Images, Source, Split, Task, Texts
 
 __all__ = ["Images", "Source", "Split", "Task", "Texts", "check", "known", "load", "notes", "sources"]
@@ -28,8 +29,8 @@ def load(task: Task, split: Split) -> Images | Texts:
     if _is_on_hub(task):
         hub.download_dataset(task.source, task.subset)
         _refuse(check(task, split))  # once more, now that there is something to look at
-    folder = _folder(task)
-    return _source(folder, task).load(folder, split, task)
+    folder, source = _source(_folder(task), split, task)
+    return source.load(folder, split, task)
 
 
 def check(task: Task, split: Split) -> list[str]:
@@ -44,8 +45,8 @@ def notes(task: Task, split: Split) -> list[str]:
     """What a reader should know of a task that is in order: data not there yet, or not as many as published."""
     if _is_on_hub(task) and hub.cached_dataset(task.source) is None:
         return [f"Task {task.name!r}: '{task.source}' will be downloaded from the hub."]
-    folder = _folder(task)
-    count = _source(folder, task).count(folder, split, task)
+    folder, source = _source(_folder(task), split, task)
+    count = source.count(folder, split, task)
     if split != "test" or count is None or not task.test_samples or count in task.test_samples:
         return []
     published = " or ".join(f"{size:,}" for size in task.test_samples)
@@ -107,8 +108,8 @@ def _data_problems(task: Task, split: Split) -> list[str]:
     try:
         if _is_on_hub(task) and hub.cached_dataset(task.source) is None and not hub.is_offline():
             return []  # nothing is fetched for a look
-        folder = _folder(task)
-        return _source(folder, task).problems(folder, split, task)
+        folder, source = _source(_folder(task), split, task)
+        return source.problems(folder, split, task)
     except SutureError as error:
         return [str(error)]
     except OSError as error:
@@ -135,11 +136,16 @@ def _is_on_hub(task: Task) -> bool:
     return not Path(task.source).expanduser().is_dir() and hub.is_hub_id(task.source)
 
 
-def _source(folder: Path, task: Task) -> Source:
+def _source(folder: Path, split: Split, task: Task) -> tuple[Path, Source]:
+    """Where the data lie and what reads them: a layout of the task, any other kind, or a layout without this split."""
+    if found := layouts.source(folder, split, task, of=(split,)):
+        return found
     fitting = [source for source in sources().values() if source.texts or not task.text_columns]
     for source in fitting:
         if source.found(folder):
-            return source
-    wanted = " or ".join(source.wanted for source in fitting)
-    found = sorted(p.name for p in folder.iterdir())[:4]
-    raise DataError(f"'{folder}' holds {', '.join(found) or 'nothing'}; wanted {wanted}.")
+            return folder, source
+    if found := layouts.source(folder, split, task, of=SPLITS):
+        return found
+    wanted = " or ".join([*layouts.wanted(split, task), *(source.wanted for source in fitting)])
+    there = sorted(p.name for p in folder.iterdir())[:4]
+    raise DataError(f"'{folder}' holds {', '.join(there) or 'nothing'}; wanted {wanted}.")

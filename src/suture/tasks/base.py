@@ -5,7 +5,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from torch import Tensor
@@ -28,7 +28,7 @@ class Task:
     if its family wants one, has `{column}` where a text goes. `labels` are the source's own names of the classes, in
     the same order, where they are others. `subset`, `image_column`, `label_column` and `splits` (ours → the source's)
     say where to look in a source that leaves a choice. `test_samples` are the test sizes that figures were published
-    for.
+    for, and `layouts` (see `suture.tasks.layouts`) the ways in which archives of this data set lie on disk.
     """
 
     name: str
@@ -42,9 +42,10 @@ class Task:
     label_column: str | None = None
     splits: Mapping[str, str] = field(default_factory=dict)
     test_samples: tuple[int, ...] = ()
+    layouts: tuple[Mapping[str, Any], ...] = ()
 
     def __post_init__(self):
-        for name in ("classnames", "templates", "labels", "text_columns", "test_samples"):
+        for name in ("classnames", "templates", "labels", "text_columns", "test_samples", "layouts"):
             value = getattr(self, name)
             value = [value] if isinstance(value, str) else value
             object.__setattr__(self, name, None if value is None else tuple(value))

@@ -1,7 +1,7 @@
 """IDX files, the format of MNIST and its relatives: http://yann.lecun.com/exdb/mnist.
 
 A folder holds `train-images-idx3-ubyte` and `train-labels-idx1-ubyte`, and the same with `t10k` for the test
-split, plain (then memory-mapped) or with `.gz`.
+split, plain (then memory-mapped) or with `.gz`; or a folder `raw` holds them, as torchvision leaves it.
 """
 
 import gzip
@@ -16,6 +16,7 @@ import torch
 
 from suture.errors import DataError
 from suture.tasks.base import SPLITS, Images, Source, Split, Task, files_identity
+from suture.tasks.names import misnumbered
 
 _PREFIXES: dict[Split, str] = {"train": "train", "test": "t10k|test"}
 _UBYTE = 0x08
@@ -35,15 +36,21 @@ class Header(NamedTuple):
 
 def read_idx(path: Path) -> np.ndarray:
     """The array of one IDX file, uint8, memory-mapped unless compressed; raises `DataError`."""
-    header = read_header(path)
-    if problem := _size_problem(path, header):
-        raise DataError(problem)
+    header = checked_header(path)
     if path.suffix != ".gz":
         return np.memmap(path, np.uint8, "r", header.offset, header.shape)
     data = _read(path)
     if len(data) != header.nbytes:
         raise DataError(_wrong_size(path, header, len(data)))
     return np.frombuffer(data, np.uint8, offset=header.offset).reshape(header.shape)
+
+
+def checked_header(path: Path) -> Header:
+    """The header of a file that is as long as it says; raises `DataError` for any other."""
+    header = read_header(path)
+    if problem := _size_problem(path, header):
+        raise DataError(problem)
+    return header
 
 
 def read_header(path: Path) -> Header:
@@ -108,17 +115,7 @@ def _label_problems(folder: Path, split: Split, classnames: tuple[str, ...]) -> 
         overall = max(_highest(file) for file in files if file)
     except DataError as error:
         return [str(error)]
-    if highest >= len(classnames):
-        return [
-            f"'{path}' has labels up to {highest} but there are {len(classnames)} class names (labels 0 to "
-            f"{len(classnames) - 1}); list a name for every label."
-        ]
-    if 0 <= overall < len(classnames) - 1:
-        return [
-            f"there are {len(classnames)} class names but the labels in '{folder}' end at {overall}; "
-            f"list a name for every label and no more."
-        ]
-    return []
+    return misnumbered(0, highest, classnames, path, overall)
 
 
 def _highest(path: Path) -> int:
@@ -128,7 +125,8 @@ def _highest(path: Path) -> int:
 
 def _find(folder: Path, split: Split, what: str) -> Path | None:
     pattern = re.compile(rf"(?:{_PREFIXES[split]})-{what}[-.]idx\d-ubyte(?:\.gz)?")
-    return next((p for p in sorted(folder.iterdir()) if pattern.fullmatch(p.name)), None)
+    places = [place for place in (folder, folder / "raw") if place.is_dir()]
+    return next((p for place in places for p in sorted(place.iterdir()) if pattern.fullmatch(p.name)), None)
 
 
 def _file(folder: Path, split: Split, what: str) -> Path:

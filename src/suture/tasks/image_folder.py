@@ -6,7 +6,6 @@ folder name `_` may stand for a space.
 
 import os
 from collections.abc import Sequence
-from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,13 +13,13 @@ import torch
 
 from suture.errors import DataError
 from suture.tasks.base import SPLITS, Images, Source, Split, Task, files_identity
+from suture.tasks.names import nearest, shortened
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
 _SPLIT_FOLDERS: dict[Split, tuple[str, ...]] = {"train": ("train",), "test": ("test", "val")}
-_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".ppm", ".webp")
-_SHOWN = 5
+SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".ppm", ".webp")
 
 
 class PictureFiles(Sequence):
@@ -72,14 +71,14 @@ def _problems(folder: Path, split: Split, task: Task) -> list[str]:
     missing = [name for key, name in wanted.items() if key not in folders]
     extra = [path.name for key, path in folders.items() if key not in wanted]
     problems = [
-        f"class {n!r} has no folder in '{root}'{_nearest(n, extra)}; rename the folder or the class." for n in missing
+        f"class {n!r} has no folder in '{root}'{nearest(n, extra)}; rename the folder or the class." for n in missing
     ]
     problems += [
-        f"folder {n!r} in '{root}' is not among the class names{_nearest(n, missing)}; add or remove it." for n in extra
+        f"folder {n!r} in '{root}' is not among the class names{nearest(n, missing)}; add or remove it." for n in extra
     ]
     empty = [folders[key] for key in wanted if key in folders and not _picture_files(folders[key])]
-    problems += [f"'{path}' holds no image ({', '.join(_SUFFIXES)})." for path in empty]
-    return _shortened(problems)
+    problems += [f"'{path}' holds no image ({', '.join(SUFFIXES)})." for path in empty]
+    return shortened(problems)
 
 
 def _find_split(folder: Path, names: Sequence[str]) -> Path | None:
@@ -102,21 +101,11 @@ def _class_folders(root: Path) -> dict[str, Path]:
 def _picture_files(folder: Path) -> list[Path]:
     with os.scandir(folder) as entries:
         names = sorted(entry.name for entry in entries)
-    return [folder / n for n in names if n.lower().endswith(_SUFFIXES) and not n.startswith(".")]
+    return [folder / n for n in names if n.lower().endswith(SUFFIXES) and not n.startswith(".")]
 
 
 def _key(name: str) -> str:
     return str(name).replace("_", " ")
-
-
-def _nearest(name: str, candidates: list[str]) -> str:
-    near = get_close_matches(str(name), candidates, n=1, cutoff=0.4)
-    return f" (nearest: {near[0]!r})" if near else ""
-
-
-def _shortened(problems: list[str]) -> list[str]:
-    more = len(problems) - _SHOWN
-    return problems if more <= 1 else [*problems[:_SHOWN], f"and {more} more class names that do not fit."]
 
 
 SOURCE = Source("an image folder (train/<class>/*.png, test/<class>/*.png)", _found, _load, _problems, _count)

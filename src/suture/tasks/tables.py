@@ -20,6 +20,7 @@ import torch
 
 from suture.errors import DataError
 from suture.tasks.base import Images, Source, Split, Task, Texts
+from suture.tasks.names import misnamed, places, plain
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -78,7 +79,7 @@ def _problems(folder: Path, split: Split, task: Task) -> list[str]:
     except DataError as error:
         return [str(error)]
     names = _names(features[label])
-    return [] if names is None else _misnamed(names, task.own_names, folder)
+    return [] if names is None else misnamed(names, task.own_names, folder)
 
 
 def _count(folder: Path, split: Split, task: Task) -> int | None:
@@ -203,35 +204,16 @@ def _names(feature: Any) -> tuple[str, ...] | None:
     return tuple(feature.names) if getattr(feature, "names", None) else None
 
 
-def _misnamed(found: Sequence[str], wanted: Sequence[str], folder: Path) -> list[str]:
-    """A problem where the names cannot be in this order; names that only differ in wording are let pass."""
-    if len(found) != len(wanted):
-        return [f"'{folder}' has {len(found)} classes but there are {len(wanted)} class names."]
-    places = {_plain(name): place for place, name in enumerate(wanted)}
-    for label, name in enumerate(found):
-        place = places.get(_plain(name), label)
-        if place != label:
-            return [
-                f"label {label} of '{folder}' is {name!r}, but the class names have {wanted[label]!r} there and "
-                f"{name!r} at {place}; list them in the order of the labels."
-            ]
-    return []
-
-
-def _plain(name: str) -> str:
-    return re.sub(r"[^a-z0-9]", "", str(name).lower()) or str(name)
-
-
 def _numbers(column: Any, task: Task) -> list[int]:
     """Labels as numbers; text is looked up among the class names."""
     labels = list(column)
     if not labels or not isinstance(labels[0], str):
         return [int(label) for label in labels]
-    places = {_plain(name): place for place, name in enumerate(task.own_names)}
-    unknown = next((label for label in labels if _plain(label) not in places), None)
+    known = places(task.own_names)
+    unknown = next((label for label in labels if plain(label) not in known), None)
     if unknown is not None:
         raise DataError(f"Task {task.name!r}: label {unknown!r} is not among the class names.")
-    return [places[_plain(label)] for label in labels]
+    return [known[plain(label)] for label in labels]
 
 
 def _one_line(error: BaseException) -> str:
