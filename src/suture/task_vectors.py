@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -153,6 +154,10 @@ class RowStream:
         labels = list(self.vectors.models)
         work = lambda piece, base, rows: function(Place(piece.name, labels, piece.start), rows)
         self.vectors.each_piece(self.names, work, self.operand)
+
+    def tally(self, function: Callable[[Tensor, Tensor], None], totals: Sequence[np.ndarray]) -> None:
+        """`each` for a function that does nothing but add to `totals`, arrays of integers that are zero before."""
+        self.each(function)
 
     def sample(self, num_entries: int) -> Float[Tensor, "task sample"]:
         """About `num_entries` entries of every row, in short runs spread over all tensors; all if there are few."""

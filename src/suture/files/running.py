@@ -18,6 +18,7 @@ from suture.files.opening import Inputs, open_inputs
 from suture.files.publishing import already_there, write_companions
 from suture.files.recipe import Recipe
 from suture.files.settings import Rules
+from suture.files.sharing import SharedStream
 from suture.files.working_folder import Digests, Finished, WorkingFolder, bytes_of
 from suture.merge import Merging
 from suture.methods import TiesStatistic
@@ -131,7 +132,8 @@ class Job:
             thresholds = torch.tensor(known["thresholds"], dtype=getattr(torch, known["dtype"]))
             self.merging.statistic = TiesStatistic(thresholds, known["majority"])
             return
-        self.merging.gather()
+        alone = self.recipe.part[1] == 1
+        self.merging.gather(None if alone else SharedStream(self.vectors, self.recipe.method.operand, self.folder))
         found = self.merging.statistic
         dtype = str(found.thresholds.dtype).removeprefix("torch.")
         self.folder.save_statistic(

@@ -13,6 +13,7 @@ from suture.methods.registry import MergeMethod, get_method, merge_method, metho
 from suture.methods.sce import sce
 from suture.methods.simple_average import simple_average
 from suture.methods.slerp import slerp
+from suture.methods.streams import DeltaStream
 from suture.methods.task_arithmetic import task_arithmetic
 from suture.methods.ties_merging import (
     TiesStatistic,
@@ -24,6 +25,7 @@ from suture.methods.ties_merging import (
 )
 
 __all__ = [
+    "DeltaStream",
     "MergeMethod",
     "Place",
     "TiesStatistic",

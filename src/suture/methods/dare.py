@@ -8,7 +8,7 @@ from annotated_types import Gt, Le
 from jaxtyping import Float
 from torch import Tensor
 
-from suture.methods.counter_random import Place, somewhere, uniforms
+from suture.methods.counter_random import Place, chosen, somewhere, uniforms
 from suture.methods.registry import merge_method
 from suture.methods.streams import per_row, weighted
 
@@ -38,7 +38,8 @@ def dare(
     >>> dare(torch.zeros(4), torch.ones(1, 4), scaling_factor=1.0)
     tensor([0., 2., 2., 2.])
     """
-    return base + scaling_factor * weighted(drop(deltas, density, seed, place, rescale), weights).sum(0)
+    dropped = weighted(drop(deltas, density, seed, place, rescale), weights)
+    return dropped.sum(0).mul_(scaling_factor).add_(base)
 
 
 def drop(
@@ -49,8 +50,18 @@ def drop(
     rescale: bool = True,
 ) -> Float[Tensor, " task *shape"]:
     """The task vectors with each entry kept with probability `density` and then divided by it."""
-    if not isinstance(density, Tensor):
+    place, count = place or somewhere(deltas), deltas[0].numel()
+    if isinstance(density, Tensor):
+        drawn = uniforms(seed, place, count).view(deltas.shape).to(deltas.device)
+        kept = torch.lt(drawn, density, out=drawn)
+    else:
+        kept = chosen(seed, place, count, _shares(density, deltas)).view(deltas.shape).to(deltas.device)
         density = per_row(density, deltas, "density")
-    kept = uniforms(seed, place or somewhere(deltas), deltas[0].numel()).view(deltas.shape)
-    kept = torch.lt(kept, density, out=kept).to(deltas.dtype).mul_(deltas)  # 1 or 0: faster than a mask
+    kept = kept.to(deltas.dtype).mul_(deltas)
     return kept.div_(density) if rescale else kept
+
+
+def _shares(density: float | Sequence[float], deltas: Tensor) -> list[float]:
+    """One for each model, rounded as the numbers they are held against."""
+    told = per_row(density, deltas, "density")
+    return (told.float() if told.ndim == 0 else told).flatten().tolist() * (len(deltas) if told.ndim == 0 else 1)

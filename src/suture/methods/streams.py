@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from typing import Protocol, runtime_checkable
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -30,6 +31,10 @@ class DeltaStream(Protocol):
         """Call `function(place, rows)` on every chunk, for methods that draw random numbers."""
         ...
 
+    def tally(self, function: Callable[[Tensor, Tensor], None], totals: Sequence[np.ndarray]) -> None:
+        """`each` for a function that does nothing but add to `totals`, arrays of integers that are zero before."""
+        ...
+
 
 class OneTensor:
     """A stream over one tensor already in memory: base (…), rows (task, …)."""
@@ -49,6 +54,9 @@ class OneTensor:
     def each_place(self, function: Callable[[Place, Tensor], None]) -> None:
         function(self.place, self.rows)
 
+    def tally(self, function: Callable[[Tensor, Tensor], None], totals: Sequence[np.ndarray]) -> None:
+        self.each(function)
+
 
 class Derived:
     """A stream of what a function makes of each chunk's rows: (task, entries) → (any, entries)."""
@@ -64,6 +72,9 @@ class Derived:
 
     def each_place(self, function: Callable[[Place, Tensor], None]) -> None:
         self.stream.each_place(lambda place, rows: function(place, self.function(rows)))
+
+    def tally(self, function: Callable[[Tensor, Tensor], None], totals: Sequence[np.ndarray]) -> None:
+        self.stream.tally(lambda base, rows: function(base, self.function(rows)), totals)
 
 
 def total(stream: DeltaStream, function: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
