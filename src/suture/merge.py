@@ -133,7 +133,7 @@ class Merging:
 
     def _gathered(self, names: Sequence[str], stream: DeltaStream | None = None) -> Any:
         assert self.method.gather is not None
-        stream = stream or self.vectors.stream(names, self.method.operand)
+        stream = stream or self.vectors.stream(names, self.method.operand, rows=self.method.whole_rows)
         return self.method.gather(stream, **self.knobs_of(names[0]))
 
     def _merge(self, pieces: Sequence[Piece], *statistic: Any) -> None:
@@ -147,7 +147,7 @@ class Merging:
                 base, rows = base.view(-1, width), rows.view(len(rows), -1, width)
             self.write(piece, method.function(base, rows, *statistic, **place, **knobs).reshape(-1))
 
-        self.vectors.each_of(pieces, merge_piece, method.operand)
+        self.vectors.each_of(pieces, merge_piece, method.operand, device=self.vectors.device)
 
     def _vote(self, pieces: Sequence[Piece], statistic: Any) -> Votes:
         """Merge and count votes in one pass; note the slices with columns that have to wait for the count."""
@@ -166,7 +166,7 @@ class Merging:
                 if cancelled is not None:
                     waiting.append(piece)
 
-        self.vectors.each_of(pieces, merge_piece)
+        self.vectors.each_of(pieces, merge_piece, device=self.vectors.device)
         return Votes(sum(counts), sorted(waiting))
 
     def _check(self, piece: Piece, base: Tensor, rows: Tensor) -> None:

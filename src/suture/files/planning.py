@@ -65,12 +65,13 @@ def plan(job: Job) -> Plan:
     models = list(job.inputs.models.values())
     read = lambda names: sum(spec_of(m, n).nbytes for m in [job.inputs.base, *models] for n in names if n in m)
     merged = [name for name in vectors.names if name in share]
-    gathered = read(vectors.names) if whole else 0
+    before = job.recipe.method.times_read(job.settings.knobs_of(vectors.names[0])) - 1 if whole else 0
+    gathered = before * read(vectors.names) // job.recipe.part[1]  # the processes share it
     return Plan(
         tensors=len(share),
         parameters=sum(job.specs[name].numel for name in share),
         shards=len(job.shards),
-        passes=1 + whole,
+        passes=1 + before,
         bytes_read=read(merged) + gathered,
         bytes_written=sum(job.specs[name].nbytes for name in share),
         memory=memory_of(job.recipe.method, len(models), vectors.threads, vectors.chunk),

@@ -43,8 +43,9 @@ class Job:
     def vectors(self) -> TaskVectors:
         """The opened models, with threads and slices that keep the memory's ceiling."""
         recipe = self.recipe
-        threads, chunk = chunk_for(recipe.memory, recipe.method, len(self.inputs.models), recipe.threads)
-        return TaskVectors(self.inputs.base, self.inputs.models, recipe.frozen, threads, chunk)
+        count = len(self.inputs.models)
+        threads, chunk = chunk_for(recipe.memory, recipe.method, count, recipe.threads, recipe.device)
+        return TaskVectors(self.inputs.base, self.inputs.models, recipe.frozen, threads, chunk, recipe.device)
 
     @cached_property
     def settings(self) -> Rules:
@@ -165,7 +166,7 @@ class Job:
         part = merged.to(self.specs[piece.name].dtype)
         if part.dtype.is_floating_point and not self.recipe.may_be_non_finite(piece.name):
             _refuse_non_finite(piece, merged, part)
-        data = bytes_of(part)
+        data = bytes_of(part.cpu())
         self.folder.write(piece.name, piece.start, data)
         if piece.name in self._digests:
             digests = self._digests[piece.name]

@@ -1,4 +1,4 @@
-"""A pass over the whole model that the processes of one merge share: each block of tensors is counted by one of them."""
+"""A pass over the whole model that the processes of one merge share: each block of tensors is counted once."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path

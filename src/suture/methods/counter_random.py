@@ -41,9 +41,9 @@ def uniforms(seed: int, place: Place, count: int) -> Float[Tensor, "task entry"]
     True
     """
     drawn = _drawn(seed, place, count)
-    return torch.from_numpy(drawn.view(f"{_HALF[0]}i4")).to(torch.float32).mul_(2**-_BITS)[:, place.start % 2 :][
-        :, :count
-    ]
+    return (
+        torch.from_numpy(drawn.view(f"{_HALF[0]}i4")).to(torch.float32).mul_(2**-_BITS)[:, place.start % 2 :][:, :count]
+    )
 
 
 def chosen(seed: int, place: Place, count: int, share: Sequence[float]) -> Float[Tensor, "task entry"]:
@@ -70,7 +70,9 @@ def _drawn(seed: int, place: Place, count: int) -> np.ndarray:
         key, first = _key(seed, model, place.tensor), (place.start - odd) // 2
         for start in range(0, len(row), 2 * _BLOCK):
             part = row[start : start + 2 * _BLOCK]
-            np.right_shift(_hashes(key, first + start // 2, len(part) // 2).view(_HALF), np.uint32(32 - _BITS), out=part)
+            np.right_shift(
+                _hashes(key, first + start // 2, len(part) // 2).view(_HALF), np.uint32(32 - _BITS), out=part
+            )
     return drawn
 
 

@@ -36,7 +36,18 @@ def _variance_threshold(deltas: DeltaStream, select_topk: float) -> float:
     return float(kth_magnitudes(variances, variances.num_entries - selected + 1)) if selected else float("inf")
 
 
-@merge_method(paper="https://arxiv.org/abs/2408.07990", gather=sce_statistic, num_models=(2, float("inf")))
+def _passes(*, select_topk: float) -> int:
+    """What varies is counted, and the variance searched for, where only some entries are selected."""
+    return 2 if select_topk >= 1 else 4
+
+
+@merge_method(
+    paper="https://arxiv.org/abs/2408.07990",
+    gather=sce_statistic,
+    num_models=(2, float("inf")),
+    searches=True,
+    passes=_passes,
+)
 def sce(
     base: Float[Tensor, " *shape"],
     deltas: Float[Tensor, " task *shape"],

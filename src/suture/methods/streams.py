@@ -11,6 +11,8 @@ from torch import Tensor
 from suture.errors import ConfigError
 from suture.methods.counter_random import Place, somewhere
 
+_NOTHING = 1e-7  # L1 norms below it are left alone
+
 
 @runtime_checkable
 class DeltaStream(Protocol):
@@ -28,7 +30,10 @@ class DeltaStream(Protocol):
         ...
 
     def each_place(self, function: Callable[[Place, Tensor], None]) -> None:
-        """Call `function(place, rows)` on every chunk, for methods that draw random numbers."""
+        """Call `function(place, rows)` on every chunk, for methods that draw random numbers.
+
+        Methods of `whole_rows` get rows of shape (task, row, column).
+        """
         ...
 
     def tally(self, function: Callable[[Tensor, Tensor], None], totals: Sequence[np.ndarray]) -> None:
@@ -40,7 +45,7 @@ class OneTensor:
     """A stream over one tensor already in memory: base (…), rows (task, …)."""
 
     def __init__(self, rows: Tensor, base: Tensor | None = None, place: Place | None = None):
-        self.place = place or somewhere(rows)
+        self.place, self.whole = place or somewhere(rows), rows
         self.rows = rows.reshape(len(rows), -1)
         self.base = torch.zeros_like(self.rows[0]) if base is None else base.reshape(-1)
         self.num_entries = self.rows.shape[1]
@@ -52,7 +57,7 @@ class OneTensor:
         function(self.base, self.rows)
 
     def each_place(self, function: Callable[[Place, Tensor], None]) -> None:
-        function(self.place, self.rows)
+        function(self.place, self.whole)
 
     def tally(self, function: Callable[[Tensor, Tensor], None], totals: Sequence[np.ndarray]) -> None:
         self.each(function)
@@ -77,6 +82,16 @@ class Derived:
         self.stream.tally(lambda base, rows: function(base, self.function(rows)), totals)
 
 
+class FromBase(Derived):
+    """A stream of models' weights without the base's."""
+
+    def __init__(self, stream: DeltaStream):
+        super().__init__(stream, lambda rows: rows)
+
+    def each(self, function: Callable[[Tensor, Tensor], None]) -> None:
+        self.stream.each(lambda base, rows: function(base, rows - base))
+
+
 def total(stream: DeltaStream, function: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
     """Σ of `function(base, rows)` over the chunks, in float64; the order in which they come does not matter."""
     parts: list[Tensor] = []
@@ -94,6 +109,25 @@ def inner_products(stream: DeltaStream, *, with_base: bool = False) -> Float[Ten
     return total(stream, products)
 
 
+def from_origin(models: DeltaStream, origin: str) -> DeltaStream:
+    """A stream of models as task vectors, if their origin is the base."""
+    return models if origin == "zero" else FromBase(models)
+
+
+def l1_ratios(stream: DeltaStream, thinned: Callable[[Place, Tensor], Tensor]) -> Float[Tensor, " task"]:
+    """Σ|δ| over Σ|δ that stays| for each row, in float64; 1 where there is nothing to scale."""
+    parts: list[Tensor] = []
+
+    def measure(place: Place, rows: Tensor) -> None:
+        parts.append(
+            torch.stack([r.abs().reshape(len(r), -1).sum(1, dtype=torch.float64) for r in (rows, thinned(place, rows))])
+        )
+
+    stream.each_place(measure)
+    before, after = torch.stack(parts).sort(dim=0).values.sum(0)
+    return torch.where((before < _NOTHING) | (after < _NOTHING), 1.0, before / after)
+
+
 def weighted(rows: Float[Tensor, " row *shape"], weights: Sequence[float] | None) -> Float[Tensor, " row *shape"]:
     """Each row times its weight; `ConfigError` if there is not one for each."""
     return rows if weights is None else rows * per_row(weights, rows, "weights")
@@ -105,7 +139,7 @@ def per_row(values: float | Sequence[float], rows: Tensor, knob: str) -> Tensor:
         return torch.tensor(values, dtype=rows.dtype)
     if len(values) != len(rows):
         raise ConfigError(f"method.{knob} has {len(values)} values; wanted one per model, {len(rows)}.")
-    return torch.tensor(list(values), dtype=rows.dtype).view(-1, *[1] * (rows.ndim - 1))
+    return rows.new_tensor(list(values)).view(-1, *[1] * (rows.ndim - 1))
 
 
 def combination(weights: Float[Tensor, " row"], rows: Float[Tensor, " row *shape"]) -> Float[Tensor, " *shape"]:
