@@ -139,7 +139,8 @@ def per_row(values: float | Sequence[float], rows: Tensor, knob: str) -> Tensor:
         return torch.tensor(values, dtype=rows.dtype)
     if len(values) != len(rows):
         raise ConfigError(f"method.{knob} has {len(values)} values; wanted one per model, {len(rows)}.")
-    return rows.new_tensor(list(values)).view(-1, *[1] * (rows.ndim - 1))
+    told = torch.tensor(list(values), dtype=rows.dtype).to(rows.device)
+    return told.view(-1, *[1] * (rows.ndim - 1))
 
 
 def combination(weights: Float[Tensor, " row"], rows: Float[Tensor, " row *shape"]) -> Float[Tensor, " *shape"]:
