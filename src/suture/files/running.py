@@ -1,5 +1,6 @@
 """Merge files: tensor by tensor from the mapped inputs into the shards of a working folder, until all is there."""
 
+import math
 import threading
 from collections.abc import Sequence
 from contextlib import suppress
@@ -23,7 +24,7 @@ from suture.files.working_folder import Digests, Finished, WorkingFolder, bytes_
 from suture.merge import Merging
 from suture.methods import TiesStatistic
 from suture.progress import bar
-from suture.task_vectors import Piece, TaskVectors, chunk_for
+from suture.task_vectors import Piece, TaskVectors, chunk_for, memory_of
 
 
 @dataclass
@@ -106,8 +107,16 @@ class Job:
         return sorted(self.specs, key=lambda name: (-self.specs[name].nbytes, name))[i - 1 :: n]
 
     def _check(self) -> None:
-        if problem := self.recipe.method.check_number(len(self.inputs.models)):
+        method, vectors = self.recipe.method, self.vectors
+        if problem := method.check_number(len(self.inputs.models)):
             raise ConfigError(problem)
+        widest = max(map(vectors.row_width, vectors.names), default=0) if method.whole_rows else 0
+        if widest > vectors.chunk:
+            least = math.ceil(memory_of(method, len(vectors.models), 1, widest) / 1e6)
+            raise ConfigError(
+                f"memory={self.recipe.memory} is too little for rows of {widest} entries. "
+                f"Remedy: give {least}MB or more."
+            )
         self.settings.check()
 
     def _merge_share(self) -> None:

@@ -1,7 +1,7 @@
 """A whole tensor or model that is only ever seen in chunks, and sums over it: what a method gathers from."""
 
 from collections.abc import Callable, Sequence
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -93,10 +93,18 @@ class FromBase(Derived):
 
 
 def total(stream: DeltaStream, function: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
-    """Σ of `function(base, rows)` over the chunks, in float64; the order in which they come does not matter."""
-    parts: list[Tensor] = []
-    stream.each(lambda base, rows: parts.append(function(base, rows).double()))
-    return torch.stack(parts).sort(dim=0).values.sum(0)
+    """Σ of `function(base, rows)` over the chunks, in float64; the order in which they come does not matter.
+
+    The parts are kept as numbers of Python's: small tensors would lie in the holes that the chunks' buffers leave, so
+    that the next buffers, of the same size, would not fit there any more.
+    """
+    parts: list[Any] = []
+    stream.each(lambda base, rows: parts.append(function(base, rows).double().tolist()))
+    return _in_any_order(parts)
+
+
+def _in_any_order(parts: Sequence[Any]) -> Tensor:
+    return torch.tensor(parts, dtype=torch.float64).sort(dim=0).values.sum(0)
 
 
 def inner_products(stream: DeltaStream, *, with_base: bool = False) -> Float[Tensor, "row row"]:
@@ -116,15 +124,10 @@ def from_origin(models: DeltaStream, origin: str) -> DeltaStream:
 
 def l1_ratios(stream: DeltaStream, thinned: Callable[[Place, Tensor], Tensor]) -> Float[Tensor, " task"]:
     """Σ|δ| over Σ|δ that stays| for each row, in float64; 1 where there is nothing to scale."""
-    parts: list[Tensor] = []
-
-    def measure(place: Place, rows: Tensor) -> None:
-        parts.append(
-            torch.stack([r.abs().reshape(len(r), -1).sum(1, dtype=torch.float64) for r in (rows, thinned(place, rows))])
-        )
-
-    stream.each_place(measure)
-    before, after = torch.stack(parts).sort(dim=0).values.sum(0)
+    parts: list[Any] = []
+    norms = lambda rows: rows.abs().reshape(len(rows), -1).sum(1, dtype=torch.float64).tolist()
+    stream.each_place(lambda place, rows: parts.append([norms(rows), norms(thinned(place, rows))]))
+    before, after = _in_any_order(parts)
     return torch.where((before < _NOTHING) | (after < _NOTHING), 1.0, before / after)
 
 
