@@ -6,7 +6,7 @@ the models, nor the slices, nor the threads. The hash is SplitMix64 (Steele, Lea
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -16,10 +16,9 @@ from torch import Tensor
 
 _GAMMA, _FIRST, _SECOND = (np.uint64(n) for n in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))
 
-_BLOCK = 1 << 16  # hashes that are made at once; shorter blocks cost threads more in turns than the cache saves
+_BLOCK = 1 << 16  # hashes that are made at once; shorter blocks cost more in calls than the cache saves
 _HALF = "<u4"  # the lower half first, whatever the machine
-_BITS = 24  # of a number that is drawn
-_A_HALF = np.uint32(0x3F000000)  # the bits of 0.5: added to 24 bits they are those of a float from 0.5 to 2, in order
+_SPARE = 8  # bits of the 32 of a half; a float32 has room for the others
 _STEPS = np.arange(1, _BLOCK + 1, dtype="<u8") * _GAMMA
 
 
@@ -40,46 +39,45 @@ def uniforms(seed: int, place: Place, count: int) -> Float[Tensor, "task entry"]
     >>> torch.equal(whole[1:, 3:], uniforms(0, Place("w", ["b"], start=3), 2))
     True
     """
-    drawn = _drawn(seed, place, count)
-    return (
-        torch.from_numpy(drawn.view(f"{_HALF[0]}i4")).to(torch.float32).mul_(2**-_BITS)[:, place.start % 2 :][:, :count]
-    )
+    found = torch.empty(len(place.models), count)
+    for row, start, drawn in _drawn(seed, place, count):
+        drawn >>= np.uint32(_SPARE)
+        found[row, start : start + len(drawn)] = torch.from_numpy(drawn.view(f"{_HALF[0]}i4"))
+    return found.mul_(2.0 ** (_SPARE - 32))
 
 
-def chosen(seed: int, place: Place, count: int, share: Sequence[float]) -> Float[Tensor, "task entry"]:
-    """1 where `uniforms` is below the model's share and 0 elsewhere, for less than the numbers themselves cost.
+def chosen(seed: int, place: Place, count: int, share: Sequence[float]) -> Iterator[tuple[int, int, np.ndarray]]:
+    """Which `uniforms` are below the model's share, in short runs of bool: (model, first entry, run).
 
-    >>> place = Place("w", ["a", "b"])
-    >>> torch.equal(chosen(0, place, 5, [0.5, 0.5]), (uniforms(0, place, 5) < 0.5).float())
+    This costs less than the numbers themselves. A run is valid until the next one is asked for.
+
+    >>> place = Place("w", ["a"])
+    >>> ((_, _, run),) = chosen(0, place, 5, [0.5])
+    >>> run.tolist() == (uniforms(0, place, 5)[0] < 0.5).tolist()
     True
     """
-    drawn = _drawn(seed, place, count)
-    drawn += _A_HALF
-    chosen = torch.from_numpy(drawn.view(f"{_HALF[0]}f4"))
-    for row, part in zip(chosen, share, strict=True):
-        bound = np.uint32(math.ceil(part * 2**_BITS)) + _A_HALF
-        torch.lt(row, float(bound.view(np.float32)), out=row)  # 1 or 0 in the same memory: faster than a mask
-    return chosen[:, place.start % 2 :][:, :count]
+    bounds = [np.uint32((math.ceil(part * 2 ** (32 - _SPARE)) << _SPARE) - 1) for part in share]
+    room = np.empty(2 * _BLOCK, dtype=bool)
+    for row, start, drawn in _drawn(seed, place, count):
+        yield row, start, np.less_equal(drawn, bounds[row], out=room[: len(drawn)])
 
 
-def _drawn(seed: int, place: Place, count: int) -> np.ndarray:
-    """(task, entry) integers of 24 bits, from the even position at or before the place on."""
+def _drawn(seed: int, place: Place, count: int) -> Iterator[tuple[int, int, np.ndarray]]:
+    """Integers of 32 bits for every model and entry, in runs that share their memory: (model, first entry, run)."""
     odd = place.start % 2
-    drawn = np.empty((len(place.models), 2 * -(-(count + odd) // 2)), dtype=_HALF)
-    for row, model in zip(drawn, place.models, strict=True):
-        key, first = _key(seed, model, place.tensor), (place.start - odd) // 2
-        for start in range(0, len(row), 2 * _BLOCK):
-            part = row[start : start + 2 * _BLOCK]
-            np.right_shift(
-                _hashes(key, first + start // 2, len(part) // 2).view(_HALF), np.uint32(32 - _BITS), out=part
-            )
-    return drawn
+    hashes, scratch = (np.empty(min(_BLOCK, -(-(count + odd) // 2)), dtype="<u8") for _ in range(2))
+    for row, model in enumerate(place.models):
+        key, first = _key(seed, model, place.tensor), place.start // 2
+        for start in range(-odd, count, 2 * _BLOCK):
+            stop = min(start + 2 * _BLOCK, count)
+            half = -(-(stop - start) // 2)
+            drawn = _hashed(key, first + (start + odd) // 2, hashes[:half], scratch[:half]).view(_HALF)
+            yield row, max(start, 0), drawn[max(start, 0) - start : stop - start]
 
 
-def _hashes(key: int, first: int, count: int) -> np.ndarray:
-    """SplitMix64 of the numbers first, first + 1, …"""
-    z = _STEPS[:count] + np.uint64((key + first * int(_GAMMA)) % 2**64)
-    scratch = np.empty_like(z)
+def _hashed(key: int, first: int, z: np.ndarray, scratch: np.ndarray) -> np.ndarray:
+    """SplitMix64 of the numbers first, first + 1, … in the memory of `z`."""
+    np.add(_STEPS[: len(z)], np.uint64((key + first * int(_GAMMA)) % 2**64), out=z)
     for shift, factor in ((30, _FIRST), (27, _SECOND), (31, None)):
         z ^= np.right_shift(z, np.uint64(shift), out=scratch)
         if factor is not None:
