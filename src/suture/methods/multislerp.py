@@ -34,7 +34,7 @@ def multislerp_weights(
     shares = shares / shares.sum() if normalize else shares
     units = shares / (norms + _EPS)
     length = (units @ products @ units).clamp_min(0).sqrt()
-    if length >= _EPS:
+    if not length < _EPS:  # NaN is met again where it can be named
         return units / length * (norms @ shares)
     if not norms.any() or len(norms) == 2:
         return shares

@@ -22,7 +22,10 @@ class SceStatistic(NamedTuple):
 def sce_statistic(deltas: DeltaStream, *, select_topk: float = 1.0) -> SceStatistic:
     """The variance that the selected entries reach, and the share of each task in what they hold of squares."""
     threshold = _variance_threshold(deltas, select_topk)
-    squares = total(deltas, lambda base, rows: _select(rows, threshold).double().square_().sum(1)) / deltas.num_entries
+    squares = (
+        total(deltas, lambda base, rows: _select(rows, threshold).to(torch.float64, copy=True).square_().sum(1))
+        / deltas.num_entries
+    )
     if squares.sum().abs() < 1e-6:  # as the published code has it; the paper has no such case
         return SceStatistic(threshold, torch.full_like(squares, 1 / len(squares)))
     return SceStatistic(threshold, squares / squares.sum())
