@@ -58,7 +58,7 @@ def drop(
         return kept.div_(density) if rescale else kept
     kept, divisors = torch.empty_like(deltas, memory_format=torch.contiguous_format), _one_each(density, deltas)
     # a single density is rounded like the numbers it is held against
-    shares = np.float32(divisors).tolist() if isinstance(density, int | float) else divisors
+    shares = [float(np.float32(d)) for d in divisors] if isinstance(density, int | float) else divisors
     flat, source = kept.view(len(deltas), -1), deltas.reshape(len(deltas), -1)
     for row, start, run in chosen(seed, place, count, shares):
         part, whole = (rows[row, start : start + len(run)] for rows in (flat, source))

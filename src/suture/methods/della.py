@@ -83,6 +83,8 @@ def magnitude_drop(
 
 def _keep_probabilities(deltas: Tensor, density: float | Sequence[float], epsilon: float | Sequence[float]) -> Tensor:
     """density − ε for the smallest magnitude of a row, density + ε for the largest, evenly spaced by rank between."""
+    for told, knob in ((density, "density"), (epsilon, "epsilon")):
+        per_row(told, deltas, knob)  # one for each model, or a line that says so
     _check_range(density, epsilon)
     rows = deltas.flatten(2) if deltas.ndim > 2 else deltas.reshape(len(deltas), 1, -1)
     order = rows.abs().argsort(dim=-1, stable=True)
@@ -96,7 +98,7 @@ def _check_range(density: float | Sequence[float], epsilon: float | Sequence[flo
     listed = lambda told, other: [told] * (1 if isinstance(other, int | float) else len(other))
     densities = listed(density, epsilon) if isinstance(density, int | float) else density
     epsilons = listed(epsilon, densities) if isinstance(epsilon, int | float) else epsilon
-    if any(d - e <= 0 or d + e > 1 for d, e in zip(densities, epsilons, strict=True)):
+    if any(d - e <= 0 or d + e > 1 for d, e in zip(densities, epsilons, strict=False)):
         raise ConfigError(
             f"method.density={density} ± method.epsilon={epsilon} leaves the range of probabilities (0, 1]."
         )
