@@ -13,12 +13,11 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import threading
-import time
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
+from watching import measure
 
 from suture.checkpoints import allocate_checkpoint
 from suture.merge import merge_task_vectors
@@ -104,31 +103,6 @@ WORK = {
 }
 
 
-def anonymous() -> int:
-    """Anonymous memory of this process in bytes."""
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("RssAnon"))
-    return int(line.split()[1]) * 1024
-
-
-def measure(work, folder: Path) -> dict[str, float]:
-    """Seconds, and the peak of added anonymous memory in bytes, sampled every 5 ms."""
-    before, peak, running = anonymous(), [0], threading.Event()
-
-    def watch():
-        while not running.is_set():
-            peak[0] = max(peak[0], anonymous() - before)
-            time.sleep(0.005)
-
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    start = time.perf_counter()
-    work(folder)
-    seconds = time.perf_counter() - start
-    running.set()
-    watcher.join()
-    return {"seconds": seconds, "memory": peak[0]}
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--folder", type=Path)
@@ -138,7 +112,7 @@ def main() -> None:
     parser.add_argument("--one", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.one:
-        print(json.dumps(measure(WORK[options.one], options.folder)))
+        print(json.dumps(measure(lambda: WORK[options.one](options.folder))))
         return
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
         make(Path(folder), options.models, options.scale)

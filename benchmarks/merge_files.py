@@ -17,12 +17,11 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import threading
-import time
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
+from watching import measure
 
 SHARD = 500_000_000
 CONFIG = {
@@ -132,49 +131,16 @@ def mergekit(folder: Path, method: str, python: str) -> None:
     subprocess.run(command, check=True, capture_output=True)
 
 
-def anonymous(process: int | str = "self") -> int:
-    """Anonymous memory of a process in bytes."""
-    try:
-        lines = Path(f"/proc/{process}/status").read_text().splitlines()
-    except OSError:
-        return 0
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon")), 0)
-
-
-def children() -> list[str]:
-    """The processes that this one has started."""
-    return Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
-
-
-def measure(work, folder: Path) -> dict[str, float]:
-    """Seconds, and the peak of added anonymous memory in bytes, sampled every 5 ms."""
-    before, peak, done = anonymous(), [0], threading.Event()
-
-    def watch() -> None:
-        while not done.is_set():
-            peak[0] = max(peak[0], anonymous() - before + sum(map(anonymous, children())))
-            time.sleep(0.005)
-
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    start = time.perf_counter()
-    work(folder)
-    seconds = time.perf_counter() - start
-    done.set()
-    watcher.join()
-    return {"seconds": seconds, "memory": peak[0]}
-
-
 def one(name: str, folder: Path, python: str | None) -> dict[str, float]:
     """One measurement in this process."""
     if name == "plain":
-        return measure(plain_io, folder)
+        return measure(lambda: plain_io(folder))
     kind, _, method = name.partition(" ")
     if kind == "mergekit":
-        return measure(lambda folder: mergekit(folder, method, str(python)), folder)
+        return measure(lambda: mergekit(folder, method, str(python)))
     import suture as _  # noqa: F401, RUF100
 
-    return measure(lambda folder: suture(folder, method), folder)
+    return measure(lambda: suture(folder, method))
 
 
 def tidy(folder: Path) -> None:

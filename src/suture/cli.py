@@ -40,7 +40,7 @@ Anywhere: --json for one JSON document instead of tables, --quiet for the result
 
 
 _MERGE_HELP = """\
-suture merge base=PATH models.NAME=PATH … method=METHOD output=FOLDER [key=value …] [--plan] [--shard i/n]
+suture merge base=PATH models.NAME=PATH … method=METHOD output=FOLDER [key=value …] [--plan] [--shard i/n] [--device D]
 
 merges checkpoints of any size into a model directory that transformers loads: sharded safetensors, configuration,
 tokenizer, model card, hashes of the inputs. Inputs are files, model directories (sharded or not), hub ids, or folders
@@ -57,6 +57,7 @@ method.KNOB=value sets a knob of the method (suture methods lists them): a value
   shard_size=5GB        the most that one file of the result holds
   memory=300MB          the most that the merge holds beside what the system caches of files
   threads=0             by default as many as torch uses
+  device=cpu            or cuda, cuda:N (--device cuda): where slices are merged
   vocabulary=refuse     where vocabularies differ: base (its rows), crop, pad, or union (by token)
   allow_non_finite=[]   names of tensors in which NaN and Inf may be; * stands for anything
   mixed_dtypes=false    let the models' dtypes differ from the base's
@@ -184,7 +185,8 @@ def _merge(arguments: list[str]) -> Answer | None:
         return print(_MERGE_HELP)
     plan, words = _flag("--plan", arguments)
     shard, words = _option("--shard", words)
-    words += ["plan=true"] * plan + ([f"shard={shard}"] if shard else [])
+    device, words = _option("--device", words)
+    words += ["plan=true"] * plan + ([f"shard={shard}"] if shard else []) + ([f"device={device}"] if device else [])
     result = merge_configured(config.compose_merging(words))
     if isinstance(result, Path):
         return Answer({"output": str(result), "finished": result.is_dir()}, str(result))

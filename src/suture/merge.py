@@ -10,7 +10,7 @@ from torch import Tensor
 
 from suture.checkpoints import Source
 from suture.errors import ConfigError, IncompatibleModels
-from suture.methods import MergeMethod, Place, as_merged, get_method, settle
+from suture.methods import DeltaStream, MergeMethod, Place, as_merged, get_method, settle
 from suture.task_vectors import Piece, TaskVectors, open_task_vectors
 
 
@@ -101,10 +101,10 @@ class Merging:
         names = self.vectors.names
         return bool(names) and self.method.gather is not None and self.knobs_of(names[0]).get("scope") == "model"
 
-    def gather(self) -> None:
-        """Read the whole model, if the method must and has not."""
+    def gather(self, stream: DeltaStream | None = None) -> None:
+        """Read the whole model, if the method must and has not; `stream` is another way to read it."""
         if self.statistic is None and self.whole_model():
-            self.statistic = self._gathered(self.vectors.names)
+            self.statistic = self._gathered(self.vectors.names, stream)
 
     def tensor(self, name: str) -> Votes:
         """Merge one tensor; votes are what the tensors of the whole model must be settled by afterwards."""
@@ -131,9 +131,10 @@ class Merging:
         self._merge(waiting, self.statistic)
         return True
 
-    def _gathered(self, names: Sequence[str]) -> Any:
+    def _gathered(self, names: Sequence[str], stream: DeltaStream | None = None) -> Any:
         assert self.method.gather is not None
-        return self.method.gather(self.vectors.stream(names, self.method.operand), **self.knobs_of(names[0]))
+        stream = stream or self.vectors.stream(names, self.method.operand, rows=self.method.whole_rows)
+        return self.method.gather(stream, **self.knobs_of(names[0]))
 
     def _merge(self, pieces: Sequence[Piece], *statistic: Any) -> None:
         method, labels, name = self.method, list(self.vectors.models), pieces[0].name
@@ -146,7 +147,7 @@ class Merging:
                 base, rows = base.view(-1, width), rows.view(len(rows), -1, width)
             self.write(piece, method.function(base, rows, *statistic, **place, **knobs).reshape(-1))
 
-        self.vectors.each_of(pieces, merge_piece, method.operand)
+        self.vectors.each_of(pieces, merge_piece, method.operand, device=self.vectors.device)
 
     def _vote(self, pieces: Sequence[Piece], statistic: Any) -> Votes:
         """Merge and count votes in one pass; note the slices with columns that have to wait for the count."""
@@ -165,7 +166,7 @@ class Merging:
                 if cancelled is not None:
                     waiting.append(piece)
 
-        self.vectors.each_of(pieces, merge_piece)
+        self.vectors.each_of(pieces, merge_piece, device=self.vectors.device)
         return Votes(sum(counts), sorted(waiting))
 
     def _check(self, piece: Piece, base: Tensor, rows: Tensor) -> None:

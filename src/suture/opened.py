@@ -70,6 +70,7 @@ class OpenModels:
             self.models,
             static,
             run.taskpool,
+            knobs=run.knobs,
             frozen=run.frozen,
             mixed_dtypes=run.pool.mixed_dtypes,
             output=run.output,

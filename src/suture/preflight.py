@@ -4,6 +4,7 @@ import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -45,6 +46,7 @@ def preflight(
     method: MergeMethod | None = None,
     taskpool: TaskPool | None = None,
     *,
+    knobs: Mapping[str, Any] | None = None,
     frozen: tuple[str, ...] = (),
     mixed_dtypes: bool = False,
     output: Path | None = None,
@@ -59,7 +61,7 @@ def preflight(
     names = merged_names(base, frozen)
     found.problems += non_finite_samples({"_pretrained_": base, **models}, names)
     found.notes += _batch_norm_notes(base, models, names)
-    _measure(found, base, models, names, method, threads)
+    _measure(found, base, models, names, method, knobs, threads)
     if bytes_written is not None:
         found.bytes_written = bytes_written
     if output is not None:
@@ -115,10 +117,10 @@ def _batch_norm_notes(base: Checkpoint, models: Mapping[str, Checkpoint], names:
     return [note]
 
 
-def _measure(found, base, models, names, method, threads) -> None:
+def _measure(found, base, models, names, method, knobs, threads) -> None:
     found.tensors = len(names)
     found.parameters = sum(base.specs[name].numel for name in names)
-    passes = 2 if method is not None and method.gather is not None else 1
+    passes = 1 if method is None else method.times_read(knobs or {})
     size = lambda model: sum(spec_of(model, name).nbytes for name in names if name in model)
     found.bytes_read = passes * (size(base) + sum(map(size, models.values())))
     found.bytes_written = sum(spec.nbytes for spec in base.specs.values())

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -20,6 +21,7 @@ from suture.methods import MergeMethod, Place
 from suture.methods.order_statistic import kth_memory
 
 _CHUNK = 1 << 17  # entries of one model handled at once: the chunks of all models together stay in the cache
+_DEVICE_CHUNK = 1 << 21  # on a device calls cost more than a cache saves
 _FEW = 1 << 14  # shorter slices cost more in calls than a thread less
 _GRAIN = 1 << 10
 _LARGE = 30 << 20  # bytes; glibc looks at blocks of up to 32 MB
@@ -42,7 +44,8 @@ class TaskVectors:
 
     `frozen` names are not merged and stay at the base. Of tied names only the first is merged. Integer and bool tensors
     always come from the base. Arithmetic is in float32, in float64 for float64 tensors. `chunk` entries of each model
-    are handled at once; 0 leaves that to what fits a cache.
+    are handled at once; 0 leaves that to what fits a cache. `device` is where slices are merged; what is gathered from
+    the stream before is always computed on the CPU.
     """
 
     base: Checkpoint
@@ -50,6 +53,7 @@ class TaskVectors:
     frozen: Sequence[str] = ()
     threads: int = 0
     chunk: int = 0
+    device: str = "cpu"
     _pools: list[ThreadPoolExecutor] = field(default_factory=list, repr=False, compare=False)
 
     @cached_property
@@ -67,9 +71,9 @@ class TaskVectors:
         """Shape and dtype of every tensor of the result but the tied ones: those of the base."""
         return {name: self.base.specs[name] for name in sorted([*self.names, *self.kept])}
 
-    def stream(self, names: Sequence[str] | None = None, operand: str = "deltas") -> "RowStream":
+    def stream(self, names: Sequence[str] | None = None, operand: str = "deltas", *, rows: bool = False) -> "RowStream":
         """The task vectors (or the models' own weights) of some tensors, all by default, as a stream of flat chunks."""
-        return RowStream(self, self.names if names is None else names, operand)
+        return RowStream(self, self.names if names is None else names, operand, rows=rows)
 
     def each_piece(self, names: Sequence[str], function: Work, operand: str = "deltas", *, rows: bool = False) -> None:
         """Call `function(piece, base, rows)` on every slice, on several threads, in no particular order.
@@ -80,8 +84,8 @@ class TaskVectors:
         for name in names:
             self.each_of(self.pieces(name, rows=rows), function, operand)
 
-    def each_of(self, pieces: Sequence[Piece], function: Work, operand: str = "deltas") -> None:
-        """`each_piece` for some pieces of one tensor."""
+    def each_of(self, pieces: Sequence[Piece], function: Work, operand: str = "deltas", *, device: str = "cpu") -> None:
+        """`each_piece` for some pieces of one tensor, with base and rows on a device."""
         if not pieces:
             return
         base, models = self.flat(pieces[0].name)
@@ -93,7 +97,7 @@ class TaskVectors:
                     piece = next(waiting, None)
                 if piece is None:
                     return
-                function(piece, *_rows(piece, base, models, operand))
+                function(piece, *_rows(piece, base, models, operand, device))
 
         with self.workers() as pool:
             for _ in pool.map(work, range(min(self.number_of_threads, len(pieces)))):
@@ -138,10 +142,13 @@ class TaskVectors:
 
 
 class RowStream:
-    """The rows of several tensors as one long row per task, read in chunks; what a gathering method is given."""
+    """The rows of several tensors as one long row per task, read in chunks; what a gathering method is given.
 
-    def __init__(self, vectors: TaskVectors, names: Sequence[str], operand: str = "deltas"):
-        self.vectors, self.names, self.operand = vectors, names, operand
+    With `rows` the chunks of `each_place` are whole rows of matrices: (task, row, column).
+    """
+
+    def __init__(self, vectors: TaskVectors, names: Sequence[str], operand: str = "deltas", *, rows: bool = False):
+        self.vectors, self.names, self.operand, self.rows = vectors, names, operand, rows
         self.num_entries = sum(vectors.base.specs[name].numel for name in names)
 
     def each(self, function: Callable[[Float[Tensor, " chunk"], Float[Tensor, "task chunk"]], None]) -> None:
@@ -151,8 +158,16 @@ class RowStream:
     def each_place(self, function: Callable[[Place, Float[Tensor, "task chunk"]], None]) -> None:
         """Call `function(place, rows)` on every chunk, as `each` does."""
         labels = list(self.vectors.models)
-        work = lambda piece, base, rows: function(Place(piece.name, labels, piece.start), rows)
-        self.vectors.each_piece(self.names, work, self.operand)
+
+        def work(piece: Piece, base: Tensor, rows: Tensor) -> None:
+            shaped = rows.view(len(rows), -1, self.vectors.row_width(piece.name)) if self.rows else rows
+            function(Place(piece.name, labels, piece.start), shaped)
+
+        self.vectors.each_piece(self.names, work, self.operand, rows=self.rows)
+
+    def tally(self, function: Callable[[Tensor, Tensor], None], totals: Sequence[np.ndarray]) -> None:
+        """`each` for a function that does nothing but add to `totals`, arrays of integers that are zero before."""
+        self.each(function)
 
     def sample(self, num_entries: int) -> Float[Tensor, "task sample"]:
         """About `num_entries` entries of every row, in short runs spread over all tensors; all if there are few."""
@@ -221,7 +236,9 @@ def working_memory(num_models: int, threads: int = 0, chunk: int = 0) -> int:
     return buffers + num_models * kth_memory(num_models)
 
 
-def chunk_for(memory: int, method: MergeMethod, num_models: int, threads: int = 0) -> tuple[int, int]:
+def chunk_for(
+    memory: int, method: MergeMethod, num_models: int, threads: int = 0, device: str = "cpu"
+) -> tuple[int, int]:
     """Threads and entries at once that keep the working memory below a ceiling; `ConfigError` if none do.
 
     Threads are given up before slices become short.
@@ -234,7 +251,7 @@ def chunk_for(memory: int, method: MergeMethod, num_models: int, threads: int = 
     if chunk < _GRAIN:
         least = math.ceil((fixed + _GRAIN * each) / 1e6)
         raise ConfigError(f"memory={memory} is too little for {num_models} models. Remedy: give {least}MB or more.")
-    return threads, min(_CHUNK, chunk)
+    return threads, min(_CHUNK if device == "cpu" else _DEVICE_CHUNK, chunk)
 
 
 def memory_of(method: MergeMethod, num_models: int, threads: int, chunk: int) -> int:
@@ -245,7 +262,7 @@ def memory_of(method: MergeMethod, num_models: int, threads: int, chunk: int) ->
 
 def _needs(method: MergeMethod, num_models: int) -> tuple[int, int]:
     """Bytes in all, and bytes for each entry that a thread has in hand."""
-    fixed = num_models * kth_memory(num_models) if method.gather is not None else _LITTLE
+    fixed = max(_LITTLE, num_models * kth_memory(num_models) if method.searches else 0)
     return fixed, _bytes_an_entry(num_models) * (2 if method.wants_place else 1)  # random numbers come from wider ones
 
 
@@ -253,13 +270,14 @@ def _bytes_an_entry(num_models: int) -> int:
     return 4 * (3 * num_models + 8)
 
 
-def _rows(piece: Piece, base: Flat, models: Sequence[Flat], operand: str) -> tuple[Tensor, Tensor]:
+def _rows(piece: Piece, base: Flat, models: Sequence[Flat], operand: str, device: str = "cpu") -> tuple[Tensor, Tensor]:
+    """What crosses to the device has the dtype of the file, which is the shorter one."""
     part = base[piece.start : piece.stop]
     dtype = compute_dtype(part.dtype)
-    part = part.to(dtype)
-    rows = torch.empty(len(models), len(part), dtype=dtype)
+    part = part.to(device).to(dtype)
+    rows = part.new_empty(len(models), len(part))
     for row, model in zip(rows, models, strict=True):
-        row.copy_(model[piece.start : piece.stop])
+        row.copy_(model[piece.start : piece.stop].to(device))
         if operand == "deltas":
             row -= part
     return part, rows

@@ -28,6 +28,7 @@ def merge_files(
     shard_size: int | str = "5GB",
     memory: int | str = "300MB",
     threads: int = 0,
+    device: str = "cpu",
     shard: str | None = None,
     vocabulary: str = "refuse",
     allow_non_finite: Sequence[str] = (),
@@ -44,7 +45,8 @@ def merge_files(
     `{"filter": part of a tensor's name, "value": …}`. Arithmetic is in float32.
 
     `dtype` is that of the result (by default the base's), `shard_size` the most that one file holds, `memory` what the
-    merge may hold beside what the system caches of files, whatever the size of the models. `shard="i/n"` does the i-th
+    merge may hold beside what the system caches of files, whatever the size of the models, `device` where slices are
+    merged: cpu, cuda or cuda:N. `shard="i/n"` does the i-th
     of n shares; the process that finds all shares done makes the result appear. What is killed goes on where it stopped
     when it is called again, to the same bytes. Raises `SutureError` in one line for whatever does not fit.
 
@@ -60,6 +62,7 @@ def merge_files(
         "shard_size": shard_size,
         "memory": memory,
         "threads": threads,
+        "device": device,
         "shard": shard,
         "rank": rank,
     }

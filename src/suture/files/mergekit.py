@@ -6,29 +6,26 @@ What differs all the same is said in `notes` and in docs/merging-files.md. What 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from suture.checkpoints import Checkpoint, open_checkpoint, open_fine_tuned
 from suture.errors import ConfigError, unknown_name
+from suture.files.chat import chat_template
+from suture.files.mergekit_methods import METHODS, Method
 from suture.files.settings import UNSET, Rules, depth_of, value_at
-from suture.files.slices import Slice, assemble, configuration, count_layers, origins
+from suture.files.slices import Slice, assemble, configuration, count_layers, module_of, origins
 from suture.methods import get_method
 
-_TOP = ["merge_method", "base_model", "models", "slices", "parameters", "dtype", "out_dtype", "tokenizer_source"]
-_TOP += ["tokenizer"]
-_SHARED = ["weight", "density", "normalize", "rescale", "lambda", "int8_mask"]
-Get = Callable[..., Any]
+_TOP = ["merge_method", "base_model", "models", "slices", "modules", "parameters", "dtype", "out_dtype"]
+_TOP += ["tokenizer_source", "tokenizer", "chat_template"]
+_NOTES = ("Arithmetic is in float32 whatever dtype says; the result has dtype, or out_dtype where that is given.",)
 
 
-@dataclass(frozen=True)
-class _Method:
-    """One of mergekit's methods: ours, the parameters it takes, and how they become our knobs."""
+class Part(NamedTuple):
+    """A part of the result that has its own sources: a slice of layers, a module, or all; the parameters they share."""
 
-    name: str
-    parameters: Sequence[str]
-    knobs: Callable[[Get, Sequence[str]], dict[str, Any]]
-    needs_base: bool = True
-    notes: Sequence[str] = ()
+    sources: Sequence[Mapping[str, Any]]
+    shared: Sequence[Mapping[str, Any] | None]
 
 
 @dataclass(frozen=True)
@@ -44,6 +41,7 @@ class Translation:
     vocabulary: str
     notes: Sequence[str] = ()
     slices: Sequence[Slice] = ()
+    chat_template: str | None = None
     config: Callable[[Mapping[str, Any]], dict[str, Any]] = field(default=lambda config: {})
 
 
@@ -54,40 +52,67 @@ def read(path: str | Path) -> Translation:
     if told.get("merge_method") not in METHODS:
         raise ConfigError(unknown_name("merge_method", str(told.get("merge_method")), METHODS))
     method = METHODS[told["merge_method"]]
-    if bool(told.get("models")) == bool(told.get("slices")):
-        raise ConfigError(f"'{path}' must have either models or slices.")
+    told, modules = _modules(told, path)
     _known_parameters(told, method, "the file")
     opened: dict[str, Checkpoint] = {}
     base = _opened(told["base_model"], opened) if told.get("base_model") else None
-    if base is None and method.needs_base:
+    if base is None and method.base == "needed":
         raise ConfigError(f"merge_method {told['merge_method']} needs a base_model.")
-    pieces = [_sources(piece, method) for piece in told.get("slices") or [{"sources": told["models"]}]]
-    for sources, _ in pieces:
-        for source in sources:
-            _opened(source["model"], opened)
-    return _translation(told, method, base, pieces, opened)
+    parts = [part for module in modules.values() for part in _parts(module, method)]
+    for source in (source for part in parts for source in part.sources):
+        _opened(source["model"], opened)
+    return _translation(told, method, base, parts, opened, list(modules))
 
 
-def _translation(told, method: _Method, base: Checkpoint | None, pieces, opened: dict[str, Checkpoint]) -> Translation:
+def _modules(told: dict[str, Any], path: str | Path) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
+    """The file, and its modules; what has no modules is one."""
+    given = [key for key in ("models", "slices", "modules") if told.get(key)]
+    if len(given) != 1:
+        raise ConfigError(f"'{path}' must have either models or slices or modules.")
+    if given != ["modules"]:
+        return told, {"default": {given[0]: told[given[0]]}}
+    modules = told["modules"]
+    _known("module", modules, list(modules) if isinstance(modules, Mapping) else [])
+    for name, module in modules.items():
+        _known(f"key of module {name}", module, ["models", "slices", "parameters"])
+        if bool(module.get("models")) == bool(module.get("slices")):
+            raise ConfigError(f"module {name} must have either models or slices.")
+        if module.get("slices") and len(modules) > 1:
+            raise ConfigError(f"module {name} is made of slices, which one module alone can be. Remedy: give models.")
+    return told, dict(modules)
+
+
+def _parts(module: Mapping[str, Any], method: Method) -> list[Part]:
+    _known_parameters(module, method, "a module")
+    found = [_sources(piece, method) for piece in module.get("slices") or [{"sources": module["models"]}]]
+    return [Part(sources, (shared, module.get("parameters"))) for sources, shared in found]
+
+
+def _translation(
+    told, method: Method, base: Checkpoint | None, parts: Sequence[Part], opened: dict[str, Checkpoint], modules
+) -> Translation:
     base_name = told.get("base_model")
-    names = list(dict.fromkeys(source["model"] for sources, _ in pieces for source in sources))
-    if base is not None and base_name not in names and not method.needs_base:
+    names = list(dict.fromkeys(source["model"] for part in parts for source in part.sources))
+    sliced = any("layer_range" in source for part in parts for source in part.sources)
+    if base is not None and base_name not in names and method.base == "model" and not sliced:
         names.append(base_name)  # as mergekit does
-    sliced = bool(told.get("slices"))
+        parts = [part._replace(sources=[*part.sources, {"model": base_name}]) for part in parts]
+    _check_sources(told, method, parts, names)
     stacks: list[Slice] = []
     if method.name == "passthrough":
-        stacks = _one_each(pieces, opened, sliced)
+        stacks = _one_each(parts, opened, sliced)
         models = {"slices": assemble(stacks, "slices")}
         labels = {"slices": None}
         base = models["slices"]
     else:
-        merged = [name for name in names if name != base_name or not method.needs_base]
-        layers = {name: _layers(name, pieces, opened, sliced) for name in {*merged, *([base_name] if base else [])}}
+        merged = [name for name in names if name != base_name or method.base == "model"]
+        layers = {name: _layers(name, parts, opened, sliced) for name in {*merged, *([base_name] if base else [])}}
         take = lambda name: assemble(layers[name], name) if sliced else opened[name]
         models, labels = {name: take(name) for name in merged}, {name: name for name in merged}
         stacks = layers[base_name if base else merged[0]] if sliced else []
         base = take(base_name) if base else None
-    rules = lambda tensors: _rules(method, told, pieces, stacks, list(labels.values()), tensors)
+    origin = {"origin": "base" if base is not None else "zero"} if method.base == "origin" else {}
+    rules = lambda tensors: _rules(method, told, parts, stacks, modules, list(labels.values()), origin, tensors)
     return Translation(
         told=told,
         base=base,
@@ -98,22 +123,38 @@ def _translation(told, method: _Method, base: Checkpoint | None, pieces, opened:
         vocabulary=_vocabulary(told),
         notes=(*_NOTES, *method.notes),
         slices=stacks,
+        chat_template=chat_template(told.get("chat_template"), list(opened.values())),
         config=lambda config: configuration(config, stacks) if stacks else {},
     )
 
 
-def _rules(method: _Method, told, pieces, stacks: Sequence[Slice], labels, tensors: Sequence[str]) -> Rules:
+def _check_sources(told, method: Method, parts: Sequence[Part], names: Sequence[str]) -> None:
+    """A model that a slice or module does not name has no weight there; methods without weights have no such way."""
+    if method.absent or method.name == "passthrough":
+        return
+    base = set() if method.base == "model" else {told.get("base_model")}
+    if any({source["model"] for source in part.sources} - base != set(names) - base for part in parts):
+        raise ConfigError(f"merge_method {told['merge_method']} needs the same models in all slices or modules.")
+
+
+def _rules(
+    method: Method, told, parts: Sequence[Part], stacks: Sequence[Slice], modules, labels, origin, tensors
+) -> Rules:
     """The knobs of every tensor of the result."""
     where, depths = origins(stacks) if stacks else {}, depth_of(tensors)
+    module = {} if stacks or len(modules) == 1 else module_of(tensors, modules)
 
     def knobs_of(name: str) -> dict[str, Any]:
-        origin = where.get(name)
-        sources, shared = pieces[origin.slice if origin else 0]
-        depth = origin.depth if origin else depths(name)
+        found = where.get(name)
+        part = parts[found.slice if found else module.get(name, 0)]
+        depth = found.depth if found else depths(name)
 
         def get(parameter: str, model: str | None = None, default: Any = None, required: bool = False) -> Any:
-            own = [s.get("parameters") for s in sources if model == s["model"] or (not model and len(sources) == 1)]
-            for level in (*own, shared, told.get("parameters")):
+            if parameter == "weight" and model not in [source["model"] for source in part.sources]:
+                return 0.0
+            one = len(part.sources) == 1
+            own = [s.get("parameters") for s in part.sources if model == s["model"] or (not model and one)]
+            for level in (*own, *part.shared, told.get("parameters")):
                 if level and parameter in level:
                     value = value_at(level[parameter], name, depth)
                     if value is not UNSET and value is not None:
@@ -122,117 +163,9 @@ def _rules(method: _Method, told, pieces, stacks: Sequence[Slice], labels, tenso
                 raise ConfigError(f"parameter {parameter} is missing for '{name}' of {model}.")
             return default
 
-        return method.knobs(get, labels)
+        return method.knobs(get, labels) | origin
 
     return Rules(get_method(method.name), knobs_of, tensors)
-
-
-def _weights(get: Get, labels: Sequence[str]) -> list[float]:
-    return [float(get("weight", label, required=True)) for label in labels]
-
-
-def _each(get: Get, labels: Sequence[str], parameter: str, default: float) -> float | list[float]:
-    """One value if it is the same for all models."""
-    values = [float(get(parameter, label, default)) for label in labels]
-    return values[0] if len(set(values)) == 1 else values
-
-
-def _same(get: Get, labels: Sequence[str], parameter: str, default: float) -> float:
-    values = _each(get, labels, parameter, default)
-    if isinstance(values, list):
-        raise ConfigError(f"parameter {parameter} differs between models. Remedy: give one value for all.")
-    return values
-
-
-def _factor(get: Get, weights: Sequence[float], normalize: bool) -> float:
-    """λ, over the sum of the weights if they are normalised."""
-    total = sum(weights) if normalize and abs(sum(weights)) >= 1e-8 else 1.0
-    return float(get("lambda", default=1.0)) / total
-
-
-def _linear(get: Get, labels: Sequence[str]) -> dict[str, Any]:
-    return {"weights": _weights(get, labels), "normalize": bool(get("normalize", default=True))}
-
-
-def _arithmetic(get: Get, labels: Sequence[str]) -> dict[str, Any]:
-    weights = _weights(get, labels)
-    return {"weights": weights, "scaling_factor": _factor(get, weights, bool(get("normalize", default=False)))}
-
-
-def _dare(get: Get, labels: Sequence[str]) -> dict[str, Any]:
-    if not get("rescale", default=True):
-        raise ConfigError("parameter rescale=false is not known to dare_linear here. Remedy: leave it out.")
-    return _arithmetic(get, labels) | {"density": _each(get, labels, "density", 1.0)}
-
-
-def _breadcrumbs(get: Get, labels: Sequence[str]) -> dict[str, Any]:
-    gamma = _same(get, labels, "gamma", 0.01)
-    _no_rescale(get)
-    return _arithmetic(get, labels) | {"density": _each(get, labels, "density", 1.0), "gamma": gamma}
-
-
-def _elected(get: Get, labels: Sequence[str], normalize: bool) -> dict[str, Any]:
-    merge_func = "mean" if get("normalize", default=normalize) else "sum"
-    return {"weights": _weights(get, labels), "scaling_factor": _factor(get, (), False), "merge_func": merge_func}
-
-
-def _ties(get: Get, labels: Sequence[str]) -> dict[str, Any]:
-    _no_rescale(get)
-    return _elected(get, labels, True) | {"threshold": _each(get, labels, "density", 1.0), "scope": "tensor"}
-
-
-def _dare_ties(get: Get, labels: Sequence[str]) -> dict[str, Any]:
-    density, rescale = _each(get, labels, "density", 1.0), bool(get("rescale", default=True))
-    return _elected(get, labels, False) | {"density": density, "rescale": rescale}
-
-
-def _della(get: Get, labels: Sequence[str]) -> dict[str, Any]:
-    density, epsilon = _each(get, labels, "density", 1.0), _same(get, labels, "epsilon", 0.15)
-    if not get("rescale", default=True):
-        raise ConfigError("parameter rescale=false is not known to della here. Remedy: leave it out.")
-    return _elected(get, labels, True) | {"density": density, "epsilon": 0.0 if density == 1.0 else epsilon}
-
-
-def _model_stock(get: Get, labels: Sequence[str]) -> dict[str, Any]:
-    if get("filter_wise", default=False):
-        raise ConfigError("parameter filter_wise=true is not known to model_stock here. Remedy: leave it out.")
-    return {}
-
-
-def _no_rescale(get: Get) -> None:
-    if get("rescale", default=False):
-        raise ConfigError("parameter rescale=true is not known to this method here. Remedy: leave it out.")
-
-
-_SAMPLE = "What is dropped at random is another sample than mergekit's: by seed, model, tensor and position."
-_RESCALE = f"{_SAMPLE} What stays is divided by its probability, not scaled to the L1 norm from before."
-_NOTES = ("Arithmetic is in float32 whatever dtype says; the result has dtype, or out_dtype where that is given.",)
-METHODS: dict[str, _Method] = {
-    "linear": _Method("simple_average", ["weight", "normalize"], _linear, needs_base=False),
-    "task_arithmetic": _Method("task_arithmetic", _SHARED, _arithmetic),
-    "ties": _Method("ties_merging", _SHARED, _ties, notes=("Entries of equal magnitude stay or go together.",)),
-    "dare_linear": _Method("dare_l1", _SHARED, _dare, notes=(_SAMPLE,)),
-    "dare_ties": _Method("dare_ties", _SHARED, _dare_ties, notes=(_RESCALE,)),
-    "breadcrumbs": _Method(
-        "breadcrumbs", [*_SHARED, "gamma"], _breadcrumbs, notes=("Entries of equal magnitude stay or go together.",)
-    ),
-    "della": _Method("della", [*_SHARED, "epsilon"], _della, notes=(_RESCALE,)),
-    "slerp": _Method("slerp", ["t"], lambda get, labels: {"t": float(get("t", labels[0], required=True))}),
-    "model_stock": _Method("model_stock", ["filter_wise"], _model_stock),
-    "sce": _Method(
-        "sce", ["select_topk", "int8_mask"], lambda get, _: {"select_topk": float(get("select_topk", default=1.0))}
-    ),
-    "karcher": _Method(
-        "karcher",
-        ["max_iter", "tol"],
-        lambda get, _: {"max_iter": int(get("max_iter", default=10)), "tol": float(get("tol", default=1e-5))},
-        needs_base=False,
-        notes=("The mean is found from the models' inner products in float64, in one pass.",),
-    ),
-    "passthrough": _Method(
-        "passthrough", ["scale"], lambda get, _: {"scale": float(get("scale", default=1.0))}, needs_base=False
-    ),
-}
 
 
 def _loaded(path: Path) -> dict[str, Any]:
@@ -249,7 +182,7 @@ def _loaded(path: Path) -> dict[str, Any]:
     return told
 
 
-def _sources(piece: Any, method: _Method) -> tuple[list[dict[str, Any]], Mapping[str, Any] | None]:
+def _sources(piece: Any, method: Method) -> tuple[list[dict[str, Any]], Mapping[str, Any] | None]:
     """The sources of a slice, each a model with its own parameters, and the parameters that they share."""
     _known("key of a slice", piece, ["sources", "parameters"])
     sources = piece.get("sources")
@@ -272,7 +205,7 @@ def _known(kind: str, told: Any, known: Sequence[str]) -> None:
             raise ConfigError(unknown_name(kind, str(key), known))
 
 
-def _known_parameters(told: Mapping[str, Any], method: _Method, where: str) -> None:
+def _known_parameters(told: Mapping[str, Any], method: Method, where: str) -> None:
     if told.get("parameters") is not None:
         _known(f"parameter in {where}", told["parameters"], method.parameters)
 
@@ -287,22 +220,24 @@ def _opened(reference: str, opened: dict[str, Checkpoint]) -> Checkpoint:
     return opened[reference]
 
 
-def _layers(name: str, pieces, opened: Mapping[str, Checkpoint], sliced: bool) -> list[Slice]:
+def _layers(name: str, parts: Sequence[Part], opened: Mapping[str, Checkpoint], sliced: bool) -> list[Slice]:
     """The slices of one of several models that are merged slice by slice."""
     if not sliced:
         return []
     found = []
-    for sources, _ in pieces:
-        ranges = [source.get("layer_range") for source in sources if source["model"] == name]
-        ranges = ranges or [source.get("layer_range") for source in sources][:1]  # a base that is not among the sources
+    for part in parts:
+        ranges = [source.get("layer_range") for source in part.sources if source["model"] == name]
+        ranges = (
+            ranges or [source.get("layer_range") for source in part.sources][:1]
+        )  # a base that is not among the sources
         found.append(Slice(opened[name], *_range(ranges[0])))
     return found
 
 
-def _one_each(pieces, opened: Mapping[str, Checkpoint], sliced: bool) -> list[Slice]:
+def _one_each(parts: Sequence[Part], opened: Mapping[str, Checkpoint], sliced: bool) -> list[Slice]:
     """The slices of passthrough, each from one model."""
     stacks = []
-    for sources, _ in pieces:
+    for sources, _ in parts:
         if len(sources) != 1:
             raise ConfigError(f"passthrough takes one model for each slice; found {len(sources)}.")
         model = opened[sources[0]["model"]]

@@ -51,7 +51,7 @@ class Inputs:
             "vocabulary": recipe.vocabulary,
             "allow_non_finite": list(recipe.allow_non_finite),
             "suture": version("suture"),
-        }
+        } | ({} if recipe.device == "cpu" else {"device": recipe.device.partition(":")[0]})  # another rounding of sums
 
     def hash_beside(self) -> None:
         """Begin to hash the input files on a thread of its own."""

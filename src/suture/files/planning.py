@@ -1,11 +1,14 @@
 """What a merge of files will take: bytes, passes, memory, and the time on this machine, from short measurements."""
 
-import contextlib
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
+from io import FileIO
 from pathlib import Path
+
+from torch import Tensor
 
 from suture.checkpoints import open_checkpoint
 from suture.checkpoints.writing import disk_errors, partial_path
@@ -14,7 +17,7 @@ from suture.files.running import Job
 from suture.files.working_folder import Digests, bytes_of
 from suture.merge import Merging
 from suture.preflight import in_bytes
-from suture.task_vectors import TaskVectors, memory_of
+from suture.task_vectors import Piece, TaskVectors, memory_of
 
 _PROBE = 1 << 26  # bytes that are read and written to measure the disk
 _PIECES = 24  # slices that are merged to measure the method
@@ -65,12 +68,13 @@ def plan(job: Job) -> Plan:
     models = list(job.inputs.models.values())
     read = lambda names: sum(spec_of(m, n).nbytes for m in [job.inputs.base, *models] for n in names if n in m)
     merged = [name for name in vectors.names if name in share]
-    gathered = read(vectors.names) if whole else 0
+    before = job.recipe.method.times_read(job.settings.knobs_of(vectors.names[0])) - 1 if whole else 0
+    gathered = before * read(vectors.names) // job.recipe.part[1]  # the processes share it
     return Plan(
         tensors=len(share),
         parameters=sum(job.specs[name].numel for name in share),
         shards=len(job.shards),
-        passes=1 + whole,
+        passes=1 + before,
         bytes_read=read(merged) + gathered,
         bytes_written=sum(job.specs[name].nbytes for name in share),
         memory=memory_of(job.recipe.method, len(models), vectors.threads, vectors.chunk),
@@ -97,46 +101,60 @@ def _read_speed(files: list[Path]) -> float:
 
 
 def _write_speed(output: Path) -> float:
-    folder = next(folder for folder in output.absolute().parents if folder.exists())
-    path, data = partial_path(folder / "probe"), os.urandom(1 << 20)
+    data = os.urandom(1 << 20)
+    with _probe(output) as file:
 
-    def write() -> None:
-        with path.open("wb", buffering=0) as file:
+        def write() -> None:
             for _ in range(_PROBE >> 20):
                 file.write(data)
             os.fsync(file.fileno())
 
-    try:
-        with disk_errors(output):
-            return _PROBE / _timed(write)
-    finally:
-        with contextlib.suppress(OSError):
-            path.unlink()
+        return _PROBE / _timed(write)
 
 
 def _compute_speed(job: Job) -> float:
-    """Bytes of inputs a second, with everything in memory: a few slices of the largest tensor, hashed as usual."""
+    """Bytes of inputs a second, with the files in memory: a few slices of the largest tensor, hashed and written."""
     vectors, method = job.vectors, job.recipe.method
     if not vectors.names:
         return float("inf")
     name = max(vectors.names, key=lambda name: vectors.base.specs[name].numel)
     pieces = vectors.pieces(name, rows=method.whole_rows)[:_PIECES]
-    digests, dtype = Digests(), job.specs[name].dtype
-    take = lambda piece, part: digests.add(piece.start, bytes_of(part.to(dtype)))
-    merging = Merging(_few(vectors, name, pieces[-1].stop), method, job.settings.knobs_of, take)
-    with merging.vectors.workers():
-        merging.tensor(name)
-        seconds = _timed(lambda: merging.tensor(name))
+    dtype = job.specs[name].dtype
+    with _probe(job.recipe.output) as file:
+
+        def take(piece: Piece, merged: Tensor) -> None:
+            data = bytes_of(merged.to(dtype).cpu())
+            Digests().add(piece.start, data)
+            os.pwrite(file.fileno(), data, piece.start * dtype.itemsize)
+
+        merging = Merging(_few(vectors, name, pieces[-1].stop), method, job.settings.knobs_of, take)
+        with merging.vectors.workers():
+            merging.tensor(name)
+            job.inputs.let_go()  # so that pages are mapped anew, as they are for each tensor
+            seconds = _timed(lambda: merging.tensor(name))
     each = sum(spec_of(m, name).dtype.itemsize for m in [vectors.base, *vectors.models.values()])
     return each * pieces[-1].stop / seconds
 
 
 def _few(vectors: TaskVectors, name: str, count: int) -> TaskVectors:
-    """The first entries of one tensor as models of their own, in memory."""
+    """The first entries of one tensor as models of their own, still mapped."""
     width = vectors.row_width(name)
     shape = (-1, width) if count % width == 0 else (count,)
-    take = lambda checkpoint: open_checkpoint({name: checkpoint.flat(name)[:count].clone().view(shape)})
+    take = lambda checkpoint: open_checkpoint({name: checkpoint.flat(name)[:count].view(shape)})
     return replace(vectors, base=take(vectors.base), models={k: take(m) for k, m in vectors.models.items()}, frozen=())
+
+
+@contextmanager
+def _probe(output: Path) -> Iterator[FileIO]:
+    """A file beside the output that is removed again."""
+    folder = next(folder for folder in output.absolute().parents if folder.exists())
+    path = partial_path(folder / "probe")
+    try:
+        with disk_errors(output), path.open("wb", buffering=0) as file:
+            yield file
+    finally:
+        with suppress(OSError):
+            path.unlink()
 
 
 def _timed(function: Callable[[], object]) -> float:

@@ -13,6 +13,7 @@ import torch
 from suture.cards import command_line, front_matter, inputs_table
 from suture.checkpoints import TensorSpec
 from suture.checkpoints.writing import check_replaceable
+from suture.files.chat import write_template
 from suture.files.opening import BASE, Inputs
 from suture.files.recipe import Recipe
 
@@ -61,6 +62,8 @@ def write_companions(
         config.write_text(_configured({**found, **inputs.config, **sliced}, specs), "utf-8")
     if inputs.tokenizer is not None:
         (folder / "tokenizer.json").write_text(inputs.tokenizer, "utf-8")
+    if recipe.translation and recipe.translation.chat_template:
+        write_template(folder, recipe.translation.chat_template)
     origin = {**inputs.provenance(), "command": shlex.join(["suture", *sys.argv[1:]]), "work": work}
     (folder / PROVENANCE).write_text(json.dumps(origin, indent=2) + "\n", "utf-8")
     (folder / "README.md").write_text(_card(recipe, inputs, origin), "utf-8")

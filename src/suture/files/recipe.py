@@ -33,6 +33,7 @@ class Recipe:
     shard_size: int = 5 * 10**9
     memory: int = 300 * 10**6
     threads: int = 0
+    device: str = "cpu"
     part: tuple[int, int] = (1, 1)
     vocabulary: str = "refuse"
     allow_non_finite: Sequence[str] = ()
@@ -53,6 +54,7 @@ class Recipe:
         dtype: torch.dtype | str | None = None,
         shard_size: int | str = "5GB",
         memory: int | str = "300MB",
+        device: str = "cpu",
         shard: str | None = None,
         vocabulary: str = "refuse",
         allow_non_finite: Sequence[str] | str = (),
@@ -83,6 +85,7 @@ class Recipe:
             dtype=_dtype(dtype),
             shard_size=size("shard_size", shard_size),
             memory=size("memory", memory),
+            device=_device(device),
             part=_part(shard),
             vocabulary=vocabulary,
             allow_non_finite=(allow_non_finite,) if isinstance(allow_non_finite, str) else tuple(allow_non_finite),
@@ -145,6 +148,17 @@ def _dtype(told: torch.dtype | str | None) -> torch.dtype | None:
     if name not in _DTYPES:
         raise ConfigError(unknown_name("dtype", name, _DTYPES))
     return getattr(torch, name)
+
+
+def _device(told: str) -> str:
+    """`cpu`, `cuda` or `cuda:N`, if this PyTorch finds it."""
+    kind, _, number = str(told).partition(":")
+    if kind not in ("cpu", "cuda") or (number and not number.isdecimal()) or (kind == "cpu" and number):
+        raise ConfigError(f"device={told}: wanted cpu, cuda or cuda:N.")
+    found = torch.cuda.device_count() if kind == "cuda" else 1
+    if int(number or 0) >= found:
+        raise ConfigError(f"device={told}: PyTorch {torch.__version__} finds {found} CUDA devices. Remedy: device=cpu.")
+    return str(told)
 
 
 def _part(told: str | None) -> tuple[int, int]:

@@ -1,5 +1,6 @@
 """Merge files: tensor by tensor from the mapped inputs into the shards of a working folder, until all is there."""
 
+import math
 import threading
 from collections.abc import Sequence
 from contextlib import suppress
@@ -18,11 +19,12 @@ from suture.files.opening import Inputs, open_inputs
 from suture.files.publishing import already_there, write_companions
 from suture.files.recipe import Recipe
 from suture.files.settings import Rules
+from suture.files.sharing import SharedStream
 from suture.files.working_folder import Digests, Finished, WorkingFolder, bytes_of
 from suture.merge import Merging
 from suture.methods import TiesStatistic
 from suture.progress import bar
-from suture.task_vectors import Piece, TaskVectors, chunk_for
+from suture.task_vectors import Piece, TaskVectors, chunk_for, memory_of
 
 
 @dataclass
@@ -42,8 +44,9 @@ class Job:
     def vectors(self) -> TaskVectors:
         """The opened models, with threads and slices that keep the memory's ceiling."""
         recipe = self.recipe
-        threads, chunk = chunk_for(recipe.memory, recipe.method, len(self.inputs.models), recipe.threads)
-        return TaskVectors(self.inputs.base, self.inputs.models, recipe.frozen, threads, chunk)
+        count = len(self.inputs.models)
+        threads, chunk = chunk_for(recipe.memory, recipe.method, count, recipe.threads, recipe.device)
+        return TaskVectors(self.inputs.base, self.inputs.models, recipe.frozen, threads, chunk, recipe.device)
 
     @cached_property
     def settings(self) -> Rules:
@@ -104,8 +107,16 @@ class Job:
         return sorted(self.specs, key=lambda name: (-self.specs[name].nbytes, name))[i - 1 :: n]
 
     def _check(self) -> None:
-        if problem := self.recipe.method.check_number(len(self.inputs.models)):
+        method, vectors = self.recipe.method, self.vectors
+        if problem := method.check_number(len(self.inputs.models)):
             raise ConfigError(problem)
+        widest = max(map(vectors.row_width, vectors.names), default=0) if method.whole_rows else 0
+        if widest > vectors.chunk:
+            least = math.ceil(memory_of(method, len(vectors.models), 1, widest) / 1e6)
+            raise ConfigError(
+                f"memory={self.recipe.memory} is too little for rows of {widest} entries. "
+                f"Remedy: give {least}MB or more."
+            )
         self.settings.check()
 
     def _merge_share(self) -> None:
@@ -131,7 +142,8 @@ class Job:
             thresholds = torch.tensor(known["thresholds"], dtype=getattr(torch, known["dtype"]))
             self.merging.statistic = TiesStatistic(thresholds, known["majority"])
             return
-        self.merging.gather()
+        alone = self.recipe.part[1] == 1
+        self.merging.gather(None if alone else SharedStream(self.vectors, self.recipe.method.operand, self.folder))
         found = self.merging.statistic
         dtype = str(found.thresholds.dtype).removeprefix("torch.")
         self.folder.save_statistic(
@@ -163,7 +175,7 @@ class Job:
         part = merged.to(self.specs[piece.name].dtype)
         if part.dtype.is_floating_point and not self.recipe.may_be_non_finite(piece.name):
             _refuse_non_finite(piece, merged, part)
-        data = bytes_of(part)
+        data = bytes_of(part.cpu())
         self.folder.write(piece.name, piece.start, data)
         if piece.name in self._digests:
             digests = self._digests[piece.name]

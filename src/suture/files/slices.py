@@ -9,6 +9,7 @@ from suture.errors import ConfigError
 
 _LAYER = re.compile(r"(?:^|\.)(\d+)\.")
 _FIRST = ("embed", "embd", "wte", "wpe")  # what comes before the layers; everything else outside them comes after
+_REST = ("text_decoder", "shared", "default")  # modules whose tensors do not bear their name
 _COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 
 
@@ -84,6 +85,26 @@ def configuration(config: Mapping[str, Any], slices: Sequence[Slice]) -> dict[st
     if isinstance(kinds, list) and len(kinds) > max(layers):
         changes["layer_types"] = [kinds[layer] for layer in layers]
     return changes
+
+
+def module_of(tensors: Iterable[str], modules: Sequence[str]) -> dict[str, int]:
+    """Which module each tensor belongs to: the one whose name is first among the parts of the tensor's name.
+
+    The others belong to the module `text_decoder` or `shared`, whichever there is. `ConfigError` for a tensor without a
+    module, and for a module without tensors.
+    """
+    rest = next((number for number, name in enumerate(modules) if name in _REST), None)
+    found: dict[str, int] = {}
+    for tensor in tensors:
+        named = (modules.index(part) for part in tensor.split(".") if part in modules)
+        number = next(named, rest)
+        if number is None:
+            raise ConfigError(f"'{tensor}' belongs to none of the modules {', '.join(modules)}.")
+        found[tensor] = number
+    for number, name in enumerate(modules):
+        if number not in found.values():
+            raise ConfigError(f"No tensor has {name!r} in its name. Remedy: leave out modules.")
+    return found
 
 
 def _renumbered(name: str, layer: int) -> str:

@@ -2,6 +2,7 @@
 
     .NAME.merging/work.json      what is merged, how: only the same work goes on in it
     .NAME.merging/i-of-n.jsonl   one line for each tensor that a process has finished, with a hash
+    .NAME.merging/count-r-b.npz  what several processes count together over the whole model, block by block
     .NAME.merging/model/         the result; it becomes NAME in one step when nothing is missing
 
 A line counts at once for whoever is killed and goes on. For a power cut, which may lose what was written, a line counts
@@ -13,7 +14,7 @@ import json
 import os
 import shutil
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -193,12 +194,35 @@ class WorkingFolder:
     @contextmanager
     def alone(self) -> Iterator[None]:
         """One process at a time."""
-        descriptor = os.open(self.path / "finish.lock", os.O_RDWR | os.O_CREAT, 0o666)
-        try:
-            _lock(descriptor, wait=True)
+        with self._holding("finish.lock", wait=True):
             yield
+
+    @contextmanager
+    def _holding(self, file: str, *, wait: bool) -> Iterator[bool]:
+        """Hold a file of the folder, which the system lets go of when the process dies; False if another has it."""
+        descriptor = os.open(self.path / file, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            yield _lock(descriptor, wait=wait)
         finally:
             os.close(descriptor)
+
+    def once(self, names: Sequence[str], make: Callable[[str, Path], None]) -> list[Path]:
+        """The files of these names, each made by one of the processes that ask for it; returns when all are there.
+
+        `make(name, path)` writes a file, which gets its name when it is whole. Who finds one in the making goes on with
+        the next, and comes back in the end: to wait for it, or to make it if the other process has died.
+        """
+        paths = [self.path / name for name in names]
+        for wait in (False, True):
+            for path in paths:
+                if path.exists():
+                    continue
+                with self._holding(f"{path.name}.lock", wait=wait) as mine:
+                    if mine and not path.exists():
+                        partial = path.with_name(f"{os.getpid()}-{path.name}")
+                        make(path.name, partial)
+                        os.replace(partial, path)
+        return paths
 
     def save_statistic(self, statistic: Mapping[str, Any]) -> None:
         """Keep what was gathered over the whole model: it need not be gathered again."""

@@ -5,7 +5,8 @@ the models, nor the slices, nor the threads. The hash is SplitMix64 (Steele, Lea
 """
 
 import hashlib
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -15,8 +16,10 @@ from torch import Tensor
 
 _GAMMA, _FIRST, _SECOND = (np.uint64(n) for n in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))
 
-_BLOCK = 1 << 18  # entries that are drawn at once; shorter blocks cost threads more in turns than they save
+_BLOCK = 1 << 16  # hashes that are made at once; shorter blocks cost more in calls than the cache saves
 _HALF = "<u4"  # the lower half first, whatever the machine
+_SPARE = 8  # bits of the 32 of a half; a float32 has room for the others
+_STEPS = np.arange(1, _BLOCK + 1, dtype="<u8") * _GAMMA
 
 
 class Place(NamedTuple):
@@ -36,28 +39,50 @@ def uniforms(seed: int, place: Place, count: int) -> Float[Tensor, "task entry"]
     >>> torch.equal(whole[1:, 3:], uniforms(0, Place("w", ["b"], start=3), 2))
     True
     """
+    found = torch.empty(len(place.models), count)
+    for row, start, drawn in _drawn(seed, place, count):
+        drawn >>= np.uint32(_SPARE)
+        found[row, start : start + len(drawn)] = torch.from_numpy(drawn.view(f"{_HALF[0]}i4"))
+    return found.mul_(2.0 ** (_SPARE - 32))
+
+
+def chosen(seed: int, place: Place, count: int, share: Sequence[float]) -> Iterator[tuple[int, int, np.ndarray]]:
+    """Which `uniforms` are below the model's share, in short runs of bool: (model, first entry, run).
+
+    This costs less than the numbers themselves. A run is valid until the next one is asked for.
+
+    >>> place = Place("w", ["a"])
+    >>> ((_, _, run),) = chosen(0, place, 5, [0.5])
+    >>> run.tolist() == (uniforms(0, place, 5)[0] < 0.5).tolist()
+    True
+    """
+    bounds = [np.uint32((math.ceil(part * 2 ** (32 - _SPARE)) << _SPARE) - 1) for part in share]
+    room = np.empty(2 * _BLOCK, dtype=bool)
+    for row, start, drawn in _drawn(seed, place, count):
+        yield row, start, np.less_equal(drawn, bounds[row], out=room[: len(drawn)])
+
+
+def _drawn(seed: int, place: Place, count: int) -> Iterator[tuple[int, int, np.ndarray]]:
+    """Integers of 32 bits for every model and entry, in runs that share their memory: (model, first entry, run)."""
     odd = place.start % 2
-    drawn = np.empty((len(place.models), 2 * -(-(count + odd) // 2)), dtype=np.float32)
-    for row, model in zip(drawn, place.models, strict=True):
-        key = _key(seed, model, place.tensor)
-        for start in range(0, len(row), _BLOCK):
-            _fill(row[start : start + _BLOCK], key, (place.start - odd + start) // 2)
-    return torch.from_numpy(drawn[:, odd : odd + count])
+    hashes, scratch = (np.empty(min(_BLOCK, -(-(count + odd) // 2)), dtype="<u8") for _ in range(2))
+    for row, model in enumerate(place.models):
+        key, first = _key(seed, model, place.tensor), place.start // 2
+        for start in range(-odd, count, 2 * _BLOCK):
+            stop = min(start + 2 * _BLOCK, count)
+            half = -(-(stop - start) // 2)
+            drawn = _hashed(key, first + (start + odd) // 2, hashes[:half], scratch[:half]).view(_HALF)
+            yield row, max(start, 0), drawn[max(start, 0) - start : stop - start]
 
 
-def _fill(row: np.ndarray, key: np.uint64, first: int) -> None:
-    """Numbers from the hashes of first, first + 1, …"""
-    z = np.arange(first + 1, first + 1 + len(row) // 2, dtype="<u8")
-    z *= _GAMMA
-    z += key
-    scratch = np.empty_like(z)
+def _hashed(key: int, first: int, z: np.ndarray, scratch: np.ndarray) -> np.ndarray:
+    """SplitMix64 of the numbers first, first + 1, … in the memory of `z`."""
+    np.add(_STEPS[: len(z)], np.uint64((key + first * int(_GAMMA)) % 2**64), out=z)
     for shift, factor in ((30, _FIRST), (27, _SECOND), (31, None)):
         z ^= np.right_shift(z, np.uint64(shift), out=scratch)
         if factor is not None:
             z *= factor
-    halves = z.view(_HALF)
-    halves >>= np.uint32(8)
-    np.multiply(halves.view(f"{_HALF[0]}i4"), np.float32(2**-24), out=row)
+    return z
 
 
 def somewhere(rows: Tensor) -> Place:
@@ -65,6 +90,6 @@ def somewhere(rows: Tensor) -> Place:
     return Place("", [str(number) for number in range(len(rows))])
 
 
-def _key(seed: int, model: str, tensor: str) -> np.uint64:
+def _key(seed: int, model: str, tensor: str) -> int:
     digest = hashlib.sha256("\0".join((str(seed), model, tensor)).encode()).digest()
-    return np.frombuffer(digest[:8], dtype="<u8")[0]
+    return int.from_bytes(digest[:8], "little")

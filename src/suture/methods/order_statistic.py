@@ -43,7 +43,7 @@ def kth_magnitudes(deltas, rank: int | Sequence[int]) -> Float[Tensor, " task"]:
                 search.count(_patterns(row))
 
     while not all(search.found for search in searches):
-        deltas.each(count)
+        deltas.tally(count, [search.counts for search in searches if not search.found])
         for search in searches:
             search.narrow()
     values = np.array([search.low for search in searches])
@@ -86,9 +86,9 @@ class _Search:
         return int(ordered[low]) if low > 0 else 0, int(ordered[high]) if high < last else self.largest
 
     def _look_in(self, low: int, high: int) -> None:
-        self.low, self.high, self.above = low, high, 0
+        self.low, self.high = low, high
         self.shift = max(0, (high - low).bit_length() - (self.num_bins.bit_length() - 1))
-        self.bins = np.zeros(((high - low) >> self.shift) + 1, dtype=np.int64)
+        self.counts = np.zeros(((high - low) >> self.shift) + 2, dtype=np.int64)  # the bins, and what lies above them
 
     def count(self, patterns: np.ndarray) -> None:
         reaches, exceeds = patterns >= self.low, patterns > self.high
@@ -96,15 +96,15 @@ class _Search:
         inside = (patterns[near] - self.low) >> self.shift
         above = np.count_nonzero(exceeds)
         with self.lock:
-            self.above += above
-            np.add.at(self.bins, inside, 1)
+            self.counts[-1] += above
+            np.add.at(self.counts, inside, 1)
 
     def narrow(self) -> None:
         """Move on to the bin that holds the rank; to everything if the bracket missed it."""
         if self.found:
             return
-        at_least = self.above + np.cumsum(self.bins[::-1])[::-1]  # entries at or above the start of each bin
-        if self.above > self.from_top or at_least[0] <= self.from_top:
+        at_least = np.cumsum(self.counts[::-1])[::-1]  # entries at or above the start of each bin
+        if at_least[-1] > self.from_top or at_least[0] <= self.from_top:
             return self._look_in(0, self.largest)
         index = int(np.flatnonzero(at_least > self.from_top)[-1])
         low = self.low + (index << self.shift)

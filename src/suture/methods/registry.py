@@ -29,6 +29,8 @@ class MergeMethod:
     `vote(base, deltas, statistic, **knobs)` merges like the function and also returns what has to be counted over the
     whole before some entries are settled. `whole_rows`: the function is fed whole rows of a matrix, not any slice.
     `num_models`: the least and the most models it can merge. A function with a `place` is told where its slice lies.
+    `searches`: what is gathered are order statistics, which take memory for every model. `passes(**knobs)`: how often a
+    tensor is read in all, where that is not once, or twice for what is gathered.
     """
 
     name: str
@@ -39,6 +41,8 @@ class MergeMethod:
     vote: Callable[..., Any] | None = None
     whole_rows: bool = False
     num_models: tuple[int, float] = (1, inf)
+    searches: bool = False
+    passes: Callable[..., int] | None = None
 
     @cached_property
     def _parameters(self) -> Mapping[str, inspect.Parameter]:
@@ -58,6 +62,12 @@ class MergeMethod:
     def wants_place(self) -> bool:
         """Whether the function takes a `Place`, as methods that draw random numbers do."""
         return "place" in self._parameters
+
+    def times_read(self, knobs: Mapping[str, Any]) -> int:
+        """How often a tensor is read, at least: the search for an order statistic may need a pass more."""
+        if self.passes is not None:
+            return self.passes(**{**self.knobs.defaults, **knobs})
+        return 1 if self.gather is None else 2
 
     def check_number(self, count: int) -> str | None:
         """One line if so many models cannot be merged by this method."""

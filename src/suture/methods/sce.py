@@ -22,7 +22,10 @@ class SceStatistic(NamedTuple):
 def sce_statistic(deltas: DeltaStream, *, select_topk: float = 1.0) -> SceStatistic:
     """The variance that the selected entries reach, and the share of each task in what they hold of squares."""
     threshold = _variance_threshold(deltas, select_topk)
-    squares = total(deltas, lambda base, rows: _select(rows, threshold).double().square().sum(1)) / deltas.num_entries
+    squares = (
+        total(deltas, lambda base, rows: _select(rows, threshold).to(torch.float64, copy=True).square_().sum(1))
+        / deltas.num_entries
+    )
     if squares.sum().abs() < 1e-6:  # as the published code has it; the paper has no such case
         return SceStatistic(threshold, torch.full_like(squares, 1 / len(squares)))
     return SceStatistic(threshold, squares / squares.sum())
@@ -36,7 +39,18 @@ def _variance_threshold(deltas: DeltaStream, select_topk: float) -> float:
     return float(kth_magnitudes(variances, variances.num_entries - selected + 1)) if selected else float("inf")
 
 
-@merge_method(paper="https://arxiv.org/abs/2408.07990", gather=sce_statistic, num_models=(2, float("inf")))
+def _passes(*, select_topk: float) -> int:
+    """What varies is counted, and the variance searched for, where only some entries are selected."""
+    return 2 if select_topk >= 1 else 4
+
+
+@merge_method(
+    paper="https://arxiv.org/abs/2408.07990",
+    gather=sce_statistic,
+    num_models=(2, float("inf")),
+    searches=True,
+    passes=_passes,
+)
 def sce(
     base: Float[Tensor, " *shape"],
     deltas: Float[Tensor, " task *shape"],

@@ -1,14 +1,17 @@
 """A whole tensor or model that is only ever seen in chunks, and sums over it: what a method gathers from."""
 
 from collections.abc import Callable, Sequence
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from suture.errors import ConfigError
 from suture.methods.counter_random import Place, somewhere
+
+_NOTHING = 1e-7  # L1 norms below it are left alone
 
 
 @runtime_checkable
@@ -27,7 +30,14 @@ class DeltaStream(Protocol):
         ...
 
     def each_place(self, function: Callable[[Place, Tensor], None]) -> None:
-        """Call `function(place, rows)` on every chunk, for methods that draw random numbers."""
+        """Call `function(place, rows)` on every chunk, for methods that draw random numbers.
+
+        Methods of `whole_rows` get rows of shape (task, row, column).
+        """
+        ...
+
+    def tally(self, function: Callable[[Tensor, Tensor], None], totals: Sequence[np.ndarray]) -> None:
+        """`each` for a function that does nothing but add to `totals`, arrays of integers that are zero before."""
         ...
 
 
@@ -35,7 +45,7 @@ class OneTensor:
     """A stream over one tensor already in memory: base (…), rows (task, …)."""
 
     def __init__(self, rows: Tensor, base: Tensor | None = None, place: Place | None = None):
-        self.place = place or somewhere(rows)
+        self.place, self.whole = place or somewhere(rows), rows
         self.rows = rows.reshape(len(rows), -1)
         self.base = torch.zeros_like(self.rows[0]) if base is None else base.reshape(-1)
         self.num_entries = self.rows.shape[1]
@@ -47,7 +57,10 @@ class OneTensor:
         function(self.base, self.rows)
 
     def each_place(self, function: Callable[[Place, Tensor], None]) -> None:
-        function(self.place, self.rows)
+        function(self.place, self.whole)
+
+    def tally(self, function: Callable[[Tensor, Tensor], None], totals: Sequence[np.ndarray]) -> None:
+        self.each(function)
 
 
 class Derived:
@@ -65,12 +78,33 @@ class Derived:
     def each_place(self, function: Callable[[Place, Tensor], None]) -> None:
         self.stream.each_place(lambda place, rows: function(place, self.function(rows)))
 
+    def tally(self, function: Callable[[Tensor, Tensor], None], totals: Sequence[np.ndarray]) -> None:
+        self.stream.tally(lambda base, rows: function(base, self.function(rows)), totals)
+
+
+class FromBase(Derived):
+    """A stream of models' weights without the base's."""
+
+    def __init__(self, stream: DeltaStream):
+        super().__init__(stream, lambda rows: rows)
+
+    def each(self, function: Callable[[Tensor, Tensor], None]) -> None:
+        self.stream.each(lambda base, rows: function(base, rows - base))
+
 
 def total(stream: DeltaStream, function: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
-    """Σ of `function(base, rows)` over the chunks, in float64; the order in which they come does not matter."""
-    parts: list[Tensor] = []
-    stream.each(lambda base, rows: parts.append(function(base, rows).double()))
-    return torch.stack(parts).sort(dim=0).values.sum(0)
+    """Σ of `function(base, rows)` over the chunks, in float64; the order in which they come does not matter.
+
+    The parts are kept as numbers of Python's: small tensors would lie in the holes that the chunks' buffers leave, so
+    that the next buffers, of the same size, would not fit there any more.
+    """
+    parts: list[Any] = []
+    stream.each(lambda base, rows: parts.append(function(base, rows).double().tolist()))
+    return _in_any_order(parts)
+
+
+def _in_any_order(parts: Sequence[Any]) -> Tensor:
+    return torch.tensor(parts, dtype=torch.float64).sort(dim=0).values.sum(0)
 
 
 def inner_products(stream: DeltaStream, *, with_base: bool = False) -> Float[Tensor, "row row"]:
@@ -81,6 +115,20 @@ def inner_products(stream: DeltaStream, *, with_base: bool = False) -> Float[Ten
         return rows @ rows.T
 
     return total(stream, products)
+
+
+def from_origin(models: DeltaStream, origin: str) -> DeltaStream:
+    """A stream of models as task vectors, if their origin is the base."""
+    return models if origin == "zero" else FromBase(models)
+
+
+def l1_ratios(stream: DeltaStream, thinned: Callable[[Place, Tensor], Tensor]) -> Float[Tensor, " task"]:
+    """Σ|δ| over Σ|δ that stays| for each row, in float64; 1 where there is nothing to scale."""
+    parts: list[Any] = []
+    norms = lambda rows: rows.abs().reshape(len(rows), -1).sum(1, dtype=torch.float64).tolist()
+    stream.each_place(lambda place, rows: parts.append([norms(rows), norms(thinned(place, rows))]))
+    before, after = _in_any_order(parts)
+    return torch.where((before < _NOTHING) | (after < _NOTHING), 1.0, before / after)
 
 
 def weighted(rows: Float[Tensor, " row *shape"], weights: Sequence[float] | None) -> Float[Tensor, " row *shape"]:
@@ -94,7 +142,8 @@ def per_row(values: float | Sequence[float], rows: Tensor, knob: str) -> Tensor:
         return torch.tensor(values, dtype=rows.dtype)
     if len(values) != len(rows):
         raise ConfigError(f"method.{knob} has {len(values)} values; wanted one per model, {len(rows)}.")
-    return torch.tensor(list(values), dtype=rows.dtype).view(-1, *[1] * (rows.ndim - 1))
+    told = torch.tensor(list(values), dtype=rows.dtype).to(rows.device)
+    return told.view(-1, *[1] * (rows.ndim - 1))
 
 
 def combination(weights: Float[Tensor, " row"], rows: Float[Tensor, " row *shape"]) -> Float[Tensor, " *shape"]:

@@ -1,0 +1,43 @@
+"""How much memory a piece of work takes: the peak of anonymous memory, which is what a machine runs out of."""
+
+import os
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+_PAUSE = 0.005  # seconds between two looks
+
+
+def anonymous(process: int | str = "self") -> int:
+    """Anonymous memory of a process in bytes; 0 for one that has ended."""
+    try:
+        lines = Path(f"/proc/{process}/status").read_text().splitlines()
+    except OSError:
+        return 0
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon")), 0)
+
+
+def children() -> list[str]:
+    """The processes that this one has started."""
+    return Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
+
+
+def measure(work: Callable[[], object]) -> dict[str, float]:
+    """Seconds, and the peak of added anonymous memory in bytes, of this process and those it starts."""
+    before, peak, done = anonymous(), [0], threading.Event()
+
+    def watch() -> None:
+        while not done.is_set():
+            peak[0] = max(peak[0], anonymous() - before + sum(map(anonymous, children())))
+            time.sleep(_PAUSE)
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    start = time.perf_counter()
+    try:
+        work()
+        return {"seconds": time.perf_counter() - start, "memory": peak[0]}
+    finally:
+        done.set()
+        watcher.join()

@@ -1,0 +1,87 @@
+"""The memory's ceiling, held by every method with tensors larger than it."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from suture import merge_files, methods, save_checkpoint
+from suture.errors import ConfigError
+
+CEILING = 60_000_000
+SEVERAL = {
+    "sce": [{}, {"select_topk": 0.3}],
+    "dare_ties": [{}, {"rescale": "l1"}],
+    "della": [{}, {"rescale": "l1"}],
+    "ties_merging": [{}, {"scope": "tensor", "merge_func": "mean", "weights": [1.0, 0.5]}],
+}
+PROGRAM = """
+import gc, json, sys, threading, time
+from pathlib import Path
+import suture
+folder, work, ceiling = Path(sys.argv[1]), json.loads(sys.argv[2]), int(sys.argv[3])
+status = lambda key: int(next(l for l in open("/proc/self/status") if l.startswith(key)).split()[1]) * 1024
+small = {"w": suture.open_checkpoint(folder / "base.safetensors")["w"][:1000].clone()}
+suture.merge_files(small, [small], "ties_merging", folder / "warm")
+del small
+gc.collect()
+before, peak, done, peaks = status("RssAnon"), [0], [], {}
+def watch():
+    while not done:
+        peak[0] = max(peak[0], status("RssAnon") - before)
+        time.sleep(0.002)
+watcher = threading.Thread(target=watch); watcher.start()
+models = sorted(folder.glob("model_*"))
+for i, (method, knobs) in enumerate(work):
+    peak[0] = 0
+    count = int(min(len(models), suture.get_method(method).num_models[1]))
+    suture.merge_files(folder / "base.safetensors", models[:count], method, folder / f"out{i}", memory=ceiling,
+                       threads=2, **knobs)
+    peaks[f"{method} {knobs}"] = peak[0]
+    suture.checkpoints.writing.shutil.rmtree(folder / f"out{i}")
+done.append(1); watcher.join()
+print(json.dumps(peaks))
+"""
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory):
+    """A base and two fine-tunes whose one matrix has 64 MB, more than the ceiling."""
+    folder = tmp_path_factory.mktemp("large")
+    generator = torch.Generator().manual_seed(0)
+    base = torch.randn(4000, 4000, generator=generator)
+    save_checkpoint({"w": base}, folder / "base.safetensors")
+    for i in (1, 2):
+        save_checkpoint({"w": base + 0.1 * torch.randn(4000, generator=generator)}, folder / f"model_{i}.safetensors")
+    return folder
+
+
+def peaks(folder, work):
+    """Anonymous memory that each of some merges took beyond what was there before the first, in bytes."""
+    command = [sys.executable, "-c", PROGRAM, str(folder), json.dumps(work), str(CEILING)]
+    return json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[-1])
+
+
+def test_slices_of_a_large_tensor_stay_below_the_ceiling(large):
+    found = peaks(large, [("task_arithmetic", {}), ("ties_merging", {}), ("slerp", {})])
+    assert max(found.values()) < CEILING, found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("method", "knobs"), [(method, knobs) for method in sorted(methods()) for knobs in SEVERAL.get(method, [{}])]
+)
+def test_every_method_stays_below_the_ceiling(large, method, knobs):
+    found = peaks(large, [(method, knobs)])
+    assert max(found.values()) < CEILING, found
+
+
+def test_rows_that_do_not_fit_are_refused_before_anything_is_written(tmp_path):
+    base = {"w": torch.zeros(2, 400_000)}
+    with pytest.raises(
+        ConfigError, match=r"memory=9000000 is too little for rows of 400000 entries. Remedy: give \d+MB"
+    ):
+        merge_files(base, [base], "della", tmp_path / "out", memory=9_000_000)
+    assert not list(tmp_path.iterdir())
