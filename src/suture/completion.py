@@ -72,8 +72,10 @@ _OPTIONS: dict[str, tuple[str, ...]] = {
     "analyse": ("models=", "points=", "threshold=", "scope=", "model="),
     "merge": (
         *("base=", "models.", "method=", "output=", "mergekit=", "dtype=", "shard_size=", "memory=", "threads="),
-        *("vocabulary=", "allow_non_finite=", "mixed_dtypes=", "overwrite=", "rank=", "seed=", "--plan", "--shard"),
+        *("device=", "vocabulary=", "allow_non_finite=", "mixed_dtypes=", "overwrite=", "rank=", "seed="),
+        *("--plan", "--shard"),
     ),
+    "push": ("--private", "--revision"),
     "report": ("--output", "--still"),
     "reproduce": ("--list", "--check"),
     "zoo": ("build", "--output", "--seed", "--data", "glyphs8", "real3"),
