@@ -28,21 +28,23 @@ NAMES = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight",
 def save_models(folder: Path) -> dict[str, str]:
     """A pretrained CLIP and its fine-tuned vision towers, as `transformers` saves them: name → path."""
     from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPProcessor, CLIPVisionModel
+    from transformers.utils import logging
 
     from suture.zoo.clip_files import make_tokenizer
 
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
     tokenizer = make_tokenizer()
     ends = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": 0}
     torch.manual_seed(0)
     model = CLIPModel(CLIPConfig(text_config=ends, vision_config={"patch_size": 32}))
     model.save_pretrained(folder / "pretrained")
     CLIPProcessor(image_processor=CLIPImageProcessorPil(), tokenizer=tokenizer).save_pretrained(folder / "pretrained")
-    start = {name: tensor.clone() for name, tensor in model.vision_model.state_dict().items()}
-    tower = CLIPVisionModel(model.config.vision_config)
     for task in range(TASKS):
-        for name, tensor in tower.vision_model.state_dict().items():
-            moved = 1e-3 * torch.randn(tensor.shape) if tensor.is_floating_point() else 0
-            tensor.copy_(start[name] + moved)
+        tower = CLIPVisionModel.from_pretrained(folder / "pretrained")
+        with torch.no_grad():
+            for parameter in tower.parameters():
+                parameter += 1e-3 * torch.randn_like(parameter)
         tower.save_pretrained(folder / f"task{task}")
     return {name: str(folder / name) for name in ("pretrained", *(f"task{task}" for task in range(TASKS)))}
 
