@@ -303,8 +303,9 @@ def test_no_picture_and_no_array_is_read_for_a_look(tmp_path, monkeypatch):
     assert asked == [["y"]]
 
 
-def test_every_published_task_but_two_has_a_layout_of_its_own():
-    names = {path.name.removesuffix(".yaml") for path in (tasks.files("suture.tasks") / "known").iterdir()}
+def test_every_published_task_of_pictures_has_a_layout_of_its_own():
+    files = {path.name.removesuffix(".yaml") for path in (tasks.files("suture.tasks") / "known").iterdir()}
+    names = {name for name in files if not tasks.known(name).get("text_columns")}
     assert {name for name, _, _ in LAYOUTS} == names
     for name in names:
         for words in tasks.known(name).get("layouts", ()):

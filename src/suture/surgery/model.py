@@ -26,6 +26,7 @@ class SurgeryModel(nn.Module):
     modules of each place: those of the `blocks`, if any, and of the final feature. `router`, an attribute, chooses
     tasks where none is given.
 
+    >>> import torch
     >>> model = SurgeryModel(nn.Linear(3, 4), {FINAL: SurgeryModules(["mnist"], dim=4, rank=2)}, ["mnist"])
     >>> model(torch.zeros(5, 3), "mnist").shape
     torch.Size([5, 4])
