@@ -82,7 +82,7 @@ def run(folder: Path, name: str, *overrides: str) -> None:
     pools = [f"modelpool={folder / 'models.yaml'}", f"taskpool={folder / 'tasks.yaml'}", f"output={folder / name}"]
     environment = {**os.environ, "SUTURE_CACHE": str(folder / "cache")}
     start = time.perf_counter()
-    subprocess.run([sys.executable, "-m", "suture.cli", *overrides, *pools], check=True, env=environment)
+    subprocess.run([sys.executable, "-m", "suture.cli", *overrides, *pools], check=True, env=environment, cwd=folder)
     seconds = time.perf_counter() - start
     profile = json.loads((folder / name / "report.json").read_text())["profile_seconds"]
     print(f"\n{' '.join(overrides)}: {seconds:.0f} s")
@@ -98,7 +98,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, help="keep everything there")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
-        folder = options.folder or Path(temporary)
+        folder = (options.folder or Path(temporary)).resolve()
         save_images(folder / "images", options.images)
         write_pools(folder, save_models(folder / "models"))
         adamerging = ["method=lw_adamerging", f"method.max_steps={options.steps}"]
