@@ -79,6 +79,11 @@ class OpenModels:
         )
         tasks = run.taskpool.tasks if run.taskpool else ()
         found.problems[:0] = [problem for task in tasks for problem in self.family.problems(task)]
+        if not self.base.specs:
+            first, kind = next(iter(self.whole_base), "no tensor"), self.family.name
+            remedy = "name another family in the pool, or merge files of any kind by suture merge."
+            problem = f"_pretrained_ has no tensor that family={kind} merges (it has '{first}', …)."
+            found.problems.insert(0, f"{problem} Remedy: {remedy}")
         if not found.problems:
             self._foresee_learning(found, run)
         return found
