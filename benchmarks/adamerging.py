@@ -20,7 +20,6 @@ import os
 import statistics
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -31,6 +30,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize
+from watching import anonymous, watched
 
 from suture.adaptation import adapt, entropy
 from suture.adaptation.forward import Network
@@ -184,27 +184,13 @@ WORK: dict[str, Callable[..., dict[str, Any]]] = {
 OWN_PAGES = {"MALLOC_MMAP_THRESHOLD_": str(1 << 20)}
 
 
-def anonymous() -> int:
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("RssAnon"))
-    return int(line.split()[1]) * 1024
-
-
 def measure(work: Callable[..., dict[str, Any]], options: argparse.Namespace) -> dict[str, Any]:
     """What one process finds: seconds a step after the first, share outside of the network, memory, coefficients."""
-    found, running, peak = problem(options.scale, options.tasks), threading.Event(), [0]
+    found = problem(options.scale, options.tasks)
     size = sum(tensor.nbytes for tensor in found.base.values())
     before = anonymous()
-
-    def watch() -> None:
-        while not running.is_set():
-            peak[0] = max(peak[0], anonymous() - before)
-            time.sleep(0.005)
-
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    result = work(found, options.folder, options.steps)
-    running.set()
-    watcher.join()
+    with watched() as peak:
+        result = work(found, options.folder, options.steps)
     apart = lambda marks: [b - a for a, b in itertools.pairwise(marks)]
     seconds, inside = apart(result["times"])[1:], apart(result.get("network", []))
     return {

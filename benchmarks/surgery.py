@@ -16,11 +16,10 @@ import json
 import statistics
 import subprocess
 import sys
-import threading
 import time
-from pathlib import Path
 
 import torch
+import watching
 from torch import nn
 
 from suture.batches import ShuffledBatches
@@ -165,30 +164,15 @@ WORK = {
 }
 
 
-def anonymous() -> int:
-    """Bytes of anonymous memory of this process."""
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("RssAnon"))
-    return int(line.split()[1]) * 1024
-
-
 def measure(work, options, steps: int) -> dict:
     """Processor seconds at each tick of the clock and the end, losses, passes, peak of added anonymous memory."""
     torch.set_num_threads(1)
     problem = Problem(options)
-    before, peak, done, ticks = anonymous(), [0], threading.Event(), []
-
-    def watch():
-        while not done.is_set():
-            peak[0] = max(peak[0], anonymous() - before)
-            time.sleep(0.005)
-
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    start = time.process_time()
-    found = work(problem, steps, lambda step: ticks.append(time.process_time() - start))
-    seconds = time.process_time() - start
-    done.set()
-    watcher.join()
+    ticks: list[float] = []
+    with watching.watched() as peak:
+        start = time.process_time()
+        found = work(problem, steps, lambda step: ticks.append(time.process_time() - start))
+        seconds = time.process_time() - start
     return {**found, "ticks": [*ticks, seconds], "memory": peak[0]}
 
 

@@ -3,7 +3,8 @@
 import os
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 _PAUSE = 0.005  # seconds between two looks
@@ -23,8 +24,9 @@ def children() -> list[str]:
     return Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
 
 
-def measure(work: Callable[[], object]) -> dict[str, float]:
-    """Seconds, and the peak of added anonymous memory in bytes, of this process and those it starts."""
+@contextmanager
+def watched() -> Iterator[list[int]]:
+    """A list of one number, the peak of added anonymous memory of this process and those it starts, in bytes."""
     before, peak, done = anonymous(), [0], threading.Event()
 
     def watch() -> None:
@@ -34,10 +36,16 @@ def measure(work: Callable[[], object]) -> dict[str, float]:
 
     watcher = threading.Thread(target=watch)
     watcher.start()
-    start = time.perf_counter()
     try:
-        work()
-        return {"seconds": time.perf_counter() - start, "memory": peak[0]}
+        yield peak
     finally:
         done.set()
         watcher.join()
+
+
+def measure(work: Callable[[], object]) -> dict[str, float]:
+    """Seconds, and the peak of `watched`."""
+    with watched() as peak:
+        start = time.perf_counter()
+        work()
+        return {"seconds": time.perf_counter() - start, "memory": peak[0]}
