@@ -209,3 +209,12 @@ def test_half_precision_passes_stay_near_and_others_are_refused():
     assert not torch.equal(near.losses, exact.losses)
     with pytest.raises(ConfigError, match=r"fabric.precision=64-true: wanted one of 32-true, bf16-mixed"):
         adapt(*problem(), max_steps=1, fabric=Fabric(accelerator="cpu", devices=1, precision="64-true"))
+
+
+def test_a_process_that_has_used_a_gpu_is_not_forked(monkeypatch):
+    from lightning_fabric import Fabric
+
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    fabric = Fabric(accelerator="cpu", devices=2, strategy="ddp_fork")
+    with pytest.raises(ConfigError, match=r"cannot be forked. Remedy: fabric.strategy=ddp"):
+        launch(fabric, lambda f: None)

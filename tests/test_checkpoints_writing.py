@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 
 import pytest
 import safetensors
@@ -166,6 +167,28 @@ def test_a_kill_midway_leaves_the_old_result_and_a_hidden_leftover(tmp_path):
     (leftover,) = set(os.listdir(tmp_path)) - {"model.safetensors"}
     assert leftover.startswith(".")
     assert leftover.endswith(".partial")
+    save_checkpoint({"w": torch.ones(2)}, path)
+    assert (tmp_path / leftover).exists(), "it might be a file that another computer has just begun"
+    make_old(tmp_path / leftover)
+    save_checkpoint({"w": torch.ones(2)}, path)
+    assert os.listdir(tmp_path) == ["model.safetensors"]
+
+
+def test_the_folder_of_a_killed_run_is_removed_by_the_next_one_of_its_name(tmp_path):
+    leftover = tmp_path / f".run[1].{2**22 + 1}-0123abcd.partial"
+    for folder in (leftover, tmp_path / ".run1.7-0123abcd.partial"):
+        (folder / "model").mkdir(parents=True)
+        make_old(folder)
+    with new_directory(tmp_path / "run[1]") as folder:
+        assert not leftover.exists()
+        make_old(folder)
+        with new_directory(tmp_path / "run[1]"):
+            assert folder.exists(), "somebody works on it"
+    assert sorted(os.listdir(tmp_path)) == [".run1.7-0123abcd.partial", "run[1]"]
+
+
+def make_old(path):
+    os.utime(path, (time.time() - 3600,) * 2)
 
 
 @pytest.mark.parametrize("path", ["folder", "file.txt/x.safetensors"])

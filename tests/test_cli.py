@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,8 +14,12 @@ import pytest
 import torch
 from desk import refused
 
+from suture import opened
 from suture.checkpoints import open_checkpoint
 from suture.cli import main
+from suture.devices import OneDevice
+from suture.families.clip import ClipEncoder
+from suture.opened import OpenModels
 
 
 def test_a_run_leaves_one_folder_with_everything(desk, capsys):
@@ -85,6 +90,45 @@ def test_a_sweep_runs_every_value(desk):
     assert names == ["pretrained", "experts", "ties_merging scaling_factor=0.1", "ties_merging scaling_factor=0.3"]
     assert [point[0] for point in summary["curves"]["scaling_factor"]["ties_merging"]] == [0.1, 0.3]
     assert (desk.folder / "sweep" / "figures" / "accuracy_over_scaling_factor.png").exists()
+
+
+def test_a_sweep_scores_the_pretrained_model_and_the_experts_once(desk, monkeypatch):
+    measured, experts = [], OpenModels._experts
+    monkeypatch.setattr(opened, "_MEASURED", {})
+    monkeypatch.setattr(OpenModels, "_experts", lambda self, inputs: measured.append(1) or experts(self, inputs))
+
+    def sweep(folder):
+        words = [word for word in desk.words("method.scaling_factor=0.1,0.3") if word != "output=out"]
+        assert main(["--multirun", *words, f"hydra.sweep.dir={folder}"]) == 0
+
+    rows = lambda folder: json.loads((desk.folder / folder / "report.json").read_text())["rows"]
+    sweep("one")
+    assert len(measured) == 1
+    assert main(desk.words()) == 0
+    assert len(measured) == 2, "a run alone measures everything itself"
+    assert rows("one/1") == rows("out")
+    source = desk.folder / "relabelled"
+    shutil.copytree(desk.tasks["first"]["source"], source)
+    desk.tasks["first"]["source"] = str(source)
+    labels = source / "t10k-labels-idx1-ubyte"
+    labels.write_bytes(labels.read_bytes()[:8] + bytes(12))
+    sweep("two")
+    assert len(measured) == 3, "other data have other scores"
+
+
+def test_models_are_scored_where_and_how_fabric_says(desk, monkeypatch):
+    seen = []
+    monkeypatch.setattr(OneDevice, "device", property(lambda self: seen.append("device") or torch.device("cpu")))
+    forward = ClipEncoder.forward
+
+    def watched(self, pixels):
+        features = forward(self, pixels)
+        seen.append(features.dtype)
+        return features
+
+    monkeypatch.setattr(ClipEncoder, "forward", watched)
+    assert main(desk.words("fabric.precision=bf16-mixed")) == 0
+    assert set(seen) == {"device", torch.bfloat16}
 
 
 def test_a_dry_run_writes_nothing(desk, capsys):

@@ -40,6 +40,8 @@ from suture.report import report
 from suture.surgery import SurgeryModel, SurgeryModelWrapper, repair
 from suture.tasks import Task
 
+__version__ = "0.1.0"
+
 __all__ = [
     "CLIPLayerWiseAdaMergingAlgorithm",
     "CLIPLayerWiseAdaMergingSurgeryAlgorithm",
@@ -64,6 +66,7 @@ __all__ = [
     "TaskWiseAdaMergingAlgorithm",
     "TaskWiseMergedModel",
     "TiesMergingAlgorithm",
+    "__version__",
     "adapt",
     "compatibility",
     "demo",

@@ -7,6 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from suture import __version__
 from suture.answers import Answer, Manner
 from suture.errors import ConfigError, SutureError, unknown_name
 
@@ -142,10 +143,8 @@ def _help() -> None:
 
 
 def _version() -> Answer:
-    from importlib.metadata import version
-
-    print(f"suture {version('suture')}")
-    return Answer({"version": version("suture")}, version("suture"))
+    print(f"suture {__version__}")
+    return Answer({"version": __version__}, __version__)
 
 
 def _check(arguments: list[str]) -> Answer:

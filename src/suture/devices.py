@@ -1,14 +1,44 @@
 """Devices, processes, precision and loggers, through Lightning Fabric. The only room that knows it."""
 
 from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+
+from suture.batches import call
 from suture.errors import ConfigError, unknown_name
 
 _KEYS = ("accelerator", "devices", "strategy", "precision", "num_nodes", "loggers")
 _LOGGERS = ("csv", "tensorboard", "mlflow", "wandb", "none")
 PRECISIONS = ("32-true", "bf16-mixed")
+
+
+@dataclass(frozen=True)
+class OneDevice:
+    """The first of the devices that `fabric.*` ask for, in their precision: for what one process computes alone."""
+
+    config: Mapping[str, Any]
+
+    @cached_property
+    def fabric(self):
+        """Fabric with one device and no strategy."""
+        return make_fabric({**self.config, "devices": 1, "strategy": "auto"})
+
+    @property
+    def device(self) -> torch.device:
+        """Where models and inputs have to be."""
+        return self.fabric.device
+
+    def call(self, module: Any, inputs: Any) -> Tensor:
+        """What the module gives for a batch, in float32 whatever it is computed in: (batch, …)."""
+        if str(self.config.get("precision") or PRECISIONS[0]) == PRECISIONS[0]:
+            return call(module, inputs)
+        with self.fabric.autocast():
+            return call(module, inputs).float()
 
 
 def make_fabric(config: Mapping[str, Any], devices: int = 1):

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from math import nan
 from statistics import fmean
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -29,20 +29,24 @@ BATCH_SIZE = 256
 
 @dataclass(frozen=True, eq=False)
 class TaskInputs:
-    """One task, decoded: inputs (N, …), or a mapping of several such tensors, labels (N,), and the head, if any."""
+    """One task, decoded: inputs (N, …), or a mapping of several such tensors, labels (N,), and the head, if any.
+
+    `identity` says which data these are, where they come from files.
+    """
 
     name: str
     inputs: Inputs
     labels: Tensor
     head: Head | None = None
     classnames: tuple[str, ...] | None = None
+    identity: str | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def first(self, count: int) -> "TaskInputs":
         """The same task with its first inputs only."""
-        return replace(self, inputs=take(self.inputs, slice(0, count)), labels=self.labels[:count])
+        return replace(self, inputs=take(self.inputs, slice(0, count)), labels=self.labels[:count], identity=None)
 
     def logits(self, output: Tensor) -> Tensor:
         """Logits (B, C) from what the model gave: features (B, D), or logits where there is no head."""
@@ -117,6 +121,7 @@ def task_inputs(
         labels=found.labels,
         head=family.head(task, track),
         classnames=task.classnames,
+        identity=found.identity,
     )
 
 
@@ -174,10 +179,11 @@ def evaluate_row(
     *,
     batch_size: int = BATCH_SIZE,
     track: Track = untracked,
+    forward: Forward = call,
 ) -> Row:
     """One model on all tasks; where `model` is a mapping from task to model, each task with its own."""
     chosen = (lambda task: model[task]) if isinstance(model, Mapping) else (lambda task: model)
-    return _evaluate_each(name, chosen, tasks, batch_size, track, name)
+    return _evaluate_each(name, chosen, tasks, name, batch_size=batch_size, track=track, forward=forward)
 
 
 def evaluate_experts(
@@ -186,9 +192,10 @@ def evaluate_experts(
     *,
     batch_size: int = BATCH_SIZE,
     track: Track = untracked,
+    forward: Forward = call,
 ) -> Row:
     """Each expert on its own task. `expert(task)` gives the model; it may reload one shared module."""
-    return _evaluate_each("experts", expert, tasks, batch_size, track, "expert")
+    return _evaluate_each("experts", expert, tasks, "expert", batch_size=batch_size, track=track, forward=forward)
 
 
 def expert_matrix(
@@ -198,10 +205,12 @@ def expert_matrix(
     *,
     batch_size: int = BATCH_SIZE,
     track: Track = untracked,
+    forward: Forward = call,
 ) -> list[Row]:
     """Every expert on every task: one row for each of `names`, by default those of the tasks."""
     chosen = tasks if names is None else names
-    return [evaluate_row(name, expert(name), tasks, batch_size=batch_size, track=track) for name in chosen]
+    how: dict[str, Any] = {"batch_size": batch_size, "track": track, "forward": forward}
+    return [evaluate_row(name, expert(name), tasks, **how) for name in chosen]
 
 
 def _correct(task: TaskInputs, logits: Tensor, labels: Tensor) -> Tensor:
@@ -216,12 +225,9 @@ def _correct(task: TaskInputs, logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def _evaluate_each(
-    name: str, model: Callable[[str], Model], tasks: Mapping[str, TaskInputs], batch_size: int, track: Track, label: str
+    name: str, model: Callable[[str], Model], tasks: Mapping[str, TaskInputs], label: str, **how: Any
 ) -> Row:
-    results = {
-        task: evaluate(model(task), inputs, batch_size=batch_size, track=track, name=label)
-        for task, inputs in tasks.items()
-    }
+    results = {task: evaluate(model(task), inputs, name=label, **how) for task, inputs in tasks.items()}
     return Row(name, {t: r.value for t, r in results.items()}, {t: r.samples for t, r in results.items()})
 
 

@@ -1,6 +1,5 @@
 """Where a long loop left off: one file, replaced whole, that only the same work takes up again."""
 
-import contextlib
 import io
 import os
 import time
@@ -10,10 +9,8 @@ from typing import Any
 
 import torch
 
-from suture.checkpoints.writing import new_file
+from suture.checkpoints.writing import new_file, remove_leftovers
 from suture.errors import CheckpointError, ConfigError
-
-_STALE = 60.0  # seconds
 
 
 class Resume:
@@ -36,10 +33,7 @@ class Resume:
 
     def load(self) -> dict[str, Any] | None:
         """The last state saved; None if there is none. Raises `ConfigError` if it belongs to other work."""
-        for leftover in self.path.parent.glob(f".{self.path.name}.*.partial"):
-            with contextlib.suppress(OSError):  # what a kill in the middle of saving left, not what is being saved
-                if time.time() - leftover.stat().st_mtime > _STALE:
-                    leftover.unlink()
+        remove_leftovers(self.path)
         if not self.path.exists():
             return None
         try:

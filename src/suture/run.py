@@ -26,6 +26,7 @@ class Run:
     label: str = ""
     repairs: tuple[Repair, ...] = ()
     overwrite: bool = False
+    reuse: bool = False
     threads: int = 0
     batch_size: int = 256
     fast: bool = False
@@ -53,6 +54,7 @@ class Run:
             label=label,
             repairs=repairs,
             overwrite=bool(config["overwrite"]),
+            reuse=bool(config["reuse"]),
             threads=config["threads"],
             batch_size=config["batch_size"],
             fast=bool(config["fast_dev_run"]),

@@ -12,9 +12,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from suture.adaptation.forward import call
 from suture.adaptation.team import launch
-from suture.devices import make_fabric, make_logger
+from suture.devices import OneDevice, make_fabric, make_logger
 from suture.evaluation import Row, TaskInputs, evaluate_row
 from suture.progress import Profile, bar
 from suture.resuming import Resume
@@ -83,20 +82,9 @@ class Stage:
         return resume
 
     @cached_property
-    def one_device(self):
-        """Fabric on the first of the devices that were asked for."""
-        return make_fabric({**self.fabric, "devices": 1, "strategy": "auto"})
-
-    def forward(self) -> Callable[[nn.Module, Any], Tensor]:
-        """How inputs go through a module: in the precision that was asked for."""
-        if str(self.fabric.get("precision") or "32-true") == "32-true":
-            return call
-
-        def in_precision(module: nn.Module, inputs: Any) -> Tensor:
-            with self.one_device.autocast():
-                return call(module, inputs).float()
-
-        return in_precision
+    def one_device(self) -> OneDevice:
+        """The first of the devices that were asked for."""
+        return OneDevice(self.fabric)
 
     def run(self, function: Callable[[Any], T], devices: int = 1) -> T:
         """`function(fabric)` on the devices that were asked for; what it measured is in the profile."""
@@ -130,7 +118,7 @@ class Stage:
 
     def score(self, name: str, module: nn.Module) -> Row:
         """One line of the accuracy table, on the test split."""
-        return evaluate_row(name, module, self.inputs("test"), track=bar)
+        return evaluate_row(name, module, self.inputs("test"), track=bar, forward=self.one_device.call)
 
     def taken_up(self) -> list[str]:
         """One line for each loop that did not begin at its start."""

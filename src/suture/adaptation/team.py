@@ -53,6 +53,9 @@ def launch(fabric: "Fabric", function: "Callable[[Fabric], T]") -> T:
         if fabric.global_rank > 0:
             raise SystemExit(0)
         return result
+    if torch.cuda.is_initialized():
+        remedy = "Remedy: fabric.strategy=ddp, which starts the command once for each process, or fabric.devices=1."
+        raise ConfigError(f"fabric: this process has used the GPU already and cannot be forked. {remedy}")
     return torch.load(io.BytesIO(fabric.launch(_packed, function)), weights_only=False)  # type: ignore[arg-type]
 
 

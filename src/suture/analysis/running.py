@@ -98,7 +98,7 @@ def _on_features(function: Callable[..., Finding], models: OpenModels, knobs: Ma
         raise ConfigError(f"method={run.label} learns. Remedy: run it, then name what it left with model=RUN/model.")
     expert = lambda task: models.encoder.load(models.models[task])
     inputs = {task: data.first(INPUTS).inputs for task, data in models.inputs("test").items() if task in models.models}
-    module = models.family.encoder().eval().load(merged)
+    module = models.new_encoder().load(merged)
     return function(module, expert, inputs, batch_size=run.batch_size, track=bar)
 
 

@@ -2,12 +2,14 @@
 
 import contextlib
 import ctypes
+import glob
 import json
 import mmap
 import os
 import secrets
 import shutil
 import sys
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,6 +24,7 @@ from suture.checkpoints.safetensors_files import ALIASES_KEY
 
 _CODES = {dtype: code for code, dtype in DTYPES.items()}
 _ALIGNMENT = 64
+_STALE = 60.0  # seconds
 
 
 def save_checkpoint(tensors: Source, path: str | os.PathLike[str], metadata: Mapping[str, str] | None = None) -> None:
@@ -105,19 +108,17 @@ def new_file(path: Path, size: int) -> Iterator[int]:
         raise output_refusal(path, "is a directory, not a file", "name a file to write")
     partial = partial_path(path)
     with _parents(path), _removed_on_error(partial):
+        remove_leftovers(path)
         with disk_errors(path):
             descriptor = os.open(partial, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
-        try:
+        with _held(descriptor):
             with disk_errors(path):
-                _allocate(descriptor, size)
+                allocate(descriptor, size)
             yield descriptor
             with disk_errors(path):
                 os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-        with disk_errors(path):
-            os.replace(partial, path)
-            sync_directory(path.parent)
+                os.replace(partial, path)
+                sync_directory(path.parent)
 
 
 @contextmanager
@@ -131,13 +132,24 @@ def new_directory(path: str | os.PathLike[str], *, overwrite: bool = False) -> I
     check_replaceable(path, overwrite)
     partial = partial_path(path)
     with _parents(path), _removed_on_error(partial):
+        remove_leftovers(path)
         with disk_errors(path):
             partial.mkdir()
-        yield partial
-        with disk_errors(path):
-            _sync_tree(partial)
-            put_in_place(partial, path, overwrite)
-            sync_directory(path.parent)
+            descriptor = os.open(partial, os.O_RDONLY)
+        with _held(descriptor):
+            yield partial
+            with disk_errors(path):
+                _sync_tree(partial)
+                put_in_place(partial, path, overwrite)
+                sync_directory(path.parent)
+
+
+def remove_leftovers(path: Path) -> None:
+    """Remove what killed writers of `path` left beside it; whoever still writes holds a lock on their own."""
+    for leftover in path.parent.glob(f".{glob.escape(path.name)}.*.partial"):
+        with contextlib.suppress(OSError), _held(os.open(leftover, os.O_RDONLY)) as held:
+            if held and time.time() - leftover.stat().st_mtime > _STALE:
+                _remove(leftover)
 
 
 def partial_path(path: Path) -> Path:
@@ -154,7 +166,23 @@ def sync_directory(path: Path) -> None:
         os.close(descriptor)
 
 
-def _allocate(descriptor: int, size: int) -> None:
+def lock(descriptor: int, *, wait: bool = False) -> bool | None:
+    """Hold a file until it is closed or the process dies: whether it is held; None where there are no such locks."""
+    try:
+        import fcntl
+    except ImportError:
+        return None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except BlockingIOError:
+        return False
+    except OSError:  # a file system without locks
+        return None
+    return True
+
+
+def allocate(descriptor: int, size: int) -> None:
+    """Give a file its size, and the disk space for it where the system can."""
     if hasattr(os, "posix_fallocate"):
         os.posix_fallocate(descriptor, 0, size)
     else:
@@ -226,11 +254,24 @@ def _removed_on_error(path: Path) -> Iterator[None]:
     try:
         yield
     except BaseException:
-        if path.is_dir():
-            shutil.rmtree(path, ignore_errors=True)
-        else:
-            path.unlink(missing_ok=True)
+        _remove(path)
         raise
+
+
+@contextmanager
+def _held(descriptor: int) -> Iterator[bool | None]:
+    """Lock an open file or directory for the block, then close it."""
+    try:
+        yield lock(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 @contextmanager

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from suture.checkpoints.refusals import output_refusal
-from suture.checkpoints.writing import disk_errors, put_in_place, sync_directory
+from suture.checkpoints.writing import allocate, disk_errors, lock, put_in_place, sync_directory
 from suture.errors import OutputError
 from suture.files.layout import Place, Shard
 
@@ -113,7 +113,7 @@ class WorkingFolder:
         i, n = self.part
         flags = os.O_RDWR | os.O_CREAT | os.O_APPEND
         self._manifest = os.open(self.path / f"{i}-of-{n}.jsonl", flags, 0o666)
-        if not _lock(self._manifest, wait=False):
+        if lock(self._manifest) is False:
             problem = f"is being worked on by another process as {i}/{n}"
             raise output_refusal(self.path, problem, "wait for it, or give this one another shard")
         if (
@@ -125,7 +125,7 @@ class WorkingFolder:
     def _allocated(self, shard: Shard) -> int:
         descriptor = os.open(self.model / shard.file, os.O_RDWR | os.O_CREAT, 0o666)
         if os.fstat(descriptor).st_size < shard.size:
-            _allocate(descriptor, shard.size)
+            allocate(descriptor, shard.size)
             os.pwrite(descriptor, shard.header, 0)
         return descriptor
 
@@ -202,7 +202,7 @@ class WorkingFolder:
         """Hold a file of the folder, which the system lets go of when the process dies; False if another has it."""
         descriptor = os.open(self.path / file, os.O_RDWR | os.O_CREAT, 0o666)
         try:
-            yield _lock(descriptor, wait=wait)
+            yield lock(descriptor, wait=wait) is not False
         finally:
             os.close(descriptor)
 
@@ -260,26 +260,6 @@ def _lines(manifest: Path) -> Iterator[dict[str, Any]]:
             yield json.loads(line)
         except ValueError:  # a kill in the middle of a line
             continue
-
-
-def _lock(descriptor: int, *, wait: bool) -> bool:
-    """Hold a file until it is closed or the process dies; where the system has no such locks nothing is held."""
-    try:
-        import fcntl
-    except ImportError:
-        return True
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-    except BlockingIOError:
-        return False
-    return True
-
-
-def _allocate(descriptor: int, size: int) -> None:
-    if hasattr(os, "posix_fallocate"):
-        os.posix_fallocate(descriptor, 0, size)
-    else:
-        os.ftruncate(descriptor, size)
 
 
 def _difference(found: str, work: Mapping[str, Any]) -> str:

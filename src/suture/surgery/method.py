@@ -106,7 +106,7 @@ class Repair:
 
     def run(self, stage: Stage, label: str, merged: Mapping[str, Tensor], encodings: Path) -> Repaired:
         """Repair one merged model and score it; `label` is its row's name, `encodings` a folder for what is encoded."""
-        device, forward = stage.one_device.device, stage.forward()
+        device, forward = stage.one_device.device, stage.one_device.call
         module: Any = stage.build()
         module = module.load(merged).to(device).eval()
         expert = partial(_expert, stage, stage.build().to(device).eval())
