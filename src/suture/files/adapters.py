@@ -18,6 +18,7 @@ from suture.checkpoints import Checkpoint, new_directory, open_checkpoint, prove
 from suture.checkpoints.adapters import adapter_files, factor_name, module_and_side, scale_of
 from suture.errors import ConfigError, IncompatibleModels
 from suture.methods import MergeMethod
+from suture.methods.streams import one_each
 
 _LINEAR = ("task_arithmetic", "simple_average")
 Pair = tuple[Float[Tensor, "rows rank"], Float[Tensor, "rank columns"]]
@@ -83,14 +84,12 @@ def _open(folder: Path, name: str) -> Adapter:
 
 def _factors(method: MergeMethod, knobs: Mapping[str, Any], count: int) -> list[float]:
     """What each task vector is multiplied with."""
-    weights = knobs.get("weights") or [1.0] * count
+    weights = one_each(knobs.get("weights") or [1.0] * count, count, "weights")
     if method.name not in _LINEAR:
         raise ConfigError(
             f"{method.name} cannot merge adapters into one adapter. Remedy: method=task_arithmetic or simple_average, "
             "or give base=PATH to merge into the base."
         )
-    if len(weights) != count:
-        raise ConfigError(f"method.weights has {len(weights)} values; wanted one per model, {count}.")
     if method.name == "task_arithmetic":
         return [knobs["scaling_factor"] * weight for weight in weights]
     return [weight / sum(weights) if knobs["normalize"] else weight for weight in weights]

@@ -8,11 +8,10 @@ from annotated_types import Ge, Lt
 from jaxtyping import Float
 from torch import Tensor
 
-from suture.errors import ConfigError
 from suture.methods.dare import Density
 from suture.methods.order_statistic import kth_magnitudes
 from suture.methods.registry import merge_method
-from suture.methods.streams import DeltaStream, OneTensor
+from suture.methods.streams import DeltaStream, OneTensor, one_each
 
 Gamma = Annotated[float, Ge(0), Lt(1)]
 
@@ -33,7 +32,7 @@ def breadcrumbs_band(
     """
     count, num_rows = deltas.num_entries, len(deltas.sample(1))
     densities, gammas = (
-        [told] * num_rows if isinstance(told, int | float) else _one_each(told, num_rows, knob)
+        [told] * num_rows if isinstance(told, int | float) else one_each(told, num_rows, knob)
         for told, knob in ((density, "density"), (gamma, "gamma"))
     )
     kept = [count if share == 1 else int(share * count) for share in densities]
@@ -41,12 +40,6 @@ def breadcrumbs_band(
     low = kth_magnitudes(deltas, [r + 1 if k else 0 for r, k in zip(removed, kept, strict=True)])
     high = kth_magnitudes(deltas, [r + k if k else 0 for r, k in zip(removed, kept, strict=True)])
     return Band(torch.where(torch.tensor(kept) > 0, low, torch.inf), high)
-
-
-def _one_each(told: Sequence[float], num_rows: int, knob: str) -> Sequence[float]:
-    if len(told) != num_rows:
-        raise ConfigError(f"method.{knob} has {len(told)} values; wanted one per model, {num_rows}.")
-    return told
 
 
 @merge_method(

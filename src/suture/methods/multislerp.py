@@ -13,7 +13,7 @@ from torch import Tensor
 
 from suture.errors import ConfigError
 from suture.methods.registry import merge_method
-from suture.methods.streams import DeltaStream, OneTensor, combination, from_origin, inner_products
+from suture.methods.streams import DeltaStream, OneTensor, combined, from_origin, inner_products, one_each
 
 _EPS = 1e-8
 
@@ -28,9 +28,8 @@ def multislerp_weights(
     """What each model is multiplied with, seen from the origin."""
     products = inner_products(from_origin(models, origin))
     norms = products.diagonal().sqrt()
-    shares = torch.ones_like(norms) if weights is None else torch.tensor(list(weights), dtype=norms.dtype)
-    if len(shares) != len(norms):
-        raise ConfigError(f"method.weights has {len(shares)} values; wanted one per model, {len(norms)}.")
+    told = one_each(weights or [1.0] * len(norms), len(norms), "weights")
+    shares = torch.tensor(list(told), dtype=norms.dtype)
     shares = shares / shares.sum() if normalize else shares
     units = shares / (norms + _EPS)
     length = (units @ products @ units).clamp_min(0).sqrt()
@@ -62,6 +61,4 @@ def multislerp(
     """
     if statistic is None:
         statistic = multislerp_weights(OneTensor(models, base), weights=weights, normalize=normalize, origin=origin)
-    if origin == "zero":
-        return combination(statistic, models)
-    return base + combination(statistic, models - base)
+    return combined(statistic, models, base, origin)

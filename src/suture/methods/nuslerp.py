@@ -7,9 +7,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from suture.errors import ConfigError
 from suture.methods.registry import merge_method
-from suture.methods.streams import DeltaStream, OneTensor, combination, from_origin, inner_products
+from suture.methods.streams import DeltaStream, OneTensor, combined, from_origin, inner_products, one_each
 
 _COLLINEAR = 1e-16  # a squared sine; below it the arc is a line
 
@@ -46,10 +45,7 @@ def nuslerp(
     >>> nuslerp(torch.zeros(2), torch.tensor([[1.0, 0.0], [0.0, 1.0]]), weights=[1.0, 2.0])
     tensor([0.5000, 0.8660])
     """
-    if weights is not None and len(weights) != 2:
-        raise ConfigError(f"method.weights has {len(weights)} values; wanted one per model, 2.")
+    one_each(weights or (1.0, 1.0), 2, "weights")
     if statistic is None:
         statistic = nuslerp_weights(OneTensor(models, base), weights=weights, origin=origin)
-    if origin == "zero":
-        return combination(statistic, models)
-    return base + combination(statistic, models - base)
+    return combined(statistic, models, base, origin)

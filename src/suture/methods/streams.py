@@ -140,10 +140,22 @@ def per_row(values: float | Sequence[float], rows: Tensor, knob: str) -> Tensor:
     """A knob's value, or one value for each row, as a tensor that spreads over the rows."""
     if isinstance(values, int | float):
         return torch.tensor(values, dtype=rows.dtype)
-    if len(values) != len(rows):
-        raise ConfigError(f"method.{knob} has {len(values)} values; wanted one per model, {len(rows)}.")
-    told = torch.tensor(list(values), dtype=rows.dtype).to(rows.device)
+    told = torch.tensor(list(one_each(values, len(rows), knob)), dtype=rows.dtype).to(rows.device)
     return told.view(-1, *[1] * (rows.ndim - 1))
+
+
+def one_each(values: Sequence[float], count: int, knob: str) -> Sequence[float]:
+    """The values of a knob; `ConfigError` if there is not one for each of `count` models."""
+    if len(values) != count:
+        raise ConfigError(f"method.{knob} has {len(values)} values; wanted one per model, {count}.")
+    return values
+
+
+def combined(
+    weights: Float[Tensor, " task"], models: Float[Tensor, " task *shape"], base: Float[Tensor, " *shape"], origin: str
+) -> Float[Tensor, " *shape"]:
+    """Σ weight · model, or base + Σ weight · task vector if their origin is the base."""
+    return combination(weights, models) if origin == "zero" else base + combination(weights, models - base)
 
 
 def combination(weights: Float[Tensor, " row"], rows: Float[Tensor, " row *shape"]) -> Float[Tensor, " *shape"]:

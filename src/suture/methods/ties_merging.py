@@ -14,10 +14,9 @@ from annotated_types import Gt, Le
 from jaxtyping import Float
 from torch import Tensor
 
-from suture.errors import ConfigError
 from suture.methods.order_statistic import kth_magnitudes
 from suture.methods.registry import merge_method
-from suture.methods.streams import DeltaStream, OneTensor
+from suture.methods.streams import DeltaStream, OneTensor, one_each
 
 Threshold = Annotated[float, Gt(0), Le(100)]
 _EXACT = 1 << 24  # up to here float32 counts without error
@@ -122,8 +121,8 @@ def ties_merging(
     >>> ties_merging(base, deltas, threshold=60, scaling_factor=1.0)
     tensor([ 6., -5., -3.])
     """
-    if weights is not None and len(weights) != len(deltas):
-        raise ConfigError(f"method.weights has {len(weights)} values; wanted one per model, {len(deltas)}.")
+    if weights is not None:
+        one_each(weights, len(deltas), "weights")
     knobs = {"merge_func": merge_func, "scaling_factor": scaling_factor, "weights": weights}
     if statistic is None:
         statistic = trim_thresholds(OneTensor(deltas), threshold=threshold, scope=scope)
