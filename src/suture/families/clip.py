@@ -165,10 +165,9 @@ class Clip(Family):
     def processor(self) -> Any:
         """The model's image processor, the variant that works on Pillow images."""
         with quiet():
-            import transformers
+            from transformers import CLIPImageProcessorPil
 
-            kind = getattr(transformers, "CLIPImageProcessorPil", None) or transformers.CLIPImageProcessor
-            return _from_disk(kind, self.directory, "preprocessor_config.json or processor_config.json")
+            return _from_disk(CLIPImageProcessorPil, self.directory, "preprocessor_config.json or processor_config.json")
 
     @cached_property
     def tokenizer(self) -> Any:

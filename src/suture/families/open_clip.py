@@ -128,11 +128,10 @@ class OpenClip(Family):
     def reader(self) -> PictureReader:
         """The shorter side resized (bicubic), the centre cropped, as open_clip does, to the side it was trained at."""
         with quiet():
-            import transformers
+            from transformers import CLIPImageProcessorPil
 
-            kind = getattr(transformers, "CLIPImageProcessorPil", None) or transformers.CLIPImageProcessor
             side = self._sizes["image_size"]
-            processor = kind(size={"shortest_edge": side}, crop_size={"height": side, "width": side})
+            processor = CLIPImageProcessorPil(size={"shortest_edge": side}, crop_size={"height": side, "width": side})
         return PictureReader(processor, (3, side, side), self.label)
 
     @cached_property

@@ -37,8 +37,7 @@ CAPTION_LENGTH = 24
 
 def make_processor(tokenizer):
     """The CLIPProcessor for the zoo's images: 16 x 16, fixed mean and standard deviation, no torchvision."""
-    from transformers import CLIPProcessor
-    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+    from transformers import CLIPImageProcessorPil, CLIPProcessor
 
     images = CLIPImageProcessorPil(
         size={"height": SIDE, "width": SIDE},
