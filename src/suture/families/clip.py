@@ -167,7 +167,8 @@ class Clip(Family):
         with quiet():
             from transformers import CLIPImageProcessorPil
 
-            return _from_disk(CLIPImageProcessorPil, self.directory, "preprocessor_config.json or processor_config.json")
+            wanted = "preprocessor_config.json or processor_config.json"
+            return _from_disk(CLIPImageProcessorPil, self.directory, wanted)
 
     @cached_property
     def tokenizer(self) -> Any:
