@@ -35,7 +35,7 @@ class OneDevice:
 
     def call(self, module: Any, inputs: Any) -> Tensor:
         """What the module gives for a batch, in float32 whatever it is computed in: (batch, …)."""
-        if str(self.config.get("precision") or PRECISIONS[0]) == PRECISIONS[0]:
+        if _precision(self.config) == PRECISIONS[0]:
             return call(module, inputs)
         with self.fabric.autocast():
             return call(module, inputs).float()
@@ -65,7 +65,7 @@ def check_fabric(config: Mapping[str, Any]) -> None:
         remedy = "Remedy: ddp_fork, or ddp, which starts the command once for each process."
         found = f"fabric.strategy={config['strategy']}"
         raise ConfigError(f"{found}: what runs cannot be handed to a new process. {remedy}")
-    precision, kind = str(config.get("precision") or PRECISIONS[0]), _logger_kind(config)
+    precision, kind = _precision(config), _logger_kind(config)
     if precision not in PRECISIONS:
         raise ConfigError(unknown_name("fabric.precision", precision, PRECISIONS))
     if kind not in _LOGGERS:
@@ -94,6 +94,10 @@ def _logger(kind: str, root: Any, name: str):
         place = {"root_dir": root, "name": name, "version": ""}
         return CSVLogger(**place) if kind == "csv" else TensorBoardLogger(**place)
     return MlflowLogger(root, name) if kind == "mlflow" else WandbLogger(root, name)
+
+
+def _precision(config: Mapping[str, Any]) -> str:
+    return str(config.get("precision") or PRECISIONS[0])
 
 
 def _logger_kind(config: Mapping[str, Any]) -> str:

@@ -111,7 +111,7 @@ def new_file(path: Path, size: int) -> Iterator[int]:
         remove_leftovers(path)
         with disk_errors(path):
             descriptor = os.open(partial, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
-        with _held(descriptor):
+        with held(descriptor):
             with disk_errors(path):
                 allocate(descriptor, size)
             yield descriptor
@@ -136,7 +136,7 @@ def new_directory(path: str | os.PathLike[str], *, overwrite: bool = False) -> I
         with disk_errors(path):
             partial.mkdir()
             descriptor = os.open(partial, os.O_RDONLY)
-        with _held(descriptor):
+        with held(descriptor):
             yield partial
             with disk_errors(path):
                 _sync_tree(partial)
@@ -147,8 +147,8 @@ def new_directory(path: str | os.PathLike[str], *, overwrite: bool = False) -> I
 def remove_leftovers(path: Path) -> None:
     """Remove what killed writers of `path` left beside it; whoever still writes holds a lock on their own."""
     for leftover in path.parent.glob(f".{glob.escape(path.name)}.*.partial"):
-        with contextlib.suppress(OSError), _held(os.open(leftover, os.O_RDONLY)) as held:
-            if held and time.time() - leftover.stat().st_mtime > _STALE:
+        with contextlib.suppress(OSError), held(os.open(leftover, os.O_RDONLY)) as got:
+            if got and time.time() - leftover.stat().st_mtime > _STALE:
                 _remove(leftover)
 
 
@@ -259,10 +259,10 @@ def _removed_on_error(path: Path) -> Iterator[None]:
 
 
 @contextmanager
-def _held(descriptor: int) -> Iterator[bool | None]:
-    """Lock an open file or directory for the block, then close it."""
+def held(descriptor: int, *, wait: bool = False) -> Iterator[bool | None]:
+    """`lock` an open file or directory for the block, then close it."""
     try:
-        yield lock(descriptor)
+        yield lock(descriptor, wait=wait)
     finally:
         os.close(descriptor)
 

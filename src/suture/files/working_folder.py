@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from suture.checkpoints.refusals import output_refusal
-from suture.checkpoints.writing import allocate, disk_errors, lock, put_in_place, sync_directory
+from suture.checkpoints.writing import allocate, disk_errors, held, lock, put_in_place, sync_directory
 from suture.errors import OutputError
 from suture.files.layout import Place, Shard
 
@@ -200,11 +200,8 @@ class WorkingFolder:
     @contextmanager
     def _holding(self, file: str, *, wait: bool) -> Iterator[bool]:
         """Hold a file of the folder, which the system lets go of when the process dies; False if another has it."""
-        descriptor = os.open(self.path / file, os.O_RDWR | os.O_CREAT, 0o666)
-        try:
-            yield lock(descriptor, wait=wait) is not False
-        finally:
-            os.close(descriptor)
+        with held(os.open(self.path / file, os.O_RDWR | os.O_CREAT, 0o666), wait=wait) as got:
+            yield got is not False
 
     def once(self, names: Sequence[str], make: Callable[[str, Path], None]) -> list[Path]:
         """The files of these names, each made by one of the processes that ask for it; returns when all are there.
