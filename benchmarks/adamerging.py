@@ -33,9 +33,9 @@ from torch.nn.functional import normalize
 from watching import anonymous, watched
 
 from suture.adaptation import adapt, entropy
-from suture.adaptation.forward import Network
 from suture.adaptation.merged_model import MergedModel
-from suture.batches import ShuffledBatches
+from suture.adaptation.network import Network
+from suture.core.batches import ShuffledBatches
 
 BATCH, CLASSES = 16, 100
 

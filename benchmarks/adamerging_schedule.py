@@ -20,10 +20,10 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from suture.adaptation import adapt, entropy, layout, load_coefficients, save_coefficients
-from suture.batches import ShuffledBatches
-from suture.config import compose
+from suture.core.batches import ShuffledBatches
 from suture.evaluation import TaskInputs, evaluate, evaluation_set
-from suture.pipeline import OpenModels, Run
+from suture.pipeline.config import compose
+from suture.pipeline.pipeline import OpenModels, Run
 
 HELD_OUT = 250
 HEADER = "network  λ      schedule   steps  entropy    start  accuracy  start"

@@ -20,10 +20,10 @@ from torch import Tensor
 
 from suture import merge
 from suture.adaptation import adapt, layout, load_coefficients, save_coefficients
-from suture.batches import ShuffledBatches
-from suture.config import compose
+from suture.core.batches import ShuffledBatches
 from suture.evaluation import TaskInputs, evaluate_row, evaluation_set
-from suture.pipeline import OpenModels, Run
+from suture.pipeline.config import compose
+from suture.pipeline.pipeline import OpenModels, Run
 
 STEPS, RATES, SCORED = 50, (1e-3, 3e-3), 250
 OBJECTIVES = ("entropy", "expert_cross_entropy", "expert_feature_l1")

@@ -20,9 +20,9 @@ from safetensors.torch import load_file, save_file
 from watching import measure
 
 from suture.checkpoints import allocate_checkpoint
-from suture.merge import merge_task_vectors
-from suture.methods import get_method
-from suture.task_vectors import open_task_vectors
+from suture.merging.merge import merge_task_vectors
+from suture.merging.registry import get_method
+from suture.merging.task_vectors import open_task_vectors
 
 
 def shapes(scale: float) -> dict[str, tuple[int, ...]]:

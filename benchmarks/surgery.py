@@ -22,8 +22,9 @@ import torch
 import watching
 from torch import nn
 
-from suture.batches import ShuffledBatches
-from suture.surgery import FINAL, Block, SurgeryModules, repair
+from suture.core.batches import ShuffledBatches
+from suture.repairs import Block, SurgeryModules, repair
+from suture.repairs.network import FINAL
 
 LR, RANK, BATCH = 1e-3, 16, 16
 

@@ -17,13 +17,13 @@ from mkdocs.structure.files import File
 from safetensors.torch import load_file
 
 import suture
-from suture.knobs import Knobs
-from suture.learned import LearnedMethod, all_methods
-from suture.methods import MergeMethod
-from suture.preflight import in_bytes
-from suture.reproduce import published
-from suture.surgery.method import KINDS, Repair
-from suture.task_vectors import chunk_for, memory_of
+from suture.core.knobs import Knobs
+from suture.core.names import in_bytes
+from suture.merging.registry import MergeMethod
+from suture.merging.task_vectors import chunk_for, memory_of
+from suture.pipeline.methods import LearnedMethod, all_methods
+from suture.pipeline.repairs import KINDS, Repair
+from suture.pipeline.reproduce import published
 
 ROOT = Path(__file__).parent.parent
 GOLDEN = ROOT / "tests" / "golden"

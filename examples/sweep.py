@@ -3,8 +3,8 @@
 import sys
 from pathlib import Path
 
-from suture.cli import main
-from suture.report import report
+from suture.cli.main import main
+from suture.reporting import report
 
 words = ["method=task_arithmetic", "method.scaling_factor=0.1,0.2,0.3", "modelpool=glyphs8", "taskpool=glyphs8"]
 if main(["-m", *words, "hydra.sweep.dir=sweep", *sys.argv[1:]]) == 0:

@@ -6,9 +6,7 @@ from jaxtyping import install_import_hook
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # Shapes in signatures are enforced here and nowhere else.
-install_import_hook(
-    ["suture.adaptation", "suture.methods", "suture.surgery", "suture.task_vectors"], "typecheck.checked"
-)
+install_import_hook(["suture.adaptation", "suture.merging", "suture.repairs"], "typecheck.checked")
 
 pytest_plugins = ["desk", "pages", "text_shop"]
 

@@ -6,7 +6,12 @@ Everything here is one call, and the command line has the same verbs. Heavy libr
 """
 
 from suture.adaptation import adapt, entropy_loss
-from suture.algorithms import (
+from suture.checkpoints import Checkpoint, open_checkpoint, save_checkpoint
+from suture.core.head import Head
+from suture.errors import SutureError
+from suture.evaluation import Row, TaskInputs, evaluate, evaluate_row
+from suture.file_merge import merge_files, merge_mergekit, plan_files
+from suture.fusionbench import (
     CLIPLayerWiseAdaMergingAlgorithm,
     CLIPLayerWiseAdaMergingSurgeryAlgorithm,
     CLIPTaskWiseAdaMergingAlgorithm,
@@ -23,21 +28,17 @@ from suture.algorithms import (
     get_layer_wise_weights,
     get_task_wise_weights,
 )
-from suture.checkpoints import Checkpoint, open_checkpoint, save_checkpoint
-from suture.compatibility import compatibility
-from suture.errors import SutureError
-from suture.evaluation import Row, TaskInputs, evaluate, evaluate_row
-from suture.files import merge_files, merge_mergekit, plan_files
-from suture.heads import Head
-from suture.merge import merge
-from suture.methods import get_method, merge_method, methods
-from suture.normalisation import reestimate_statistics
-from suture.pipeline import demo
-from suture.pools import ModelPool, TaskPool
-from suture.preflight import preflight
-from suture.pushing import push
-from suture.report import report
-from suture.surgery import SurgeryModel, SurgeryModelWrapper, repair
+from suture.fusionbench.surgery import SurgeryModelWrapper
+from suture.merging.batch_norm import reestimate_statistics
+from suture.merging.compatibility import compatibility
+from suture.merging.merge import merge
+from suture.merging.registry import get_method, merge_method, methods
+from suture.pipeline.pipeline import demo
+from suture.pipeline.pools import ModelPool, TaskPool
+from suture.pipeline.preflight import preflight
+from suture.pipeline.pushing import push
+from suture.repairs import SurgeryModel, repair
+from suture.reporting import report
 from suture.tasks import Task
 
 __version__ = "0.1.0"

@@ -7,6 +7,9 @@ what to do. The command line prints it and exits with code 2.
 from collections.abc import Iterable
 from difflib import get_close_matches
 
+PRETRAINED = "_pretrained_"  # the name of the base in pools and messages
+_LONGEST = 300
+
 
 class SutureError(Exception):
     """Base of all errors that are the input's fault and not suture's."""
@@ -38,3 +41,24 @@ def unknown_name(kind: str, name: str, known: Iterable) -> str:
     near = get_close_matches(str(name), names, n=2, cutoff=0.5)
     hint = f" Did you mean {' or '.join(repr(n) for n in near)}?" if near else ""
     return f"Unknown {kind} {name!r}.{hint} Known: {', '.join(names)}."
+
+
+def shown(text: object) -> str:
+    """Text of unknown origin as one printable line of bounded length."""
+    line = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in str(text)[: _LONGEST + 1])
+    return line if len(line) <= _LONGEST else line[:_LONGEST] + "…"
+
+
+def refusal(where: object, problem: str, remedy: str) -> CheckpointError:
+    """The error for a checkpoint that cannot be read: which one, what was found, what to do."""
+    return CheckpointError(f"'{shown(where)}' {shown(problem)}. Remedy: {remedy}.")
+
+
+def output_refusal(where: object, problem: str, remedy: str) -> OutputError:
+    """The error for a result that cannot be written: which one, why, what to do."""
+    return OutputError(f"'{shown(where)}' {shown(problem)}. Remedy: {remedy}.")
+
+
+def one_line(error: Exception) -> str:
+    """What another library says, on one line and not too long."""
+    return " ".join(str(error).split())[:160]

@@ -16,7 +16,7 @@ from tiny_clip import save_tiny_clip
 
 from suture.checkpoints import open_checkpoint, save_checkpoint
 from suture.checkpoints.clip_layouts import to_open_clip, to_transformers
-from suture.cli import main
+from suture.cli.main import main
 from suture.families.open_clip import OpenClip
 
 VISION = {"layers": 2, "width": 64, "head_width": 64, "patch_size": 4, "image_size": 16}
@@ -116,7 +116,7 @@ def published(tmp_path_factory):
     folder = tmp_path_factory.mktemp("published")
     (folder / "modeling.py").write_text(_MODELING)
     here = os.path.dirname(__file__)
-    program = textwrap.dedent(_SAVE).format(tests=os.path.dirname(here), vision=here)
+    program = textwrap.dedent(_SAVE).format(tests=os.path.join(os.path.dirname(here), "support"), vision=here)
     subprocess.run([sys.executable, "-c", program], cwd=folder, check=True)
     (folder / "modeling.py").unlink()
     for name in ("first", "second"):

@@ -10,20 +10,20 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from suture.adaptation.coefficients import Coefficients, Granularity, Layout, effective, initial_values, layout
-from suture.adaptation.forward import Forward, Logits, Network, call, check_concatenation, depends_on_batch
 from suture.adaptation.merged_model import MergedModel, matched_tensors
+from suture.adaptation.network import Logits, Network, check_concatenation, depends_on_batch
 from suture.adaptation.objectives import Objective, get_objective
 from suture.adaptation.passes import passes
-from suture.adaptation.rows import task_vector_rows
 from suture.adaptation.schedules import Schedule, get_schedule
-from suture.adaptation.team import Team
 from suture.adaptation.trajectory import Trajectory
-from suture.batches import ShuffledBatches, to_device
+from suture.adaptation.vectors import task_vector_rows
 from suture.checkpoints import Source
+from suture.core.batches import Forward, ShuffledBatches, call, to_device
+from suture.core.progress import Profile
+from suture.core.team import Team
 from suture.errors import ConfigError, DataError, unknown_name
-from suture.progress import Profile
-from suture.resuming import Resume
-from suture.task_vectors import open_task_vectors
+from suture.merging.task_vectors import open_task_vectors
+from suture.storage.resume import Resume
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric

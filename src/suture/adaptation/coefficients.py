@@ -20,8 +20,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from suture.checkpoints import open_checkpoint, save_checkpoint
-from suture.checkpoints.writing import new_file
 from suture.errors import ConfigError, unknown_name
+from suture.storage.atomic import new_file
 
 Granularity = str | Sequence[str] | Mapping[str, str]
 

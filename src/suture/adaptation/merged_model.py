@@ -13,9 +13,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from suture.adaptation.rows import Rows
+from suture.adaptation.vectors import Rows
 from suture.errors import IncompatibleModels
-from suture.task_vectors import TaskVectors, compute_dtype
+from suture.merging.task_vectors import TaskVectors, compute_dtype
 
 
 class MergedModel:

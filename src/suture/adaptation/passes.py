@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from suture.batches import joinable, size, take
+from suture.core.batches import joinable, size, take
 
 Pass = list["Part"]
 

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from suture.resuming import Resume
+from suture.storage.resume import Resume
 
 
 class Trajectory:

@@ -11,10 +11,11 @@ from torch import Tensor, nn
 from suture.analysis.finding import Finding
 from suture.analysis.weights import Models
 from suture.checkpoints import Source
+from suture.core.progress import Track, untracked
 from suture.errors import ConfigError
 from suture.evaluation import BATCH_SIZE, TaskInputs, evaluate_row
-from suture.families.base import Encoder, Track, untracked
-from suture.task_vectors import TaskVectors, open_task_vectors
+from suture.families.shared.base import Encoder
+from suture.merging.task_vectors import TaskVectors, open_task_vectors
 
 POINTS = (0.0, 0.25, 0.5, 0.75, 1.0)
 

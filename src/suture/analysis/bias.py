@@ -8,14 +8,13 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 
-from suture.adaptation.forward import Forward, call
 from suture.analysis.finding import Finding
-from suture.batches import Inputs
+from suture.core.batches import Forward, Inputs, call
+from suture.core.progress import Track, untracked
 from suture.errors import ConfigError
-from suture.families.base import Track, untracked
-from suture.surgery import linear_cka
-from suture.surgery.network import Block, Blocks, by_place, find_blocks, places_of
-from suture.surgery.problem import Experts, Problem
+from suture.repairs import linear_cka
+from suture.repairs.network import Block, Blocks, by_place, find_blocks, places_of
+from suture.repairs.problem import Experts, Problem
 
 
 def bias(

@@ -15,7 +15,7 @@ from torch import Tensor
 class Finding:
     """`rows` are the table under `heads`; `values` the same numbers as tensors; `labels` name their axes.
 
-    `save` writes both and the figure; `suture.report.findings` paints and prints.
+    `save` writes both and the figure; `suture.analysis.figures` paints and prints.
     """
 
     name: str
@@ -34,7 +34,7 @@ class Finding:
 
     def save(self, folder: str | Path) -> Path:
         """Write NAME.json, NAME.csv, NAME.png and NAME.svg into a folder, which is made; returns it."""
-        from suture.report.findings import draw
+        from suture.analysis.figures import draw
 
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)

@@ -13,10 +13,10 @@ from torch import Tensor
 
 from suture.analysis.finding import Finding
 from suture.checkpoints import Source
-from suture.methods.streams import inner_products, total
-from suture.methods.ties_merging import trim_thresholds
-from suture.natural import natural
-from suture.task_vectors import TaskVectors, open_task_vectors
+from suture.core.names import natural
+from suture.merging.methods.ties_merging import trim_thresholds
+from suture.merging.streams import inner_products, total
+from suture.merging.task_vectors import TaskVectors, open_task_vectors
 
 Models = Mapping[str, Source] | Sequence[Source]
 

@@ -14,9 +14,11 @@ What happens to the tensors that are no ordinary weights:
 
 from suture.checkpoints.adapters import open_fine_tuned
 from suture.checkpoints.checkpoint import Checkpoint, Factors, Parts, TensorSpec
-from suture.checkpoints.hashing import cache_directory, content_hash, file_sha256, provenance
 from suture.checkpoints.opening import Source, open_checkpoint
-from suture.checkpoints.writing import allocate_checkpoint, new_directory, save_checkpoint
+from suture.checkpoints.provenance import content_hash, file_sha256, provenance
+from suture.checkpoints.writing import allocate_checkpoint, save_checkpoint
+from suture.storage.atomic import new_directory
+from suture.storage.cache import cache_directory
 
 __all__ = [
     "Checkpoint",

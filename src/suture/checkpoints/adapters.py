@@ -18,9 +18,8 @@ from torch import Tensor
 
 from suture.checkpoints.checkpoint import Checkpoint, Entry, Factors
 from suture.checkpoints.opening import Source, open_checkpoint
-from suture.checkpoints.refusals import refusal, shown
-from suture.errors import CheckpointError
-from suture.hub import download, is_hub_id
+from suture.errors import CheckpointError, refusal, shown
+from suture.storage.hub import download, is_hub_id
 
 _CONFIG = "adapter_config.json"
 _WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")

@@ -9,8 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from suture.checkpoints.mapped_files import MappedFile
-from suture.checkpoints.refusals import refusal, shown
+from suture.errors import refusal, shown
+from suture.storage.mapped_file import MappedFile
 
 _DTYPE_NAMES = {
     "BOOL": "bool",

@@ -7,7 +7,7 @@ from typing import Any
 
 from suture.checkpoints.checkpoint import Entry
 from suture.checkpoints.formats import SUFFIXES, read_entries
-from suture.checkpoints.refusals import refusal, shown
+from suture.errors import refusal, shown
 
 INDEX_SUFFIX = ".index.json"
 # In the order in which `transformers` looks for them.

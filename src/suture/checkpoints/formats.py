@@ -3,10 +3,9 @@
 from pathlib import Path
 
 from suture.checkpoints.checkpoint import Entry
-from suture.checkpoints.refusals import refusal
 from suture.checkpoints.safetensors_files import read_safetensors
 from suture.checkpoints.torch_files import read_legacy_torch, read_torch_zip
-from suture.errors import CheckpointError
+from suture.errors import CheckpointError, refusal
 
 PICKLE_SUFFIXES = (".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth")
 SUFFIXES = (".safetensors", *PICKLE_SUFFIXES)

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from suture.checkpoints.checkpoint import SUPPORTED, Entry, TensorSpec
-from suture.checkpoints.refusals import refusal, short, shown
+from suture.core.names import short
+from suture.errors import refusal, shown
 
 _STATE_DICT = "give a mapping from names to dense tensors, such as a module's state_dict()"
 

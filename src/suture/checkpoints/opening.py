@@ -10,9 +10,9 @@ from suture.checkpoints.checkpoint import Checkpoint
 from suture.checkpoints.directories import INDEX_SUFFIX, read_sharded, weight_file
 from suture.checkpoints.formats import read_entries
 from suture.checkpoints.live_tensors import mapping_entries, module_entries
-from suture.checkpoints.refusals import refusal, shown
-from suture.errors import CheckpointError
-from suture.hub import download, is_hub_id
+from suture.errors import CheckpointError, refusal, shown
+from suture.storage.addresses import ZOO_ADDRESS, zoo_path
+from suture.storage.hub import download, is_hub_id
 
 Source = str | os.PathLike[str] | nn.Module | Mapping[str, Tensor]
 
@@ -47,10 +47,8 @@ def open_checkpoint(source: Source, *, label: str | None = None, revision: str |
 
 def _locate(source: str | os.PathLike[str], revision: str | None) -> Path:
     """The file or directory that a source names, fetched if it has to be."""
-    if isinstance(source, str) and source.startswith("zoo:"):
-        from suture import zoo
-
-        return zoo.resolve(source)
+    if isinstance(source, str) and source.startswith(ZOO_ADDRESS):
+        return zoo_path(source)
     path = Path(source)
     if not path.exists():
         if isinstance(source, str) and is_hub_id(source):

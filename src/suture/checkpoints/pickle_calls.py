@@ -10,8 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from suture.checkpoints.refusals import refusal, shown
-from suture.errors import CheckpointError
+from suture.errors import CheckpointError, refusal, shown
 
 _TRUST = "use a copy saved as safetensors, or as a plain state dict, by someone you trust"
 _FROM_TYPE = ("torch._tensor._rebuild_from_type", "torch._tensor._rebuild_from_type_v2")

@@ -9,8 +9,8 @@ from typing import Any
 from torch import Tensor
 
 from suture.checkpoints.checkpoint import DTYPES, Entry, TensorSpec
-from suture.checkpoints.mapped_files import MappedFile
-from suture.checkpoints.refusals import refusal, shown
+from suture.errors import refusal, shown
+from suture.storage.mapped_file import MappedFile
 
 ALIASES_KEY = "aliases"  # the metadata entry in which tied names are kept, as JSON: alias → name
 _LONGEST_HEADER = 100_000_000  # the format's own limit

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from suture.checkpoints.pickle_calls import Inert, TensorRef, Unsupported
-from suture.checkpoints.refusals import refusal, shown
+from suture.errors import refusal, shown
 
 _WRAPPERS = ("state_dict", "model_state_dict", "model", "module")
 _MOST_NAMES = 200_000  # modules that hold each other in a tangle would give a name for every path through it

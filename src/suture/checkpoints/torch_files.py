@@ -15,11 +15,12 @@ import torch
 from torch import Tensor
 
 from suture.checkpoints.checkpoint import SUPPORTED, Entry, TensorSpec
-from suture.checkpoints.mapped_files import MappedFile
 from suture.checkpoints.pickle_calls import StorageRef, TensorRef
-from suture.checkpoints.refusals import refusal, short, shown
 from suture.checkpoints.state_dicts import weights
 from suture.checkpoints.unpickling import read_pickle
+from suture.core.names import short
+from suture.errors import refusal, shown
+from suture.storage.mapped_file import MappedFile
 
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 _LEGACY_PROTOCOL = 1001

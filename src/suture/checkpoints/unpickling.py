@@ -22,7 +22,7 @@ from suture.checkpoints.pickle_calls import (
     scalar_keys,
     storage,
 )
-from suture.checkpoints.refusals import refusal
+from suture.errors import refusal
 
 _DAMAGE = (
     ArithmeticError,

@@ -5,12 +5,11 @@ import pkgutil
 from importlib.metadata import entry_points
 
 from suture.errors import ConfigError, unknown_name
-from suture.families.base import Encoder, Family, Track, companion_files, untracked
+from suture.families.shared.base import Encoder, Family, companion_files
 
-__all__ = ["Encoder", "Family", "Track", "companion_files", "families", "family", "untracked"]
+__all__ = ["Encoder", "Family", "companion_files", "families", "family"]
 
 _GROUP = "suture.families"  # entry points of other packages
-_SHARED = ("base", "classification", "heads", "models", "pictures", "spelling", "taken_apart", "texts")
 
 
 def families() -> list[str]:
@@ -28,4 +27,4 @@ def family(name: str) -> type[Family]:
 
 
 def _here() -> list[str]:
-    return [module.name for module in pkgutil.iter_modules(__path__) if module.name not in _SHARED]
+    return [module.name for module in pkgutil.iter_modules(__path__) if not module.ispkg]

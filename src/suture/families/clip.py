@@ -14,11 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from suture.errors import CheckpointError
-from suture.families.base import Encoder, Family, Track, one_line, untracked
-from suture.families.heads import cached, digest, without_templates, zero_shot_head
-from suture.families.pictures import PictureReader, Standardise, quiet
-from suture.heads import Head
+from suture.core.head import Head
+from suture.core.progress import Track, untracked
+from suture.errors import CheckpointError, one_line
+from suture.families.shared.base import Encoder, Family
+from suture.families.shared.pictures import PictureReader, Standardise, quiet
+from suture.families.shared.zero_shot import cached, without_templates, zero_shot_head
+from suture.storage.cache import digest
 from suture.tasks.base import Images, Task
 
 _VISION, _TEXT = "vision_model.", "text_model."

@@ -11,10 +11,9 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from suture.errors import CheckpointError
-from suture.families.base import one_line
-from suture.families.classification import Classification
-from suture.families.pictures import PictureReader, Standardise, quiet
+from suture.errors import CheckpointError, one_line
+from suture.families.shared.classification import Classification
+from suture.families.shared.pictures import PictureReader, Standardise, quiet
 
 
 class ImageClassification(Classification):

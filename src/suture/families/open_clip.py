@@ -16,11 +16,13 @@ import torch
 from torch import Tensor, nn
 
 from suture.checkpoints import open_checkpoint
+from suture.core.head import Head
+from suture.core.progress import Track, untracked
 from suture.errors import CheckpointError, ConfigError, unknown_name
-from suture.families.base import Encoder, Family, Track, untracked
-from suture.families.heads import cached, digest, without_templates, zero_shot_head
-from suture.families.pictures import PictureReader, Standardise, quiet
-from suture.heads import Head
+from suture.families.shared.base import Encoder, Family
+from suture.families.shared.pictures import PictureReader, Standardise, quiet
+from suture.families.shared.zero_shot import cached, without_templates, zero_shot_head
+from suture.storage.cache import digest
 from suture.tasks.base import Task
 
 _VISUAL, _TEXT_BLOCKS, _PICKLED = "visual.", "transformer.resblocks.", "model."

@@ -15,12 +15,13 @@ import torch
 from torch import Tensor, nn
 
 from suture.checkpoints import Checkpoint
+from suture.core.head import Head
+from suture.core.progress import Track, untracked
 from suture.errors import CheckpointError, ConfigError, SutureError
-from suture.families.base import Encoder, Family, Track, untracked
-from suture.families.models import Naming, build, config_of, copy_into, tied_names
-from suture.families.spelling import spelling_of
-from suture.families.texts import SETTINGS, TextReader
-from suture.heads import Head
+from suture.families.shared.base import Encoder, Family
+from suture.families.shared.models import Naming, build, config_of, copy_into, tied_names
+from suture.families.shared.spelling import spelling_of
+from suture.families.shared.texts import SETTINGS, TextReader
 from suture.tasks.base import Task
 
 _PARTS = ("shared", "encoder", "decoder", "lm_head")

@@ -10,8 +10,8 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from suture.families.classification import Classification
-from suture.families.texts import SETTINGS, TextReader
+from suture.families.shared.classification import Classification
+from suture.families.shared.texts import SETTINGS, TextReader
 
 
 class SequenceClassification(Classification):

@@ -12,12 +12,13 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from suture import hub
 from suture.errors import ConfigError, DataError, SutureError
+from suture.storage import hub
+from suture.storage.addresses import ZOO_ADDRESS, zoo_path
 from suture.tasks import layouts
 from suture.tasks.base import SPLITS, Images, Source, Split, Task, Texts
 
-__all__ = ["Images", "Source", "Split", "Task", "Texts", "check", "known", "load", "notes", "sources"]
+__all__ = ["Images", "Source", "Split", "Task", "Texts", "check", "known", "load", "notes", "source_kinds"]
 
 
 def load(task: Task, split: Split) -> Images | Texts:
@@ -69,10 +70,11 @@ def known(name: str) -> dict[str, Any]:
 
 
 @cache
-def sources() -> dict[str, Source]:
-    """The kinds of source by name: every module of this package that defines `SOURCE`."""
-    modules = [importlib.import_module(f"{__name__}.{m.name}") for m in pkgutil.iter_modules(__path__)]
-    return {m.__name__.rsplit(".", 1)[-1]: m.SOURCE for m in modules if hasattr(m, "SOURCE")}
+def source_kinds() -> dict[str, Source]:
+    """The kinds of source by name: every module of `suture.tasks.sources`."""
+    package = importlib.import_module("suture.tasks.sources")
+    modules = [importlib.import_module(f"{package.__name__}.{m.name}") for m in pkgutil.iter_modules(package.__path__)]
+    return {m.__name__.rsplit(".", 1)[-1]: m.SOURCE for m in modules}
 
 
 def _wording_problems(task: Task) -> list[str]:
@@ -117,10 +119,8 @@ def _data_problems(task: Task, split: Split) -> list[str]:
 
 
 def _folder(task: Task) -> Path:
-    if task.source.startswith("zoo:"):
-        from suture.zoo import resolve
-
-        return Path(resolve(task.source))
+    if task.source.startswith(ZOO_ADDRESS):
+        return zoo_path(task.source)
     if _is_on_hub(task):
         return hub.cached_dataset(task.source) or hub.download_dataset(task.source, task.subset)
     folder = Path(task.source).expanduser()
@@ -140,7 +140,7 @@ def _source(folder: Path, split: Split, task: Task) -> tuple[Path, Source]:
     """Where the data lie and what reads them: a layout of the task, any other kind, or a layout without this split."""
     if found := layouts.source(folder, split, task, of=(split,)):
         return found
-    fitting = [source for source in sources().values() if source.texts or not task.text_columns]
+    fitting = [source for source in source_kinds().values() if source.texts or not task.text_columns]
     for source in fitting:
         if source.found(folder):
             return folder, source

@@ -17,9 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from suture.core.progress import bar
+from suture.core.random import generator_for
 from suture.errors import ConfigError, OutputError, unknown_name
-from suture.progress import bar
-from suture.randomness import generator_for
 from suture.zoo import clip_files, training
 from suture.zoo.idx import save_split
 from suture.zoo.recipe import Recipe

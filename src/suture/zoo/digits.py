@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from suture.randomness import generator_for
+from suture.core.random import generator_for
 from suture.zoo import alphabets, drawing
 from suture.zoo.building import Labelled, ZooTask, require
 from suture.zoo.recipe import Recipe

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from suture.randomness import generator_for
+from suture.core.random import generator_for
 from suture.zoo.alphabets import TASK_TEMPLATES
 from suture.zoo.clip_files import CAPTION_LENGTH, as_pixels, round_to_half
 from suture.zoo.glyphs import CaptionedGlyphs

@@ -3,8 +3,8 @@
 from pathlib import Path
 from typing import Any
 
-from suture.progress import bar
-from suture.randomness import generator_for
+from suture.core.progress import bar
+from suture.core.random import generator_for
 from suture.zoo import alphabets, clip_files, training
 from suture.zoo.building import ZooTask, save_data, train_experts
 from suture.zoo.digits import handwritten_digits

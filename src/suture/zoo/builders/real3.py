@@ -15,11 +15,12 @@ from torch import Tensor
 
 from suture import tasks as sources
 from suture.checkpoints import open_checkpoint
+from suture.core.progress import bar
+from suture.core.random import generator_for
 from suture.errors import ConfigError, DataError
-from suture.progress import bar
-from suture.randomness import generator_for
+from suture.storage.addresses import zoo_path
 from suture.tasks import Images, Split, Task
-from suture.zoo import drawing, resolve
+from suture.zoo import drawing
 from suture.zoo.building import Labelled, ZooTask, require, save_data, train_experts
 from suture.zoo.digits import handwritten_digits
 from suture.zoo.recipe import Recipe
@@ -72,7 +73,7 @@ def build(folder: Path, *, seed: int, recipe: Recipe | None = None, data: str | 
 def _pretrained() -> tuple[Any, object]:
     from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 
-    folder = resolve("zoo:glyphs8/pretrained")
+    folder = zoo_path("zoo:glyphs8/pretrained")
     model = CLIPModel(CLIPConfig.from_pretrained(folder))
     model.load_state_dict(dict(open_checkpoint(folder)))
     return model.float(), CLIPTokenizer.from_pretrained(folder)

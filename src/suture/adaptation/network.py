@@ -1,0 +1,122 @@
+"""Inputs through the module and on to the objective: all tasks in one pass, or one task after another."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from suture.adaptation.merged_model import MergedModel
+from suture.adaptation.objectives import Objective
+from suture.adaptation.passes import Part, Pass
+from suture.core.batches import Forward, call, concatenate, device_of, evaluation_mode, size
+from suture.core.progress import Profile
+from suture.errors import ConfigError
+
+__all__ = ["Forward", "Head", "Logits", "Network", "call", "check_concatenation", "depends_on_batch"]
+
+Head = Callable[[Tensor], Tensor]
+# From here on a CPU is faster task by task, and holds a fraction: measured by benchmarks/passes.py.
+LARGE_ON_CPU = 10_000_000
+Logits = Callable[[nn.Module, Any, str], Tensor] | Mapping[str, Head] | nn.ModuleDict
+
+
+def check_concatenation(
+    concatenate: bool | None,
+    module: nn.Module,
+    logits: Logits | None,
+    micro_batch: int | None = None,
+    *,
+    device: torch.device | None = None,
+) -> bool:
+    """Whether to run all tasks in one batch; `ConfigError` where what is asked for would not be exact.
+
+    Unasked it is done where it is exact and pays, on `device` or where the module is: on a CPU only for a small one.
+    """
+    if micro_batch is not None and (micro_batch < 1 or depends_on_batch(module)):
+        reason = depends_on_batch(module) or "wanted 1 or more"
+        raise ConfigError(f"micro_batch={micro_batch}: {reason}. Remedy: leave it out, or module.eval().")
+    separate = logits is not None and not isinstance(logits, Mapping)
+    reason = "`logits` is a function of one task" if separate else depends_on_batch(module)
+    if concatenate and reason:
+        raise ConfigError(f"concatenate=True, but {reason}. Remedy: concatenate=False, or module.eval().")
+    return concatenate if concatenate is not None else not reason and _pays(module, device or device_of(module))
+
+
+def _pays(module: nn.Module, device: torch.device) -> bool:
+    return device.type != "cpu" or sum(parameter.numel() for parameter in module.parameters()) < LARGE_ON_CPU
+
+
+def depends_on_batch(module: nn.Module) -> str | None:
+    """Why an input's output depends on what else is in its batch or on chance; None if it does not."""
+    for name, part in module.named_modules():
+        normalises = isinstance(part, nn.modules.batchnorm._BatchNorm)
+        if normalises and (part.training or part.running_mean is None):
+            return f"'{name}' normalises by the statistics of the batch"
+        if part.training and any(_is_dropout_rate(key, value) for key, value in vars(part).items()):
+            return f"'{name}' has dropout on"
+    return None
+
+
+class Network:
+    """The merged module with its heads and the objective."""
+
+    def __init__(
+        self, model: MergedModel, forward: Forward, logits: Logits | None, objective: Objective, profile: Profile
+    ):
+        self.model, self.forward, self.objective, self.profile = model, forward, objective, profile
+        wants_logits = objective.of == "logits"
+        self.heads = logits if isinstance(logits, Mapping) and wants_logits else None
+        self.logits = logits if callable(logits) and wants_logits else None
+
+    def backward(self, passes: Sequence[Pass]) -> Tensor:
+        """Backpropagate the objective, Σ over tasks of a mean over the batch, and give its value.
+
+        Gradients of all passes are added up before they are turned into products: Σ⟨g_t, τ⟩ = ⟨Σ g_t, τ⟩.
+        """
+        total = torch.zeros((), dtype=torch.float64)
+        for i, parts in enumerate(passes):
+            with self.profile("forward pass"):
+                loss = self._loss(parts)
+            with self.profile("backward pass"), self.model.waiting(i < len(passes) - 1):
+                self.model.backward(loss)
+            total += loss.detach().cpu()
+        return total
+
+    @torch.no_grad()
+    def ask_experts(self, passes: Sequence[Pass]) -> list[Pass]:
+        """The same passes with what each task's fine-tuned model gives. Writes over the merged weights."""
+        wanted: dict[tuple[int, int], Tensor] = {}
+        for task in dict.fromkeys(part.task for parts in passes for part in parts):
+            self.model.write_expert(task)
+            with evaluation_mode(self.model.module):
+                for i, parts in enumerate(passes):
+                    for j, part in enumerate(parts):
+                        if part.task == task:
+                            wanted[i, j] = self._seen(part.inputs, task)
+        return [[p._replace(wanted=wanted[i, j]) for j, p in enumerate(parts)] for i, parts in enumerate(passes)]
+
+    def _loss(self, parts: Pass) -> Tensor:
+        if len(parts) == 1:
+            seen = [self._seen(parts[0].inputs, parts[0].task)]
+        else:
+            joined = concatenate([part.inputs for part in parts])
+            outputs = self.forward(self.model.module, joined).split([size(part.inputs) for part in parts])
+            seen = [self._after_head(output, part.task) for output, part in zip(outputs, parts, strict=True)]
+        return torch.stack([part.share * self._objective(s, part) for s, part in zip(seen, parts, strict=True)]).sum()
+
+    def _seen(self, batch: Any, task: str) -> Tensor:
+        """What the objective looks at: logits, or features."""
+        if self.logits is not None:
+            return self.logits(self.model.module, batch, task)
+        return self._after_head(self.forward(self.model.module, batch), task)
+
+    def _after_head(self, output: Tensor, task: str) -> Tensor:
+        return output if self.heads is None else self.heads[task](output)
+
+    def _objective(self, seen: Tensor, part: Part) -> Tensor:
+        return self.objective.function(seen) if part.wanted is None else self.objective.function(seen, part.wanted)
+
+
+def _is_dropout_rate(key: str, value: Any) -> bool:
+    return (key == "p" or "drop" in key) and isinstance(value, float) and value > 0

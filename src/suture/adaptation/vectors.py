@@ -1,0 +1,197 @@
+"""The task vectors of one tensor, all tasks side by side: held in memory, read when needed, or as low-rank factors."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn.functional import pad
+
+from suture.errors import IncompatibleModels
+from suture.merging.methods.ties_merging import TiesStatistic, settle, ties_rows, trim_thresholds
+from suture.merging.registry import get_method
+from suture.merging.task_vectors import TaskVectors, compute_dtype
+
+_CHUNK = {"cpu": 1 << 15}  # entries of each task vector that are widened at once: they stay in the cache
+_CHUNK_ELSEWHERE = 1 << 22  # fewer and larger kernels
+
+
+@runtime_checkable
+class Rows(Protocol):
+    """What a merge and its gradient need of the task vectors τ_t of one tensor."""
+
+    def __len__(self) -> int: ...
+
+    def to(self, device: torch.device) -> "Rows": ...
+
+    def combine(self, base: Tensor, column: Float[Tensor, " task"]) -> Tensor:
+        """θ₀ + Σ λ_t τ_t in the base's shape and dtype."""
+        ...
+
+    def products(self, gradient: Tensor) -> Float[Tensor, " task"]:
+        """⟨G, τ_t⟩ for every task, in float32, or float64 for a float64 gradient."""
+        ...
+
+
+@dataclass(frozen=True)
+class Held:
+    """Task vectors in memory, one flat row a task."""
+
+    values: Float[Tensor, "task entry"]
+
+    def __len__(self) -> int:
+        return len(self.values)
+
+    def to(self, device: torch.device) -> "Held":
+        return Held(self.values.to(device))
+
+    def combine(self, base: Tensor, column: Float[Tensor, " task"]) -> Tensor:
+        return combine(base, self.values, column)
+
+    def products(self, gradient: Tensor) -> Float[Tensor, " task"]:
+        return inner_products(self.values, gradient)
+
+
+@dataclass(frozen=True)
+class Streamed:
+    """Task vectors that are computed from the checkpoints each time, so that none are held."""
+
+    count: int
+    read: Callable[[], Float[Tensor, "task entry"]]
+    device: torch.device | None = None
+
+    def __len__(self) -> int:
+        return self.count
+
+    def to(self, device: torch.device) -> "Streamed":
+        return Streamed(self.count, self.read, device)
+
+    def combine(self, base: Tensor, column: Float[Tensor, " task"]) -> Tensor:
+        return combine(base, self.read().to(self.device), column)
+
+    def products(self, gradient: Tensor) -> Float[Tensor, " task"]:
+        return inner_products(self.read().to(self.device), gradient)
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """Task vectors as factors, τ_t = B_t A_t: neither they nor the products with a gradient are ever spread out.
+
+    ⟨G, BA⟩ = ⟨BᵀG, A⟩.
+    """
+
+    up: Float[Tensor, "task out rank"]
+    down: Float[Tensor, "task rank in"]
+
+    def __len__(self) -> int:
+        return len(self.up)
+
+    def to(self, device: torch.device) -> "LowRank":
+        return LowRank(self.up.to(device), self.down.to(device))
+
+    def combine(self, base: Tensor, column: Float[Tensor, " task"]) -> Tensor:
+        scaled = self.up.to(base.dtype) * column.to(base)[:, None, None]
+        side_by_side = scaled.permute(1, 0, 2).flatten(1)
+        flat = base.reshape(self.up.shape[1], -1)
+        return torch.addmm(flat, side_by_side, self.down.to(base.dtype).flatten(0, 1)).view(base.shape)
+
+    def products(self, gradient: Tensor) -> Float[Tensor, " task"]:
+        flat = gradient.reshape(self.up.shape[1], -1).to(compute_dtype(gradient.dtype))
+        projected = self.up.to(flat.dtype).transpose(1, 2) @ flat
+        return (projected * self.down.to(flat.dtype)).sum((1, 2))
+
+
+@torch.no_grad()
+def combine(base: Tensor, rows: Float[Tensor, "task entry"], column: Float[Tensor, " task"]) -> Tensor:
+    """θ₀ + Σ λ_t τ_t of one tensor, in the base's shape and dtype.
+
+    Equal coefficients multiply the sum of the task vectors, so that they give Task Arithmetic and TIES to the last bit.
+    """
+    factors = column.tolist()
+    if len(set(factors)) == 1:
+        total = torch.zeros_like(base).view(-1)
+        for row in rows:
+            total += row
+        total *= factors[0]
+    elif rows.dtype == base.dtype:
+        total = torch.mv(rows.T, column.to(rows))
+    else:
+        total = torch.zeros_like(base).view(-1)
+        for row, factor in zip(rows, factors, strict=True):
+            total.add_(row, alpha=factor)
+    return base + total.view(base.shape)
+
+
+def inner_products(rows: Float[Tensor, "task entry"], gradient: Tensor) -> Float[Tensor, " task"]:
+    """⟨G, τ_t⟩ for every task, in float32, or float64 for a float64 gradient."""
+    flat = gradient.reshape(-1).to(compute_dtype(gradient.dtype))
+    if rows.dtype == flat.dtype:
+        return torch.mv(rows, flat)
+    products = torch.zeros(len(rows), dtype=flat.dtype, device=flat.device)
+    chunk = _CHUNK.get(flat.device.type, _CHUNK_ELSEWHERE)
+    for part, gradients in zip(rows.split(chunk, dim=1), flat.split(chunk), strict=True):
+        products += torch.mv(part.to(flat.dtype), gradients)
+    return products
+
+
+def task_vector_rows(
+    vectors: TaskVectors,
+    *,
+    plus_plus: bool = False,
+    threshold: float = 20.0,
+    dtype: torch.dtype | None = None,
+    streamed: bool = False,
+) -> dict[str, Rows]:
+    """The task vectors of every merged tensor; those of AdaMerging++ if `plus_plus`, with TIES's `threshold` (%).
+
+    They are computed in float32 (float64 for float64 tensors) and held in `dtype` if it is given, or not held at all if
+    `streamed`; those of LoRA adapters stay factors. Raises `IncompatibleModels` for weights that are not finite.
+    """
+    statistic = settled_statistic(vectors, threshold) if plus_plus else None
+    read = lambda name: _read(vectors, name, statistic, dtype)
+    if streamed:
+        count = len(vectors.models)
+        return {name: Streamed(count, lambda name=name: read(name)) for name in vectors.names}
+    factors = {} if plus_plus else {name: _factors(vectors, name) for name in vectors.names}
+    return {name: factors.get(name) or Held(read(name)) for name in vectors.names}
+
+
+def settled_statistic(vectors: TaskVectors, threshold: float = 20.0) -> TiesStatistic:
+    """TIES's statistic of the whole model: the thresholds of the trim, and the majority sign from one more pass."""
+    method, votes = get_method("ties_merging"), []
+    assert method.vote is not None
+    merge_and_vote, knobs = method.vote, method.knobs.validate({"threshold": threshold, "scope": "model"})
+    statistic = trim_thresholds(vectors.stream(), **knobs)
+    count = lambda piece, base, deltas: votes.append(merge_and_vote(base, deltas, statistic, **knobs)[1])
+    vectors.each_piece(vectors.names, count)
+    return settle(statistic, sum(votes))
+
+
+def _factors(vectors: TaskVectors, name: str) -> LowRank | None:
+    """The task vectors of one tensor as factors of one rank, if every model gives its own so."""
+    found = [model.factors(name) for model in vectors.models.values()]
+    if any(factors is None for factors in found):
+        return None
+    rank = max(factors.up.shape[1] for factors in found if factors is not None)
+    padded = [(pad(f.up, (0, rank - f.up.shape[1])), pad(f.down, (0, 0, 0, rank - len(f.down)))) for f in found if f]
+    return LowRank(*(torch.stack(side) for side in zip(*padded, strict=True)))
+
+
+def _read(vectors: TaskVectors, name: str, statistic: TiesStatistic | None, dtype: torch.dtype | None) -> Tensor:
+    base, models = vectors.flat(name)
+    base = base[:].to(compute_dtype(vectors.base.specs[name].dtype))
+    deltas = torch.stack([model[:].to(base.dtype) - base for model in models])
+    _refuse_non_finite(name, list(vectors.models), deltas)
+    return (deltas if statistic is None else ties_rows(deltas, statistic)).to(dtype or deltas.dtype)
+
+
+def _refuse_non_finite(name: str, labels: Sequence[str], deltas: Float[Tensor, "task entry"]) -> None:
+    if deltas.sum().isfinite():
+        return
+    for label, row in zip(labels, deltas, strict=True):
+        if not row.isfinite().all():
+            raise IncompatibleModels(
+                f"'{name}' is not finite in '{label}' or in the base. Remedy: export that checkpoint again."
+            )

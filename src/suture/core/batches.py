@@ -1,0 +1,136 @@
+"""Batches of inputs: a tensor, or a mapping of tensors for keyword arguments; the first axis counts the inputs."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import lru_cache
+from typing import Any
+
+import torch
+from jaxtyping import Int
+from torch import Tensor, nn
+
+from suture.core.random import generator_for
+from suture.errors import ConfigError, DataError
+
+Inputs = Tensor | Mapping[str, Tensor]
+Forward = Callable[[Any, Any], Tensor]  # (module, inputs) → (batch, …)
+
+
+class ShuffledBatches:
+    """Endless batches of one task's inputs, in an order that depends on seed, name and step alone.
+
+    Every input comes once before any comes again; a batch that reaches the end goes on in the next order. The batch of
+    any step can be had at once, so that a loop taken up again goes on where it was.
+
+    >>> batches = ShuffledBatches(torch.arange(5), 3, seed=1, name="digits")
+    >>> sorted(torch.cat([batches[0], batches[1]])[:5].tolist())
+    [0, 1, 2, 3, 4]
+    """
+
+    def __init__(self, inputs: Inputs, batch_size: int = 16, *, seed: int = 0, name: str = ""):
+        if batch_size < 1:
+            raise ConfigError(f"batch_size={batch_size}: wanted 1 or more.")
+        if size(inputs) == 0:
+            raise DataError(f"Task {name!r} has no inputs.")
+        self.inputs, self.batch_size, self.seed, self.name = inputs, batch_size, seed, name
+        self._order = lru_cache(maxsize=2)(self._shuffled)
+
+    def __getitem__(self, step: int) -> Inputs:
+        return take(self.inputs, self.indices(step))
+
+    def __iter__(self) -> Iterator[Inputs]:
+        step = 0
+        while True:
+            yield self[step]
+            step += 1
+
+    def indices(self, step: int) -> Int[Tensor, " batch"]:
+        """Which inputs make up the batch of a step, counted from 0."""
+        start, parts, wanted = step * self.batch_size, [], self.batch_size
+        while wanted:
+            epoch, offset = divmod(start, size(self.inputs))
+            part = self._order(epoch)[offset : offset + wanted]
+            parts.append(part)
+            start, wanted = start + len(part), wanted - len(part)
+        return torch.cat(parts)
+
+    def _shuffled(self, epoch: int) -> Tensor:
+        generator = generator_for(self.seed, f"{self.name}/order/{epoch}")
+        return torch.randperm(size(self.inputs), generator=generator)
+
+
+def size(batch: Any) -> int:
+    """How many inputs a batch holds."""
+    if isinstance(batch, Mapping):
+        return size(next(iter(batch.values())))
+    return size(batch[0]) if isinstance(batch, tuple | list) else len(batch)
+
+
+def take(batch: Any, index: Tensor | slice) -> Any:
+    """The inputs at some positions."""
+    if isinstance(batch, Mapping):
+        return {key: take(value, index) for key, value in batch.items()}
+    return tuple(take(part, index) for part in batch) if isinstance(batch, tuple | list) else batch[index]
+
+
+def joinable(one: Any, other: Any) -> bool:
+    """Whether two batches can be one; texts padded to different lengths cannot."""
+    if isinstance(one, Tensor) and isinstance(other, Tensor):
+        return one.shape[1:] == other.shape[1:]
+    if isinstance(one, Mapping) and isinstance(other, Mapping):
+        return one.keys() == other.keys() and all(joinable(one[key], other[key]) for key in one)
+    if not isinstance(one, tuple | list) or not isinstance(other, tuple | list) or len(one) != len(other):
+        return False
+    return all(map(joinable, one, other))
+
+
+def concatenate(batches: Sequence[Any]) -> Any:
+    """One batch of several that are joinable."""
+    first = batches[0]
+    if isinstance(first, Tensor):
+        return torch.cat(list(batches))
+    if isinstance(first, Mapping):
+        return {key: concatenate([batch[key] for batch in batches]) for key in first}
+    return tuple(concatenate(parts) for parts in zip(*batches, strict=True))
+
+
+def device_of(module: nn.Module) -> torch.device:
+    """Where the module's weights are, and so its inputs have to be; the CPU for a module without any."""
+    return next((tensor.device for tensor in module.state_dict().values()), torch.device("cpu"))
+
+
+def to_device(inputs: Any, device: torch.device) -> Any:
+    """The batch on a device."""
+    if isinstance(inputs, Mapping):
+        return {key: to_device(value, device) for key, value in inputs.items()}
+    if isinstance(inputs, tuple | list):
+        return tuple(to_device(value, device) for value in inputs)
+    return inputs.to(device) if isinstance(inputs, Tensor) else inputs
+
+
+def call(module: Any, inputs: Any) -> Tensor:
+    """What the module gives for a batch: (batch, …). Mappings are keyword arguments; of an output with `logits`, those.
+
+    Raises `ConfigError` if the module gives anything else, and for a batch that is a tuple.
+    """
+    if isinstance(inputs, tuple | list):
+        raise ConfigError("A batch is a tuple; give forward=lambda module, batch: module(batch[0]), or inputs alone.")
+    output = module(**inputs) if isinstance(inputs, Mapping) else module(inputs)
+    found = output if isinstance(output, Tensor) else getattr(output, "logits", None)
+    if not isinstance(found, Tensor):
+        kind = type(output).__name__
+        raise ConfigError(f"The module gives a {kind}, not a tensor; give forward=lambda module, inputs: …")
+    return found
+
+
+@contextmanager
+def evaluation_mode(model: Any) -> Iterator[None]:
+    """Dropout off and statistics fixed inside the block; afterwards each submodule is as it was."""
+    modes = [(m, m.training) for m in model.modules()] if isinstance(model, nn.Module) else []
+    try:
+        for module, _ in modes:
+            module.training = False
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training

@@ -1,0 +1,86 @@
+"""What a person at a terminal sees while waiting, and where the time went."""
+
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextvars import ContextVar
+
+# track("Decoding mnist", total) opens a progress bar and gives the function that counts steps.
+Track = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]
+
+_PATIENCE = 1.0  # seconds before a progress bar appears
+_shown = ContextVar("shown", default=True)
+
+
+@contextmanager
+def silent() -> Iterator[None]:
+    """No progress bar inside the block, not even at a terminal."""
+    token = _shown.set(False)
+    try:
+        yield
+    finally:
+        _shown.reset(token)
+
+
+@contextmanager
+def bar(description: str, total: int) -> Iterator[Callable[[int], None]]:
+    """Give a function that counts steps; from one second on a bar with the time left shows them at a terminal."""
+    if not (_shown.get() and sys.stderr.isatty()):
+        yield lambda steps: None
+        return
+    shown = _Bar(description, total)
+    try:
+        yield shown.advance
+    finally:
+        shown.stop()
+
+
+def untracked(description: str, total: int) -> AbstractContextManager[Callable[[int], None]]:
+    """The `Track` that shows nothing."""
+    return nullcontext(lambda steps: None)
+
+
+class _Bar:
+    def __init__(self, description: str, total: int):
+        self.description, self.total = description, total
+        self.start, self.done, self.progress = time.monotonic(), 0, None
+
+    def advance(self, steps: int) -> None:
+        self.done += steps
+        if self.progress is None:
+            if time.monotonic() - self.start < _PATIENCE:
+                return
+            self.progress = _columns()
+            self.progress.start()
+            self.progress.add_task(self.description, total=self.total)
+        self.progress.update(self.progress.task_ids[0], completed=self.done)
+
+    def stop(self) -> None:
+        if self.progress is not None:
+            self.progress.stop()
+
+
+def _columns():
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+    return Progress(*columns, console=Console(stderr=True), transient=True)
+
+
+class Profile:
+    """Seconds by activity, in the order in which the activities first began."""
+
+    def __init__(self):
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def __call__(self, activity: str) -> Iterator[None]:
+        """Add the time spent inside the block to an activity."""
+        start = time.perf_counter()
+        self.seconds.setdefault(activity, 0.0)
+        try:
+            yield
+        finally:
+            self.seconds[activity] += time.perf_counter() - start

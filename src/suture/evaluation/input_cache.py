@@ -1,0 +1,88 @@
+"""Decoded inputs in memory-mapped files: an image is decoded and resized once, for every model and every later run.
+
+Texts are tokenized once in the same way. A file is keyed by what the inputs are (`identity`) and how the family reads
+them (`Family.recipe`). It is only a cache: it may be deleted at any time, and where it cannot be written the inputs are
+held in memory instead.
+"""
+
+import logging
+import math
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from suture.checkpoints import open_checkpoint, save_checkpoint
+from suture.core.batches import Inputs
+from suture.core.progress import Track, untracked
+from suture.errors import CheckpointError, OutputError
+from suture.families.shared.base import Family
+from suture.storage.atomic import partial_path
+from suture.storage.cache import cache_directory, digest
+from suture.storage.mapped_file import MappedFile
+from suture.tasks.base import Images, Texts
+
+T = TypeVar("T")
+log = logging.getLogger(__name__)
+
+
+def decoded(family: Family, found: Images | Texts, track: Track = untracked, description: str = "Decoding") -> Inputs:
+    """What the family makes of images or texts, from the cache if it is there; without an identity it is made anew."""
+    if isinstance(found, Texts):
+        return _tokenized(family, found, track, description)
+    return _decoded(family, found, track, description)
+
+
+def _tokenized(family: Family, texts: Texts, track: Track, description: str) -> dict[str, Tensor]:
+    if texts.identity is None or len(texts) == 0:
+        return family.tokens(texts, track, description)
+    path = cache_directory() / "inputs" / f"{digest({}, [], texts.identity, family.recipe)}.safetensors"
+    kept = _kept(path, len(texts))
+    if kept is not None:
+        return kept
+    tokens = family.tokens(texts, track, description)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_checkpoint(tokens, path)
+    except (OSError, OutputError) as error:
+        log.warning("Tokens are held in memory, not in %s: %s", path.parent, error)
+        return tokens
+    return dict(open_checkpoint(path))
+
+
+def _kept(path: Path, count: int) -> dict[str, Tensor] | None:
+    try:
+        tokens = dict(open_checkpoint(path)) if path.is_file() else {}
+    except CheckpointError:  # damaged: made again
+        return None
+    return tokens if tokens and all(len(tensor) == count for tensor in tokens.values()) else None
+
+
+def _decoded(family: Family, images: Images, track: Track, description: str) -> Tensor:
+    if images.identity is None or len(images) == 0:
+        return family.decode(images, track, description)
+    shape = (len(images), *family.input_shape)
+    path = cache_directory() / "inputs" / f"{digest({}, [], images.identity, family.recipe, shape)}.uint8"
+    if not path.is_file() or path.stat().st_size != math.prod(shape):
+        try:
+            _fill(path, shape, lambda pixels: family.decode(images, track, description, pixels))
+        except OSError as error:
+            log.warning("Decoded inputs are held in memory, not in %s: %s", path.parent, error)
+            return family.decode(images, track, description)
+    return MappedFile(path).tensor(0, math.prod(shape), torch.uint8).view(shape)
+
+
+def _fill(path: Path, shape: Sequence[int], write: Callable[[Tensor], T]) -> None:
+    """Let `write` fill a mapped file that gets its name when it is whole; its space is reserved first."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = partial_path(path)
+    try:
+        with partial.open("wb") as file:
+            os.posix_fallocate(file.fileno(), 0, math.prod(shape))
+        write(torch.from_file(str(partial), shared=True, size=math.prod(shape), dtype=torch.uint8).view(tuple(shape)))
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)

@@ -1,0 +1,51 @@
+"""One model's line of the accuracy table, and its summaries: mean, mean relative to the experts, gap closed.
+
+What is undefined is nan.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from math import nan
+from statistics import fmean
+
+
+@dataclass(frozen=True)
+class Row:
+    """One model's line of the table: accuracy, between 0 and 1, and sample count for each task."""
+
+    name: str
+    accuracies: Mapping[str, float]
+    samples: Mapping[str, int] = field(default_factory=dict)
+
+    @property
+    def mean(self) -> float:
+        """The average over tasks, each task counting the same."""
+        return fmean(self.accuracies.values())
+
+    def normalised(self, experts: "Row") -> dict[str, float]:
+        """Per task, accuracy / the expert's accuracy; nan where there is no expert or it has none right."""
+        return {task: _ratio(value, experts.on(task)) for task, value in self.accuracies.items()}
+
+    def normalised_mean(self, experts: "Row") -> float:
+        """The mean over tasks of accuracy / the expert's accuracy; nan when it is nan on any task."""
+        return fmean(self.normalised(experts).values())
+
+    def gaps_closed(self, pretrained: "Row", experts: "Row") -> dict[str, float]:
+        """Per task, (model − pretrained) / (expert − pretrained); nan where there is no gap to close."""
+        return {
+            task: _ratio(value - pretrained.on(task), experts.on(task) - pretrained.on(task))
+            for task, value in self.accuracies.items()
+        }
+
+    def gap_closed(self, pretrained: "Row", experts: "Row") -> float:
+        """(model − pretrained) / (expert − pretrained) of the means over tasks; nan where there is no gap."""
+        start, goal = (fmean(row.on(task) for task in self.accuracies) for row in (pretrained, experts))
+        return _ratio(self.mean - start, goal - start)
+
+    def on(self, task: str) -> float:
+        """The accuracy on one task; nan when this row was not measured on it."""
+        return self.accuracies.get(task, nan)
+
+
+def _ratio(part: float, whole: float) -> float:
+    return part / whole if whole else nan

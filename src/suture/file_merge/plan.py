@@ -1,0 +1,174 @@
+"""What a merge of files will take: bytes, passes, memory, and the time on this machine, from short measurements."""
+
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
+from io import FileIO
+from pathlib import Path
+
+from torch import Tensor
+
+from suture.checkpoints import open_checkpoint
+from suture.core.names import in_bytes
+from suture.file_merge.job import Job
+from suture.file_merge.workspace import Digests, bytes_of
+from suture.merging.compatibility import spec_of
+from suture.merging.merge import Merging
+from suture.merging.task_vectors import Piece, TaskVectors, memory_of
+from suture.storage.atomic import disk_errors, partial_path
+
+_PROBE = 1 << 26  # bytes that are read and written to measure the disk
+_PIECES = 24  # slices that are merged to measure the method
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Sizes are bytes, speeds bytes a second; `compute_speed` counts the bytes of the inputs. One share's figures."""
+
+    tensors: int
+    parameters: int
+    shards: int
+    passes: int
+    bytes_read: int
+    bytes_written: int
+    memory: int
+    threads: int
+    read_speed: float
+    write_speed: float
+    compute_speed: float
+
+    @property
+    def seconds(self) -> float:
+        """Reading and writing share the disk; computing goes on beside them."""
+        disk = self.bytes_read / self.read_speed + self.bytes_written / self.write_speed
+        return max(disk, self.bytes_read / self.passes / self.compute_speed)
+
+    def __str__(self) -> str:
+        passes = f"{self.passes} pass{'es' * (self.passes > 1)}"
+        lines = [
+            f"merge    {self.tensors} tensors, {self.parameters:,} parameters",
+            f"read     {in_bytes(self.bytes_read)} in {passes}, the disk gives {in_bytes(self.read_speed)}/s",
+            f"write    {in_bytes(self.bytes_written)}, the disk takes {in_bytes(self.write_speed)}/s",
+            f"compute  {in_bytes(self.compute_speed)}/s of inputs on {self.threads} threads",
+            f"memory   {in_bytes(self.memory)} at most, beside what the system caches of files",
+            f"time     {_duration(self.seconds)} for this share, all in all",
+        ]
+        return "\n".join(lines)
+
+
+def plan(job: Job) -> Plan:
+    """Measure disk and method for about a second each, and say what the share of a job will take.
+
+    A probe is written beside the output and removed. Nothing is merged.
+    """
+    share = set(job.share())
+    vectors, whole = job.vectors, job.merging.whole_model()
+    models = list(job.inputs.models.values())
+    read = lambda names: sum(spec_of(m, n).nbytes for m in [job.inputs.base, *models] for n in names if n in m)
+    merged = [name for name in vectors.names if name in share]
+    before = job.recipe.method.times_read(job.settings.knobs_of(vectors.names[0])) - 1 if whole else 0
+    gathered = before * read(vectors.names) // job.recipe.part[1]  # the processes share it
+    return Plan(
+        tensors=len(share),
+        parameters=sum(job.specs[name].numel for name in share),
+        shards=len(job.shards),
+        passes=1 + before,
+        bytes_read=read(merged) + gathered,
+        bytes_written=sum(job.specs[name].nbytes for name in share),
+        memory=memory_of(job.recipe.method, len(models), vectors.threads, vectors.chunk),
+        threads=vectors.number_of_threads,
+        read_speed=_read_speed([path for c in job.inputs.opened.values() for path in c.files]),
+        write_speed=_write_speed(job.recipe.output),
+        compute_speed=_compute_speed(job),
+    )
+
+
+def _read_speed(files: list[Path]) -> float:
+    """Of one input, from the disk and not from what the system has in memory."""
+    if not files:
+        return float("inf")
+    path = max(files, key=lambda path: path.stat().st_size)
+    size = min(_PROBE, path.stat().st_size)
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        if hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(descriptor, 0, size, os.POSIX_FADV_DONTNEED)
+        return size / _timed(lambda: [os.pread(descriptor, 1 << 20, at) for at in range(0, size, 1 << 20)])
+    finally:
+        os.close(descriptor)
+
+
+def _write_speed(output: Path) -> float:
+    data = os.urandom(1 << 20)
+    with _probe(output) as file:
+
+        def write() -> None:
+            for _ in range(_PROBE >> 20):
+                file.write(data)
+            os.fsync(file.fileno())
+
+        return _PROBE / _timed(write)
+
+
+def _compute_speed(job: Job) -> float:
+    """Bytes of inputs a second, with the files in memory: a few slices of the largest tensor, hashed and written."""
+    vectors, method = job.vectors, job.recipe.method
+    if not vectors.names:
+        return float("inf")
+    name = max(vectors.names, key=lambda name: vectors.base.specs[name].numel)
+    pieces = vectors.pieces(name, rows=method.whole_rows)[:_PIECES]
+    dtype = job.specs[name].dtype
+    with _probe(job.recipe.output) as file:
+
+        def take(piece: Piece, merged: Tensor) -> None:
+            data = bytes_of(merged.to(dtype).cpu())
+            Digests().add(piece.start, data)
+            os.pwrite(file.fileno(), data, piece.start * dtype.itemsize)
+
+        merging = Merging(_few(vectors, name, pieces[-1].stop), method, job.settings.knobs_of, take)
+        with merging.vectors.workers():
+            merging.tensor(name)
+            job.inputs.let_go()  # so that pages are mapped anew, as they are for each tensor
+            seconds = _timed(lambda: merging.tensor(name))
+    each = sum(spec_of(m, name).dtype.itemsize for m in [vectors.base, *vectors.models.values()])
+    return each * pieces[-1].stop / seconds
+
+
+def _few(vectors: TaskVectors, name: str, count: int) -> TaskVectors:
+    """The first entries of one tensor as models of their own, still mapped."""
+    width = vectors.row_width(name)
+    shape = (-1, width) if count % width == 0 else (count,)
+    take = lambda checkpoint: open_checkpoint({name: checkpoint.flat(name)[:count].view(shape)})
+    return replace(vectors, base=take(vectors.base), models={k: take(m) for k, m in vectors.models.items()}, frozen=())
+
+
+@contextmanager
+def _probe(output: Path) -> Iterator[FileIO]:
+    """A file beside the output that is removed again."""
+    folder = next(folder for folder in output.absolute().parents if folder.exists())
+    path = partial_path(folder / "probe")
+    try:
+        with disk_errors(output), path.open("wb", buffering=0) as file:
+            yield file
+    finally:
+        with suppress(OSError):
+            path.unlink()
+
+
+def _timed(function: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    function()
+    return max(time.perf_counter() - start, 1e-9)
+
+
+def _duration(seconds: float) -> str:
+    """45 s, 12 min, 3.5 h.
+
+    >>> _duration(45), _duration(720), _duration(12600)
+    ('45 s', '12 min', '3.5 h')
+    """
+    if seconds < 120:
+        return f"{max(1, seconds):.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

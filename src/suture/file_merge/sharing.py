@@ -1,0 +1,46 @@
+"""A pass over the whole model that the processes of one merge share: each block of tensors is counted once."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+from torch import Tensor
+
+from suture.file_merge.workspace import WorkingFolder
+from suture.merging.task_vectors import RowStream, TaskVectors
+
+_BLOCKS = 16  # whatever the number of processes, which may change
+
+
+class SharedStream(RowStream):
+    """All rows of a model. What is counted over them is counted block by block, by whichever process comes first.
+
+    Counts of integers do not depend on who counts, nor in what order, so every process gets the same totals, and they
+    are those of one process. A process that dies leaves its block to the others.
+    """
+
+    def __init__(self, vectors: TaskVectors, operand: str, folder: WorkingFolder):
+        super().__init__(vectors, vectors.names, operand)
+        self.folder, self.rounds = folder, 0
+        size = lambda name: vectors.base.specs[name].numel
+        in_order = sorted(vectors.names, key=lambda name: (-size(name), name))
+        self.blocks = [in_order[i::_BLOCKS] for i in range(_BLOCKS)]
+
+    def tally(self, function: Callable[[Tensor, Tensor], None], totals: Sequence[np.ndarray]) -> None:
+        """`RowStream.tally`, shared."""
+        self.rounds += 1
+        blocks = {f"count-{self.rounds}-{i}.npz": names for i, names in enumerate(self.blocks)}
+
+        def count(name: str, path: Path) -> None:
+            for total in totals:
+                total[:] = 0
+            RowStream(self.vectors, blocks[name], self.operand).each(function)
+            with path.open("wb") as file:
+                np.savez_compressed(file, *totals)
+
+        paths = self.folder.once(list(blocks), count)
+        for i, total in enumerate(totals):
+            total[:] = 0
+            for path in paths:
+                with np.load(path) as counted:
+                    total += counted[f"arr_{i}"]

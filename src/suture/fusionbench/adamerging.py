@@ -1,0 +1,148 @@
+"""AdaMerging as classes: on any modules with hooks for data and logits, or on pools of CLIP models."""
+
+import copy
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+
+from suture.adaptation import AdaMergingResult, adapt, save_coefficients
+from suture.errors import ConfigError, unknown_name
+from suture.fusionbench.pools import split_pool
+from suture.repairs import SurgeryResult
+
+_KNOBS = {
+    "optimizer": "adam",
+    "lr": 1e-3,
+    "init_values": 0.3,
+    "clamp_weights": False,
+    "max_steps": 1000,
+    "objective": "entropy",
+    "plus_plus": False,
+    "weights": None,
+    "save_merging_weights": None,
+}
+
+
+class _AdaMergingAlgorithm:
+    """Subclass it and say where the inputs come from; then `run(modelpool)` gives the merged module.
+
+    The knobs are those of `suture.adapt`. `weights` are coefficients to be taken as they are; `save_merging_weights`
+    names a file for those that were found. After a run, `result` has them with their history.
+    """
+
+    granularity: ClassVar[str]
+
+    def __init__(self, **knobs: Any):
+        for name in knobs:
+            if name not in _KNOBS:
+                raise ConfigError(unknown_name(f"knob of {type(self).__name__}", name, _KNOBS))
+        self.knobs = _KNOBS | knobs
+        self.result: AdaMergingResult | None = None
+
+    def on_test_time_adaptation_start(self) -> None:
+        """Called once before the first step: the place to set up loaders and heads."""
+
+    def get_shuffled_test_loader_iter(self, task: str) -> Iterator[Any]:
+        """Endless batches of one task's unlabelled inputs; see `InfiniteDataLoader`."""
+        raise NotImplementedError(f"{type(self).__name__}.get_shuffled_test_loader_iter says where inputs come from.")
+
+    def compute_logits(self, module: nn.Module, batch: Any, task: str) -> Tensor:
+        """(batch, class) of the merged module for one task's batch."""
+        return module(batch)
+
+    def run(self, modelpool: Mapping[str, nn.Module]) -> nn.Module:
+        """Adapt modules of one architecture, `_pretrained_` among them, and merge them into a new one."""
+        base, models = split_pool(modelpool)
+        knobs = dict(self.knobs)
+        weights, save_as = knobs.pop("weights"), knobs.pop("save_merging_weights")
+        if weights is not None:
+            knobs |= {"init_values": weights, "max_steps": 0}
+        batches = {}
+        if knobs["max_steps"]:
+            self.on_test_time_adaptation_start()
+            batches = {task: self.get_shuffled_test_loader_iter(task) for task in models}
+        self.result = adapt(base, base, models, batches, self.compute_logits, granularity=self.granularity, **knobs)
+        if save_as is not None:
+            save_coefficients(self.result.coefficients, Path(save_as))
+        merged = copy.deepcopy(base)
+        merged.load_state_dict(self.result.merged, strict=False)
+        return merged
+
+
+class TaskWiseAdaMergingAlgorithm(_AdaMergingAlgorithm):
+    """AdaMerging with one coefficient a task (https://arxiv.org/abs/2310.02575, equation 4)."""
+
+    granularity = "task"
+
+
+class LayerWiseAdaMergingAlgorithm(_AdaMergingAlgorithm):
+    """AdaMerging with one coefficient a task and parameter tensor (https://arxiv.org/abs/2310.02575, equation 6).
+
+    >>> import torch
+    >>> class Mine(LayerWiseAdaMergingAlgorithm):
+    ...     def get_shuffled_test_loader_iter(self, task):
+    ...         while True:
+    ...             yield torch.eye(2)
+    >>> pool = {name: nn.Linear(2, 2) for name in ("_pretrained_", "first", "second")}
+    >>> merged = Mine(max_steps=2).run(pool)
+    """
+
+    granularity = "layer"
+
+
+class _CLIPAdaMergingAlgorithm:
+    """AdaMerging of a pool of CLIP vision towers on the tasks of a task pool; the knobs are those of `adamerging`."""
+
+    method: ClassVar[str]
+
+    def __init__(self, **knobs: Any):
+        from suture.pipeline.methods import find_method
+
+        self.knobs = find_method(self.method).knobs.validate({"name": self.method, **knobs})
+        self.result: AdaMergingResult | None = None
+
+    def run(self, modelpool: Any, taskpool: Any) -> nn.Module:
+        """The merged encoder, pixels → features. Pools are `ModelPool` and `TaskPool`, or what their YAML holds."""
+        from suture.pipeline.models import OpenModels
+        from suture.pipeline.settings import Run
+
+        models = OpenModels(Run.of(modelpool, taskpool, self.method, self.knobs))
+        models.preflight().refuse()
+        merged = models.merged_in_memory()
+        self.result = merged.adapted.result if merged.adapted else None
+        return models.family.encoder().load(merged.tensors)
+
+
+class CLIPLayerWiseAdaMergingSurgeryAlgorithm:
+    """Layer-wise AdaMerging, then Representation Surgery; the knobs are those of `surgery/adamerging_surgery`."""
+
+    def __init__(self, **knobs: Any):
+        from suture.pipeline.methods import find_method
+
+        self.knobs = find_method("surgery/adamerging_surgery").knobs.validate(knobs)
+
+    def run(self, modelpool: Any, taskpool: Any) -> dict[str, nn.Module]:
+        """{"adamerging": the merged encoder, "surgery": the same with its modules, a `SurgeryModel`}."""
+        from suture.pipeline.models import OpenModels
+        from suture.pipeline.settings import Run
+
+        models = OpenModels(Run.of(modelpool, taskpool, "surgery/adamerging_surgery", self.knobs))
+        models.preflight().refuse()
+        merged = models.merged_in_memory()
+        encoder, repaired = models.family.encoder().load(merged.tensors), merged.repaired[0].result
+        assert isinstance(repaired, SurgeryResult)
+        return {"adamerging": encoder, "surgery": repaired.model}
+
+
+class CLIPTaskWiseAdaMergingAlgorithm(_CLIPAdaMergingAlgorithm):
+    """Task-wise AdaMerging of CLIP vision towers."""
+
+    method = "clip_task_wise_adamerging"
+
+
+class CLIPLayerWiseAdaMergingAlgorithm(_CLIPAdaMergingAlgorithm):
+    """Layer-wise AdaMerging of CLIP vision towers."""
+
+    method = "clip_layer_wise_adamerging"

@@ -1,0 +1,189 @@
+"""Run one method over a whole model: slice by slice, in bounded memory, into tensors that are already allocated."""
+
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from suture.checkpoints import Source
+from suture.errors import ConfigError, IncompatibleModels
+from suture.merging.counter_random import Place
+from suture.merging.methods.ties_merging import as_merged, settle
+from suture.merging.registry import MergeMethod, get_method
+from suture.merging.streams import DeltaStream
+from suture.merging.task_vectors import Piece, TaskVectors, open_task_vectors
+
+
+def merge(
+    base: Source,
+    models: Mapping[str, Source] | Sequence[Source],
+    method: str = "task_arithmetic",
+    *,
+    out: Mapping[str, Tensor] | None = None,
+    mixed_dtypes: bool = False,
+    threads: int = 0,
+    **knobs: Any,
+) -> dict[str, Tensor]:
+    """Merge fine-tuned models into one mapping name → tensor.
+
+    `base` and `models` are checkpoints of any kind that `open_checkpoint` takes; none of them is changed. The method is
+    a name or alias of `suture.methods()` and `knobs` are its own. The result has the base's names, shapes and dtypes;
+    the arithmetic is float32 (float64 for float64 tensors). Tied names come back as one tensor under both names.
+
+    `out` may give tensors to write into, such as a memory-mapped file's; then nothing of the size of a model is
+    allocated. Raises `ConfigError` for an unknown method or value and `IncompatibleModels` for models that do not fit.
+
+    >>> import torch
+    >>> base, tuned = {"w": torch.zeros(2)}, {"w": torch.ones(2)}
+    >>> merge(base, {"one": tuned}, "task_arithmetic", scaling_factor=0.5)
+    {'w': tensor([0.5000, 0.5000])}
+    """
+    chosen = get_method(method)
+    knobs = chosen.knobs.validate(knobs)
+    frozen = knobs.get("remove_keys", ())
+    vectors = open_task_vectors(base, models, frozen=frozen, mixed_dtypes=mixed_dtypes, threads=threads)
+    return merge_task_vectors(vectors, chosen, knobs, out)
+
+
+def merge_task_vectors(
+    vectors: TaskVectors,
+    method: MergeMethod,
+    knobs: Mapping[str, Any],
+    out: Mapping[str, Tensor] | None = None,
+) -> dict[str, Tensor]:
+    """`merge` for models that are already open and checked, with validated knobs."""
+    if out is None:
+        out = {name: torch.empty(spec.shape, dtype=spec.dtype) for name, spec in vectors.specs.items()}
+    merged = dict(out)
+    if problem := method.check_number(len(vectors.models)):
+        raise ConfigError(problem)
+
+    def write(piece: Piece, part: Tensor) -> None:
+        merged[piece.name].view(-1)[piece.start : piece.stop] = part
+
+    merging = Merging(vectors, method, lambda name: knobs, write)
+    with vectors.workers():
+        merging.gather()
+        found = [merging.tensor(name) for name in vectors.names]
+        merging.settle(sum(votes.count for votes in found))
+        for votes in found:
+            merging.again(votes.waiting)
+    for name in vectors.kept:
+        merged[name].copy_(vectors.base[name])
+    return merged | {alias: merged[name] for alias, name in vectors.base.aliases.items()}
+
+
+class Votes(NamedTuple):
+    """Σ of the signs of a tensor's columns, and the slices with columns that wait for the sign of all tensors' sum."""
+
+    count: int = 0
+    waiting: Sequence[Piece] = ()
+
+
+@dataclass
+class Merging:
+    """One method at work, one tensor at a time, in an order that does not matter.
+
+    `knobs_of(name)` gives a tensor's validated knobs, `write(piece, merged)` takes merged entries, on any thread.
+    `non_finite(name)` says whether NaN and Inf may go in. `statistic` is what the method must know of the whole model:
+    `gather` first, or give one that was gathered before.
+    """
+
+    vectors: TaskVectors
+    method: MergeMethod
+    knobs_of: Callable[[str], Mapping[str, Any]]
+    write: Callable[[Piece, Tensor], None]
+    non_finite: Callable[[str], bool] = lambda name: False
+    statistic: Any = None
+
+    def whole_model(self) -> bool:
+        """Whether the method must see the whole model before it merges a tensor."""
+        names = self.vectors.names
+        return bool(names) and self.method.gather is not None and self.knobs_of(names[0]).get("scope") == "model"
+
+    def gather(self, stream: DeltaStream | None = None) -> None:
+        """Read the whole model, if the method must and has not; `stream` is another way to read it."""
+        if self.statistic is None and self.whole_model():
+            self.statistic = self._gathered(self.vectors.names, stream)
+
+    def tensor(self, name: str) -> Votes:
+        """Merge one tensor; votes are what the tensors of the whole model must be settled by afterwards."""
+        if not self.vectors.specs[name].numel:
+            return Votes()
+        pieces = self.vectors.pieces(name, rows=self.method.whole_rows)
+        statistic = self.statistic
+        if statistic is None and self.method.gather is not None:
+            statistic = self._gathered([name])
+        if self.method.vote is not None and statistic is not None and statistic.majority is None:
+            return self._vote(pieces, statistic)
+        self._merge(pieces, *(() if self.method.gather is None else (statistic,)))
+        return Votes()
+
+    def settle(self, votes: int) -> None:
+        """Settle what was left open until all tensors' votes were counted."""
+        if self.method.vote is not None and self.statistic is not None:
+            self.statistic = settle(self.statistic, votes)
+
+    def again(self, waiting: Sequence[Piece]) -> bool:
+        """Merge anew the slices that waited for `settle`, if it makes a difference to them."""
+        if not waiting or as_merged(self.statistic):
+            return False
+        self._merge(waiting, self.statistic)
+        return True
+
+    def _gathered(self, names: Sequence[str], stream: DeltaStream | None = None) -> Any:
+        assert self.method.gather is not None
+        stream = stream or self.vectors.stream(names, self.method.operand, rows=self.method.whole_rows)
+        return self.method.gather(stream, **self.knobs_of(names[0]))
+
+    def _merge(self, pieces: Sequence[Piece], *statistic: Any) -> None:
+        method, labels, name = self.method, list(self.vectors.models), pieces[0].name
+        knobs, width = self.knobs_of(name), self.vectors.row_width(name)
+
+        def merge_piece(piece: Piece, base: Tensor, rows: Tensor) -> None:
+            self._check(piece, base, rows)
+            place = {"place": Place(piece.name, labels, piece.start)} if method.wants_place else {}
+            if method.whole_rows:
+                base, rows = base.view(-1, width), rows.view(len(rows), -1, width)
+            self.write(piece, method.function(base, rows, *statistic, **place, **knobs).reshape(-1))
+
+        self.vectors.each_of(pieces, merge_piece, method.operand, device=self.vectors.device)
+
+    def _vote(self, pieces: Sequence[Piece], statistic: Any) -> Votes:
+        """Merge and count votes in one pass; note the slices with columns that have to wait for the count."""
+        knobs, lock = self.knobs_of(pieces[0].name), threading.Lock()
+        counts: list[int] = []
+        waiting: list[Piece] = []
+        merge_and_vote = self.method.vote
+        assert merge_and_vote is not None
+
+        def merge_piece(piece: Piece, base: Tensor, deltas: Tensor) -> None:
+            self._check(piece, base, deltas)
+            merged, votes, cancelled = merge_and_vote(base, deltas, statistic, **knobs)
+            self.write(piece, merged)
+            with lock:
+                counts.append(votes)
+                if cancelled is not None:
+                    waiting.append(piece)
+
+        self.vectors.each_of(pieces, merge_piece, device=self.vectors.device)
+        return Votes(sum(counts), sorted(waiting))
+
+    def _check(self, piece: Piece, base: Tensor, rows: Tensor) -> None:
+        if not self.non_finite(piece.name):
+            _refuse_non_finite(self.vectors, piece, base, rows)
+
+
+def _refuse_non_finite(vectors: TaskVectors, piece: Piece, base: Tensor, rows: Tensor) -> None:
+    if (rows.sum() + base.sum()).isfinite():  # one cheap look; only a sum that overflowed or met NaN or Inf goes on
+        return
+    for label, row in [*zip(vectors.models, rows, strict=True), ("_pretrained_", base)]:
+        if not row.isfinite().all():
+            found = int((~row.isfinite()).nonzero()[0]) + piece.start
+            raise IncompatibleModels(
+                f"'{piece.name}' is not finite at entry {found} in '{label}' or in the base. "
+                "Remedy: export that checkpoint again; NaN and Inf cannot be merged."
+            )

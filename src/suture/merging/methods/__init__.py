@@ -1,0 +1,1 @@
+"""Merge methods: one paper, one file, one function of tensors. The registry finds every module of this package."""

@@ -1,0 +1,115 @@
+"""The registry of merge methods, and what a method's signature says about it.
+
+A method is one function of tensors. Its positional arguments say what it is fed: `base` and either `deltas` (task
+vectors, fine-tuned − base) or `models` (the fine-tuned weights themselves), both stacked along a first `task` axis. Its
+keyword-only arguments are the knobs; the configuration schema, `--help` and the documentation are read from them.
+"""
+
+import importlib
+import inspect
+import pkgutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cache, cached_property
+from math import inf
+from typing import Any, Literal, TypeVar
+
+from suture.core.knobs import Knobs
+from suture.errors import ConfigError, unknown_name
+
+_METHODS: dict[str, "MergeMethod"] = {}
+_ALIASES: dict[str, str] = {}
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+@dataclass(frozen=True)
+class MergeMethod:
+    """One registered method: its function, where it comes from, and its knobs.
+
+    `gather` belongs to methods that must see a whole tensor first, or the whole model if they have a knob `scope` that
+    says so: `gather(stream, **knobs)` reads the stream of rows and returns the `statistic` that the function takes.
+    `vote(base, deltas, statistic, **knobs)` merges like the function and also returns what has to be counted over the
+    whole before some entries are settled. `whole_rows`: the function is fed whole rows of a matrix, not any slice.
+    `num_models`: the least and the most models it can merge. A function with a `place` is told where its slice lies.
+    `searches`: what is gathered are order statistics, which take memory for every model. `passes(**knobs)`: how often a
+    tensor is read in all, where that is not once, or twice for what is gathered.
+    """
+
+    name: str
+    function: Callable[..., Any]
+    paper: str
+    aliases: tuple[str, ...] = ()
+    gather: Callable[..., Any] | None = None
+    vote: Callable[..., Any] | None = None
+    whole_rows: bool = False
+    num_models: tuple[int, float] = (1, inf)
+    searches: bool = False
+    passes: Callable[..., int] | None = None
+
+    @cached_property
+    def _parameters(self) -> Mapping[str, inspect.Parameter]:
+        return inspect.signature(self.function).parameters
+
+    @cached_property
+    def knobs(self) -> Knobs:
+        """The function's knobs: names, defaults and what they may be."""
+        return Knobs(self.name, self.function)
+
+    @property
+    def operand(self) -> Literal["deltas", "models"]:
+        """What the function is fed beside the base."""
+        return "models" if "models" in self._parameters else "deltas"
+
+    @property
+    def wants_place(self) -> bool:
+        """Whether the function takes a `Place`, as methods that draw random numbers do."""
+        return "place" in self._parameters
+
+    def times_read(self, knobs: Mapping[str, Any]) -> int:
+        """How often a tensor is read, at least: the search for an order statistic may need a pass more."""
+        if self.passes is not None:
+            return self.passes(**{**self.knobs.defaults, **knobs})
+        return 1 if self.gather is None else 2
+
+    def check_number(self, count: int) -> str | None:
+        """One line if so many models cannot be merged by this method."""
+        least, most = self.num_models
+        if least <= count <= most:
+            return None
+        wanted = f"{least}" if least == most else f"{least} or more" if most == inf else f"{least} to {most}"
+        return f"{self.name} merges {wanted} fine-tuned model{'s' * (most > 1)} beside the base; found {count}."
+
+
+def merge_method(*, paper: str, aliases: tuple[str, ...] = (), **properties: Any) -> Callable[[F], F]:
+    """Register the decorated function as a merge method under its own name; `properties` are those of `MergeMethod`."""
+
+    def register(function: F) -> F:
+        name = function.__name__
+        _METHODS[name] = MergeMethod(name, function, paper, aliases, **properties)
+        _ALIASES.update(dict.fromkeys(aliases, name))
+        return function
+
+    return register
+
+
+def methods() -> dict[str, MergeMethod]:
+    """All registered methods by name, sorted: those of `suture.merging.methods`, and those of your own."""
+    _find()
+    return dict(sorted(_METHODS.items()))
+
+
+def get_method(name: str) -> MergeMethod:
+    """The method of this name or alias; raises `ConfigError` with the nearest names."""
+    _find()
+    name = _ALIASES.get(name, name)
+    if name not in _METHODS:
+        raise ConfigError(unknown_name("method", name, [*_METHODS, *_ALIASES]))
+    return _METHODS[name]
+
+
+@cache
+def _find() -> None:
+    """Import every module of `suture.merging.methods`, so that its methods register themselves."""
+    package = importlib.import_module("suture.merging.methods")
+    for module in pkgutil.iter_modules(package.__path__):
+        importlib.import_module(f"{package.__name__}.{module.name}")

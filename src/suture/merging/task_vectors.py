@@ -1,0 +1,284 @@
+"""The models of one merge side by side: what is merged, and the stream of task vectors, one slice at a time."""
+
+import math
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from suture.checkpoints import Checkpoint, Parts, Source, TensorSpec, open_checkpoint, open_fine_tuned
+from suture.errors import ConfigError, IncompatibleModels
+from suture.merging.compatibility import compatibility, merged_names
+from suture.merging.counter_random import Place
+from suture.merging.order_statistic import kth_memory
+from suture.merging.registry import MergeMethod
+
+_CHUNK = 1 << 17  # entries of one model handled at once: the chunks of all models together stay in the cache
+_DEVICE_CHUNK = 1 << 21  # on a device calls cost more than a cache saves
+_FEW = 1 << 14  # shorter slices cost more in calls than a thread less
+_GRAIN = 1 << 10
+_LARGE = 30 << 20  # bytes; glibc looks at blocks of up to 32 MB
+_LITTLE = 8_000_000  # bytes: what Python, threads and manifests take
+Flat = Tensor | Parts
+Work = Callable[["Piece", Tensor, Tensor], None]
+
+
+class Piece(NamedTuple):
+    """A slice of one tensor, flattened: entries start … stop of the tensor called name."""
+
+    name: str
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True)
+class TaskVectors:
+    """A base and its fine-tuned models, opened; nothing is read before it is asked for.
+
+    `frozen` names are not merged and stay at the base. Of tied names only the first is merged. Integer and bool tensors
+    always come from the base. Arithmetic is in float32, in float64 for float64 tensors. `chunk` entries of each model
+    are handled at once; 0 leaves that to what fits a cache. `device` is where slices are merged; what is gathered from
+    the stream before is always computed on the CPU.
+    """
+
+    base: Checkpoint
+    models: Mapping[str, Checkpoint]
+    frozen: Sequence[str] = ()
+    threads: int = 0
+    chunk: int = 0
+    device: str = "cpu"
+    _pools: list[ThreadPoolExecutor] = field(default_factory=list, repr=False, compare=False)
+
+    @cached_property
+    def names(self) -> list[str]:
+        """The tensors that are merged, sorted."""
+        return merged_names(self.base, self.frozen)
+
+    @cached_property
+    def kept(self) -> list[str]:
+        """The tensors that are taken from the base as they are, sorted; tied names are in neither list."""
+        return sorted(set(self.base.specs) - set(self.names) - set(self.base.aliases))
+
+    @property
+    def specs(self) -> dict[str, TensorSpec]:
+        """Shape and dtype of every tensor of the result but the tied ones: those of the base."""
+        return {name: self.base.specs[name] for name in sorted([*self.names, *self.kept])}
+
+    def stream(self, names: Sequence[str] | None = None, operand: str = "deltas", *, rows: bool = False) -> "RowStream":
+        """The task vectors (or the models' own weights) of some tensors, all by default, as a stream of flat chunks."""
+        return RowStream(self, self.names if names is None else names, operand, rows=rows)
+
+    def each_piece(self, names: Sequence[str], function: Work, operand: str = "deltas", *, rows: bool = False) -> None:
+        """Call `function(piece, base, rows)` on every slice, on several threads, in no particular order.
+
+        base: (chunk,); rows: (task, chunk), the task vectors, or the models' own weights if `operand` is "models". With
+        `rows` no slice ends inside a row of a matrix, which is everything behind a tensor's first axis.
+        """
+        for name in names:
+            self.each_of(self.pieces(name, rows=rows), function, operand)
+
+    def each_of(self, pieces: Sequence[Piece], function: Work, operand: str = "deltas", *, device: str = "cpu") -> None:
+        """`each_piece` for some pieces of one tensor, with base and rows on a device."""
+        if not pieces:
+            return
+        base, models = self.flat(pieces[0].name)
+        waiting, lock = iter(pieces), threading.Lock()
+
+        def work(_: int) -> None:
+            while True:
+                with lock:
+                    piece = next(waiting, None)
+                if piece is None:
+                    return
+                function(piece, *_rows(piece, base, models, operand, device))
+
+        with self.workers() as pool:
+            for _ in pool.map(work, range(min(self.number_of_threads, len(pieces)))):
+                pass
+
+    @contextmanager
+    def workers(self) -> Iterator[ThreadPoolExecutor]:
+        """Threads that each run torch on one core; inside the block every pass takes these and starts no others."""
+        if self._pools:
+            yield self._pools[-1]
+            return
+        _keep_freed_buffers()
+        intra_op = torch.get_num_threads()
+        options = {"initializer": torch.set_num_threads, "initargs": (1,)}
+        try:
+            with ThreadPoolExecutor(self.number_of_threads, **options) as pool:
+                self._pools.append(pool)
+                yield pool
+        finally:
+            self._pools.clear()
+            torch.set_num_threads(intra_op)
+
+    @property
+    def number_of_threads(self) -> int:
+        """Threads that pieces are shared out to."""
+        return self.threads or torch.get_num_threads()
+
+    def flat(self, name: str) -> tuple[Flat, list[Flat]]:
+        """One tensor of the base and of every model, each as one row of entries to be sliced."""
+        return self.base.flat(name), [model.flat(name) for model in self.models.values()]
+
+    def row_width(self, name: str) -> int:
+        """Entries in a row of a tensor, as a matrix with its first axis for rows; a vector is one row."""
+        shape = self.base.specs[name].shape
+        return math.prod(shape[1:]) if len(shape) > 1 else math.prod(shape)
+
+    def pieces(self, name: str, *, rows: bool = False) -> list[Piece]:
+        """The slices of one tensor; with `rows` they hold whole rows of a matrix."""
+        numel, unit = self.base.specs[name].numel, self.row_width(name) if rows else 1
+        length = max(1, (self.chunk or _CHUNK) // max(1, unit)) * unit
+        return [Piece(name, start, min(start + length, numel)) for start in range(0, numel, length or 1)]
+
+
+class RowStream:
+    """The rows of several tensors as one long row per task, read in chunks; what a gathering method is given.
+
+    With `rows` the chunks of `each_place` are whole rows of matrices: (task, row, column).
+    """
+
+    def __init__(self, vectors: TaskVectors, names: Sequence[str], operand: str = "deltas", *, rows: bool = False):
+        self.vectors, self.names, self.operand, self.rows = vectors, names, operand, rows
+        self.num_entries = sum(vectors.base.specs[name].numel for name in names)
+
+    def each(self, function: Callable[[Float[Tensor, " chunk"], Float[Tensor, "task chunk"]], None]) -> None:
+        """Call `function(base, rows)` on every chunk, on several threads, in no particular order."""
+        self.vectors.each_piece(self.names, lambda piece, base, rows: function(base, rows), self.operand)
+
+    def each_place(self, function: Callable[[Place, Float[Tensor, "task chunk"]], None]) -> None:
+        """Call `function(place, rows)` on every chunk, as `each` does."""
+        labels = list(self.vectors.models)
+
+        def work(piece: Piece, base: Tensor, rows: Tensor) -> None:
+            shaped = rows.view(len(rows), -1, self.vectors.row_width(piece.name)) if self.rows else rows
+            function(Place(piece.name, labels, piece.start), shaped)
+
+        self.vectors.each_piece(self.names, work, self.operand, rows=self.rows)
+
+    def tally(self, function: Callable[[Tensor, Tensor], None], totals: Sequence[np.ndarray]) -> None:
+        """`each` for a function that does nothing but add to `totals`, arrays of integers that are zero before."""
+        self.each(function)
+
+    def sample(self, num_entries: int) -> Float[Tensor, "task sample"]:
+        """About `num_entries` entries of every row, in short runs spread over all tensors; all if there are few."""
+        stride = max(1, self.num_entries // num_entries)
+        parts = [self._runs_of(name, stride) for name in self.names]
+        if not parts:
+            return torch.zeros(len(self.vectors.models), 0)
+        dtype = torch.promote_types(parts[0].dtype, parts[-1].dtype)
+        return torch.cat([part.to(dtype) for part in parts], dim=1)
+
+    def _runs_of(self, name: str, stride: int) -> Tensor:
+        """One run of neighbouring entries in every `stride` runs of one tensor: few pages of a file are touched."""
+        base, models = self.vectors.flat(name)
+        base, models = _runs(base, stride), [_runs(model, stride) for model in models]
+        return _rows(Piece(name, 0, len(base)), base, models, self.operand)[1]
+
+
+def _runs(flat: Flat, stride: int, length: int = 256) -> Tensor:
+    if stride == 1:
+        return flat[:]
+    blocks = len(flat) // (length * stride)
+    if blocks == 0:
+        return flat[: max(1, len(flat) // stride)]
+    if isinstance(flat, Tensor):
+        return flat[: blocks * length * stride].view(blocks, stride, length)[:, 0].reshape(-1)
+    return torch.cat([flat[start : start + length] for start in range(0, blocks * length * stride, length * stride)])
+
+
+def open_task_vectors(
+    base: Source,
+    models: Mapping[str, Source] | Sequence[Source],
+    *,
+    frozen: Sequence[str] = (),
+    mixed_dtypes: bool = False,
+    threads: int = 0,
+) -> TaskVectors:
+    """Open all models and refuse, from their headers alone, what does not fit together (`IncompatibleModels`)."""
+    if not isinstance(models, Mapping):
+        models = {f"model_{i}": model for i, model in enumerate(models, start=1)}
+    opened_base = open_checkpoint(base)
+    opened = {name: open_fine_tuned(model, opened_base, label=name) for name, model in models.items()}
+    vectors = TaskVectors(opened_base, opened, frozen, threads)
+    problems = compatibility(vectors.base, opened, frozen=frozen, mixed_dtypes=mixed_dtypes)
+    if problems:
+        more = f" (and {len(problems) - 1} more; `suture check` lists them)" if len(problems) > 1 else ""
+        raise IncompatibleModels(problems[0] + more)
+    return vectors
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype that tensors of this dtype are merged in."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _keep_freed_buffers() -> None:
+    """Have glibc keep what slices free for the next ones: by its own rule, from the first large block freed on.
+
+    Otherwise it gives each buffer back to the system, which clears its pages anew: several times the work itself.
+    """
+    torch.empty(_LARGE, dtype=torch.uint8)
+
+
+def working_memory(num_models: int, threads: int = 0, chunk: int = 0) -> int:
+    """Bytes that merging holds beside the result, whatever the size of the models: buffers and histograms."""
+    buffers = (threads or torch.get_num_threads()) * (chunk or _CHUNK) * _bytes_an_entry(num_models)
+    return buffers + num_models * kth_memory(num_models)
+
+
+def chunk_for(
+    memory: int, method: MergeMethod, num_models: int, threads: int = 0, device: str = "cpu"
+) -> tuple[int, int]:
+    """Threads and entries at once that keep the working memory below a ceiling; `ConfigError` if none do.
+
+    Threads are given up before slices become short.
+    """
+    fixed, each = _needs(method, num_models)
+    threads, left = threads or torch.get_num_threads(), memory - fixed
+    while threads > 1 and left < threads * _FEW * each:
+        threads -= 1
+    chunk = left // (threads * each) // _GRAIN * _GRAIN
+    if chunk < _GRAIN:
+        least = math.ceil((fixed + _GRAIN * each) / 1e6)
+        raise ConfigError(f"memory={memory} is too little for {num_models} models. Remedy: give {least}MB or more.")
+    return threads, min(_CHUNK if device == "cpu" else _DEVICE_CHUNK, chunk)
+
+
+def memory_of(method: MergeMethod, num_models: int, threads: int, chunk: int) -> int:
+    """Bytes that merging by a method holds, as `chunk_for` reckons."""
+    fixed, each = _needs(method, num_models)
+    return fixed + threads * chunk * each
+
+
+def _needs(method: MergeMethod, num_models: int) -> tuple[int, int]:
+    """Bytes in all, and bytes for each entry that a thread has in hand."""
+    fixed = max(_LITTLE, num_models * kth_memory(num_models) if method.searches else 0)
+    return fixed, _bytes_an_entry(num_models) * (2 if method.wants_place else 1)  # random numbers come from wider ones
+
+
+def _bytes_an_entry(num_models: int) -> int:
+    return 4 * (3 * num_models + 8)
+
+
+def _rows(piece: Piece, base: Flat, models: Sequence[Flat], operand: str, device: str = "cpu") -> tuple[Tensor, Tensor]:
+    """What crosses to the device has the dtype of the file, which is the shorter one."""
+    part = base[piece.start : piece.stop]
+    dtype = compute_dtype(part.dtype)
+    part = part.to(device).to(dtype)
+    rows = part.new_empty(len(models), len(part))
+    for row, model in zip(rows, models, strict=True):
+        row.copy_(model[piece.start : piece.stop].to(device))
+        if operand == "deltas":
+            row -= part
+    return part, rows

@@ -1,0 +1,93 @@
+"""The model card of a finished run: README.md of the merged model, on disk and on a hub."""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from suture.pipeline.card_parts import command_line, front_matter, inputs_table
+from suture.pipeline.methods import find_method
+from suture.reporting.data import percent
+from suture.reporting.run_folder import Finished, flat, read
+from suture.storage.hub import is_hub_id
+from suture.tasks import known
+
+CARD = "README.md"
+_PLACES = {"name", "cache_dir", "save_merging_weights"}
+
+
+def write_card(run: Path) -> None:
+    """Write the card beside the merged weights of a run, unless there is one."""
+    path = run / "model" / CARD
+    if not path.exists():
+        path.write_text(card(read(run)), "utf-8")
+
+
+def card(run: Finished) -> str:
+    """What was merged from what, by which method with which knobs, how well it does, and how to repeat it."""
+    data, config = run.data, run.data["config"]
+    method, sources = find_method(config["method"]["name"]), config["modelpool"]["models"]
+    tags, family = [method.name], config["modelpool"].get("family", "clip")
+    library = "open_clip" if family == "open_clip" else "transformers"
+    parts = [
+        front_matter(list(sources.values()), tags, library, _datasets(config.get("taskpool") or {})),
+        [f"# {data['title']}"],
+        [f"Merged by [{method.name}]({method.paper}) with suture {data['provenance']['versions']['suture']}."],
+        _table(["setting", "value"], _settings(config)),
+        *(_coefficients(learned) for learned in data.get("learning", {}).values()),
+        *_accuracies(data),
+        ["## Merged from"],
+        inputs_table(sources, data["provenance"]["inputs"]),
+        ["## To repeat it"],
+        [command_line(data["command"])],
+    ]
+    return "\n\n".join("\n".join(lines) for lines in parts if lines) + "\n"
+
+
+def _datasets(pool: Mapping[str, Any]) -> list[str]:
+    """The tasks' data sets on the hub."""
+    sources = [
+        (task or {}).get("source") or known(name).get("source") for name, task in (pool.get("tasks") or {}).items()
+    ]
+    return [source.partition("@")[0] for source in sources if source and is_hub_id(source)]
+
+
+def _settings(config: Mapping[str, Any]) -> Iterator[list[str]]:
+    """Every knob of the method, and of the repair if there is one."""
+    repaired = (config.get("surgery") or {}).get("kind", "none") != "none"
+    for group in ("method", "surgery") if repaired else ("method",):
+        for key, value in flat(config[group], f"{group}."):
+            if key.rpartition(".")[2] not in _PLACES and not _is_path(value):
+                yield [key, f"`{value}`"]
+
+
+def _is_path(value: Any) -> bool:
+    return isinstance(value, str) and value.startswith(("/", "~"))
+
+
+def _coefficients(learned: Mapping[str, Any]) -> list[str]:
+    """Mean and range of what was learned, by task."""
+    rows = []
+    for task, row in zip(learned["tasks"], learned["coefficients"], strict=True):
+        values = row if isinstance(row, list) else [row]
+        rows.append([task, *(f"{value:.3f}" for value in (math.fsum(values) / len(values), min(values), max(values)))])
+    layers = len(learned["layers"] or ())
+    per = f"one for each of {layers} tensors" if layers else "one for each model"
+    steps = f"{learned['steps']} step{'s' * (learned['steps'] != 1)}"
+    return [f"## Coefficients after {steps}, {per}", "", *_table(["", "mean", "least", "most"], rows)]
+
+
+def _accuracies(data: Mapping[str, Any]) -> list[list[str]]:
+    if not data["rows"]:
+        return []
+    heads = ["", *data["tasks"], "mean", "norm.", "gap closed"]
+    values = lambda row: [row["accuracies"].get(task) for task in data["tasks"]]
+    summary = lambda row: [row[key] for key in ("mean", "normalised_mean", "gap_closed")]
+    rows = [[row["name"], *map(percent, (*values(row), *summary(row)))] for row in data["rows"]]
+    told = ["Accuracy in %. Norm.: mean over tasks of accuracy / expert accuracy. Gap closed: how far from the"]
+    return [["## Accuracy"], _table(heads, rows), [*told, "pretrained model's mean to that of the experts."]]
+
+
+def _table(heads: Sequence[str], rows: Any) -> list[str]:
+    line = lambda values: f"| {' | '.join(values)} |"
+    return [line(heads), line(["---"] * len(heads)), *map(line, rows)]

@@ -1,0 +1,110 @@
+"""Pools: a pretrained model with its fine-tuned versions, and the tasks that they are scored on."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from suture.checkpoints import Source
+from suture.errors import PRETRAINED, ConfigError, unknown_name
+from suture.families import family
+from suture.tasks import Task, known
+from suture.tasks.class_names import plain
+
+_TASK_KEYS = {*(key.name for key in fields(Task)), "folders"} - {"name"}
+
+
+@dataclass(frozen=True)
+class ModelPool:
+    """The models of one merge. `frozen` tensors stay at the base; `mixed_dtypes` lets dtypes differ from the base's.
+
+    `settings` are the family's own keys. In a pool's YAML `root` is a folder that relative paths start from.
+    """
+
+    base: Source
+    models: Mapping[str, Source]
+    family: str = "clip"
+    frozen: tuple[str, ...] = ()
+    mixed_dtypes: bool = False
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> "ModelPool":
+        """Read a pool's YAML; raises `ConfigError` for a missing `_pretrained_`, no models, or an unknown key."""
+        own = family(config.get("family", "clip")).known_settings
+        _refuse_unknown("modelpool", config, {"family", "models", "frozen", "mixed_dtypes", "root", *own})
+        config = {key: _under(config.get("root"), value) for key, value in config.items()}
+        models = dict(config.get("models") or {})
+        if PRETRAINED not in models:
+            raise ConfigError(
+                f"modelpool.models has no '{PRETRAINED}' (found: {', '.join(models) or 'nothing'}). "
+                "Remedy: name the pretrained model that all others were fine-tuned from."
+            )
+        base = models.pop(PRETRAINED)
+        if not models:
+            raise ConfigError(
+                "modelpool.models names no fine-tuned model. Remedy: add at least one beside _pretrained_."
+            )
+        options = {key: config[key] for key in ("family", "mixed_dtypes") if key in config}
+        settings = {key: config[key] for key in own if config.get(key) is not None}
+        return cls(base, models, frozen=tuple(config.get("frozen") or ()), settings=settings, **options)
+
+
+@dataclass(frozen=True)
+class TaskPool:
+    """The tasks of one evaluation, and the pool's own recommended knobs by method, if it has any.
+
+    In a pool's YAML a task of the published benchmarks (`sun397`, `stanford-cars`, …) needs no words of its own. `root`
+    is a folder in which tasks are looked for by name before their sources are.
+    """
+
+    tasks: tuple[Task, ...]
+    recommended: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> "TaskPool":
+        """Read a pool's YAML; raises `ConfigError` for a missing or an unknown key."""
+        _refuse_unknown("taskpool", config, {"tasks", "root", "recommended"})
+        if not config.get("tasks"):
+            raise ConfigError("taskpool.tasks is empty. Remedy: name at least one task.")
+        root = config.get("root")
+        tasks = tuple(_task(name, task or {}, root) for name, task in config["tasks"].items())
+        return cls(tasks, config.get("recommended") or {})
+
+
+def _under(root: str | None, value: Any) -> Any:
+    """A mapping's relative paths from `root` on; anything else as it is."""
+    if root is None or not isinstance(value, Mapping):
+        return value
+    return {key: str(Path(root).expanduser() / path) for key, path in value.items()}
+
+
+def _task(name: str, config: Mapping[str, Any], root: str | None) -> Task:
+    """A task's own words, and for what they leave out those of the published task of its name."""
+    _refuse_unknown(f"taskpool.tasks.{name}", config, _TASK_KEYS)
+    words = known(name) | {key: value for key, value in config.items() if value is not None}
+    if root is not None and (folder := _folder_of(Path(root).expanduser(), name, words)):
+        words["source"] = str(folder)
+    missing = [key for key in ("source", "classnames") if not words.get(key)]
+    if missing:
+        raise ConfigError(f"taskpool.tasks.{name} has no {missing[0]}. Wanted: source and classnames, at least.")
+    words |= {"source": str(words["source"]), "classnames": tuple(map(str, words["classnames"]))}
+    return Task(name, **{key: value for key, value in words.items() if key != "folders"})
+
+
+def _folder_of(root: Path, name: str, words: Mapping[str, Any]) -> Path | None:
+    """Where a task's data are in a folder for all tasks: under its name, or where the papers' scripts keep them.
+
+    Case and punctuation may differ: stanford-cars is found in stanford_cars, dtd in DTD.
+    """
+    wanted = [name, *words.get("folders", ())]
+    if exact := next((root / folder for folder in wanted if (root / folder).is_dir()), None):
+        return exact
+    there = {plain(path.name): path for path in sorted(root.iterdir()) if path.is_dir()} if root.is_dir() else {}
+    return next((there[plain(folder)] for folder in wanted if plain(folder) in there), None)
+
+
+def _refuse_unknown(where: str, config: Mapping[str, Any], known: set[str]) -> None:
+    for key in config:
+        if key not in known:
+            raise ConfigError(unknown_name(f"key of {where}", key, known))

@@ -1,0 +1,147 @@
+"""What can be known before the slow part: what does not fit, what will be read, written and held in memory."""
+
+import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from suture import tasks
+from suture.checkpoints import Checkpoint
+from suture.core.names import in_bytes
+from suture.errors import SutureError
+from suture.merging.compatibility import compatibility, merged_names, spec_of
+from suture.merging.registry import MergeMethod
+from suture.merging.task_vectors import working_memory
+from suture.pipeline.pools import TaskPool
+
+_SAMPLE = 1024  # entries looked at in each of three places of a tensor
+
+
+@dataclass
+class Preflight:
+    """What was found. Sizes are bytes; `problems` stop a run, `notes` do not."""
+
+    problems: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    tensors: int = 0
+    parameters: int = 0
+    bytes_read: int = 0
+    bytes_written: int = 0
+    memory: int = 0
+    disk_free: int = 0
+
+    def refuse(self) -> None:
+        """Raise the first problem, with the number of the others, if there is any."""
+        if self.problems:
+            more = len(self.problems) - 1
+            rest = f" (and {more} more problem{'s' * (more > 1)}; `suture check` lists all)" if more else ""
+            raise SutureError(self.problems[0] + rest)
+
+
+def preflight(
+    base: Checkpoint,
+    models: Mapping[str, Checkpoint],
+    method: MergeMethod | None = None,
+    taskpool: TaskPool | None = None,
+    *,
+    knobs: Mapping[str, Any] | None = None,
+    frozen: tuple[str, ...] = (),
+    mixed_dtypes: bool = False,
+    output: Path | None = None,
+    bytes_written: int | None = None,
+    threads: int = 0,
+) -> Preflight:
+    """Check models, tasks and disk, from headers and a few samples of each tensor; nothing slow, nothing written."""
+    found = Preflight()
+    found.problems += compatibility(base, models, frozen=frozen, mixed_dtypes=mixed_dtypes)
+    if method is not None and (problem := method.check_number(len(models))):
+        found.problems.append(problem)
+    names = merged_names(base, frozen)
+    found.problems += non_finite_samples({"_pretrained_": base, **models}, names)
+    found.notes += _batch_norm_notes(base, models, names)
+    _measure(found, base, models, names, method, knobs, threads)
+    if bytes_written is not None:
+        found.bytes_written = bytes_written
+    if output is not None:
+        found.problems += _disk_problems(found, output)
+    if taskpool is not None:
+        for task in taskpool.tasks:
+            problems = tasks.check(task, "test")
+            found.problems += problems
+            found.notes += [] if problems else tasks.notes(task, "test")
+        found.notes += _expert_notes(models, taskpool)
+    return found
+
+
+def non_finite_samples(models: Mapping[str, Checkpoint], names: list[str]) -> list[str]:
+    """One line for each tensor with NaN or Inf among the first, middle and last entries that are looked at."""
+    problems = []
+    for label, model in models.items():
+        for name in names:
+            if name in model and not all(part.isfinite().all() for part in _samples(model, name)):
+                problems.append(
+                    f"'{name}' holds NaN or Inf in '{label}'. "
+                    "Remedy: export that checkpoint again; it cannot be merged as it is."
+                )
+    return problems
+
+
+def _samples(model: Checkpoint, name: str) -> Iterator[torch.Tensor]:
+    tensor = model[name]
+    if not tensor.is_contiguous():
+        yield tensor.reshape(-1)[:_SAMPLE].float()
+        return
+    flat = tensor.view(-1)
+    for start in {0, max(0, len(flat) // 2 - _SAMPLE // 2), max(0, len(flat) - _SAMPLE)}:
+        yield flat[start : start + _SAMPLE].float()
+
+
+def _batch_norm_notes(base: Checkpoint, models: Mapping[str, Checkpoint], names: list[str]) -> list[str]:
+    """Say whether the experts kept the base's BatchNorm statistics: it decides whether re-estimating them can help."""
+    statistics = [name for name in names if name.endswith(("running_mean", "running_var"))]
+    if not statistics:
+        return []
+    same = {
+        label: all(name in model and torch.equal(base[name], model[name]) for name in statistics)
+        for label, model in models.items()
+    }
+    frozen = [label for label, kept in same.items() if kept]
+    moved = [label for label, kept in same.items() if not kept]
+    note = f"{len(statistics)} BatchNorm statistics are merged like weights; they are never re-estimated unasked."
+    if moved:
+        note += f" They differ from the base's in {', '.join(moved)} (trained with batch statistics)."
+    if frozen:
+        note += f" They equal the base's in {', '.join(frozen)} (trained with frozen statistics)."
+    return [note]
+
+
+def _measure(found, base, models, names, method, knobs, threads) -> None:
+    found.tensors = len(names)
+    found.parameters = sum(base.specs[name].numel for name in names)
+    passes = 1 if method is None else method.times_read(knobs or {})
+    size = lambda model: sum(spec_of(model, name).nbytes for name in names if name in model)
+    found.bytes_read = passes * (size(base) + sum(map(size, models.values())))
+    found.bytes_written = sum(spec.nbytes for spec in base.specs.values())
+    found.memory = working_memory(len(models), threads)
+
+
+def _disk_problems(found: Preflight, output: Path) -> list[str]:
+    existing = next(folder for folder in (output.absolute(), *output.absolute().parents) if folder.exists())
+    found.disk_free = shutil.disk_usage(existing).free
+    if found.disk_free >= found.bytes_written:
+        return []
+    return [
+        f"'{output}' needs {in_bytes(found.bytes_written)} but {existing} has {in_bytes(found.disk_free)} free. "
+        "Remedy: free some space or choose another output folder."
+    ]
+
+
+def _expert_notes(models: Mapping[str, Checkpoint], taskpool: TaskPool) -> list[str]:
+    named = {task.name for task in taskpool.tasks}
+    notes = [
+        f"Task '{task}' has no model of its name: no expert to compare with." for task in sorted(named - set(models))
+    ]
+    return notes + [f"Model '{model}' is merged but has no task of its name." for model in sorted(set(models) - named)]

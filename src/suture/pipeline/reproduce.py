@@ -1,0 +1,96 @@
+"""Published figures and the runs that they belong to: what to type, and whether a finished run agrees.
+
+The figures are data (`published.yaml`): Representation Surgery (https://arxiv.org/abs/2402.02705) for the authors' own
+checkpoints, FusionBench (https://arxiv.org/abs/2406.03280) for those on the hub.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from suture.errors import ConfigError
+
+_PLACES = {"cache_dir", "save_merging_weights"}  # where things are kept: they decide no figure
+
+
+@dataclass(frozen=True)
+class Published:
+    """One published mean accuracy (in %), the words of the run that gives it, and its row in the report."""
+
+    id: str
+    words: tuple[str, ...]
+    row: str
+    mean: float
+    tolerance: float
+
+    @property
+    def command(self) -> str:
+        """What to type."""
+        return f"suture {' '.join(self.words)}"
+
+
+@dataclass(frozen=True)
+class Compared:
+    """A published figure beside that of a run, both in %."""
+
+    published: Published
+    found: float
+
+    @property
+    def within(self) -> bool:
+        """Whether the two differ by no more than the tolerance."""
+        return abs(self.found - self.published.mean) <= self.published.tolerance + 1e-9
+
+
+@cache
+def published() -> tuple[Published, ...]:
+    """All published figures that suture knows the command for."""
+    import yaml
+
+    data = yaml.safe_load((files("suture.pipeline") / "published.yaml").read_text("utf-8"))
+    return tuple(
+        Published(**{**row, "words": (*row["words"].split(), *family["pools"].split())})
+        for family in data["families"].values()
+        for row in family["rows"]
+    )
+
+
+def compare(report: str | Path) -> list[Compared]:
+    """The published figures that a run can be held against: those of its pools, with its method and repair.
+
+    `report` is a run's folder or its `report.json`. Raises `ConfigError` for what is none.
+    """
+    path = Path(report)
+    path = path / "report.json" if path.is_dir() else path
+    try:
+        told = json.loads(path.read_text("utf-8"))
+        means = {row["name"]: row["mean"] for row in told["rows"]}
+        config = told["config"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"'{report}' holds no report of a run ({type(error).__name__}).") from None
+    return [
+        Compared(figure, 100 * means[figure.row])
+        for figure in published()
+        if figure.row in means and _same_run(figure, config)
+    ]
+
+
+def _same_run(figure: Published, config: Mapping[str, Any]) -> bool:
+    from suture.pipeline.config import compose
+
+    wanted = compose(figure.words)
+    chosen = config.get("choices") or {}
+    pools = [str(chosen.get(group, "")).split("/")[-1] for group in ("modelpool", "taskpool")]
+    words = dict(word.split("=", 1) for word in figure.words)
+    asked = [words[group].split("/")[-1] for group in ("modelpool", "taskpool")]
+    if pools != asked or figure.row in ("pretrained", "experts"):
+        return pools == asked
+    return all(_decisive(wanted[group]) == _decisive(config.get(group) or {}) for group in ("method", "surgery"))
+
+
+def _decisive(group: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in group.items() if key not in _PLACES}

@@ -1,0 +1,68 @@
+"""Representation Surgery: one module for each task on the final feature. https://arxiv.org/abs/2402.02705
+
+Both encoders are frozen, so features are constants: each input is encoded once by each of them, and the modules of all
+tasks are trained on the encodings as one batched product. This equals the paper's loop, which encodes at every step.
+"""
+
+from collections.abc import Sequence
+from typing import Annotated
+
+import torch
+from annotated_types import Ge, Gt
+from torch import Tensor
+
+from suture.merging.task_vectors import compute_dtype
+from suture.repairs.fitting import Descent, Optimizer, descend, fit_constants
+from suture.repairs.modules import SurgeryModules, Variant
+from suture.repairs.network import FINAL
+from suture.repairs.problem import Order, Problem
+from suture.repairs.results import SurgeryResult, surgery_result
+
+_CHUNK = 4096
+
+
+def final(
+    problem: Problem,
+    *,
+    rank: Annotated[int, Ge(1)] = 16,
+    steps: Annotated[int, Ge(1)] = 1000,
+    lr: Annotated[float, Gt(0)] = 1e-3,
+    batch_size: Annotated[int, Ge(1)] = 16,
+    seed: int = 0,
+    optimizer: Optimizer = "adam",
+    variant: Variant = "standard",
+) -> SurgeryResult:
+    """Fit ẑ = z − U·ReLU(D·z) to the expert's feature: mean |ẑ − z_expert| over batch and dim, by Adam.
+
+    Without a cache only the inputs that some step uses are encoded; with one all of them, so that another rank, lr,
+    seed or number of steps costs no forward pass.
+    """
+    order = Order(problem.inputs, steps, batch_size, seed, whole=problem.cache is not None)
+    merged = [problem.merged_rows(task, order.inputs(task)) for task in problem.tasks]
+    wanted = [problem.expert_rows(task, order.inputs(task)) for task in problem.tasks]
+    dim, dtype = merged[0].shape[1], compute_dtype(merged[0].dtype)
+    modules = SurgeryModules(problem.tasks, dim, rank, variant=variant, seed=seed, dtype=dtype).to(problem.device)
+    set_means(modules, merged)
+
+    everyone, repairs = slice(0, len(merged)), {FINAL: modules}
+    descent = Descent([modules], [everyone], lr, optimizer)
+    losses = fit_constants(modules, everyone, [rows[:, None] for rows in merged], wanted, order)
+    history = descend(descent, steps, losses, repairs, small=True, resume=problem.resume, on_step=problem.on_step)
+    note_active(modules, merged)
+    return surgery_result(problem, repairs, history)
+
+
+@torch.no_grad()
+def set_means(modules: SurgeryModules, rows: Sequence[Tensor]) -> None:
+    """Give the centred variant each task's mean feature: rows (input, dim) of each task."""
+    if modules.mean is not None:
+        modules.mean.copy_(torch.stack([task.double().mean(0, keepdim=True) for task in rows]))
+
+
+@torch.no_grad()
+def note_active(modules: SurgeryModules, rows: Sequence[Tensor]) -> None:
+    """Let each task's units see all its features (input, dim)."""
+    modules.clear()
+    for task, features in enumerate(rows):
+        for part in features.split(_CHUNK):
+            modules(part[:, None].to(modules.down.device), slice(task, task + 1))

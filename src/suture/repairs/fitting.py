@@ -1,0 +1,172 @@
+"""Gradient descent on surgery modules: one Adam for each task, or the authors' one Adam for all."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, Literal, Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from suture.errors import DataError
+from suture.repairs.modules import SurgeryModules
+from suture.repairs.network import position_mean
+from suture.repairs.problem import OnStep
+
+Optimizer = Literal["adam", "shared_adam"]
+#: losses(step, tasks) of some tasks in a row: (task,), with a graph.
+Losses = Callable[[int, slice], Tensor]
+
+
+@runtime_checkable
+class Saving(Protocol):
+    """Where the state of a loop is kept: `suture.storage.resume.Resume`, or a part of it."""
+
+    def load(self) -> dict[str, Any] | None: ...
+
+    def due(self) -> bool: ...
+
+    def save(self, state: Mapping[str, Any]) -> None: ...
+
+
+class Descent:
+    """Steps on the stacked modules of some tasks.
+
+    - `adam`: one for each task; they do the same things at the same steps, so one over the stacks is equal.
+    - `shared_adam`: one over all tasks, which takes a step after each task. A task joins when its first gradient
+      arrives; from then on each step moves it, with a gradient of zero when it is another task's turn. So did the
+      authors' runs under a PyTorch that zeroed gradients instead of dropping them.
+
+    `groups`: the slices of tasks that share a forward and a backward pass; their gradients are added up.
+    """
+
+    def __init__(self, modules: Sequence[SurgeryModules], groups: Sequence[slice], lr: float, optimizer: Optimizer):
+        self.modules, self.groups = list(modules), list(groups)
+        self.parameters = [p for m in modules for p in (m.down.requires_grad_(), m.up.requires_grad_())]
+        self._views: dict[int, list[Tensor]] = {}
+        if optimizer == "shared_adam":  # one leaf for each task, on the memory of the stacks
+            tasks = range(len(self.parameters[0]))
+            self.groups = [slice(t, t + 1) for t in tasks]
+            self._views = {t: [p.detach()[t : t + 1].requires_grad_() for p in self.parameters] for t in tasks}
+        leaves = [leaf for views in self._views.values() for leaf in views] or self.parameters
+        self.adam = torch.optim.Adam(leaves, lr=lr)
+
+    def step(self, losses: Callable[[slice], Tensor]) -> Float[Tensor, " task"]:
+        """One step of every task; the losses before it."""
+        found = []
+        for group in self.groups:
+            loss = losses(group)
+            loss.sum().backward(inputs=self.parameters)
+            found.append(loss.detach())
+            if self._views:
+                self._step_after(group.start)
+        if not self._views:
+            self.adam.step()
+            self._drop_gradients()
+        return torch.cat(found).to("cpu", torch.float64)
+
+    def state(self) -> dict[str, Any]:
+        """All that the next step depends on."""
+        parameters = [p.detach().clone() for p in self.parameters]
+        return {"parameters": parameters, "adam": self.adam.state_dict(), "fired": [m.fired for m in self.modules]}
+
+    @torch.no_grad()
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Take up a state again."""
+        for parameter, value in zip(self.parameters, state["parameters"], strict=True):
+            parameter.copy_(value)
+        for modules, fired in zip(self.modules, state["fired"], strict=True):
+            modules.fired = fired if fired is None else fired.to(modules.down.device)
+        self.adam.load_state_dict(state["adam"])
+        for views in self._views.values():
+            for view in views:
+                view.grad = torch.zeros_like(view)
+
+    def _step_after(self, task: int) -> None:
+        for other, views in self._views.items():
+            for view, parameter in zip(views, self.parameters, strict=True):
+                if other == task and parameter.grad is not None:
+                    view.grad = parameter.grad[task : task + 1].clone()
+                elif view.grad is not None:
+                    view.grad.zero_()
+        self.adam.step()
+        self._drop_gradients()
+
+    def _drop_gradients(self) -> None:
+        for parameter in self.parameters:
+            parameter.grad = None
+
+
+def descend(
+    descent: Descent,
+    steps: int,
+    losses: Losses,
+    places: Mapping[str, SurgeryModules],
+    *,
+    watched: int = 0,
+    small: bool = False,
+    resume: Saving | None = None,
+    on_step: OnStep | None = None,
+) -> Float[Tensor, "step task"]:
+    """All steps, or those that are left; the losses of all. Active units are noted over the last `watched` steps.
+
+    `small` says that a step is so little work that threads would spend longer waiting for each other than working.
+    """
+    history: list[Tensor] = []
+    state = None if resume is None else resume.load()
+    if state is not None:
+        descent.restore(state)
+        history = list(state["losses"])
+    for step in range(len(history), steps):
+        if step == max(steps - watched, 0):
+            for modules in descent.modules:
+                modules.clear()
+        with _threads(1 if small else torch.get_num_threads()):
+            found = descent.step(lambda group, step=step: losses(step, group))
+        if not found.isfinite().all():
+            raise DataError(f"The repair's loss is {found.sum().item()} at step {step}; check the inputs, or lower lr.")
+        history.append(found)
+        if resume is not None and (resume.due() or step == steps - 1):
+            resume.save({**descent.state(), "losses": torch.stack(history)})
+        if on_step is not None:
+            on_step(step, found, places)
+    return torch.stack(history)
+
+
+@contextmanager
+def _threads(count: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    if count != before:
+        torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        if count != before:
+            torch.set_num_threads(before)
+
+
+def fit_constants(
+    modules: SurgeryModules,
+    group: slice,
+    rows: Sequence[Tensor],
+    wanted: Sequence[Tensor],
+    batches: Callable[[int], Sequence[Tensor]],
+    masks: Sequence[Tensor] | None = None,
+) -> Losses:
+    """The losses of modules at one place whose inputs are constants: mean |mean over positions of ẑ − wanted|.
+
+    `rows` (input, position, dim), `wanted` (input, dim) and the batches have one entry for each task of `group`, and so
+    have `masks` (input, position), which are 0 where a position is padding.
+    """
+    device, dtype = modules.down.device, modules.down.dtype
+
+    def losses(step: int, which: slice) -> Tensor:
+        chosen = range(which.start - group.start, which.stop - group.start)
+        indices = batches(step)
+        z = torch.cat([rows[t][indices[t]] for t in chosen]).to(device, dtype)
+        goal = torch.stack([wanted[t][indices[t]] for t in chosen]).to(device, dtype)
+        mask = {} if masks is None else {"attention_mask": torch.cat([masks[t][indices[t]] for t in chosen]).to(device)}
+        repaired = position_mean(modules(z, which), mask).view_as(goal)
+        return (repaired - modules.prepared(goal)).abs().mean((1, 2))
+
+    return losses

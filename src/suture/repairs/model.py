@@ -1,0 +1,185 @@
+"""A backbone with its surgery modules, as one module: the task by name, by row, or chosen by a router."""
+
+import json
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, cast
+
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from suture.checkpoints import Checkpoint, open_checkpoint, save_checkpoint
+from suture.core.batches import Forward, call, device_of
+from suture.errors import CheckpointError, ConfigError, unknown_name
+from suture.repairs.modules import SurgeryModules
+from suture.repairs.network import FINAL, Block, Network, places_of
+from suture.repairs.router import ROUTERS, Router
+
+_KEYS = ("kind", "tasks", "rank", "blocks", "variant")
+
+
+class SurgeryModel(nn.Module):
+    """`backbone` with the modules of every task: inputs → repaired features (B, dim).
+
+    The backbone is copied but for its parameters' memory, so it costs nothing and is never changed. `repairs` has the
+    modules of each place: those of the `blocks`, if any, and of the final feature. `router`, an attribute, chooses
+    tasks where none is given.
+
+    >>> import torch
+    >>> model = SurgeryModel(nn.Linear(3, 4), {FINAL: SurgeryModules(["mnist"], dim=4, rank=2)}, ["mnist"])
+    >>> model(torch.zeros(5, 3), "mnist").shape
+    torch.Size([5, 4])
+    """
+
+    router: Router | None
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        repairs: Mapping[str, SurgeryModules],
+        tasks: Sequence[str],
+        *,
+        forward: Forward = call,
+        blocks: Sequence[Block] = (),
+        router: Router | None = None,
+        kind: str | None = None,
+    ):
+        super().__init__()
+        self.tasks, self.places = tuple(tasks), tuple(places_of(blocks))
+        self.kind = kind or ("deep" if blocks else "final")
+        self.network = Network(backbone, forward, blocks)
+        self.repairs = nn.ModuleList([repairs[place] for place in self.places]).requires_grad_(False)
+        self.router = router
+        self.eval()
+
+    @property
+    def added_parameters(self) -> int:
+        """How many numbers the modules of all tasks have."""
+        return sum(tensor.numel() for tensor in self.repairs.state_dict().values())
+
+    @property
+    def repair_at(self) -> dict[str, SurgeryModules]:
+        """The modules by place."""
+        return dict(zip(self.places, cast(Iterable[SurgeryModules], self.repairs), strict=True))
+
+    def forward(self, inputs: Any, task: str | Int[Tensor, " row"] | None = None) -> Float[Tensor, "row dim"]:
+        """The repaired features. `task`: one name for the batch, a task index for each row, or None for the router.
+
+        With a router the modules after blocks need a second pass. Raises `ConfigError` for an unknown task.
+        """
+        if self.network.blocks and task is not None:
+            return self._repaired(inputs, self.which(task))
+        features = self.encode(inputs)
+        which = self.route(features) if task is None else self.which(task)
+        return self._repaired(inputs, which) if self.network.blocks else self.repair(features, which)
+
+    def encode(self, inputs: Any) -> Float[Tensor, "row dim"]:
+        """The backbone's features, without repair."""
+        return self.network(inputs)
+
+    def repair(self, features: Float[Tensor, "row dim"], task: str | slice | Tensor) -> Float[Tensor, "row dim"]:
+        """What the final module makes of features that are already encoded."""
+        return self.repairs[-1](features[:, None], self.which(task))[:, 0]
+
+    def route(self, features: Float[Tensor, "row dim"]) -> Int[Tensor, " row"]:
+        """The task index of each row, by the router."""
+        if self.router is None:
+            raise ConfigError(
+                "No task was given and the model has no router. Remedy: model(inputs, task), or a router."
+            )
+        return self.router(features)
+
+    def for_task(self, task: str) -> "TaskModel":
+        """The model of one task as a plain module, inputs → features, for `torch.export` and ONNX."""
+        index = self._index(task)
+        repairs = [repair.only(index) for repair in self.repair_at.values()]
+        return TaskModel(Network(self.network.module, self.network.encode, self.network.blocks), repairs)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the modules alone (and the router) as safetensors: kilobytes, with all that `load` needs."""
+        tensors = {
+            f"{p}/{n}": tensor for p, repair in self.repair_at.items() for n, tensor in repair.state_dict().items()
+        }
+        last = self.repair_at[FINAL]
+        facts: dict[str, Any] = {"kind": self.kind, "tasks": self.tasks, "blocks": self.network.blocks}
+        facts |= {"rank": last.rank, "variant": last.variant}
+        if self.router is not None:
+            tensors |= {f"router/{name}": tensor for name, tensor in self.router.state_dict().items()}
+            facts["router"] = self.router.name
+        save_checkpoint(tensors, path, {key: json.dumps(value) for key, value in facts.items()})
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str], backbone: nn.Module, *, forward: Forward = call) -> "SurgeryModel":
+        """The model whose modules were saved, beside the backbone that they were fitted to.
+
+        Raises `CheckpointError` for a file of another kind and `IncompatibleModels` for a backbone without its blocks.
+        """
+        with open_checkpoint(path) as file:
+            facts = _facts(file)
+            blocks = [Block(*block) for block in facts["blocks"]]
+            repairs = {place: _read_modules(file, place, facts) for place in places_of(blocks)}
+            router = _read_router(file, facts["router"]) if "router" in facts else None
+        model = cls(
+            backbone, repairs, facts["tasks"], forward=forward, blocks=blocks, router=router, kind=facts["kind"]
+        )
+        return model.to(device_of(backbone))
+
+    def _repaired(self, inputs: Any, which: slice | Tensor) -> Tensor:
+        return self.network(inputs, lambda i, rows: self.repairs[i](rows, which))
+
+    def which(self, task: str | slice | Tensor) -> slice | Tensor:
+        """Which of the stacked modules belong to a task, or to each row."""
+        if isinstance(task, str):
+            index = self._index(task)
+            return slice(index, index + 1)
+        return task if isinstance(task, slice) else task.to(self.repair_at[FINAL].down.device)
+
+    def _index(self, task: str) -> int:
+        if task not in self.tasks:
+            raise ConfigError(unknown_name("task", task, self.tasks))
+        return self.tasks.index(task)
+
+
+class TaskModel(nn.Module):
+    """A network with one task's modules: inputs → repaired features (B, dim)."""
+
+    def __init__(self, network: Network, repairs: Sequence[SurgeryModules]):
+        super().__init__()
+        self.network, self.repairs = network, nn.ModuleList(repairs)
+        self.eval()
+
+    def forward(self, inputs: Any) -> Tensor:
+        return self.network(inputs, lambda i, rows: self.repairs[i](rows, slice(0, 1)))
+
+
+def _facts(file: Checkpoint) -> dict[str, Any]:
+    try:
+        facts = {key: json.loads(value) for key, value in file.metadata.items() if key in (*_KEYS, "router")}
+    except ValueError:
+        facts = {}
+    if missing := [key for key in _KEYS if key not in facts]:
+        raise CheckpointError(
+            f"'{file.label}' holds no surgery modules: its metadata has no {missing[0]!r}. "
+            f"Remedy: name a file that SurgeryModel.save wrote."
+        )
+    return facts
+
+
+def _read_modules(file: Checkpoint, place: str, facts: Mapping[str, Any]) -> SurgeryModules:
+    if f"{place}/down" not in file:
+        raise CheckpointError(f"'{file.label}' has no modules for {place!r}. Remedy: save the model again.")
+    down = file[f"{place}/down"]
+    modules = SurgeryModules(facts["tasks"], down.shape[2], facts["rank"], variant=facts["variant"], dtype=down.dtype)
+    try:
+        modules.load_state_dict({name: file[f"{place}/{name}"].clone() for name in modules.state_dict()})
+    except (KeyError, RuntimeError) as error:
+        problem = " ".join(str(error).split())
+        raise CheckpointError(f"'{file.label}': the modules for {place!r} are damaged: {problem}") from None
+    return modules
+
+
+def _read_router(file: Checkpoint, name: str) -> Router:
+    if name not in ROUTERS:
+        raise CheckpointError(f"'{file.label}': {unknown_name('router', name, ROUTERS)}")
+    state = {key.removeprefix("router/"): file[key].clone() for key in file if key.startswith("router/")}
+    return ROUTERS[name](**state)

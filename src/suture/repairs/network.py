@@ -1,0 +1,222 @@
+"""A frozen module whose blocks can be watched and corrected from outside, whatever its architecture.
+
+What a block gives is shown as (row, position, dim): tokens (B, tokens, width), feature maps (B, C, H, W), plain
+features (B, width), and sequence-first tokens (tokens, B, width) all come in this form and go back in their own.
+"""
+
+import copy
+import re
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from suture.core.batches import Forward, Inputs, call, device_of, take, to_device
+from suture.errors import ConfigError, IncompatibleModels
+
+#: The place of the module that corrects the final feature; all others are paths of blocks.
+FINAL = "(features)"
+Blocks = str | Sequence[str] | None
+#: visit(i, rows) sees the i-th place's output (row, position, dim) and gives what goes on; None for the same.
+Visit = Callable[[int, Tensor], Tensor | None]
+
+
+class Block(NamedTuple):
+    """A block by its path in the module, the width of its output, and which axes hold the inputs and the channels."""
+
+    path: str
+    dim: int
+    batch_axis: int = 0
+    channel_axis: int = -1
+
+
+class Network(nn.Module):
+    """A copy of a module in evaluation mode, without gradients; only its parameters' memory is the caller's.
+
+    Its places are the blocks, in the given order, and then the final feature.
+    """
+
+    def __init__(self, module: nn.Module, forward: Forward = call, blocks: Sequence[Block] = ()):
+        super().__init__()
+        self.module, self.encode, self.blocks = frozen_copy(module), forward, tuple(blocks)
+        self._visit: Visit | None = None
+        for i, block in enumerate(self.blocks):
+            _submodule(self.module, block.path).register_forward_hook(partial(self._hook, i))
+
+    @property
+    def device(self) -> torch.device:
+        """Where the inputs have to be."""
+        return device_of(self.module)
+
+    def forward(self, inputs: Any, visit: Visit | None = None) -> Tensor:
+        """The features (B, dim); every place is visited on the way."""
+        self._visit = visit
+        try:
+            features = self.encode(self.module, inputs)
+        finally:
+            self._visit = None
+        if features.dim() != 2:
+            found = tuple(features.shape)
+            raise ConfigError(f"The module gives {found}; wanted features (batch, dim). Remedy: give forward=…")
+        seen = None if visit is None else visit(len(self.blocks), features[:, None])
+        return features if seen is None else seen[:, 0]
+
+    def _hook(self, i: int, module: nn.Module, arguments: Any, output: Any) -> Any:
+        if self._visit is None:
+            return None
+        rows, back = _as_rows(_tensor(output, self.blocks[i].path), self.blocks[i])
+        seen = self._visit(i, rows)
+        if seen is None:
+            return None
+        return (back(seen), *output[1:]) if isinstance(output, tuple) else back(seen)
+
+
+def frozen_copy(module: nn.Module) -> nn.Module:
+    """A copy in evaluation mode whose parameters ask for no gradient and share their memory with the module's."""
+    memo: dict[int, Any] = {id(p): nn.Parameter(p.detach(), requires_grad=False) for p in module.parameters()}
+    return copy.deepcopy(module, memo).eval()
+
+
+def find_blocks(
+    module: nn.Module,
+    inputs: Inputs,
+    *,
+    forward: Forward = call,
+    blocks: Blocks = None,
+    channel_axis: int | None = None,
+) -> tuple[Block, ...]:
+    """The blocks in the order in which they run, with their layouts, seen by running the first input.
+
+    `blocks`: module paths; a regular expression that whole paths match; or None for the children of the longest
+    ModuleList or Sequential of one class, and of all other such lists of that class, as in the stages of a ResNet. The
+    channels are on axis 1 of outputs with four axes or more and on the last axis of others, unless only the last one
+    fits the block's own biases; `channel_axis` says otherwise. Raises `ConfigError` for blocks that are not there, run
+    never or twice, or give no tensor.
+    """
+    paths = _paths(module, blocks)
+    shapes = [_shapes(module, forward, paths, inputs, count) for count in (2, 3)]
+    ran = [path for path in shapes[0] if path in paths]
+    if blocks is not None and len(ran) < len(paths):
+        missing = next(path for path in paths if path not in ran)
+        raise ConfigError(f"blocks: '{missing}' does not run when the module does. Remedy: name blocks that do.")
+    return tuple(_block(module, path, shapes[0][path], shapes[1][path], channel_axis) for path in ran)
+
+
+def _paths(module: nn.Module, blocks: Blocks) -> list[str]:
+    names = dict(module.named_modules())
+    if blocks is None:
+        found = _longest_lists(names)
+        wanted = "a ModuleList or Sequential of blocks of one class. Remedy: give blocks=[path, …]"
+    elif isinstance(blocks, str):
+        found = [name for name in names if name and _pattern(blocks).fullmatch(name)]
+        wanted = f"a path that matches {blocks!r}. Remedy: name some of: {', '.join(list(names)[1:9])} …"
+    else:
+        found = list(dict.fromkeys(blocks))
+        for path in found:
+            _submodule(module, path)
+        wanted = "at least one path in `blocks`"
+    if not found:
+        raise ConfigError(f"The module ({type(module).__name__}) has no blocks: wanted {wanted}.")
+    return found
+
+
+def _longest_lists(names: dict[str, nn.Module]) -> list[str]:
+    lists = {
+        name: list(part.named_children())
+        for name, part in names.items()
+        if isinstance(part, nn.ModuleList | nn.Sequential) and len({type(child) for child in part.children()}) == 1
+    }
+    longest = max(lists.values(), key=len, default=[])
+    if len(longest) < 2:
+        return []
+    kind = type(longest[0][1])
+    paths = lambda name, children: [f"{name}.{child}".lstrip(".") for child, _ in children]
+    found = [p for name, children in lists.items() if type(children[0][1]) is kind for p in paths(name, children)]
+    return [path for path in found if not any(path.startswith(f"{outer}.") for outer in found)]
+
+
+def _shapes(
+    module: nn.Module, forward: Forward, paths: Sequence[str], inputs: Inputs, count: int
+) -> dict[str, torch.Size]:
+    """What each block that runs gives for so many copies of the first input, in the order in which they run."""
+    probe, shapes = frozen_copy(module), {}
+
+    def see(path: str, module: nn.Module, arguments: Any, output: Any) -> None:
+        if path in shapes:
+            raise ConfigError(f"blocks: '{path}' runs twice in one pass; a repair needs blocks that run once.")
+        shapes[path] = _tensor(output, path).shape
+
+    for path in paths:
+        _submodule(probe, path).register_forward_hook(partial(see, path))
+    with torch.no_grad():
+        forward(probe, to_device(take(inputs, torch.zeros(count, dtype=torch.long)), device_of(module)))
+    return shapes
+
+
+def _block(module: nn.Module, path: str, two: torch.Size, three: torch.Size, channel_axis: int | None) -> Block:
+    differ = [axis for axis, (a, b) in enumerate(zip(two, three, strict=True)) if (a, b) == (2, 3)]
+    if len(differ) != 1:
+        raise ConfigError(f"blocks: '{path}' gives {tuple(two)} for two inputs; no axis counts the inputs.")
+    if channel_axis is None:
+        widths = {p.numel() for p in _submodule(module, path).parameters() if p.dim() == 1}
+        last = len(two) < 4 or (two[-1] in widths and two[1] not in widths)
+        channel_axis = -1 if last else 1
+    if not -len(two) <= channel_axis < len(two) or channel_axis % len(two) == differ[0]:
+        raise ConfigError(f"channel_axis={channel_axis}: '{path}' gives {tuple(two)}, inputs on axis {differ[0]}.")
+    return Block(path, two[channel_axis], differ[0], channel_axis)
+
+
+def _as_rows(output: Tensor, block: Block) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+    """The output as (row, position, dim), and the way back."""
+    axes = (block.batch_axis, block.channel_axis)
+    moved = output.movedim(axes, (0, -1))
+    rows = moved[:, None] if moved.dim() == 2 else moved.flatten(1, -2)
+    return rows, lambda seen: seen.reshape(moved.shape).movedim((0, -1), axes)
+
+
+def _tensor(output: Any, path: str) -> Tensor:
+    found = output[0] if isinstance(output, tuple) and output else output
+    if not isinstance(found, Tensor) or found.dim() < 2:
+        kind = type(output).__name__
+        raise ConfigError(
+            f"blocks: '{path}' gives a {kind}; wanted a tensor (batch, …) or a tuple that begins with one."
+        )
+    return found
+
+
+def _submodule(module: nn.Module, path: str) -> nn.Module:
+    try:
+        return module.get_submodule(path)
+    except AttributeError:
+        kind = type(module).__name__
+        raise IncompatibleModels(f"The module ({kind}) has no block '{path}'. Remedy: name its own blocks.") from None
+
+
+def _pattern(text: str) -> re.Pattern[str]:
+    try:
+        return re.compile(text)
+    except re.error as error:
+        raise ConfigError(f"blocks: {text!r} is not a regular expression: {error}.") from None
+
+
+def position_mean(rows: Float[Tensor, "row position dim"], inputs: Any) -> Float[Tensor, "row dim"]:
+    """The mean over positions; of texts that came with an `attention_mask`, over those that are not padding."""
+    mask = inputs.get("attention_mask") if isinstance(inputs, Mapping) else None
+    if mask is None or not 1 < rows.shape[1] <= mask.shape[1]:
+        return rows.mean(1)
+    weights = mask[:, : rows.shape[1]].to(rows)[..., None]
+    return (rows * weights).sum(1) / weights.sum(1)
+
+
+def places_of(blocks: Sequence[Block]) -> list[str]:
+    """The names of all places: the blocks' paths, and that of the final feature."""
+    return [*(block.path for block in blocks), FINAL]
+
+
+def by_place(rows: Tensor, blocks: Sequence[Block]) -> list[Tensor]:
+    """Encodings (…, width) taken apart: (…, dim) for each place."""
+    widths = [block.dim for block in blocks]
+    return list(rows.split([*widths, rows.shape[-1] - sum(widths)], dim=-1))

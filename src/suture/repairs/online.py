@@ -1,0 +1,121 @@
+"""Online Representation Surgery: one pass over a stream of single inputs, one Adam step for each.
+
+https://arxiv.org/abs/2402.02705, online setting: tasks one after another, encoders frozen. Features do not depend
+on the modules, so they are encoded in larger batches beforehand, each input once by each model.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+import torch
+from annotated_types import Ge, Gt
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from suture.core.batches import Inputs, ShuffledBatches, size
+from suture.errors import ConfigError
+from suture.merging.task_vectors import compute_dtype
+from suture.repairs.fitting import Descent, descend, fit_constants
+from suture.repairs.model import SurgeryModel
+from suture.repairs.modules import SurgeryModules
+from suture.repairs.network import FINAL
+from suture.repairs.problem import ForwardPasses, Problem
+
+FRACTIONS = (0.01, *(k / 10 for k in range(1, 11)))
+
+
+@dataclass(frozen=True)
+class OnlineResult:
+    """What a stream left behind.
+
+    - `models`: share of the stream → the repaired model after that share of each task's inputs.
+    - `order`: per task, the positions of its inputs in the order in which they came.
+    - `outputs`: per task, (input, dim) the repaired feature of each input in that order, before its own step.
+    - `losses`: per task, (input,) the loss of each input before its own step.
+    - `passes`: how many inputs went through the merged module and through experts.
+    """
+
+    models: dict[float, SurgeryModel]
+    order: dict[str, Int[Tensor, " input"]]
+    outputs: dict[str, Float[Tensor, "input dim"]]
+    losses: dict[str, Float[Tensor, " input"]]
+    passes: ForwardPasses
+
+
+def online(
+    problem: Problem,
+    *,
+    rank: Annotated[int, Ge(1)] = 16,
+    lr: Annotated[float, Gt(0)] = 1e-3,
+    seed: int = 0,
+    shuffle: bool = True,
+    fractions: Sequence[float] = FRACTIONS,
+    variant: Literal["standard", "normalised"] = "standard",
+) -> OnlineResult:
+    """Fit ẑ = z − U·ReLU(D·z) while inputs come by one at a time.
+
+    `fractions` are shares of each task's stream, in (0, 1], after which the modules are kept; they are rounded up to
+    whole inputs. With `shuffle` the order depends on the seed and the task's name; without it is that of the inputs.
+    (The centred variant would need the mean of inputs that have not come yet.)
+
+    >>> from torch import nn
+    >>> problem = Problem(nn.Linear(3, 4), {"mnist": nn.Linear(3, 4)}, {"mnist": torch.randn(10, 3)})
+    >>> list(online(problem, rank=2, fractions=[0.1, 1.0]).models)
+    [0.1, 1.0]
+    """
+    if wrong := [share for share in fractions if not 0 < share <= 1]:
+        raise ConfigError(f"fractions: {wrong[0]} is not a share of the stream; wanted more than 0 and 1 at most.")
+    order = {task: _order(task, inputs, seed, shuffle) for task, inputs in problem.inputs.items()}
+    streams = [_stream(problem, task, positions) for task, positions in order.items()]
+    dim, dtype = streams[0][0].shape[1], compute_dtype(streams[0][0].dtype)
+    modules = SurgeryModules(problem.tasks, dim, rank, variant=variant, seed=seed, dtype=dtype).to(problem.device)
+
+    snapshots = {share: modules.copied() for share in sorted(set(fractions))}
+    outputs, losses = {}, {}
+    for t, task in enumerate(problem.tasks):
+        outputs[task], losses[task] = _run(modules, t, *streams[t], lr, snapshots)
+    models = {
+        share: SurgeryModel(problem.module, {FINAL: kept}, problem.tasks, forward=problem.forward, kind="online")
+        for share, kept in snapshots.items()
+    }
+    return OnlineResult(models, order, outputs, losses, problem.passes)
+
+
+def _order(task: str, inputs: Inputs, seed: int, shuffle: bool) -> Int[Tensor, " input"]:
+    whole = ShuffledBatches(inputs, size(inputs), seed=seed, name=task)
+    return whole.indices(0) if shuffle else torch.arange(size(inputs))
+
+
+def _stream(problem: Problem, task: str, positions: Tensor) -> tuple[Tensor, Tensor]:
+    inputs = problem.inputs[task]
+    return problem.merged_rows(task, inputs)[positions], problem.expert_rows(task, inputs)[positions]
+
+
+def _run(
+    modules: SurgeryModules,
+    task: int,
+    merged: Tensor,
+    wanted: Tensor,
+    lr: float,
+    snapshots: Mapping[float, SurgeryModules],
+) -> tuple[Tensor, Tensor]:
+    """One task's stream: its outputs and losses, both before each step. The snapshots get the task's modules."""
+    which, ends = slice(task, task + 1), {share: math.ceil(share * len(merged)) for share in snapshots}
+    rows, outputs = merged[:, None], []
+    losses = fit_constants(modules, which, [rows], [wanted], lambda step: [torch.tensor([step])])
+
+    def before(step: int, group: slice) -> Tensor:
+        with torch.no_grad():
+            outputs.append(modules(rows[step : step + 1].to(modules.down.device), which)[:, 0].cpu())
+        return losses(step, group)
+
+    def keep(step: int, loss: Tensor, places: Mapping[str, SurgeryModules]) -> None:
+        for share, end in ends.items():
+            if end == step + 1:
+                snapshots[share].take(modules, task)
+
+    descent, places = Descent([modules], [which], lr, "adam"), {FINAL: modules}
+    history = descend(descent, len(merged), before, places, small=True, on_step=keep)
+    return torch.cat(outputs), history[:, 0]

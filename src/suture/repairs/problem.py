@@ -1,0 +1,204 @@
+"""What a repair starts from: a merged module, its experts and unlabelled inputs; and encodings made once and kept."""
+
+import hashlib
+import os
+import types
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from suture.checkpoints import TensorSpec, allocate_checkpoint, content_hash, open_checkpoint
+from suture.core.batches import Forward, Inputs, ShuffledBatches, call, device_of, size, take, to_device
+from suture.core.progress import Track, untracked
+from suture.errors import CheckpointError, ConfigError, DataError
+from suture.repairs.modules import SurgeryModules
+from suture.repairs.network import Block, Network, position_mean
+from suture.storage.resume import Resume
+
+Experts = Callable[[str], nn.Module] | Mapping[str, nn.Module] | nn.ModuleDict
+#: on_step(step, losses (task,), place → modules) after each step; the modules are live: copy what is to be kept.
+OnStep = Callable[[int, Tensor, Mapping[str, SurgeryModules]], None]
+
+
+@dataclass
+class ForwardPasses:
+    """How many inputs went through the merged module and through experts."""
+
+    merged: int = 0
+    experts: int = 0
+
+
+@dataclass(frozen=True)
+class Problem:
+    """The merged `module`, the `experts`, and each task's unlabelled `inputs`; nothing of it is changed.
+
+    `experts` is a mapping task → module, or a function that gives the task's module; it may load all of them into one
+    and the same, but not into `module`. Encodings are made `encode_batch` inputs at a time, and kept as memory-mapped
+    files in the folder `cache` if one is given.
+    """
+
+    module: nn.Module
+    experts: Experts
+    inputs: Mapping[str, Inputs]
+    forward: Forward = call
+    cache: str | os.PathLike[str] | None = None
+    encode_batch: int = 64
+    resume: Resume | None = None
+    on_step: OnStep | None = None
+    track: Track = untracked
+    passes: ForwardPasses = field(default_factory=ForwardPasses)
+
+    def __post_init__(self):
+        if not self.inputs:
+            raise ConfigError("There are no inputs to repair with; wanted a mapping from task to inputs.")
+        if self.encode_batch < 1:
+            raise ConfigError(f"encode_batch={self.encode_batch}: wanted 1 or more.")
+        for task, inputs in self.inputs.items():
+            if size(inputs) == 0:
+                raise DataError(f"Task {task!r} has no inputs to repair with.")
+            if isinstance(self.experts, Mapping | nn.ModuleDict) and task not in self.experts:
+                found = ", ".join(self.experts) or "none"
+                raise ConfigError(f"Task {task!r} has inputs but no expert (found: {found}). Remedy: name them alike.")
+
+    @property
+    def tasks(self) -> list[str]:
+        """The tasks, in the order of the inputs."""
+        return list(self.inputs)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the merged module is, and its repair will be."""
+        return device_of(self.module)
+
+    def expert(self, task: str) -> nn.Module:
+        """The task's fine-tuned module."""
+        return self.experts[task] if isinstance(self.experts, Mapping | nn.ModuleDict) else self.experts(task)
+
+    def merged_rows(self, task: str, inputs: Inputs, blocks: tuple[Block, ...] = ()) -> Float[Tensor, "input width"]:
+        """What the merged module gives for inputs; see `rows`."""
+        return self.rows("merged", self.module, task, inputs, blocks)
+
+    def expert_rows(self, task: str, inputs: Inputs, blocks: tuple[Block, ...] = ()) -> Float[Tensor, "input width"]:
+        """What the task's expert gives for inputs; see `rows`."""
+        return self.rows("experts", self.expert(task), task, inputs, blocks)
+
+    def rows(
+        self,
+        kind: Literal["merged", "experts"],
+        module: nn.Module,
+        task: str,
+        inputs: Inputs,
+        blocks: tuple[Block, ...] = (),
+    ) -> Float[Tensor, "input width"]:
+        """For each input, one after another: the mean over positions of every block's output, then the feature.
+
+        On the CPU; from the cache if these weights have met these inputs before.
+        """
+        network = Network(module, self.forward, blocks)
+        path = (
+            None
+            if self.cache is None
+            else Path(self.cache) / f"{_key(module, self.forward, inputs, blocks)}.safetensors"
+        )
+        cached = None if path is None else _cached(path, size(inputs))
+        if cached is not None:
+            return cached
+        encoded = self._encoded(network, inputs, f"Encoding {task} ({'merged' if kind == 'merged' else 'expert'})")
+        setattr(self.passes, kind, getattr(self.passes, kind) + size(inputs))
+        if path is None:
+            return torch.cat(list(encoded))
+        return _stored(path, encoded, size(inputs))
+
+    def _encoded(self, network: Network, inputs: Inputs, description: str) -> Iterator[Tensor]:
+        with self.track(description, size(inputs)) as advance:
+            for batch in split(inputs, self.encode_batch):
+                yield place_means(network, to_device(batch, network.device)).cpu()
+                advance(size(batch))
+
+
+class Order:
+    """Which inputs make up each step's batch of each task, and which of them are used at all.
+
+    `seen`: task → positions among the task's inputs, sorted; all of them if `whole`. Batches are positions in `seen`.
+    """
+
+    def __init__(self, inputs: Mapping[str, Inputs], steps: int, batch_size: int, seed: int, *, whole: bool = False):
+        streams = {task: ShuffledBatches(rows, batch_size, seed=seed, name=task) for task, rows in inputs.items()}
+        self._streams, self._inputs = list(streams.values()), inputs
+        self.seen: dict[str, Int[Tensor, " input"]] = {}
+        for task, stream in streams.items():
+            everything = torch.arange(size(inputs[task]))
+            few = not whole and steps * batch_size < len(everything)
+            self.seen[task] = torch.cat([stream.indices(s) for s in range(steps)]).unique() if few else everything
+
+    def inputs(self, task: str) -> Inputs:
+        """The inputs that are used."""
+        everything = len(self.seen[task]) == size(self._inputs[task])
+        return self._inputs[task] if everything else take(self._inputs[task], self.seen[task])
+
+    def __call__(self, step: int) -> list[Int[Tensor, " batch"]]:
+        seen = self.seen.values()
+        return [torch.searchsorted(s, stream.indices(step)) for s, stream in zip(seen, self._streams, strict=True)]
+
+
+@torch.no_grad()
+def place_means(network: Network, inputs: Any) -> Float[Tensor, "input width"]:
+    """The mean over positions of every block's output and then the feature, side by side."""
+    means: list[Tensor] = []
+    network(inputs, lambda i, rows: means.append(position_mean(rows, inputs)))
+    return torch.cat(means, dim=1)
+
+
+def split(inputs: Inputs, batch_size: int) -> Iterator[Any]:
+    """The inputs in their order, in batches."""
+    for start in range(0, size(inputs), batch_size):
+        yield take(inputs, slice(start, start + batch_size))
+
+
+def _key(module: nn.Module, forward: Forward, inputs: Inputs, blocks: tuple[Block, ...]) -> str:
+    """One name for the weights, the architecture, the inputs and what is asked for."""
+    tensors = inputs if isinstance(inputs, Mapping) else {"": inputs}
+    facts = [content_hash(module.state_dict()), repr(module), _described(forward), content_hash(tensors), repr(blocks)]
+    return hashlib.sha256("\0".join(facts).encode()).hexdigest()
+
+
+def _described(function: Any) -> str:
+    """What tells one function from another: its code and what it closes over; an object's address counts too."""
+    if isinstance(function, partial):
+        return repr((_described(function.func), function.args, function.keywords))
+    if not isinstance(function, types.FunctionType):
+        return repr(function)
+    cells = [cell.cell_contents for cell in function.__closure__ or ()]
+    closed = [_described(content) if callable(content) else repr(content) for content in cells]
+    return repr((function.__module__, function.__qualname__, _code(function.__code__), function.__defaults__, closed))
+
+
+def _code(code: types.CodeType) -> tuple[Any, ...]:
+    constants = [_code(c) if isinstance(c, types.CodeType) else repr(c) for c in code.co_consts]
+    return (code.co_code.hex(), code.co_names, constants)
+
+
+def _cached(path: Path, count: int) -> Tensor | None:
+    try:
+        rows = open_checkpoint(path)["rows"] if path.is_file() else None
+    except (CheckpointError, KeyError):  # damaged: made again
+        return None
+    return rows if rows is not None and len(rows) == count else None
+
+
+def _stored(path: Path, encoded: Iterator[Tensor], count: int) -> Tensor:
+    first = next(encoded)
+    spec = TensorSpec((count, first.shape[1]), first.dtype)
+    with allocate_checkpoint({"rows": spec}, path) as file:
+        file["rows"][: len(first)] = first
+        start = len(first)
+        for rows in encoded:
+            file["rows"][start : start + len(rows)] = rows
+            start += len(rows)
+    return open_checkpoint(path)["rows"]

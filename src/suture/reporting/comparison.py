@@ -1,0 +1,91 @@
+"""Several finished runs as one page: all rows in one table, and what each learned and repaired behind a selector."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from suture.errors import ConfigError
+from suture.reporting.charts import REFERENCES
+from suture.reporting.page import page
+from suture.reporting.run_folder import Finished, read, read_all
+from suture.reporting.sweep import curves_of, told
+
+_OF_A_MODEL = ("learning", "objective", "scatter", "explained")
+
+
+def compare(folders: Sequence[Path], output: str | Path | None, *, interactive: bool) -> Path:
+    """The page of one finished run made anew, or one page of several; see `suture.report`."""
+    if not folders:
+        raise ConfigError("There is nothing to report on. Wanted: suture report RUN [RUN …], folders of finished runs.")
+    single = len(folders) == 1
+    path = Path(output) if output else folders[0] / "report.html" if single else Path("comparison.html")
+    shown = read(folders[0]) if single else compared(read_all(folders))
+    if not path.parent.is_dir():
+        raise ConfigError(f"'{path.parent}' is no folder. Remedy: make it, or choose another --output.")
+    path.write_text(page(shown, interactive=interactive), "utf-8")
+    return path
+
+
+def compared(runs: Sequence[Finished]) -> Finished:
+    """One run's data with the rows of all; what two runs have in common comes once."""
+    _refuse_other_tasks(runs)
+    names = _names(runs)
+    merged = {key: _joined(runs, names, lambda run, key=key: run.data.get(key, {})) for key in ("learning", "repairs")}
+    points = {key: _joined(runs, names, lambda run, key=key: run.points.get(key, {})) for key in _OF_A_MODEL}
+    data = {
+        "title": f"{len(runs)} runs compared",
+        "tasks": runs[0].data["tasks"],
+        "samples": runs[0].data["samples"],
+        "rows": [dict(row, name=names[i][row["name"]]) for i, row in _different_rows(runs, names)],
+        "curves": curves_of([run.data for run in runs]),
+        "matrix": {name: row for run in runs for name, row in run.data.get("matrix", {}).items()},
+        "notes": list(dict.fromkeys(note for run in runs for note in run.data.get("notes", ()))),
+        "runs": [{**run.data, "label": run.label} for run in runs],
+        **merged,
+    }
+    return Finished(data["title"], data, points, [picture for run in runs for picture in run.pictures])
+
+
+def _names(runs: Sequence[Finished]) -> list[dict[str, str]]:
+    """What the rows of each run are called beside the others: with the knobs that differ, and the run if need be."""
+    datas = [run.data for run in runs]
+    found: dict[str, Any] = {}
+    names: list[dict[str, str]] = []
+    for run in runs:
+        names.append({})
+        for row in run.data["rows"]:
+            name = (
+                row["name"]
+                if row["name"] in REFERENCES
+                else f"{row['name']} {told(run.data, datas, row['name'])}".strip()
+            )
+            if found.setdefault(name, row["accuracies"]) != row["accuracies"]:
+                name = f"{name} ({run.label})"
+            names[-1][row["name"]] = name
+    return names
+
+
+def _different_rows(
+    runs: Sequence[Finished], names: Sequence[Mapping[str, str]]
+) -> list[tuple[int, Mapping[str, Any]]]:
+    """(number of the run, row) for every row but repetitions, the references first."""
+    rows: dict[str, tuple[int, Mapping[str, Any]]] = {}
+    for i, run in enumerate(runs):
+        for row in run.data["rows"]:
+            rows.setdefault(names[i][row["name"]], (i, row))
+    return sorted(rows.values(), key=lambda found: found[1]["name"] not in REFERENCES)
+
+
+def _joined(runs: Sequence[Finished], names: Sequence[Mapping[str, str]], part: Any) -> dict[str, Any]:
+    return {names[i].get(name, name): value for i, run in enumerate(runs) for name, value in part(run).items()}
+
+
+def _refuse_other_tasks(runs: Sequence[Finished]) -> None:
+    first = runs[0]
+    for run in runs[1:]:
+        if run.data["tasks"] != first.data["tasks"]:
+            one, other = (", ".join(r.data["tasks"]) or "no task" for r in (first, run))
+            raise ConfigError(
+                f"'{run.label}' was scored on {other}, but '{first.label}' on {one}. "
+                "Remedy: compare runs of one task pool, in its order."
+            )

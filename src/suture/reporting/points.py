@@ -1,0 +1,65 @@
+"""The points of the figures that report.json is too small for, thinned out to what an eye can tell apart."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from suture.repairs import Representation
+from suture.reporting.data import Learning, Report
+
+_STEPS = 200  # of a curve
+_INPUTS = 128  # of a task in the scatter
+
+
+def points_of(report: Report) -> dict[str, Any]:
+    """What `figures.json` holds: curves of what was learned, and the scatter of each repair.
+
+    `learning`: name → steps, and per task the mean, the lowest and the highest coefficient over layers at each;
+    `objective`: name → step and loss. `scatter`: name → task → model → [x, y] of each input.
+    """
+    scatter = {name: r.representation for name, r in report.repairs.items() if r.representation is not None}
+    return {
+        "learning": {name: _coefficients(learning) for name, learning in report.learning.items()},
+        "objective": {name: _losses(learning.losses) for name, learning in report.learning.items()},
+        "scatter": {name: _scatter(found) for name, found in scatter.items()},
+        "explained": {name: dict(found.explained) for name, found in scatter.items()},
+    }
+
+
+def _coefficients(learning: Learning) -> dict[str, Any]:
+    history = learning.history if learning.layers else learning.history[..., None]
+    history = history.reshape(len(history), len(learning.tasks), -1)
+    taken = _thinned(len(history), _STEPS)
+    sides = {"mean": history.mean(2), "low": history.amin(2), "high": history.amax(2)}
+    curves = {
+        side: dict(zip(learning.tasks, map(_rounded, values[taken].T), strict=True)) for side, values in sides.items()
+    }
+    return {"steps": taken, **curves}
+
+
+def _losses(losses: Tensor) -> dict[str, Any]:
+    """The mean of the steps around each that is kept."""
+    taken = _thinned(len(losses), _STEPS)
+    ends = [*taken[1:], len(losses)][: len(taken)]  # no steps, no losses
+    return {"steps": taken, "loss": [_number(losses[a:b].mean()) for a, b in zip(taken, ends, strict=True)]}
+
+
+def _scatter(found: Representation) -> dict[str, Mapping[str, Any]]:
+    thin = lambda points: [_rounded(point) for point in points[_thinned(len(points), _INPUTS)]]
+    return {task: {name: thin(points) for name, points in sides.items()} for task, sides in found.scatter.items()}
+
+
+def _thinned(length: int, most: int) -> list[int]:
+    """So many places of a sequence, the first and the last among them."""
+    if length <= most:
+        return list(range(length))
+    return [round(i * (length - 1) / (most - 1)) for i in range(most)]
+
+
+def _rounded(values: Tensor) -> list[float]:
+    return [_number(value) for value in values]
+
+
+def _number(value: Tensor) -> float:
+    return float(f"{value.item():.4g}")

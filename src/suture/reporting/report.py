@@ -1,0 +1,58 @@
+"""The one entry to reports: `report(results, …)`, or `report(folders)` of finished runs."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from torch import nn
+
+from suture.checkpoints import Source
+from suture.errors import ConfigError
+from suture.evaluation import TaskInputs
+from suture.reporting.comparison import compare
+from suture.reporting.results import Result, Scoring
+from suture.reporting.write import write
+from suture.storage.atomic import new_directory, new_folder
+
+
+def report(
+    results: Mapping[str, Result] | Sequence[str | Path],
+    output: str | Path | None = None,
+    *,
+    tasks: Mapping[str, TaskInputs] | None = None,
+    module: nn.Module | None = None,
+    pretrained: Source | None = None,
+    experts: Mapping[str, Source] | None = None,
+    title: str = "",
+    overwrite: bool = False,
+    interactive: bool = True,
+) -> Path:
+    """Report on results by name, or make the page of finished runs; returns the page's path.
+
+    `results`: name → what `merge`, `adapt`, `repair`, `evaluate_row` gave, or any checkpoint or model. Each is scored
+    on `tasks`, beside `pretrained` and the `experts` (task → model), where these are given; weights are loaded into
+    copies of `module`. The folder `output` (by default one below `outputs/report`) gets what a run's folder has of
+    reports: `report.html`, `report.md`, `report.json`, figures. Nothing given is changed.
+
+    A list holds folders that runs left. Of one its page is made anew; several are one page side by side, which goes to
+    `output`, by default `comparison.html`. `interactive=False` shows still pictures.
+
+    Raises `ConfigError` for a folder without a finished run, runs that were scored on different tasks, weights without
+    a `module`, a task without an expert, and `OutputError` where the folder is in use, unless `overwrite` is given.
+
+    >>> import tempfile, torch
+    >>> from suture.evaluation import TaskInputs
+    >>> data, weights = TaskInputs("parity", torch.eye(2), torch.tensor([0, 1])), {"weight": torch.eye(2)}
+    >>> module = nn.Linear(2, 2, bias=False)
+    >>> folder = Path(tempfile.mkdtemp()) / "report"
+    >>> report({"identity": weights}, folder, tasks={"parity": data}, module=module).name
+    'report.html'
+    """
+    if not isinstance(results, Mapping):
+        return compare([Path(run) for run in results], output, interactive=interactive)
+    if not results:
+        raise ConfigError("There is nothing to report on. Wanted: results={name: what merge, adapt or repair gave}.")
+    told = Scoring(tasks or {}, module, pretrained, experts).report(results, title)
+    folder = Path(output) if output else new_folder("report")
+    with new_directory(folder, overwrite=overwrite) as made:
+        write(told, made, interactive=interactive)
+    return folder / "report.html"

@@ -1,0 +1,113 @@
+"""A report on what the functions of `suture` gave back: merged weights, adaptations, repairs, modules of any kind."""
+
+import copy
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cached_property, partial
+from typing import Any
+
+from torch import Tensor, nn
+
+from suture.adaptation import AdaMergingResult
+from suture.checkpoints import Source, open_checkpoint, provenance
+from suture.core.progress import Profile, bar
+from suture.errors import ConfigError
+from suture.evaluation import Row, TaskInputs, evaluate_experts, evaluate_row
+from suture.families.shared.base import Encoder
+from suture.pipeline.adamerging import Adapted
+from suture.pipeline.repairs import Repaired
+from suture.repairs import SurgeryModel, SurgeryResult, representation
+from suture.reporting.data import Learning, RepairReport, Report
+
+#: A row of accuracies, an adaptation, a repair, weights of any kind, or a model: anything from inputs to logits.
+Result = Row | AdaMergingResult | SurgeryResult | Source | Callable[[Tensor], Tensor]
+Weights = str | os.PathLike | nn.Module | Mapping  # what a checkpoint can be opened from
+COMPARED = 256  # inputs of each task that representations are compared on
+
+
+@dataclass(frozen=True)
+class Scoring:
+    """The tasks that results are scored on, the models to compare with, and the module that weights are loaded into."""
+
+    tasks: Mapping[str, TaskInputs]
+    module: nn.Module | None = None
+    pretrained: Source | None = None
+    experts: Mapping[str, Source] | None = None
+
+    def __post_init__(self):
+        if not self.tasks:
+            raise ConfigError("There is nothing to score the results on. Remedy: give tasks={name: TaskInputs(…)}.")
+        missing = [task for task in self.tasks if self.experts and task not in self.experts]
+        if missing:
+            raise ConfigError(f"experts lacks {missing[0]!r}; wanted a model for each of {', '.join(self.tasks)}.")
+
+    def report(self, results: Mapping[str, Result], title: str) -> Report:
+        """Score every result and put together all that is known of it."""
+        profile = Profile()
+        with profile("evaluation"):
+            base = None if self.pretrained is None else self._row("pretrained", self.pretrained)
+            best = evaluate_experts(self.teachers.__getitem__, self.tasks, track=bar) if self.experts else None
+            rows = [row for row in (base, best) if row is not None]
+            rows += [self._row(name, result) for name, result in results.items()]
+        with profile("comparing representations"):
+            repairs = {name: self._repair(r) for name, r in results.items() if isinstance(r, SurgeryResult)}
+        return Report(
+            title or _title(results, self.tasks),
+            rows,
+            base,
+            best,
+            provenance=self._provenance(),
+            profile=profile.seconds,
+            learning={n: Learning.of(Adapted(r)) for n, r in results.items() if isinstance(r, AdaMergingResult)},
+            repairs=repairs,
+        )
+
+    @cached_property
+    def teachers(self) -> dict[str, nn.Module]:
+        """The experts as modules."""
+        return {task: self._loaded(source) for task, source in (self.experts or {}).items()}
+
+    def _row(self, name: str, result: Result) -> Row:
+        if isinstance(result, Row):
+            return Row(name, result.accuracies, result.samples)
+        return evaluate_row(name, self._model(result), self.tasks, track=bar)
+
+    def _model(self, result: Any) -> Any:
+        """What can be evaluated: one model, or one for each task."""
+        if isinstance(result, SurgeryResult):
+            model = result.model
+            one = model.for_task if isinstance(model, SurgeryModel) else lambda task: partial(model, task=task)
+            return {task: one(task) for task in self.tasks}
+        if isinstance(result, AdaMergingResult):
+            return self._loaded(result.merged)
+        return self._loaded(result) if isinstance(result, Weights) else result
+
+    def _loaded(self, source: Source) -> nn.Module:
+        """The module itself, or weights of any kind in a copy of `module`."""
+        if isinstance(source, nn.Module):
+            return source
+        if self.module is None:
+            raise ConfigError("There are weights, but no module to load them into. Remedy: give module=.")
+        module, weights = copy.deepcopy(self.module), dict(open_checkpoint(source))
+        if isinstance(module, Encoder):
+            return module.load(weights)
+        module.load_state_dict(weights)
+        return module
+
+    def _repair(self, result: SurgeryResult) -> RepairReport:
+        model, compared = result.model, None
+        if isinstance(model, SurgeryModel) and self.experts:
+            few = {task: data.first(COMPARED).inputs for task, data in self.tasks.items() if task in model.tasks}
+            compared = representation(model, self.teachers, few, track=bar)
+        kind = model.kind if isinstance(model, SurgeryModel) else "blend"
+        return RepairReport.of(Repaired(kind, result, [], representation=compared))
+
+    def _provenance(self) -> dict[str, Any]:
+        named = {"_pretrained_": self.pretrained, **(self.experts or {})}
+        return provenance({name: open_checkpoint(source) for name, source in named.items() if source is not None})
+
+
+def _title(results: Mapping[str, Result], tasks: Mapping[str, TaskInputs]) -> str:
+    named = ", ".join(results) if len(results) < 3 else f"{len(results)} results"
+    return f"{named} on {len(tasks)} task{'s' * (len(tasks) > 1)}"

@@ -1,0 +1,340 @@
+"""The command line: a run from words to a folder, and every kind of bad input in one line with nothing written."""
+
+import json
+import os
+import pickle
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from desk import refused
+
+from suture.checkpoints import open_checkpoint
+from suture.cli.main import main
+from suture.core.fabric import OneDevice
+from suture.families.clip import ClipEncoder
+from suture.pipeline import models as opened
+from suture.pipeline.models import OpenModels
+
+
+def test_a_run_leaves_one_folder_with_everything(desk, capsys):
+    assert main(desk.words()) == 0
+    out = desk.folder / "out"
+    written = {path.relative_to(out).as_posix() for path in out.rglob("*") if path.is_file()}
+    wanted = {
+        "config.yaml",
+        "report.json",
+        "figures.json",
+        "report.md",
+        "report.html",
+        "figures/accuracy.png",
+        "figures/accuracy.svg",
+    }
+    assert (
+        wanted | {"model/model.safetensors", "model/config.json", "model/tokenizer.json", "model/README.md"} <= written
+    )
+    report = json.loads((out / "report.json").read_text())
+    assert [row["name"] for row in report["rows"]] == ["pretrained", "experts", "ties_merging"]
+    assert report["samples"] == {"first": 12, "second": 12}
+    assert report["config"]["method"]["scaling_factor"] == 0.3
+    assert set(report["provenance"]["inputs"]) == {"_pretrained_", "first", "second"}
+    shown = capsys.readouterr().out
+    assert "ties_merging of 2 models" in shown
+    assert "default-src 'none'" in (out / "report.html").read_text()
+
+
+def test_the_merged_model_loads_in_transformers_with_nothing_of_ours(desk):
+    assert main(desk.words(method="task_arithmetic")) == 0
+    program = """
+import sys, torch, transformers
+transformers.utils.logging.set_verbosity_error()
+model = transformers.CLIPModel.from_pretrained(sys.argv[1])
+processor = transformers.CLIPTokenizer.from_pretrained(sys.argv[1])
+assert "suture" not in sys.modules
+torch.save({k: v.clone() for k, v in model.state_dict().items()}, sys.argv[2])
+"""
+    command = [sys.executable, "-c", program, desk.folder / "out" / "model", desk.folder / "loaded.pt"]
+    subprocess.run(command, check=True, capture_output=True)
+    loaded = torch.load(desk.folder / "loaded.pt")
+    base, first, second = (desk.tensors(name) for name in ("_pretrained_", "first", "second"))
+    for name, tensor in loaded.items():
+        expected = base[name] + 0.3 * (first[name] + second[name] - 2 * base[name]) if name in first else base[name]
+        torch.testing.assert_close(tensor, expected)
+
+
+def test_the_same_words_give_the_same_bits(desk):
+    assert main(desk.words()) == 0
+    assert main(desk.words("output=again")) == 0
+    one, two = ((desk.folder / name / "model" / "model.safetensors").read_bytes() for name in ("out", "again"))
+    assert one == two
+
+
+def test_a_sweep_runs_every_value(desk):
+    words = [
+        word for word in desk.words("method.scaling_factor=0.1,0.3", "hydra.sweep.dir=sweep") if word != "output=out"
+    ]
+    assert main(["--multirun", *words]) == 0
+    factors = []
+    for job in ("0", "1"):
+        factors.append(
+            json.loads((desk.folder / "sweep" / job / "report.json").read_text())["config"]["method"]["scaling_factor"]
+        )
+    assert factors == [0.1, 0.3]
+    summary = json.loads((desk.folder / "sweep" / "report.json").read_text())
+    names = [row["name"] for row in summary["rows"]]
+    assert names == ["pretrained", "experts", "ties_merging scaling_factor=0.1", "ties_merging scaling_factor=0.3"]
+    assert [point[0] for point in summary["curves"]["scaling_factor"]["ties_merging"]] == [0.1, 0.3]
+    assert (desk.folder / "sweep" / "figures" / "accuracy_over_scaling_factor.png").exists()
+
+
+def test_a_sweep_scores_the_pretrained_model_and_the_experts_once(desk, monkeypatch):
+    measured, experts = [], OpenModels._experts
+    monkeypatch.setattr(opened, "_MEASURED", {})
+    monkeypatch.setattr(OpenModels, "_experts", lambda self, inputs: measured.append(1) or experts(self, inputs))
+
+    def sweep(folder):
+        words = [word for word in desk.words("method.scaling_factor=0.1,0.3") if word != "output=out"]
+        assert main(["--multirun", *words, f"hydra.sweep.dir={folder}"]) == 0
+
+    rows = lambda folder: json.loads((desk.folder / folder / "report.json").read_text())["rows"]
+    sweep("one")
+    assert len(measured) == 1
+    assert main(desk.words()) == 0
+    assert len(measured) == 2, "a run alone measures everything itself"
+    assert rows("one/1") == rows("out")
+    source = desk.folder / "relabelled"
+    shutil.copytree(desk.tasks["first"]["source"], source)
+    desk.tasks["first"]["source"] = str(source)
+    labels = source / "t10k-labels-idx1-ubyte"
+    labels.write_bytes(labels.read_bytes()[:8] + bytes(12))
+    sweep("two")
+    assert len(measured) == 3, "other data have other scores"
+
+
+def test_models_are_scored_where_and_how_fabric_says(desk, monkeypatch):
+    seen = []
+    monkeypatch.setattr(OneDevice, "device", property(lambda self: seen.append("device") or torch.device("cpu")))
+    forward = ClipEncoder.forward
+
+    def watched(self, pixels):
+        features = forward(self, pixels)
+        seen.append(features.dtype)
+        return features
+
+    monkeypatch.setattr(ClipEncoder, "forward", watched)
+    assert main(desk.words("fabric.precision=bf16-mixed")) == 0
+    assert set(seen) == {"device", torch.bfloat16}
+
+
+def test_a_dry_run_writes_nothing(desk, capsys):
+    assert main(desk.words("dry_run=true")) == 0
+    assert not (desk.folder / "out").exists()
+    assert "everything fits" in capsys.readouterr().out
+
+
+def test_check_lists_all_problems(desk, capsys):
+    broken = desk.tensors("first")
+    broken.pop("vision_model.pre_layrnorm.weight")
+    desk.replace("first", broken)
+    desk.tasks["second"]["classnames"] = ["zero", "one"]
+    assert main(["check", *desk.words()]) == 2
+    out = capsys.readouterr().out
+    assert "'vision_model.pre_layrnorm.weight' is missing in 'first'" in out
+    assert "Task 'second'" in out
+
+
+def test_evaluate_scores_a_model_of_one_s_own(desk, capsys):
+    assert main(desk.words()) == 0
+    assert main(["evaluate", *desk.words(), f"model={desk.folder / 'out' / 'model'}"]) == 0
+    assert "model" in capsys.readouterr().out
+
+
+def test_the_other_verbs_answer(capsys):
+    for words, says in (
+        ([], "suture method="),
+        (["methods"], "task_arithmetic"),
+        (["zoo"], "glyphs8"),
+        (["--version"], "suture"),
+    ):
+        assert main(words) == 0
+        assert says in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("word", "says"),
+    [
+        ("method=ties_mergin", "Did you mean 'ties_merging'"),
+        ("method.merge_func=avrage", "'sum', 'mean' or 'max'"),
+        ("method.threshold=-5", "greater than 0"),
+        ("method.scaling_factor=abc", "valid number"),
+        ("method.scaling_facto=0.3", "scaling_factor"),
+        ("outptu=x", "output"),
+        ("batch_size=0", "batch_size"),
+        ("modelpool=nowhere.yaml", "there is no such file"),
+        ("taskpool=glyphs9", "glyphs8"),
+    ],
+)
+def test_an_unknown_name_or_value_is_answered_with_what_is_known(desk, capsys, word, says):
+    key = word.split("=")[0]
+    words = [other for other in desk.words() if not other.startswith(f"{key}=")]
+    assert says in refused(capsys, [*words, word])
+
+
+def test_a_group_left_out_is_answered_with_what_is_known(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert "CLIPVisionModelPool/glyphs8" in refused(capsys, ["method=ties_merging"])
+    assert "ties_merging" in refused(capsys, ["modelpool=glyphs8"])
+
+
+def test_an_unknown_verb_is_answered_with_the_nearest(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert "'check'" in refused(capsys, ["chekc"])
+
+
+def test_a_missing_pretrained_model(desk, capsys):
+    desk.models.pop("_pretrained_")
+    assert "_pretrained_" in refused(capsys, desk.words())
+
+
+def test_a_missing_tensor(desk, capsys):
+    tensors = desk.tensors("first")
+    tensors.pop("vision_model.pre_layrnorm.bias")
+    desk.replace("first", tensors)
+    assert "'vision_model.pre_layrnorm.bias' is missing in 'first'" in refused(capsys, desk.words())
+
+
+def test_a_tensor_of_another_shape(desk, capsys):
+    desk.replace("first", desk.tensors("first") | {"vision_model.pre_layrnorm.bias": torch.zeros(5)})
+    assert "(5,) in 'first' but (16,) in the base" in refused(capsys, desk.words())
+
+
+def test_a_tensor_of_another_dtype(desk, capsys):
+    desk.replace("first", {name: tensor.half() for name, tensor in desk.tensors("first").items()})
+    assert "float16 in 'first' but float32 in the base" in refused(capsys, desk.words())
+
+
+def test_an_extra_tensor(desk, capsys):
+    desk.replace("first", desk.tensors("first") | {"vision_model.more": torch.zeros(5)})
+    assert "'vision_model.more'" in refused(capsys, desk.words())
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite(desk, capsys, bad):
+    tensors = desk.tensors("first")
+    tensors["vision_model.pre_layrnorm.bias"][3] = bad
+    desk.replace("first", tensors)
+    assert "NaN or Inf in 'first'" in refused(capsys, desk.words())
+
+
+def test_a_truncated_file(desk, capsys):
+    content = Path(desk.models["first"]).read_bytes()
+    desk.models["first"] = str(desk.folder / "cut.safetensors")
+    (desk.folder / "cut.safetensors").write_bytes(content[: len(content) // 2])
+    assert "cut.safetensors" in refused(capsys, desk.words())
+
+
+def test_a_pickle_that_asks_to_run_code(desk, capsys):
+    class Hostile:
+        def __reduce__(self):
+            return os.system, (f"touch {desk.folder / 'ran'}",)
+
+    torch.save({"weights": Hostile()}, desk.folder / "hostile.pt")
+    desk.models["first"] = str(desk.folder / "hostile.pt")
+    assert "system" in refused(capsys, desk.words())
+    assert not (desk.folder / "ran").exists()
+
+
+def test_class_names_that_do_not_fit_the_labels(desk, capsys):
+    desk.tasks["first"]["classnames"] = ["zero", "one"]
+    assert "first" in refused(capsys, desk.words())
+
+
+def test_an_empty_dataset(desk, capsys):
+    (desk.folder / "nothing").mkdir()
+    desk.tasks["first"]["source"] = str(desk.folder / "nothing")
+    assert "nothing" in refused(capsys, desk.words())
+
+
+def test_a_full_disk(desk, capsys, monkeypatch):
+    from collections import namedtuple
+
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr("shutil.disk_usage", lambda path: usage(10, 10, 1000))
+    assert "1.0 kB free" in refused(capsys, desk.words())
+
+
+def test_an_output_folder_that_is_in_use(desk, capsys):
+    (desk.folder / "out").mkdir()
+    (desk.folder / "out" / "mine").write_text("precious")
+    assert "out" in refused(capsys, desk.words())
+    assert (desk.folder / "out" / "mine").read_text() == "precious"
+
+
+def kill_after(desk, delay):
+    """Kill a run after some seconds; the output folder must then be whole or not there. Returns whether it is there."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "suture.cli", *desk.words("overwrite=true")], stderr=subprocess.PIPE
+    )
+    time.sleep(delay)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    out = desk.folder / "out"
+    if out.exists():
+        assert (out / "report.json").exists()
+        assert set(open_checkpoint(out / "model")) == set(open_checkpoint(desk.models["_pretrained_"]))
+    return out.exists()
+
+
+def test_a_kill_leaves_no_result_that_looks_whole(desk):
+    assert not kill_after(desk, 0.5)
+    kill_after(desk, 3.5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("moments", [pytest.param(5, id="sampled"), pytest.param(40, id="many")])
+def test_kills_at_many_moments_leave_the_old_result_or_the_new(desk, moments):
+    assert main(desk.words()) == 0
+    for i in range(moments):
+        assert kill_after(desk, 1.0 + 5.0 * i / moments)
+
+
+def test_pickles_of_the_standard_library_are_not_taken_for_checkpoints(desk, capsys):
+    (desk.folder / "list.pt").write_bytes(pickle.dumps([1, 2]))
+    desk.models["first"] = str(desk.folder / "list.pt")
+    assert "list.pt" in refused(capsys, desk.words())
+
+
+def test_evaluate_scores_every_model_on_every_task(desk, capsys):
+    desk.models["third"] = desk.models["second"]
+    assert main(["evaluate", *desk.words("matrix=true", "output=scores")]) == 0
+    assert "every model on every task" in capsys.readouterr().out
+    report = json.loads((desk.folder / "scores" / "report.json").read_text())
+    assert list(report["matrix"]) == ["first", "second", "third"]
+    assert report["matrix"]["second"] == report["matrix"]["third"]
+    experts = next(row["accuracies"] for row in report["rows"] if row["name"] == "experts")
+    assert experts == {task: report["matrix"][task][task] for task in ("first", "second")}
+    assert (desk.folder / "scores" / "figures" / "expert_matrix.png").exists()
+
+
+def test_the_matrix_of_eight_tasks_fits_80_columns(capsys, monkeypatch):
+    from suture.cli.tables import print_report
+    from suture.evaluation import Row
+    from suture.reporting import Report
+
+    monkeypatch.setenv("COLUMNS", "80")
+    names = ["operators", "stanford_cars", "cyrillic", "armenian", "georgian", "photographs", "clothing", "textures"]
+    rows = [Row(name, {task: 0.1 * i + 0.005 * j for j, task in enumerate(names)}) for i, name in enumerate(names)]
+    print_report(Report("evaluation", rows, matrix=rows))
+    lines = capsys.readouterr().out.partition("every model on every task")[2].splitlines()
+    assert max(map(len, lines)) <= 80
+    numbers = [line.split()[1:] for line in lines if "." in line]
+    assert numbers == [[f"{10 * i + 0.5 * j:.1f}" for j in range(8)] for i in range(8)]
+
+
+def test_matrix_takes_true_or_false(desk, capsys):
+    assert "matrix=yes: wanted true or false" in refused(capsys, ["evaluate", *desk.words("matrix=yes")])

@@ -1,0 +1,128 @@
+"""The documentation's words are tried: its Python runs, its commands compose, and the site builds without a warning."""
+
+import importlib.util
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import small_zoo
+
+from suture.cli.main import VERBS, main
+from suture.merging.registry import methods
+from suture.pipeline import config
+from suture.pipeline.methods import all_methods
+from suture.pipeline.pipeline import check_run
+from suture.pipeline.repairs import KINDS
+
+ROOT = Path(__file__).parent.parent.parent
+PAGES = sorted((ROOT / "docs").glob("*.md"))
+BLOCKS = [
+    (page.name, block)
+    for page in PAGES
+    if page.name != "tutorial.md"  # whose blocks build on each other: test_tutorial.py
+    for block in re.findall(r"```python\n(.*?)```", page.read_text(), re.S)
+]
+WORDS = [*(page for page in PAGES if page.name != "benchmarks.md"), ROOT / "README.md"]  # there are printed tables
+LINES = [
+    (page.name, line) for page in WORDS for line in re.findall(r"^    suture (.*)$", page.read_text("utf-8"), re.M)
+]
+COMMANDS = list({line: (name, line) for name, line in LINES if "…" not in line}.values())
+
+
+def kind(line):
+    """The verb, the analysis, the method and the repair of a command."""
+    return tuple(word for word in line.split() if "=" not in word or re.match(r"(method|surgery|matrix)=", word))
+
+
+#: Commands of each kind that are run as they stand, but made short; others like them are only composed.
+ON_THE_ZOO = {
+    kind(line): (name, line)
+    for name, line in COMMANDS
+    if "glyphs8" in line and not line.startswith(("-m", "zoo")) and "weights=[" not in line and name != "tutorial.md"
+}
+
+
+@pytest.mark.parametrize(("page", "block"), BLOCKS)
+def test_python_in_the_docs_runs(page, block, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    exec(compile(block, page, "exec"), {})
+
+
+@pytest.mark.parametrize(("page", "line"), COMMANDS)
+def test_commands_in_the_docs_are_known(page, line):
+    words = shlex.split(re.sub(r" [>#].*", "", line))
+    verb = words.pop(0) if words and "=" not in words[0] and not words[0].startswith("-") else "run"
+    words = [word for word in words if not word.startswith("--")]
+    if verb == "merge":
+        config.compose_merging(words)
+    elif verb in ("run", "check", "evaluate", "analyse"):
+        own = ("points=", "models=", "threshold=", "scope=", "model=", "matrix=", "-m")
+        words = words[verb == "analyse" :]
+        if "real3" not in line and "mine.yaml" not in line:
+            composed(word for word in words if not word.startswith(own))
+    else:
+        assert verb in VERBS
+
+
+def composed(words):
+    """Compose and check the first of the runs that the words ask for."""
+    words = [re.sub(r"=([^\[{]*?),.*", r"=\1", word) for word in words]
+    default = [] if any(word.startswith("method=") for word in words) else ["method=simple_average"]
+    check_run(config.compose([*default, *words]))
+
+
+@pytest.fixture(scope="module")
+def pools(tmp_path_factory):
+    return small_zoo.write_pools(tmp_path_factory.mktemp("zoo"))
+
+
+@pytest.mark.parametrize(("page", "line"), ON_THE_ZOO.values())
+def test_commands_on_the_zoo_run(page, line, pools, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(small_zoo.shortened(line, pools)) == 0
+    assert capsys.readouterr().out
+
+
+def test_there_is_something_to_try():
+    assert len(BLOCKS) >= 3
+    assert len(COMMANDS) >= 50
+    assert len(ON_THE_ZOO) >= 12
+
+
+def test_the_site_builds_without_a_warning(tmp_path):
+    pytest.importorskip("material", reason="pip install 'suture[docs]'")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", tmp_path / "site"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr + done.stdout
+    assert (tmp_path / "site" / "methods" / "ties_merging" / "index.html").exists()
+
+
+@pytest.fixture(scope="module")
+def pages():
+    pytest.importorskip("mkdocs", reason="pip install 'suture[docs]'")
+    spec = importlib.util.spec_from_file_location("method_pages", ROOT / "docs" / "method_pages.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_every_method_and_repair_has_its_formula_cost_and_knobs(pages):
+    told = {name: pages.method_page(method) for name, method in all_methods().items()}
+    told |= {f"surgery={kind}": pages.repair_page(kind) for kind in KINDS}
+    assert set(told) == set(pages.FORMULAS)
+    for name, page in told.items():
+        assert "## What it costs" in page, name
+        assert "## Knobs" in page or "no knobs" in page, name
+        assert f"    {pages.FORMULAS[name].splitlines()[0]}" in page, name
+
+
+def test_methods_are_shown_beside_the_published_results(pages):
+    shown = [name for name, method in methods().items() if "| published |" in pages.method_page(method)]
+    assert shown == ["breadcrumbs", "model_stock", "sce", "simple_average", "slerp", "task_arithmetic", "ties_merging"]
+    for name in shown:
+        found = re.search(r"largest difference of an entry is ([\d.e+-]+\d)", pages.method_page(methods()[name]))
+        assert float(found[1]) < 1e-6, name
+    assert "| C-ties | 72.2 |" in pages.method_page(methods()["ties_merging"])

@@ -1,0 +1,34 @@
+"""The README's words are tried: its Python runs, and its commands are ones that the command line knows."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from suture.pipeline import config
+from suture.pipeline.pipeline import check_run
+
+README = (Path(__file__).parent.parent.parent / "README.md").read_text("utf-8")
+BLOCKS = re.findall(r"```python\n(.*?)```", README, re.S)
+BASES = ("zoo:glyphs8/pretrained", "openai/clip-vit-base-patch32", "google/flan-t5-base")
+COMMANDS = re.findall(r"^    suture (-m )?(method=.*)$", README, re.M)
+
+
+@pytest.mark.parametrize("block", BLOCKS)
+def test_python_in_the_readme_runs(block, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    exec(compile(block, "README.md", "exec"), {})
+
+
+@pytest.mark.parametrize(("multirun", "words"), COMMANDS)
+def test_commands_in_the_readme_compose(multirun, words):
+    words = [re.sub(r",.*", "", word) if multirun else word for word in shlex.split(words)]
+    composed = config.compose(words)
+    check_run(composed)
+    assert composed["modelpool"]["models"]["_pretrained_"] in BASES
+
+
+def test_the_readme_has_code_and_commands():
+    assert BLOCKS
+    assert len(COMMANDS) >= 3

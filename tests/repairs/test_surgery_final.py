@@ -1,0 +1,234 @@
+"""Repair of the final feature: parity with the reference vectors and the interleaved loop, caches, resuming."""
+
+import golden_cases as golden
+import pytest
+import torch
+from torch import nn
+
+from suture.core.batches import ShuffledBatches
+from suture.errors import ConfigError, DataError
+from suture.repairs import Problem, SurgeryModules, repair
+from suture.repairs.fitting import Descent, descend, fit_constants
+from suture.repairs.network import FINAL
+from suture.storage.resume import Resume
+
+SHARED = "one Adam over all tasks"
+
+
+@pytest.mark.parametrize("name", golden.names("surgery_v1"))
+def test_the_trajectory_equals_the_reference(name):
+    case, _, _, tensors = golden.load(name)
+    tasks = [str(t) for t in range(len(tensors["merged_features"]))]
+    modules = SurgeryModules(tasks, tensors["down"].shape[2], case["rank"], dtype=torch.float64)
+    modules.down.data.copy_(tensors["down_init"])
+    everyone = slice(0, len(tasks))
+    optimizer = "shared_adam" if case["optimizer"].startswith(SHARED) else "adam"
+    rows, wanted = list(tensors["merged_features"][:, :, None]), list(tensors["expert_features"])
+    losses = fit_constants(modules, everyone, rows, wanted, lambda step: list(tensors["batches"][step]))
+    history = descend(Descent([modules], [everyone], case["lr"], optimizer), case["steps"], losses, {FINAL: modules})
+    for found, key in ((modules.down, "down"), (modules.up, "up"), (history, "losses")):
+        torch.testing.assert_close(found.detach(), tensors[key], rtol=0, atol=1e-9)
+
+
+def network(seed=0, dtype=torch.float64):
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(6, 10), nn.Tanh(), nn.Dropout(0.5), nn.Linear(10, 5)).to(dtype)
+
+
+def problem(tasks=3, sizes=(40, 30, 50), dtype=torch.float64):
+    module = network(dtype=dtype)
+    experts = {f"t{i}": network(i + 1, dtype) for i in range(tasks)}
+    inputs = {task: torch.randn(n, 6, dtype=dtype) for task, n in zip(experts, sizes, strict=False)}
+    return module, experts, inputs
+
+
+def textbook(module, experts, inputs, *, rank, steps, lr, batch_size, seed, shared):
+    """Both encoders at every step, one task after another, gradients by autograd."""
+    streams = {task: ShuffledBatches(x, batch_size, seed=seed, name=task) for task, x in inputs.items()}
+    start = SurgeryModules(list(experts), 5, rank, seed=seed, dtype=torch.float64)
+    pairs = {t: [nn.Parameter(p[i].detach().clone()) for p in (start.down, start.up)] for i, t in enumerate(experts)}
+    one = torch.optim.Adam([p for pair in pairs.values() for p in pair], lr=lr)
+    adams = {task: one if shared else torch.optim.Adam(pair, lr=lr) for task, pair in pairs.items()}
+    history = []
+    for step in range(steps):
+        for task, (down, up) in pairs.items():
+            x = streams[task][step]
+            with torch.no_grad():
+                z, wanted = module.eval()(x), experts[task].eval()(x)
+            loss = (z - (z @ down.T).relu() @ up.T - wanted).abs().mean()
+            adams[task].zero_grad(set_to_none=False)
+            loss.backward()
+            adams[task].step()
+            history.append(loss.item())
+    return pairs, torch.tensor(history, dtype=torch.float64).view(steps, -1)
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "shared_adam"])
+@pytest.mark.parametrize("steps", [2, 12])
+def test_it_equals_the_loop_that_encodes_at_every_step(optimizer, steps):
+    options = {"rank": 3, "steps": steps, "lr": 0.01, "batch_size": 8, "seed": 4}
+    result = repair(*problem(), "final", **options, optimizer=optimizer, encode_batch=7)
+    pairs, losses = textbook(*problem(), **options, shared=optimizer == "shared_adam")
+    torch.testing.assert_close(result.losses, losses, rtol=0, atol=1e-12)
+    modules = result.model.repair_at[FINAL]
+    for i, (down, up) in enumerate(pairs.values()):
+        torch.testing.assert_close(modules.down[i], down.detach(), rtol=0, atol=1e-12)
+        torch.testing.assert_close(modules.up[i], up.detach(), rtol=0, atol=1e-12)
+
+
+def counted(module, seen):
+    module.register_forward_hook(lambda m, arguments, output: seen.append(len(output)))
+    return module
+
+
+def test_each_input_that_is_used_is_encoded_once_by_each_model():
+    module, experts, inputs = problem()
+    seen = []
+    for encoder in (module, *experts.values()):
+        counted(encoder, seen)
+    result = repair(module, experts, inputs, steps=100, batch_size=8)
+    assert sum(seen) == 2 * (40 + 30 + 50)
+    assert (result.passes.merged, result.passes.experts) == (120, 120)
+    assert repair(module, experts, inputs, steps=2, batch_size=8).passes.merged == 3 * 16
+
+
+def test_encodings_are_kept_by_content_and_cost_no_pass_again(tmp_path):
+    module, experts, inputs = problem()
+    first = repair(module, experts, inputs, steps=5, rank=2, cache=tmp_path)
+    again = repair(module, experts, inputs, steps=9, rank=4, seed=1, cache=tmp_path)
+    assert (first.passes.merged, again.passes.merged, again.passes.experts) == (120, 0, 0)
+    plain = repair(module, experts, inputs, steps=9, rank=4, seed=1)
+    assert torch.equal(again.losses, plain.losses)
+    module[0].bias.data += 1
+    assert repair(module, experts, inputs, steps=1, cache=tmp_path).passes.merged == 120
+    inputs["t0"] = inputs["t0"] + 1
+    changed = repair(module, experts, inputs, steps=1, cache=tmp_path).passes
+    assert (changed.merged, changed.experts) == (40, 40)
+    scaled = [repair(module, experts, inputs, steps=1, cache=tmp_path, forward=_scaled(k)) for k in (1, 2, 2)]
+    assert [result.passes.merged for result in scaled] == [120, 120, 0]
+
+
+def _scaled(factor):
+    return lambda module, inputs: factor * module(inputs)
+
+
+def test_a_damaged_cache_is_made_again(tmp_path):
+    first = repair(*problem(), steps=3, cache=tmp_path)
+    for file in tmp_path.iterdir():
+        file.write_bytes(b"nothing")
+    again = repair(*problem(), steps=3, cache=tmp_path)
+    assert again.passes.merged == 120
+    assert torch.equal(first.losses, again.losses)
+
+
+class Killed(Exception):
+    pass
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "shared_adam"])
+@pytest.mark.parametrize("at", [0, 4, 9])
+def test_a_killed_loop_goes_on_to_the_same_bits(tmp_path, at, optimizer):
+    options = {"steps": 10, "lr": 0.01, "optimizer": optimizer}
+    state = lambda: Resume(tmp_path / "state.pt", {"lr": 0.01}, every=0)
+
+    def kill(step, losses, modules):
+        if step == at:
+            raise Killed
+
+    with pytest.raises(Killed):
+        repair(*problem(), **options, resume=state(), on_step=kill)
+    steps = []
+    result = repair(*problem(), **options, resume=state(), on_step=lambda step, *_: steps.append(step))
+    whole = repair(*problem(), **options)
+    assert steps == list(range(at + 1, 10))
+    assert torch.equal(result.losses, whole.losses)
+    assert torch.equal(result.model.repair_at[FINAL].up, whole.model.repair_at[FINAL].up)
+
+
+def test_the_modules_can_be_looked_at_after_any_step_without_a_pass():
+    module, experts, inputs = problem()
+    looked = {}
+
+    def look(step, losses, modules):
+        if step % 5 == 4:
+            looked[step] = modules[FINAL].up.detach().clone()
+
+    result = repair(module, experts, inputs, steps=10, on_step=look)
+    assert list(looked) == [4, 9]
+    assert torch.equal(looked[4], repair(module, experts, inputs, steps=5).model.repair_at[FINAL].up)
+    assert torch.equal(looked[9], result.model.repair_at[FINAL].up)
+
+
+@pytest.mark.parametrize("variant", ["standard", "centred", "normalised"])
+def test_every_variant_comes_nearer_to_the_expert(variant):
+    result = repair(*problem(), steps=200, lr=0.01, variant=variant)
+    assert (result.losses[-10:].mean(0) < 0.8 * result.losses[:10].mean(0)).all()
+    assert result.warnings == ()
+    assert all(share > 0.5 for share in result.active.values())
+    assert result.added_parameters == 3 * 2 * 16 * 5 + (15 if variant == "centred" else 0)
+
+
+def test_dead_modules_are_reported():
+    module, experts, inputs = problem()
+    blind = nn.Sequential(module, nn.ReLU())
+    with torch.no_grad():
+        module[3].bias.fill_(-100)  # features that are zero: no unit can ever fire
+    result = repair(blind, experts, inputs, steps=3)
+    assert result.active == dict.fromkeys(experts, 0.0)
+    assert len(result.warnings) == 3
+
+
+def test_the_caller_s_modules_and_modes_are_left_alone():
+    module, experts, inputs = problem()
+    models = [module, *experts.values()]
+    before = [{name: w.clone() for name, w in m.state_dict().items()} for m in models]
+    repair(module.train(), experts, inputs, steps=3)
+    for m, state in zip(models, before, strict=True):
+        assert all(torch.equal(w, state[name]) for name, w in m.state_dict().items())
+        assert all(part.training for part in m.modules())
+        assert all(p.requires_grad and p.grad is None for p in m.parameters())
+        assert not any(part._forward_hooks for part in m.modules())
+
+
+def test_experts_may_be_loaded_one_after_another_into_one_module():
+    module, experts, inputs = problem()
+    shared = network(9)
+
+    def expert(task):
+        shared.load_state_dict(experts[task].state_dict())
+        return shared
+
+    one, other = (repair(module, e, inputs, steps=5) for e in (expert, experts))
+    assert torch.equal(one.losses, other.losses)
+
+
+def test_the_result_does_not_depend_on_which_other_tasks_there_are():
+    module, experts, inputs = problem()
+    alone = repair(module, experts, {"t1": inputs["t1"]}, steps=8)
+    torch.testing.assert_close(repair(module, experts, inputs, steps=8).losses[:, 1], alone.losses[:, 0])
+
+
+def test_bad_input_is_refused_in_one_line():
+    module, experts, inputs = problem()
+    cases = [
+        (lambda: repair(module, experts, inputs, "finale"), "Unknown surgery 'finale'.*final"),
+        (lambda: repair(module, experts, inputs, rnak=3), "Unknown knob of surgery=final 'rnak'.*rank"),
+        (lambda: repair(module, experts, inputs, rank=0), "surgery.rank=0 does not fit surgery=final"),
+        (lambda: repair(module, experts, inputs, lr=-1), "surgery.lr=-1"),
+        (lambda: repair(module, experts, inputs, variant="center"), "surgery.variant='center'"),
+        (lambda: repair(module, {}, inputs), "Task 't0' has inputs but no expert"),
+        (lambda: repair(module, experts, {}), "no inputs to repair with"),
+        (lambda: repair(lambda_module(), experts, {"t0": torch.randn(2, 3, 6).double()}), "wanted features"),
+    ]
+    for call, message in cases:
+        with pytest.raises(ConfigError, match=message) as refused:
+            call()
+        assert "\n" not in str(refused.value)
+    with pytest.raises(DataError, match="Task 't0' has no inputs"):
+        Problem(module, experts, {"t0": torch.empty(0, 6)})
+    with pytest.raises(DataError, match="loss is nan at step 0"):
+        repair(module, experts, {"t0": torch.full((4, 6), torch.nan, dtype=torch.float64)})
+
+
+def lambda_module():
+    return nn.Linear(6, 5).double()
