@@ -14,8 +14,8 @@ from suture.adaptation import network as forward
 from suture.adaptation.passes import passes
 from suture.adaptation.vectors import Held, LowRank
 from suture.core.batches import ShuffledBatches
+from suture.core.fabric import launch
 from suture.core.progress import Profile
-from suture.core.team import launch
 from suture.errors import ConfigError
 from suture.storage.resume import Resume
 
@@ -186,7 +186,7 @@ sys.path.insert(0, sys.argv[1])
 from adaptation_problem import problem
 from lightning_fabric import Fabric
 from suture.adaptation import adapt
-from suture.core.team import launch
+from suture.core.fabric import launch
 
 fabric = Fabric(accelerator="cpu", devices=2, strategy="ddp")
 result = launch(fabric, lambda f: adapt(*problem(torch.float64), max_steps=4, lr=0.1, fabric=f))

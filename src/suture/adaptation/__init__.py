@@ -11,10 +11,12 @@ from suture.adaptation.objectives import (
     expert_cross_entropy,
     expert_feature_l1,
 )
+from suture.adaptation.options import AdaMergingOptions
 
 __all__ = [
     "OBJECTIVES",
     "OPTIMIZERS",
+    "AdaMergingOptions",
     "AdaMergingResult",
     "Coefficients",
     "Layout",

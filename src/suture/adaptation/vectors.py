@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -9,10 +10,11 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import pad
 
+from suture.adaptation.options import AdaMergingOptions
 from suture.errors import IncompatibleModels
-from suture.merging.methods.ties_merging import TiesStatistic, settle, ties_rows, trim_thresholds
+from suture.merging.methods.ties_merging import THRESHOLD, TiesStatistic, settle, ties_rows, trim_thresholds
 from suture.merging.registry import get_method
-from suture.merging.task_vectors import TaskVectors, compute_dtype
+from suture.merging.task_vectors import Piece, TaskVectors, compute_dtype
 
 _CHUNK = {"cpu": 1 << 15}  # entries of each task vector that are widened at once: they stay in the cache
 _CHUNK_ELSEWHERE = 1 << 22  # fewer and larger kernels
@@ -136,35 +138,34 @@ def inner_products(rows: Float[Tensor, "task entry"], gradient: Tensor) -> Float
     return products
 
 
-def task_vector_rows(
-    vectors: TaskVectors,
-    *,
-    plus_plus: bool = False,
-    threshold: float = 20.0,
-    dtype: torch.dtype | None = None,
-    streamed: bool = False,
-) -> dict[str, Rows]:
-    """The task vectors of every merged tensor; those of AdaMerging++ if `plus_plus`, with TIES's `threshold` (%).
+def task_vector_rows(vectors: TaskVectors, options: AdaMergingOptions) -> dict[str, Rows]:
+    """The task vectors of every merged tensor; those of AdaMerging++ with `plus_plus`.
 
-    They are computed in float32 (float64 for float64 tensors) and held in `dtype` if it is given, or not held at all if
-    `streamed`; those of LoRA adapters stay factors. Raises `IncompatibleModels` for weights that are not finite.
+    They are computed in float32 (float64 for float64 tensors) and held in `vectors_dtype` if it is given, or not held
+    at all with `stream_vectors`; those of LoRA adapters stay factors. Raises `IncompatibleModels` for weights that are
+    not finite.
     """
-    statistic = settled_statistic(vectors, threshold) if plus_plus else None
-    read = lambda name: _read(vectors, name, statistic, dtype)
-    if streamed:
-        count = len(vectors.models)
-        return {name: Streamed(count, lambda name=name: read(name)) for name in vectors.names}
-    factors = {} if plus_plus else {name: _factors(vectors, name) for name in vectors.names}
+    statistic = settled_statistic(vectors, options.threshold) if options.plus_plus else None
+
+    def read(name: str) -> Tensor:
+        return _read(vectors, name, statistic, options.vectors_dtype)
+
+    if options.stream_vectors:
+        return {name: Streamed(len(vectors.models), partial(read, name)) for name in vectors.names}
+    factors = {} if options.plus_plus else {name: _factors(vectors, name) for name in vectors.names}
     return {name: factors.get(name) or Held(read(name)) for name in vectors.names}
 
 
-def settled_statistic(vectors: TaskVectors, threshold: float = 20.0) -> TiesStatistic:
+def settled_statistic(vectors: TaskVectors, threshold: float = THRESHOLD) -> TiesStatistic:
     """TIES's statistic of the whole model: the thresholds of the trim, and the majority sign from one more pass."""
     method, votes = get_method("ties_merging"), []
     assert method.vote is not None
     merge_and_vote, knobs = method.vote, method.knobs.validate({"threshold": threshold, "scope": "model"})
     statistic = trim_thresholds(vectors.stream(), **knobs)
-    count = lambda piece, base, deltas: votes.append(merge_and_vote(base, deltas, statistic, **knobs)[1])
+
+    def count(piece: Piece, base: Tensor, deltas: Tensor) -> None:
+        votes.append(merge_and_vote(base, deltas, statistic, **knobs)[1])
+
     vectors.each_piece(vectors.names, count)
     return settle(statistic, sum(votes))
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from suture.analysis.finding import Finding
 from suture.checkpoints import Source
 from suture.core.names import natural
-from suture.merging.methods.ties_merging import trim_thresholds
+from suture.merging.methods.ties_merging import THRESHOLD, trim_thresholds
 from suture.merging.streams import inner_products, total
 from suture.merging.task_vectors import TaskVectors, open_task_vectors
 
@@ -79,7 +79,7 @@ def trimming(
     base: Source,
     models: Models,
     *,
-    threshold: Annotated[float, Gt(0), Le(100)] = 20.0,
+    threshold: Annotated[float, Gt(0), Le(100)] = THRESHOLD,
     scope: Literal["model", "tensor"] = "model",
     frozen: Sequence[str] = (),
 ) -> Finding:

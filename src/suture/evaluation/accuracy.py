@@ -1,11 +1,12 @@
-"""Accuracy of models on tasks, and the three summaries of it: mean, mean relative to the experts, gap closed.
+"""Accuracy of models on tasks.
 
 `evaluate(model, task)` is the whole job for one model and one task. The model is any callable: it gives
 features (B, D) where the task has a head, and logits (B, C) where it has none. Inputs that are a mapping of tensors, as
-token ids with their mask, are its keyword arguments. What is undefined is nan.
+token ids with their mask, are its keyword arguments.
 """
 
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -28,92 +29,78 @@ class Accuracy(NamedTuple):
     samples: int
 
 
-def evaluate(
-    model: Model,
-    task: TaskInputs,
-    *,
-    batch_size: int = BATCH_SIZE,
-    track: Track = untracked,
-    name: str = "Evaluating",
-    forward: Forward = call,
-) -> Accuracy:
+@dataclass(frozen=True)
+class Scorer:
+    """How models are scored, whatever they are: `batch_size` inputs at once, through `forward(model, inputs)`.
+
+    A module is in evaluation mode meanwhile, and batches go to its device.
+    """
+
+    batch_size: int = BATCH_SIZE
+    track: Track = untracked
+    forward: Forward = call
+
+    def correct(self, model: Model, task: TaskInputs, name: str = "Evaluating") -> Tensor:
+        """Which inputs have their largest logit at the label: bool (N,), on the CPU. For errors see `evaluate`."""
+        if len(task) == 0:
+            raise DataError(f"Task {task.name!r} has no inputs to evaluate on.")
+        if self.batch_size < 1:
+            raise ConfigError(f"batch_size={self.batch_size}: expected 1 or more.")
+        device = device_of(model) if isinstance(model, nn.Module) else torch.device("cpu")
+        correct = []
+        with torch.inference_mode(), evaluation_mode(model), self.track(f"{name}: {task.name}", len(task)) as advance:
+            for start in range(0, len(task), self.batch_size):
+                inputs = to_device(take(task.inputs, slice(start, start + self.batch_size)), device)
+                labels = task.labels[start : start + self.batch_size]
+                correct.append(_correct(task, task.logits(self.forward(model, inputs)), labels))
+                advance(len(labels))
+        return torch.cat(correct)
+
+    def accuracy(self, model: Model, task: TaskInputs, name: str = "Evaluating") -> Accuracy:
+        """The share of correct answers on one task."""
+        return Accuracy(int(self.correct(model, task, name).sum()) / len(task), len(task))
+
+    def row(self, row: Row | str, model: Model | Mapping[str, Model], tasks: Mapping[str, TaskInputs]) -> Row:
+        """One model on all tasks; where `model` is a mapping from task to model, each task with its own.
+
+        `row` is the name of the new row, or a row whose accuracies are to be filled in.
+        """
+        row = row if isinstance(row, Row) else Row(row, {})
+        chosen = model.__getitem__ if isinstance(model, Mapping) else (lambda task: model)
+        return self._each(row, chosen, tasks, row.name)
+
+    def experts(self, expert: Callable[[str], Model], tasks: Mapping[str, TaskInputs]) -> Row:
+        """Each expert on its own task. `expert(task)` gives the model; it may reload one shared module."""
+        return self._each(Row("experts", {}, role="experts"), expert, tasks, "expert")
+
+    def matrix(
+        self, expert: Callable[[str], Model], tasks: Mapping[str, TaskInputs], names: Iterable[str] | None = None
+    ) -> list[Row]:
+        """Every expert on every task: one row for each of `names`, by default those of the tasks."""
+        return [self.row(name, expert(name), tasks) for name in (tasks if names is None else names)]
+
+    def _each(self, row: Row, model: Callable[[str], Model], tasks: Mapping[str, TaskInputs], name: str) -> Row:
+        results = {task: self.accuracy(model(task), inputs, name) for task, inputs in tasks.items()}
+        accuracies = {task: result.value for task, result in results.items()}
+        return replace(row, accuracies=accuracies, samples={task: result.samples for task, result in results.items()})
+
+
+def evaluate(model: Model, task: TaskInputs, *, name: str = "Evaluating", **scoring: Any) -> Accuracy:
     """The share of inputs whose largest logit is at the label.
 
-    A module is in evaluation mode meanwhile, and batches go to its device, through `forward(model, inputs)`. Raises
-    `DataError` for an empty task or labels outside of the logits, `CheckpointError` when the output is not finite.
+    `scoring` are the fields of `Scorer`. Raises `DataError` for an empty task or labels outside of the logits,
+    `CheckpointError` when the output is not finite.
 
     >>> task = TaskInputs("parity", torch.eye(2), torch.tensor([0, 0]))
     >>> evaluate(lambda inputs: inputs, task)
     Accuracy(value=0.5, samples=2)
     """
-    correct = correct_answers(model, task, batch_size=batch_size, track=track, name=name, forward=forward)
-    return Accuracy(int(correct.sum()) / len(task), len(task))
+    return Scorer(**scoring).accuracy(model, task, name)
 
 
-def correct_answers(
-    model: Model,
-    task: TaskInputs,
-    *,
-    batch_size: int = BATCH_SIZE,
-    track: Track = untracked,
-    name: str = "Evaluating",
-    forward: Forward = call,
-) -> Tensor:
-    """Which inputs have their largest logit at the label: bool (N,), on the CPU. See `evaluate`."""
-    if len(task) == 0:
-        raise DataError(f"Task {task.name!r} has no inputs to evaluate on.")
-    if batch_size < 1:
-        raise ConfigError(f"batch_size={batch_size} is not a size; give 1 or more.")
-    device = device_of(model) if isinstance(model, nn.Module) else torch.device("cpu")
-    correct = []
-    with torch.inference_mode(), evaluation_mode(model), track(f"{name}: {task.name}", len(task)) as advance:
-        for start in range(0, len(task), batch_size):
-            inputs = to_device(take(task.inputs, slice(start, start + batch_size)), device)
-            labels = task.labels[start : start + batch_size]
-            correct.append(_correct(task, task.logits(forward(model, inputs)), labels))
-            advance(len(labels))
-    return torch.cat(correct)
-
-
-def evaluate_row(
-    name: str,
-    model: Model | Mapping[str, Model],
-    tasks: Mapping[str, TaskInputs],
-    *,
-    batch_size: int = BATCH_SIZE,
-    track: Track = untracked,
-    forward: Forward = call,
-) -> Row:
-    """One model on all tasks; where `model` is a mapping from task to model, each task with its own."""
-    chosen = (lambda task: model[task]) if isinstance(model, Mapping) else (lambda task: model)
-    return _evaluate_each(name, chosen, tasks, name, batch_size=batch_size, track=track, forward=forward)
-
-
-def evaluate_experts(
-    expert: Callable[[str], Model],
-    tasks: Mapping[str, TaskInputs],
-    *,
-    batch_size: int = BATCH_SIZE,
-    track: Track = untracked,
-    forward: Forward = call,
-) -> Row:
-    """Each expert on its own task. `expert(task)` gives the model; it may reload one shared module."""
-    return _evaluate_each("experts", expert, tasks, "expert", batch_size=batch_size, track=track, forward=forward)
-
-
-def expert_matrix(
-    expert: Callable[[str], Model],
-    tasks: Mapping[str, TaskInputs],
-    names: Iterable[str] | None = None,
-    *,
-    batch_size: int = BATCH_SIZE,
-    track: Track = untracked,
-    forward: Forward = call,
-) -> list[Row]:
-    """Every expert on every task: one row for each of `names`, by default those of the tasks."""
-    chosen = tasks if names is None else names
-    how: dict[str, Any] = {"batch_size": batch_size, "track": track, "forward": forward}
-    return [evaluate_row(name, expert(name), tasks, **how) for name in chosen]
+def evaluate_row(name: str, model: Model | Mapping[str, Model], tasks: Mapping[str, TaskInputs], **scoring: Any) -> Row:
+    """One model on all tasks, or each task with its own where `model` is a mapping; `scoring`: see `Scorer`."""
+    return Scorer(**scoring).row(name, model, tasks)
 
 
 def _correct(task: TaskInputs, logits: Tensor, labels: Tensor) -> Tensor:
@@ -125,10 +112,3 @@ def _correct(task: TaskInputs, logits: Tensor, labels: Tensor) -> Tensor:
             f"{logits.shape[-1]} classes."
         )
     return logits.argmax(-1).cpu() == labels
-
-
-def _evaluate_each(
-    name: str, model: Callable[[str], Model], tasks: Mapping[str, TaskInputs], label: str, **how: Any
-) -> Row:
-    results = {task: evaluate(model(task), inputs, name=label, **how) for task, inputs in tasks.items()}
-    return Row(name, {t: r.value for t, r in results.items()}, {t: r.samples for t, r in results.items()})

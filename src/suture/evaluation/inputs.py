@@ -1,6 +1,6 @@
-"""The inputs of a task, decoded, with its labels and its head."""
+"""The inputs of tasks, decoded, with their labels and heads."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from torch import Tensor
@@ -8,10 +8,11 @@ from torch import Tensor
 from suture import tasks as data
 from suture.core.batches import Inputs, take
 from suture.core.head import Head
-from suture.core.progress import Track, untracked
+from suture.core.progress import Profile, Track, untracked
 from suture.evaluation.input_cache import decoded
 from suture.families import Family
 from suture.tasks import Split, Task
+from suture.tasks.base import SPLITS
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,11 +34,47 @@ class TaskInputs:
 
     def first(self, count: int) -> "TaskInputs":
         """The same task with its first inputs only."""
-        return replace(self, inputs=take(self.inputs, slice(0, count)), labels=self.labels[:count], identity=None)
+        return self.at(slice(0, count))
+
+    def at(self, positions: Tensor | slice) -> "TaskInputs":
+        """The same task with the inputs at some positions."""
+        return replace(self, inputs=take(self.inputs, positions), labels=self.labels[positions], identity=None)
 
     def logits(self, output: Tensor) -> Tensor:
         """Logits (B, C) from what the model gave: features (B, D), or logits where there is no head."""
         return output if self.head is None else self.head(output)
+
+
+class SplitInputs(Mapping[Split, Mapping[str, TaskInputs]]):
+    """Split → task → inputs. A split is decoded when it is first asked for, with the heads of all tasks.
+
+    Only the `first` inputs of each task are decoded where that is given. Time goes to "data loading" in the `profile`.
+    """
+
+    def __init__(
+        self,
+        family: Family,
+        tasks: Sequence[Task],
+        *,
+        first: int | None = None,
+        track: Track = untracked,
+        profile: Profile | None = None,
+    ):
+        self._family, self._tasks, self._first = family, tasks, first
+        self._track, self._profile = track, profile or Profile()
+        self._decoded: dict[Split, dict[str, TaskInputs]] = {}
+
+    def __getitem__(self, split: Split) -> dict[str, TaskInputs]:
+        if split not in self._decoded:
+            with self._profile("data loading"):
+                self._decoded[split] = evaluation_set(self._family, self._tasks, split, self._track, self._first)
+        return self._decoded[split]
+
+    def __iter__(self) -> Iterator[Split]:
+        return iter(SPLITS)
+
+    def __len__(self) -> int:
+        return len(SPLITS)
 
 
 def evaluation_set(
@@ -55,13 +92,13 @@ def task_inputs(
     family: Family, task: Task, split: Split = "test", track: Track = untracked, first: int | None = None
 ) -> TaskInputs:
     """One task, or only its `first` inputs, as the family reads them, with its head."""
-    found = data.load(task, split)
-    found = found if first is None else found.first(first)
+    loaded = data.load(task, split)
+    loaded = loaded if first is None else loaded.first(first)
     return TaskInputs(
         name=task.name,
-        inputs=decoded(family, found, track, f"Decoding {task.name}"),
-        labels=found.labels,
+        inputs=decoded(family, loaded, track, f"Decoding {task.name}"),
+        labels=loaded.labels,
         head=family.head(task, track),
         classnames=task.classnames,
-        identity=found.identity,
+        identity=loaded.identity,
     )

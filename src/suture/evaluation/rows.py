@@ -7,15 +7,26 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from math import nan
 from statistics import fmean
+from typing import Literal
+
+Role = Literal["pretrained", "experts", "merge", "repair"]
 
 
 @dataclass(frozen=True)
 class Row:
-    """One model's line of the table: accuracy, between 0 and 1, and sample count for each task."""
+    """One model's line of the table: accuracy, between 0 and 1, and sample count for each task.
+
+    `role` says what was scored: the pretrained model, the experts each on its own task, a merge, or a repair of the
+    merge of that label by a `repair` of that kind. A `routed` row had to find each input's task itself.
+    """
 
     name: str
     accuracies: Mapping[str, float]
     samples: Mapping[str, int] = field(default_factory=dict)
+    role: Role = "merge"
+    merge: str | None = None
+    repair: str | None = None
+    routed: bool = False
 
     @property
     def mean(self) -> float:

@@ -1,4 +1,4 @@
-"""What a method that learns is given: the opened models, their encoder, the tasks' inputs, and how to run."""
+"""How and where one run computes: devices, seed, batch size, logs, states of loops, and where the time went."""
 
 import hashlib
 import json
@@ -10,61 +10,49 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from suture.core.fabric import OneDevice, make_fabric, make_logger
+from suture.core.fabric import OneDevice, launch, make_fabric, make_logger
 from suture.core.progress import Profile, bar
-from suture.core.team import launch
-from suture.evaluation import Row, TaskInputs, evaluate_row
-from suture.merging.task_vectors import TaskVectors
+from suture.evaluation import Scorer
 from suture.storage.resume import Resume
-from suture.tasks import Split, Task
 
 T = TypeVar("T")
 FEW = 3  # steps of a fast_dev_run
 Watch = Callable[[int, float, Tensor | None], None]  # step, loss, values
 
 
-@dataclass
-class Stage:
-    """The surroundings of one learning method.
+@dataclass(frozen=True)
+class Context:
+    """What every stage of a run is given beside its models and inputs.
 
-    `decode(split)` gives the tasks' inputs, `fingerprint()` the hashes of all that goes in, `folder` is where logs go.
+    `fingerprint` stands for all that goes into the run: hashes of the models, and the words of the tasks. Logs and
+    encodings go below `folder`. `resumed`: state file → steps that a loop took up from it.
     """
 
-    vectors: TaskVectors
-    build: Callable[[], nn.Module]
-    tasks: tuple[Task, ...]
-    decode: Callable[[Split], Mapping[str, TaskInputs]]
-    fingerprint: Callable[[], Mapping[str, Any]]
     folder: Path
+    fingerprint: str = ""
     fabric: Mapping[str, Any] = field(default_factory=dict)
     seed: int = 0
     batch_size: int = 256
     fast: bool = False
     profile: Profile = field(default_factory=Profile)
-    found: dict[Path, int] = field(default_factory=dict)
+    resumed: dict[Path, int] = field(default_factory=dict)
 
     @cached_property
-    def encoder(self) -> nn.Module:
-        """The architecture, with the pretrained weights."""
-        return self.build().eval()
+    def device(self) -> OneDevice:
+        """The first of the devices that were asked for."""
+        return OneDevice(self.fabric)
 
-    def unmatched_tasks(self) -> list[str]:
-        """One line for each model that has no task of its name to learn from."""
-        named = {task.name for task in self.tasks}
-        return [
-            f"Model '{name}' has no task of its name, so there are no inputs to learn its coefficients from. "
-            "Remedy: add the task to the task pool, or take the model out of the model pool."
-            for name in self.vectors.models
-            if name not in named
-        ]
+    @property
+    def scorer(self) -> Scorer:
+        """How models are scored."""
+        return Scorer(self.batch_size, bar, self.device.call)
 
-    def inputs(self, split: Split) -> dict[str, TaskInputs]:
-        """The decoded inputs of the tasks that have a model."""
-        with self.profile("data loading"):
-            decoded = self.decode(split)
-        return {name: decoded[name] for name in self.vectors.models}
+    @property
+    def encodings(self) -> Path:
+        """The folder of encodings that are kept for the length of the run."""
+        return self.folder / ".encodings"
 
     def shortened(self, steps: int) -> int:
         """So many steps, or a few in a fast_dev_run."""
@@ -73,29 +61,27 @@ class Stage:
     def resume(self, cache_dir: str, work: Mapping[str, Any]) -> Resume:
         """The state file of this work, named after all that decides its result."""
         fast = str(self.batch_size if self.fast else "")  # it cuts the inputs
-        told = json.dumps(self.fingerprint(), sort_keys=True)
-        asked = {**work, "seed": str(self.seed), "fast_dev_run": fast, "inputs": told}
-        digest = hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:16]
-        resume = Resume(Path(cache_dir) / "resume" / f"{digest}.pt", asked)
+        decisive = {**work, "seed": str(self.seed), "fast_dev_run": fast, "inputs": self.fingerprint}
+        decisive |= {"device": self.device.device.type, "precision": self.device.precision}
+        digest = hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()[:16]
+        resume = Resume(Path(cache_dir) / "resume" / f"{digest}.pt", decisive)
         if state := resume.load():
-            self.found[resume.path] = len(state["losses"])
+            self.resumed[resume.path] = len(state["losses"])
         return resume
 
-    @cached_property
-    def one_device(self) -> OneDevice:
-        """The first of the devices that were asked for."""
-        return OneDevice(self.fabric)
+    def launch(self, function: Callable[[Any], T], devices: int = 1) -> T:
+        """`function(fabric)` on the devices that were asked for; the times that it measured are in the profile."""
 
-    def run(self, function: Callable[[Any], T], devices: int = 1) -> T:
-        """`function(fabric)` on the devices that were asked for; what it measured is in the profile."""
-        told = lambda fabric: (function(fabric), dict(self.profile.seconds))
-        value, seconds = launch(make_fabric(self.fabric, devices), told)
+        def measured(fabric: Any) -> tuple[T, dict[str, float]]:
+            return function(fabric), dict(self.profile.seconds)
+
+        value, seconds = launch(make_fabric(self.fabric, devices), measured)
         self.profile.seconds.update(seconds)
         return value
 
     @contextmanager
     def watch(self, name: str, steps: int, resume: Resume, *, quiet: bool = False) -> Iterator[Watch]:
-        """What to call after each step: a progress bar, and the logger with the metrics that people know.
+        """The function to call after each step: it moves a progress bar and logs the metrics that people know.
 
         The steps of a loop that is taken up again are logged first. `quiet` is for all processes but the first.
         """
@@ -116,15 +102,11 @@ class Stage:
         if logger is not None:
             logger.finalize("success")
 
-    def score(self, name: str, module: nn.Module) -> Row:
-        """One line of the accuracy table, on the test split."""
-        return evaluate_row(name, module, self.inputs("test"), track=bar, forward=self.one_device.call)
-
-    def taken_up(self) -> list[str]:
+    def notes(self) -> list[str]:
         """One line for each loop that did not begin at its start."""
         return [
             f"{count} step{'s' * (count > 1)} of a loop were taken up from {path}."
-            for path, count in self.found.items()
+            for path, count in self.resumed.items()
         ]
 
 

@@ -4,37 +4,39 @@ from suture.repairs.blended_model import BlendModel
 from suture.repairs.model import SurgeryModel, TaskModel
 from suture.repairs.modules import SurgeryModules
 from suture.repairs.network import FINAL, Block, find_blocks
-from suture.repairs.online import OnlineResult, online
+from suture.repairs.online import online
 from suture.repairs.problem import ForwardPasses, Problem
-from suture.repairs.repair import SURGERIES, get_surgery, knobs_of, repair
+from suture.repairs.registry import RepairKind, get_repair_kind, repair_kind, repair_kinds
+from suture.repairs.repair import repair
 from suture.repairs.representation import Distances, Representation, linear_cka, project, representation
-from suture.repairs.results import SurgeryResult
+from suture.repairs.results import RepairResult, Stream
 from suture.repairs.router import CentroidRouter, LinearRouter, fit_router, routing_accuracy
 
 __all__ = [
     "FINAL",
-    "SURGERIES",
     "BlendModel",
     "Block",
     "CentroidRouter",
     "Distances",
     "ForwardPasses",
     "LinearRouter",
-    "OnlineResult",
     "Problem",
+    "RepairKind",
+    "RepairResult",
     "Representation",
+    "Stream",
     "SurgeryModel",
     "SurgeryModules",
-    "SurgeryResult",
     "TaskModel",
     "find_blocks",
     "fit_router",
-    "get_surgery",
-    "knobs_of",
+    "get_repair_kind",
     "linear_cka",
     "online",
     "project",
     "repair",
+    "repair_kind",
+    "repair_kinds",
     "representation",
     "routing_accuracy",
 ]

@@ -14,9 +14,11 @@ from suture.errors import DataError
 from suture.merging.task_vectors import compute_dtype
 from suture.repairs.blended_model import BlendModel
 from suture.repairs.problem import Order, Problem
-from suture.repairs.results import SurgeryResult
+from suture.repairs.registry import repair_kind
+from suture.repairs.results import RepairResult
 
 
+@repair_kind(paper="https://tanganke.github.io/fusion_bench/algorithms/surgery/")
 def blend(
     problem: Problem,
     *,
@@ -24,7 +26,7 @@ def blend(
     lr: Annotated[float, Gt(0)] = 1e-3,
     batch_size: Annotated[int, Ge(1)] = 16,
     seed: int = 0,
-) -> SurgeryResult:
+) -> RepairResult:
     """Fit ẑ_t = Σ α_i^(t) z_i to the expert's feature: mean |ẑ − z_expert|, by Adam, from α = 1 for the merged model.
 
     All T experts and the merged model encode each input once, T·(T + 1) encodings in all, and all of them run at
@@ -37,7 +39,8 @@ def blend(
     history = _fit(problem, nn.Parameter(weights), encoders, order, steps, lr)
     model = BlendModel(problem.module, problem.experts, weights, problem.tasks, forward=problem.forward)
     cost = f"A blend runs {1 + len(problem.tasks)} encoders for every input."
-    return SurgeryResult(
+    return RepairResult(
+        "blend",
         model.to(problem.device),
         history,
         warnings=(cost,),

@@ -3,7 +3,7 @@
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Float, Int
@@ -26,6 +26,9 @@ class BlendModel(nn.Module):
     torch.Size([5, 4])
     """
 
+    kind: ClassVar[str] = "blend"
+    has_modules: ClassVar[bool] = False
+    features_suffice: ClassVar[bool] = False
     weights: Tensor
 
     def __init__(
@@ -66,6 +69,10 @@ class BlendModel(nn.Module):
         """The backbone's features, without repair."""
         return self.network(inputs)
 
+    def for_task(self, task: str) -> "BlendedTask":
+        """The model of one task as a plain module, inputs → features."""
+        return BlendedTask(self, task)
+
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the weights α alone as safetensors."""
         save_checkpoint({"weights": self.weights}, path, {"kind": '"blend"', "tasks": json.dumps(self.tasks)})
@@ -84,3 +91,17 @@ class BlendModel(nn.Module):
             return self.experts[i]
         assert self._load is not None
         return Network(self._load(self.tasks[i]), self.forward_of)
+
+
+class BlendedTask(nn.Module):
+    """A blend for one task: inputs → blended features (B, dim)."""
+
+    def __init__(self, model: BlendModel, task: str):
+        super().__init__()
+        if task not in model.tasks:
+            raise ConfigError(unknown_name("task", task, model.tasks))
+        self.model, self.task = model, task
+        self.eval()
+
+    def forward(self, inputs: Any) -> Tensor:
+        return self.model(inputs, self.task)

@@ -25,9 +25,11 @@ from suture.repairs.layerwise import fit_layerwise
 from suture.repairs.modules import SurgeryModules
 from suture.repairs.network import FINAL, Block, Network, by_place, find_blocks, position_mean
 from suture.repairs.problem import Order, Problem
-from suture.repairs.results import SurgeryResult, surgery_result
+from suture.repairs.registry import repair_kind
+from suture.repairs.results import RepairResult, surgery_result
 
 
+@repair_kind(paper="https://arxiv.org/abs/2410.14389")
 def deep(
     problem: Problem,
     *,
@@ -42,7 +44,7 @@ def deep(
     blocks: str | list[str] | None = None,
     channel_axis: int | None = None,
     concatenate: bool | None = None,
-) -> SurgeryResult:
+) -> RepairResult:
     """Fit modules after every block and on the final feature, by Adam.
 
     `fit="layerwise"` fits them one block after another, each to its own term of the loss with the modules before it
@@ -61,7 +63,7 @@ def deep(
 
     if fit == "layerwise":
         history = fit_layerwise(problem, network, repairs, wanted, order, steps, lr, optimizer)
-        return surgery_result(problem, repairs, history, found)
+        return surgery_result("deep", problem, repairs, history, found)
     if variant == "centred":
         merged = [problem.merged_rows(task, order.inputs(task), found) for task in problem.tasks]
         for modules, *rows in zip(repairs.values(), *(by_place(task, found) for task in merged), strict=True):
@@ -72,7 +74,7 @@ def deep(
     last = -(-max(map(len, wanted)) // batch_size)  # steps in which every input comes up
     options = {"resume": problem.resume, "on_step": problem.on_step}
     history = descend(descent, steps, losses, repairs, watched=last, **options)
-    return surgery_result(problem, repairs, history, found)
+    return surgery_result("deep", problem, repairs, history, found)
 
 
 def new_modules(

@@ -16,11 +16,13 @@ from suture.repairs.fitting import Descent, Optimizer, descend, fit_constants
 from suture.repairs.modules import SurgeryModules, Variant
 from suture.repairs.network import FINAL
 from suture.repairs.problem import Order, Problem
-from suture.repairs.results import SurgeryResult, surgery_result
+from suture.repairs.registry import repair_kind
+from suture.repairs.results import RepairResult, surgery_result
 
 _CHUNK = 4096
 
 
+@repair_kind(paper="https://arxiv.org/abs/2402.02705", scored_while_fitting=True)
 def final(
     problem: Problem,
     *,
@@ -31,7 +33,7 @@ def final(
     seed: int = 0,
     optimizer: Optimizer = "adam",
     variant: Variant = "standard",
-) -> SurgeryResult:
+) -> RepairResult:
     """Fit ẑ = z − U·ReLU(D·z) to the expert's feature: mean |ẑ − z_expert| over batch and dim, by Adam.
 
     Without a cache only the inputs that some step uses are encoded; with one all of them, so that another rank, lr,
@@ -49,7 +51,7 @@ def final(
     losses = fit_constants(modules, everyone, [rows[:, None] for rows in merged], wanted, order)
     history = descend(descent, steps, losses, repairs, small=True, resume=problem.resume, on_step=problem.on_step)
     note_active(modules, merged)
-    return surgery_result(problem, repairs, history)
+    return surgery_result("final", problem, repairs, history)
 
 
 @torch.no_grad()

@@ -3,7 +3,7 @@
 import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 from jaxtyping import Float, Int
 from torch import Tensor, nn
@@ -31,6 +31,7 @@ class SurgeryModel(nn.Module):
     torch.Size([5, 4])
     """
 
+    has_modules: ClassVar[bool] = True  # of each task, whose distance to the experts can be looked at
     router: Router | None
 
     def __init__(
@@ -51,6 +52,11 @@ class SurgeryModel(nn.Module):
         self.repairs = nn.ModuleList([repairs[place] for place in self.places]).requires_grad_(False)
         self.router = router
         self.eval()
+
+    @property
+    def features_suffice(self) -> bool:
+        """Whether `repair(features, task)` of encoded inputs is all: no module lies inside the backbone."""
+        return not self.network.blocks
 
     @property
     def added_parameters(self) -> int:

@@ -6,13 +6,13 @@ on the modules, so they are encoded in larger batches beforehand, each input onc
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Annotated, Literal
 
 import torch
 from annotated_types import Ge, Gt
-from jaxtyping import Float, Int
+from jaxtyping import Int
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from suture.core.batches import Inputs, ShuffledBatches, size
 from suture.errors import ConfigError
@@ -21,29 +21,14 @@ from suture.repairs.fitting import Descent, descend, fit_constants
 from suture.repairs.model import SurgeryModel
 from suture.repairs.modules import SurgeryModules
 from suture.repairs.network import FINAL
-from suture.repairs.problem import ForwardPasses, Problem
+from suture.repairs.problem import Problem
+from suture.repairs.registry import repair_kind
+from suture.repairs.results import RepairResult, Stream
 
 FRACTIONS = (0.01, *(k / 10 for k in range(1, 11)))
 
 
-@dataclass(frozen=True)
-class OnlineResult:
-    """What a stream left behind.
-
-    - `models`: share of the stream → the repaired model after that share of each task's inputs.
-    - `order`: per task, the positions of its inputs in the order in which they came.
-    - `outputs`: per task, (input, dim) the repaired feature of each input in that order, before its own step.
-    - `losses`: per task, (input,) the loss of each input before its own step.
-    - `passes`: how many inputs went through the merged module and through experts.
-    """
-
-    models: dict[float, SurgeryModel]
-    order: dict[str, Int[Tensor, " input"]]
-    outputs: dict[str, Float[Tensor, "input dim"]]
-    losses: dict[str, Float[Tensor, " input"]]
-    passes: ForwardPasses
-
-
+@repair_kind(paper="https://arxiv.org/abs/2402.02705")
 def online(
     problem: Problem,
     *,
@@ -53,16 +38,16 @@ def online(
     shuffle: bool = True,
     fractions: Sequence[float] = FRACTIONS,
     variant: Literal["standard", "normalised"] = "standard",
-) -> OnlineResult:
+) -> RepairResult:
     """Fit ẑ = z − U·ReLU(D·z) while inputs come by one at a time.
 
-    `fractions` are shares of each task's stream, in (0, 1], after which the modules are kept; they are rounded up to
+    `fractions` are shares of each task's stream, in (0, 1], after which the modules are copied (`result.stages`); they are rounded up to
     whole inputs. With `shuffle` the order depends on the seed and the task's name; without it is that of the inputs.
     (The centred variant would need the mean of inputs that have not come yet.)
 
     >>> from torch import nn
     >>> problem = Problem(nn.Linear(3, 4), {"mnist": nn.Linear(3, 4)}, {"mnist": torch.randn(10, 3)})
-    >>> list(online(problem, rank=2, fractions=[0.1, 1.0]).models)
+    >>> list(online(problem, rank=2, fractions=[0.1, 1.0]).stages)
     [0.1, 1.0]
     """
     if wrong := [share for share in fractions if not 0 < share <= 1]:
@@ -80,7 +65,17 @@ def online(
         share: SurgeryModel(problem.module, {FINAL: kept}, problem.tasks, forward=problem.forward, kind="online")
         for share, kept in snapshots.items()
     }
-    return OnlineResult(models, order, outputs, losses, problem.passes)
+    last = models[max(models)]
+    history = pad_sequence([losses[task] for task in problem.tasks], padding_value=math.nan)
+    return RepairResult(
+        "online",
+        last,
+        history,
+        added_parameters=last.added_parameters,
+        passes=problem.passes,
+        stages=models,
+        stream=Stream(order, outputs),
+    )
 
 
 def _order(task: str, inputs: Inputs, seed: int, shuffle: bool) -> Int[Tensor, " input"]:

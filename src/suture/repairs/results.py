@@ -1,8 +1,10 @@
-"""What every kind of repair gives back."""
+"""The result of every kind of repair."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from suture.repairs.blended_model import BlendModel
@@ -10,36 +12,66 @@ from suture.repairs.model import SurgeryModel
 from suture.repairs.modules import SurgeryModules, active_shares, dead_warnings
 from suture.repairs.network import Block
 from suture.repairs.problem import ForwardPasses, Problem
+from suture.repairs.representation import Representation
+
+RepairedModel = SurgeryModel | BlendModel
+
+
+class Stream(NamedTuple):
+    """One pass over single inputs.
+
+    - `order`: per task, the positions of its inputs in the order in which they came.
+    - `outputs`: per task, (input, dim) the repaired feature of each input in that order, before its own step.
+    """
+
+    order: Mapping[str, Int[Tensor, " input"]]
+    outputs: Mapping[str, Float[Tensor, "input dim"]]
 
 
 @dataclass(frozen=True)
-class SurgeryResult:
-    """A repaired model and how it came about.
+class RepairResult:
+    """A repaired model and how it was fitted.
 
-    - `model`: inputs, task → repaired features.
-    - `losses`: (step, task) the loss of each task before each step.
+    - `model`: inputs, task → repaired features; `model.for_task(task)` is a plain module.
+    - `losses`: (step, task) the loss of each task before each step; nan where a task had no step.
     - `active`: per task, the share of its modules' units that were active on its inputs; empty for blends.
     - `warnings`: one line each for a user to read.
     - `added_parameters`: how many numbers the repair adds to the model, for all tasks.
     - `passes`: how many inputs went through the merged module and through experts; cached ones are not counted.
     - `encoders`: how many encoders run at inference.
+    - `stages`: share of the stream → the repaired model after it, and `stream`, where inputs came one at a time.
+
+    A run adds the `name` of the repair's row, the `split` that it learned from, `scores`: step → mean accuracy on the
+    way, and the `representation` beside the experts'.
     """
 
-    model: SurgeryModel | BlendModel
+    kind: str
+    model: RepairedModel
     losses: Float[Tensor, "step task"]
-    active: dict[str, float] = field(default_factory=dict)
+    active: Mapping[str, float] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
     added_parameters: int = 0
     passes: ForwardPasses = field(default_factory=ForwardPasses)
     encoders: int = 1
+    stages: Mapping[float, SurgeryModel] = field(default_factory=dict)
+    stream: Stream | None = None
+    name: str = ""
+    split: str | None = None
+    scores: Mapping[int, float] = field(default_factory=dict)
+    representation: Representation | None = None
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        """The tasks, in the order of the columns of `losses`."""
+        return tuple(self.model.tasks)
 
 
 def surgery_result(
-    problem: Problem, repairs: dict[str, SurgeryModules], losses: Tensor, blocks: tuple[Block, ...] = ()
-) -> SurgeryResult:
+    kind: str, problem: Problem, repairs: dict[str, SurgeryModules], losses: Tensor, blocks: tuple[Block, ...] = ()
+) -> RepairResult:
     """The result of a repair with surgery modules that have noted which of their units were active."""
     active, warnings = active_shares(repairs, problem.tasks), dead_warnings(repairs, problem.tasks)
     for modules in repairs.values():
         modules.fired = None
     model = SurgeryModel(problem.module, repairs, problem.tasks, forward=problem.forward, blocks=blocks)
-    return SurgeryResult(model, losses, active, warnings, model.added_parameters, problem.passes)
+    return RepairResult(kind, model, losses, active, warnings, model.added_parameters, problem.passes)

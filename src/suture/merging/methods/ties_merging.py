@@ -19,6 +19,7 @@ from suture.merging.registry import merge_method
 from suture.merging.streams import DeltaStream, OneTensor, one_each
 
 Threshold = Annotated[float, Gt(0), Le(100)]
+THRESHOLD = 20.0  # %, as published
 _EXACT = 1 << 24  # up to here float32 counts without error
 
 
@@ -34,7 +35,7 @@ class TiesStatistic(NamedTuple):
 
 
 def trim_thresholds(
-    deltas: DeltaStream, *, threshold: float | Sequence[float] = 20.0, scope: str = "model", **_
+    deltas: DeltaStream, *, threshold: float | Sequence[float] = THRESHOLD, scope: str = "model", **_
 ) -> TiesStatistic:
     """The k-th largest magnitude of every task vector, exact, from one pass over the stream.
 
@@ -102,7 +103,7 @@ def ties_merging(
     statistic: TiesStatistic | None = None,
     *,
     scaling_factor: float = 0.3,
-    threshold: Threshold | Sequence[Threshold] = 20.0,
+    threshold: Threshold | Sequence[Threshold] = THRESHOLD,
     remove_keys: Sequence[str] = (),
     merge_func: Literal["sum", "mean", "max"] = "sum",
     scope: Literal["model", "tensor"] = "model",

@@ -1,0 +1,55 @@
+"""The options of AdaMerging, with their defaults: those of the paper where it names them."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Annotated, Any, Literal
+
+import torch
+from annotated_types import Ge, Gt, Le
+
+from suture.adaptation.objectives import Objective
+from suture.adaptation.schedules import Schedule
+from suture.errors import ConfigError, unknown_name
+from suture.merging.methods.ties_merging import THRESHOLD
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdaMergingOptions:
+    """How coefficients are learned. https://arxiv.org/abs/2310.02575
+
+    - `granularity`: see `layout`; `init_values`: see `initial_values`; `objective`: see `OBJECTIVES`.
+    - `optimizer` (adam, adamw or sgd), `lr`, `weight_decay`, `schedule`: see `suture.adaptation.schedules`.
+    - `max_steps`: 1,000 by default, as published; 200 with `schedule="fast"`. With 0 the models are merged with
+      `init_values`.
+    - `clamp_weights` keeps coefficients between 0 and 1; `softmax` normalises them over tasks.
+    - `concatenate`: all tasks in one forward and backward pass; by default where this is exact, but on a CPU only for
+      networks below ten million parameters. `micro_batch` limits the inputs of one pass.
+    - `plus_plus` takes the trimmed, sign-agreeing rows of TIES with its `threshold` (%).
+    - `vectors_dtype`: what task vectors are held in; with `stream_vectors` they are read twice a step instead.
+    """
+
+    granularity: str | Sequence[str] | Mapping[str, str] = "layer"
+    objective: str | Objective = "entropy"
+    optimizer: Literal["adam", "adamw", "sgd"] = "adam"
+    lr: Annotated[float, Gt(0)] = 1e-3
+    weight_decay: Annotated[float, Ge(0)] = 0.0
+    init_values: Any = 0.3
+    clamp_weights: bool = False
+    softmax: bool = False
+    schedule: Schedule = "constant"
+    max_steps: Annotated[int, Ge(0)] | None = None
+    concatenate: bool | None = None
+    micro_batch: Annotated[int, Ge(1)] | None = None
+    plus_plus: bool = False
+    threshold: Annotated[float, Gt(0), Le(100)] = THRESHOLD
+    vectors_dtype: torch.dtype | None = None
+    stream_vectors: bool = False
+
+    @classmethod
+    def of(cls, values: Mapping[str, Any]) -> "AdaMergingOptions":
+        """Options by name; raises `ConfigError` for an unknown one."""
+        known = [each.name for each in fields(cls)]
+        for name in values:
+            if name not in known:
+                raise ConfigError(unknown_name("option of adapt", name, known))
+        return cls(**values)

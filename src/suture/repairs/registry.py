@@ -1,0 +1,69 @@
+"""The kinds of repair: every function of this package that is decorated with `repair_kind`, found by themselves.
+
+A kind is one function of a `Problem`. Its keyword-only arguments are the knobs; the configuration schema, `--help` and
+the documentation are read from them.
+"""
+
+import importlib
+import pkgutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache, cached_property
+from typing import Any, TypeVar
+
+from suture.core.knobs import Knobs
+from suture.errors import ConfigError, unknown_name
+
+_KINDS: dict[str, "RepairKind"] = {}
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+@dataclass(frozen=True)
+class RepairKind:
+    """One kind: `function(problem, **knobs)` fits it and gives a `RepairResult`.
+
+    `scored_while_fitting`: whether a run may score it every few steps, because its modules alone are live.
+    """
+
+    name: str
+    function: Callable[..., Any]
+    paper: str
+    scored_while_fitting: bool = False
+
+    @cached_property
+    def knobs(self) -> Knobs:
+        """The function's knobs: names, defaults and what they may be."""
+        return Knobs(f"repair={self.name}", self.function, group="repair")
+
+
+def repair_kind(*, paper: str, scored_while_fitting: bool = False) -> Callable[[F], F]:
+    """Register the decorated function as a kind of repair under its own name."""
+
+    def register(function: F) -> F:
+        name = function.__name__
+        _KINDS[name] = RepairKind(name, function, paper, scored_while_fitting)
+        return function
+
+    return register
+
+
+def repair_kinds() -> dict[str, RepairKind]:
+    """All kinds by name, sorted."""
+    _find()
+    return dict(sorted(_KINDS.items()))
+
+
+def get_repair_kind(name: str) -> RepairKind:
+    """The kind of this name; raises `ConfigError` with the nearest names."""
+    known = repair_kinds()
+    if name not in known:
+        raise ConfigError(unknown_name("repair", name, known))
+    return known[name]
+
+
+@cache
+def _find() -> None:
+    """Import every module of this package, so that its kinds register themselves."""
+    package = importlib.import_module(__package__ or "suture.repairs")
+    for module in pkgutil.iter_modules(package.__path__):
+        importlib.import_module(f"{package.__name__}.{module.name}")
