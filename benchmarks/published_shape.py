@@ -82,7 +82,7 @@ def run(folder: Path, name: str, *overrides: str) -> None:
     pools = [f"modelpool={folder / 'models.yaml'}", f"taskpool={folder / 'tasks.yaml'}", f"output={folder / name}"]
     environment = {**os.environ, "SUTURE_CACHE": str(folder / "cache")}
     start = time.perf_counter()
-    subprocess.run([sys.executable, "-m", "suture.cli", *overrides, *pools], check=True, env=environment, cwd=folder)
+    subprocess.run([sys.executable, "-m", "suture", *overrides, *pools], check=True, env=environment, cwd=folder)
     seconds = time.perf_counter() - start
     profile = json.loads((folder / name / "report.json").read_text())["profile_seconds"]
     print(f"\n{' '.join(overrides)}: {seconds:.0f} s")

@@ -226,7 +226,7 @@ def test_a_directory_with_something_in_it_is_refused_unless_allowed(tmp_path):
 
 
 def test_overwriting_works_where_directories_cannot_be_swapped_in_one_step(tmp_path, monkeypatch):
-    monkeypatch.setattr("suture.checkpoints.writing._exchange", lambda one, other: False)
+    monkeypatch.setattr("suture.storage.atomic._exchange", lambda one, other: False)
     _write(tmp_path / "run", "first")
     _write(tmp_path / "run", "second", overwrite=True)
     assert (tmp_path / "run" / "report.txt").read_text() == "second"

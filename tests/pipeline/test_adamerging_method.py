@@ -137,7 +137,7 @@ def run_until_killed(words, folder, seconds):
     """Start the command, kill it after so many seconds of its adaptation; True if it was alive then."""
     program = (
         "import sys, time\n"
-        "from suture import resuming\n"
+        "from suture.storage import resume as resuming\n"
         "resuming.Resume.due = lambda self: True\n"
         "from suture.adaptation import trajectory\n"
         "advance = trajectory.Trajectory.advance\n"
@@ -145,7 +145,7 @@ def run_until_killed(words, folder, seconds):
         "    time.sleep(0.02)\n"
         "    advance(self, *a, **k)\n"
         "trajectory.Trajectory.advance = slowly\n"
-        "from suture.cli import main\n"
+        "from suture.cli.main import main\n"
         "sys.exit(main(sys.argv[1:]))\n"
     )
     process = subprocess.Popen([sys.executable, "-c", program, *words], cwd=folder)

@@ -212,7 +212,7 @@ def test_an_upload_that_fails_leaves_the_model_on_the_hub_as_it_was(run, hub):
 def test_an_upload_that_is_killed_goes_on_with_what_has_not_arrived(run, hub, tmp_path):
     hub.stuck = (run / "surgery.safetensors").read_bytes()[:64]
     environment = os.environ | {"HF_ENDPOINT": hub.address, "HF_HUB_DISABLE_XET": "1", "HF_TOKEN": hub.token}
-    command = [sys.executable, "-m", "suture.cli", "push", str(run), "org/tiny"]
+    command = [sys.executable, "-m", "suture", "push", str(run), "org/tiny"]
     process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     deadline = time.monotonic() + 60
     while (len(hub.asked_to_put) < 3 or len(hub.blobs) < 2) and time.monotonic() < deadline:
