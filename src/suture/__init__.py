@@ -33,9 +33,10 @@ from suture.merging.batch_norm import reestimate_statistics
 from suture.merging.compatibility import compatibility
 from suture.merging.merge import merge
 from suture.merging.registry import get_method, merge_method, methods
-from suture.pipeline.pipeline import demo
+from suture.pipeline.analyses import analyse
+from suture.pipeline.pipeline import RunResult, demo, evaluate_pool, run
 from suture.pipeline.pools import ModelPool, TaskPool
-from suture.pipeline.preflight import preflight
+from suture.pipeline.preflight import check, preflight
 from suture.pipeline.pushing import push
 from suture.repairs import SurgeryModel, repair
 from suture.reporting import report
@@ -56,6 +57,7 @@ __all__ = [
     "LayerWiseMergedModel",
     "ModelPool",
     "Row",
+    "RunResult",
     "SimpleAverageAlgorithm",
     "SurgeryModel",
     "SurgeryModelWrapper",
@@ -69,10 +71,13 @@ __all__ = [
     "TiesMergingAlgorithm",
     "__version__",
     "adapt",
+    "analyse",
+    "check",
     "compatibility",
     "demo",
     "entropy_loss",
     "evaluate",
+    "evaluate_pool",
     "evaluate_row",
     "get_layer_wise_weights",
     "get_method",
@@ -89,5 +94,6 @@ __all__ = [
     "reestimate_statistics",
     "repair",
     "report",
+    "run",
     "save_checkpoint",
 ]

@@ -3,13 +3,21 @@
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import count
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from suture.adaptation.coefficients import Coefficients, Layout, effective, initial_values, layout
+from suture.adaptation.coefficients import (
+    Coefficients,
+    Layout,
+    effective,
+    initial_values,
+    layout,
+    save_coefficients,
+)
 from suture.adaptation.merged_model import MergedModel, matched_tensors
 from suture.adaptation.network import Logits, Network, check_concatenation, depends_on_batch
 from suture.adaptation.objectives import get_objective
@@ -18,7 +26,7 @@ from suture.adaptation.passes import passes
 from suture.adaptation.schedules import get_schedule
 from suture.adaptation.trajectory import Trajectory
 from suture.adaptation.vectors import task_vector_rows
-from suture.checkpoints import Source
+from suture.checkpoints import Source, save_checkpoint
 from suture.core.batches import Forward, ShuffledBatches, call, to_device
 from suture.core.fabric import Team
 from suture.core.progress import Profile
@@ -52,6 +60,13 @@ class AdaMergingResult:
     losses: Float[Tensor, " step"]
     merged: dict[str, Tensor]
     scores: dict[int, float] = field(default_factory=dict)
+
+    def save(self, folder: Path, also_as: str | None = None) -> None:
+        """Write coefficients.safetensors and history.safetensors, and the coefficients under one more name."""
+        if also_as is not None:
+            save_coefficients(self.coefficients, folder / also_as)
+        save_coefficients(self.coefficients, folder / "coefficients.safetensors")
+        save_checkpoint({"coefficients": self.history, "losses": self.losses}, folder / "history.safetensors")
 
 
 def adapt(

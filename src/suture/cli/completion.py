@@ -46,14 +46,15 @@ def words_by_context() -> dict[str, tuple[str, ...]]:
     from suture.pipeline.analyse import ANALYSES
     from suture.pipeline.config import pools
     from suture.pipeline.methods import all_methods
-    from suture.pipeline.repairs import KINDS, Repair
+    from suture.pipeline.repairs import Repair
+    from suture.repairs import repair_kinds
 
     found: dict[str, tuple[str, ...]] = {"": (*_verbs(), *_RUN_KEYS, "-m", "--cfg", "--help", "--version")}
     for verb in ("check", "evaluate", "run"):
         found[verb] = (*_RUN_KEYS, *_OPTIONS.get(verb, ()))
     found["analyse"] = (*ANALYSES, *_RUN_KEYS, *_OPTIONS["analyse"])
     found |= {verb: words for verb, words in _OPTIONS.items() if verb not in found}
-    found["surgery="] = ("none", *KINDS)
+    found["surgery="] = found["repair="] = ("none", *repair_kinds())
     for group in ("modelpool", "taskpool"):
         found[f"{group}="] = tuple(dict.fromkeys(name.split("/")[-1] for name in pools(group)))
     methods = all_methods()
@@ -62,7 +63,7 @@ def words_by_context() -> dict[str, tuple[str, ...]]:
         for name in (method.name, *method.aliases):
             found[f"method:{name}"] = tuple(f"method.{knob}=" for knob in method.knobs.defaults)
         found |= dict(_values(method.knobs))
-    for kind in KINDS:
+    for kind in repair_kinds():
         found[f"surgery:{kind}"] = tuple(f"surgery.{knob}=" for knob in Repair.defaults(kind) if knob != "kind")
     return found
 

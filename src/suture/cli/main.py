@@ -116,15 +116,34 @@ def _dispatch(arguments: list[str]) -> Answer | None:
 
 
 def _pipeline(arguments: list[str]) -> Answer:
+    from suture.cli.tables import print_report
     from suture.pipeline import config, pipeline
+    from suture.pipeline.preflight import Preflight
+    from suture.pipeline.settings import Settings
     from suture.reporting.sweep import summarise
 
-    results = config.run_each(arguments, pipeline.run_configured, pipeline.check_run)
-    folders = [result for result in results if isinstance(result, Path)]
-    if len(folders) > 1:
-        summarise(folders)
-    told = [_told(result) if isinstance(result, Path) else asdict(result) for result in results]
-    return Answer(told[0] if len(told) == 1 else {"runs": told}, "\n".join(map(str, folders)))
+    results = config.run_each(arguments, lambda composed: _shown(pipeline.run(composed)), Settings.from_config)
+    folders = [result.folder for result in results if isinstance(result, pipeline.RunResult)]
+    if len(folders) > 1 and (summary := summarise(folders)):
+        print_report(summary[0])
+        print(f"The sweep's report is in {summary[1]}")
+    data = [asdict(result) if isinstance(result, Preflight) else _told(result.folder) for result in results]
+    code = 2 if any(isinstance(result, Preflight) and result.problems for result in results) else 0
+    return Answer(data[0] if len(data) == 1 else {"runs": data}, "\n".join(map(str, folders)), code)
+
+
+def _shown(result: Any) -> Any:
+    from suture.cli.tables import print_preflight, print_report
+    from suture.pipeline.preflight import Preflight
+
+    if isinstance(result, Preflight):
+        print_preflight(result)
+    elif result.unchanged:
+        print(f"{result.folder} holds the result of this very run already.")
+    else:
+        print_report(result.report)
+        print(f"The merged model and the report are in {result.folder}")
+    return result
 
 
 def _told(folder: Path) -> dict[str, Any]:
@@ -149,15 +168,17 @@ def _version() -> Answer:
 
 def _check(arguments: list[str]) -> Answer:
     from suture.cli.tables import print_preflight
-    from suture.pipeline import config, pipeline
+    from suture.pipeline.preflight import check
 
-    found = pipeline.check_configured(config.compose(_with_default_method(arguments)))
+    found = check(_with_default_method(arguments))
     print_preflight(found)
     return Answer(asdict(found), "\n".join(found.problems), 2 if found.problems else 0)
 
 
 def _evaluate(arguments: list[str]) -> Answer:
-    from suture.pipeline import config, pipeline
+    from suture.cli.tables import print_report
+    from suture.pipeline import config
+    from suture.pipeline.pipeline import evaluate_pool
 
     model = next((a.partition("=")[2] for a in arguments if a.startswith("model=")), None)
     matrix = next((a.partition("=")[2] for a in arguments if a.startswith("matrix=")), "false")
@@ -165,7 +186,8 @@ def _evaluate(arguments: list[str]) -> Answer:
         raise ConfigError(f"matrix={matrix}: wanted true or false.")
     arguments = [a for a in arguments if not a.startswith(("model=", "matrix="))]
     composed = config.compose(_with_default_method(arguments))
-    report = pipeline.evaluate_configured(composed, model, matrix == "true")
+    report = evaluate_pool(composed, model=model, matrix=matrix == "true")
+    print_report(report)
     data = report.as_data()
     shown = {key: data[key] for key in ("tasks", "samples", "rows", "matrix")} | {"folder": composed["output"]}
     return Answer(shown, "\n".join(f"{row.name}\t{100 * row.mean:.2f}" for row in report.rows))
@@ -195,7 +217,7 @@ def _merge(arguments: list[str]) -> Answer | None:
 def _analyse(arguments: list[str]) -> Answer:
     from suture.cli.tables import print_finding
     from suture.pipeline import config
-    from suture.pipeline.analyse import ANALYSES, analyse_configured
+    from suture.pipeline.analyses import ANALYSES, analyse
 
     if not arguments or arguments[0] not in ANALYSES:
         raise ConfigError(unknown_name("analysis", arguments[0] if arguments else "", ANALYSES))
@@ -203,7 +225,7 @@ def _analyse(arguments: list[str]) -> Answer:
     for key in ("models", "points"):
         if key in options:
             options[key] = options[key].split(",")
-    found, folder = analyse_configured(arguments[0], config.compose(_with_default_method(words)), options)
+    found, folder = analyse(arguments[0], config.compose(_with_default_method(words)), options=options)
     print_finding(found)
     print(f"The table and the figure are in {folder}")
     return Answer(found.as_data() | {"folder": str(folder)}, str(folder))
@@ -310,8 +332,8 @@ def _demo(arguments: list[str]) -> Answer:
 
     output, rest = _option("--output", arguments)
     _no_more(rest)
-    folder = pipeline.demo(Path(output) if output else None)
-    return Answer(_told(folder), str(folder))
+    result = _shown(pipeline.demo(output))
+    return Answer(_told(result.folder), str(result.folder))
 
 
 def _completion(arguments: list[str]) -> Answer | None:

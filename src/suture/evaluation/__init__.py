@@ -1,7 +1,7 @@
 """Accuracy of models on tasks."""
 
 from suture.evaluation.accuracy import BATCH_SIZE, Accuracy, Model, Scorer, evaluate, evaluate_row
-from suture.evaluation.inputs import TaskInputs, evaluation_set, task_inputs
+from suture.evaluation.inputs import SplitInputs, TaskInputs, evaluation_set, task_inputs
 from suture.evaluation.rows import Role, Row
 
 __all__ = [
@@ -11,6 +11,7 @@ __all__ = [
     "Role",
     "Row",
     "Scorer",
+    "SplitInputs",
     "TaskInputs",
     "evaluate",
     "evaluate_row",

@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor
 
 from suture import tasks as data
@@ -39,6 +40,11 @@ class TaskInputs:
     def at(self, positions: Tensor | slice) -> "TaskInputs":
         """The same task with the inputs at some positions."""
         return replace(self, inputs=take(self.inputs, positions), labels=self.labels[positions], identity=None)
+
+    def inputs_at(self, positions: Tensor) -> Inputs:
+        """The inputs at some positions, without a copy where these are all of them in their order."""
+        everything = len(positions) == len(self) and torch.equal(positions, torch.arange(len(self)))
+        return self.inputs if everything else take(self.inputs, positions)
 
     def logits(self, output: Tensor) -> Tensor:
         """Logits (B, C) from what the model gave: features (B, D), or logits where there is no head."""

@@ -10,7 +10,10 @@ from torch import Tensor, nn
 from suture.adaptation import AdaMergingResult, adapt, save_coefficients
 from suture.errors import ConfigError, unknown_name
 from suture.fusionbench.pools import split_pool
-from suture.repairs import SurgeryResult
+from suture.pipeline.methods import Method, chosen_method
+from suture.pipeline.pipeline import merge_in_memory
+from suture.pipeline.pools import ModelPool, TaskPool
+from suture.pipeline.settings import Settings
 
 _KNOBS = {
     "optimizer": "adam",
@@ -98,42 +101,26 @@ class _CLIPAdaMergingAlgorithm:
     method: ClassVar[str]
 
     def __init__(self, **knobs: Any):
-        from suture.pipeline.methods import find_method
-
-        self.knobs = find_method(self.method).knobs.validate({"name": self.method, **knobs})
+        self.chosen = chosen_method(self.method, knobs)
         self.result: AdaMergingResult | None = None
 
     def run(self, modelpool: Any, taskpool: Any) -> nn.Module:
         """The merged encoder, pixels → features. Pools are `ModelPool` and `TaskPool`, or what their YAML holds."""
-        from suture.pipeline.models import OpenModels
-        from suture.pipeline.settings import Run
-
-        models = OpenModels(Run.of(modelpool, taskpool, self.method, self.knobs))
-        models.preflight().refuse()
-        merged = models.merged_in_memory()
-        self.result = merged.adapted.result if merged.adapted else None
-        return models.family.encoder().load(merged.tensors)
+        models, merged, _ = merge_in_memory(_settings(modelpool, taskpool, self.chosen))
+        self.result = merged.learned
+        return models.new_encoder().load(merged.tensors)
 
 
 class CLIPLayerWiseAdaMergingSurgeryAlgorithm:
     """Layer-wise AdaMerging, then Representation Surgery; the knobs are those of `surgery/adamerging_surgery`."""
 
     def __init__(self, **knobs: Any):
-        from suture.pipeline.methods import find_method
-
-        self.knobs = find_method("surgery/adamerging_surgery").knobs.validate(knobs)
+        self.chosen = chosen_method("surgery/adamerging_surgery", knobs)
 
     def run(self, modelpool: Any, taskpool: Any) -> dict[str, nn.Module]:
         """{"adamerging": the merged encoder, "surgery": the same with its modules, a `SurgeryModel`}."""
-        from suture.pipeline.models import OpenModels
-        from suture.pipeline.settings import Run
-
-        models = OpenModels(Run.of(modelpool, taskpool, "surgery/adamerging_surgery", self.knobs))
-        models.preflight().refuse()
-        merged = models.merged_in_memory()
-        encoder, repaired = models.family.encoder().load(merged.tensors), merged.repaired[0].result
-        assert isinstance(repaired, SurgeryResult)
-        return {"adamerging": encoder, "surgery": repaired.model}
+        models, merged, (surgery,) = merge_in_memory(_settings(modelpool, taskpool, self.chosen))
+        return {"adamerging": models.new_encoder().load(merged.tensors), "surgery": surgery.model}
 
 
 class CLIPTaskWiseAdaMergingAlgorithm(_CLIPAdaMergingAlgorithm):
@@ -146,3 +133,11 @@ class CLIPLayerWiseAdaMergingAlgorithm(_CLIPAdaMergingAlgorithm):
     """Layer-wise AdaMerging of CLIP vision towers."""
 
     method = "clip_layer_wise_adamerging"
+
+
+def _settings(modelpool: Any, taskpool: Any, method: Method) -> Settings:
+    """A run that leaves no folder, from pools, what their YAML holds, or the drop-in classes of pools."""
+    pool, tasks = getattr(modelpool, "pool", modelpool), getattr(taskpool, "pool", taskpool)
+    pool = pool if isinstance(pool, ModelPool) else ModelPool.from_config(pool)
+    tasks = tasks if isinstance(tasks, TaskPool) else TaskPool.from_config(tasks)
+    return Settings(pool, tasks, method, Path("outputs"), method.repairs)

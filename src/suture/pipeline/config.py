@@ -1,12 +1,15 @@
-"""The only room that knows hydra: from what was typed to one plain dict per run.
+"""From the words of a command line, or from keywords, to one plain dict per run. The only file that knows Hydra.
 
-Methods are put into hydra's config store with the defaults of their signatures; pools are the YAML files of conf/, or a
-YAML file of the user's own. What hydra or OmegaConf refuses comes out as a `ConfigError` of one line with the nearest
-names.
+Methods are put into Hydra's config store with the defaults of their signatures; pools are the YAML files of conf/, or a
+YAML file of the user's own. What Hydra or OmegaConf refuses comes out as a `ConfigError` of one line with the nearest
+names. `surgery=…`, as it is often typed, is the group `repair`.
 """
 
 import hashlib
+import json
 import os
+import re
+import shlex
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -17,10 +20,12 @@ from typing import Any
 
 from suture.errors import ConfigError, SutureError, unknown_name
 from suture.pipeline.methods import all_methods
-from suture.pipeline.repairs import KINDS, Repair
+from suture.pipeline.repairs import NONE, Repair
+from suture.repairs import repair_kinds
 
 _MULTIRUN = {"-m", "--multirun"}
 _GROUPS = ("modelpool", "taskpool")
+_TYPED: dict[str, str] = {}  # names of pools of one's own in Hydra's store → what was typed
 
 
 def run_each(
@@ -88,7 +93,37 @@ def compose(argv: Sequence[str]) -> dict[str, Any]:
 
     _register()
     with _one_line_errors(), hydra.initialize_config_module("suture.pipeline.conf", version_base="1.3"):
-        return _plain(hydra.compose("config", overrides=_rewritten(argv)))
+        return _plain(hydra.compose("config", overrides=_rewritten(argv)), argv)
+
+
+def composed(config: Mapping[str, Any] | Sequence[str] | None, keywords: Mapping[str, Any]) -> dict[str, Any]:
+    """A configuration that is composed already, or words, or the keywords of a Python call; keywords come last."""
+    if isinstance(config, Mapping):
+        return dict(config)
+    return compose([*(config or ()), *(word for key, value in keywords.items() for word in _words(key, value))])
+
+
+def _words(key: str, value: Any) -> list[str]:
+    """The words that a keyword stands for."""
+    if key in _GROUPS and isinstance(value, Mapping):
+        return [f"{key}={_stored_pool(key, 'pool', value, f'<{key}>')}"]
+    if key in ("method", "repair") and isinstance(value, Mapping):
+        name = "name" if key == "method" else "kind"
+        inside = [(f"{key}.{knob}", setting) for knob, setting in value.items() if knob != name]
+        return [f"{key}={value[name]}", *(f"{knob}={_text(setting)}" for knob, setting in inside)]
+    return [f"{key}={value}" if key in ("method", "repair", *_GROUPS) else f"{key}={_text(value)}"]
+
+
+def _text(value: Any) -> str:
+    """A value in Hydra's grammar."""
+    if value is None or isinstance(value, bool | int | float):
+        return json.dumps(value)
+    if isinstance(value, Mapping):
+        return f"{{{','.join(f'{key}:{_text(each)}' for key, each in value.items())}}}"
+    if isinstance(value, list | tuple):
+        return f"[{','.join(map(_text, value))}]"
+    text = str(value)
+    return text if re.fullmatch(r"[\w./:-]+", text) else "'" + text.replace("\\", "\\\\").replace("'", "\\'") + "'"
 
 
 def compose_merging(argv: Sequence[str]) -> dict[str, Any]:
@@ -127,8 +162,8 @@ def _register() -> None:
     from hydra.core.config_store import ConfigStore
 
     store = ConfigStore.instance()
-    for kind in ("none", *KINDS):
-        store.store(group="surgery", name=kind, node=_node(Repair.defaults(kind)), provider="suture")
+    for kind in (NONE, *repair_kinds()):
+        store.store(group="repair", name=kind, node=_node(Repair.defaults(kind)), provider="suture")
     for method in all_methods().values():
         defaults = _node(method.knobs.defaults)
         for name in (method.name, *method.aliases):
@@ -143,17 +178,24 @@ def _node(defaults: Mapping[str, Any]) -> dict[str, Any]:
     return plain | ({"seed": "${seed}"} if "seed" in plain else {})
 
 
-def _plain(config) -> dict[str, Any]:
+def _plain(config, words: Sequence[str] = ()) -> dict[str, Any]:
     from hydra.core.hydra_config import HydraConfig
     from omegaconf import OmegaConf
 
     plain: dict[str, Any] = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)  # type: ignore[assignment]
     if HydraConfig.initialized():
         hydra_config = HydraConfig.get()
-        plain["choices"] = {k: v for k, v in hydra_config.runtime.choices.items() if not k.startswith("hydra/")}
+        choices = {k: v for k, v in hydra_config.runtime.choices.items() if not k.startswith("hydra/")}
+        plain["choices"] = {group: _TYPED.get(str(choice), choice) for group, choice in choices.items()}
+        words = list(hydra_config.overrides.task)
         if _is_multirun() and plain["output"] is None:
             plain |= {"output": hydra_config.runtime.output_dir, "overwrite": True, "reuse": True}
-    return plain
+    return plain | {"command": shlex.join(["suture", *map(_as_typed, words)])}
+
+
+def _as_typed(word: str) -> str:
+    key, equals, value = word.partition("=")
+    return f"{key}{equals}{_TYPED.get(value, value)}"
 
 
 def _is_multirun() -> bool:
@@ -170,6 +212,7 @@ def _rewritten(argv: Sequence[str]) -> list[str]:
 
 def _rewrite(argument: str) -> str:
     """Pools go by their name with or without their folder, or by the path of a YAML file."""
+    argument = re.sub(r"^([+~]*)surgery(?=[.=]|$)", r"\1repair", argument)
     group, equals, value = argument.partition("=")
     if group not in _GROUPS or not equals or not value or value == "null":
         return argument
@@ -187,7 +230,6 @@ def _pool(group: str, name: str) -> str:
 
 
 def _own_pool(group: str, path: Path) -> str:
-    from hydra.core.config_store import ConfigStore
     from omegaconf import OmegaConf
     from yaml import YAMLError
 
@@ -197,8 +239,16 @@ def _own_pool(group: str, path: Path) -> str:
         node = OmegaConf.load(path)
     except YAMLError as error:
         raise ConfigError(f"{group}={path} is not valid YAML: {' '.join(str(error).split())}") from None
-    name = f"{path.stem}_{hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:8]}"
-    ConfigStore.instance().store(group=group, name=name, node=OmegaConf.to_container(node), provider="suture")
+    return _stored_pool(group, path.stem, OmegaConf.to_container(node), str(path))
+
+
+def _stored_pool(group: str, stem: str, node: Any, typed: str) -> str:
+    """The name in Hydra's store of a pool that is not one of ours."""
+    from hydra.core.config_store import ConfigStore
+
+    name = f"{stem}_{hashlib.sha256(json.dumps([typed, node], default=str).encode()).hexdigest()[:8]}"
+    ConfigStore.instance().store(group=group, name=name, node=node, provider="suture")
+    _TYPED[name] = typed
     return name
 
 
@@ -235,7 +285,7 @@ def _explain(error: BaseException) -> str:
         return unknown_name(group, name, _all_names(group, error.options))
     for group in ("method", *_GROUPS):
         if f"You must specify '{group}'" in str(error):
-            return f"There is no {group}=… among the words. Known: {', '.join(_all_names(group, list(all_methods())))}."
+            return f"Missing argument: {group}=…. Known: {', '.join(_all_names(group, list(all_methods())))}."
     for cause in (error, error.__cause__):
         key, parent = getattr(cause, "key", None), getattr(cause, "parent_node", None)
         if key is not None and parent is not None and hasattr(parent, "keys"):

@@ -26,8 +26,9 @@ Watch = Callable[[int, float, Tensor | None], None]  # step, loss, values
 class Context:
     """What every stage of a run is given beside its models and inputs.
 
-    `fingerprint` stands for all that goes into the run: hashes of the models, and the words of the tasks. Logs and
-    encodings go below `folder`. `resumed`: state file → steps that a loop took up from it.
+    `fingerprint` stands for all that goes into the run: hashes of the models, and the keys of the tasks. Logs go below
+    `folder`. What models give for inputs is kept in `encodings` while the run lasts. `resumed`: state file → steps that
+    a loop took up from it.
     """
 
     folder: Path
@@ -37,6 +38,7 @@ class Context:
     batch_size: int = 256
     fast: bool = False
     profile: Profile = field(default_factory=Profile)
+    encodings: Path | None = None
     resumed: dict[Path, int] = field(default_factory=dict)
 
     @cached_property
@@ -49,11 +51,6 @@ class Context:
         """How models are scored."""
         return Scorer(self.batch_size, bar, self.device.call)
 
-    @property
-    def encodings(self) -> Path:
-        """The folder of encodings that are kept for the length of the run."""
-        return self.folder / ".encodings"
-
     def shortened(self, steps: int) -> int:
         """So many steps, or a few in a fast_dev_run."""
         return min(steps, FEW) if self.fast else steps
@@ -63,6 +60,7 @@ class Context:
         fast = str(self.batch_size if self.fast else "")  # it cuts the inputs
         decisive = {**work, "seed": str(self.seed), "fast_dev_run": fast, "inputs": self.fingerprint}
         decisive |= {"device": self.device.device.type, "precision": self.device.precision}
+        decisive |= {"devices": str(self.fabric.get("devices"))}
         digest = hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()[:16]
         resume = Resume(Path(cache_dir) / "resume" / f"{digest}.pt", decisive)
         if state := resume.load():

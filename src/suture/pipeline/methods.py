@@ -1,17 +1,112 @@
-"""Everything that `method=` can name: the static merges, and the methods that learn from unlabelled inputs."""
+"""Everything that `method=` can name: the static merges, and the methods that learn from unlabelled inputs.
 
+Chosen, with its knobs set, a method has one way to be used: `method.merge(models, inputs, context, out)`.
+"""
+
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from typing import TYPE_CHECKING, Any, Protocol
 
+from torch import Tensor
+
+from suture.adaptation import AdaMergingResult
 from suture.core.knobs import Knobs
 from suture.errors import ConfigError, unknown_name
+from suture.evaluation import SplitInputs
+from suture.merging.merge import merge_task_vectors
 from suture.merging.registry import MergeMethod, methods
-from suture.pipeline.adamerging import NAMES, AdaMerging, AdaMergingSurgery
+from suture.pipeline.context import Context
+from suture.pipeline.models import Models
+
+if TYPE_CHECKING:
+    from suture.pipeline.repairs import Repair
+
+
+@dataclass(frozen=True)
+class MergeResult:
+    """One merged model: its tensors, and how its coefficients were learned, if they were. `label` names its row."""
+
+    label: str
+    tensors: Mapping[str, Tensor]
+    learned: AdaMergingResult | None = None
+
+
+class Method(Protocol):
+    """A method with its knobs set.
+
+    `static` is the registered merge behind it, if it does not learn; `frozen` tensors stay at the base. `repairs` are
+    part of the method, and take the place of `repair=…`.
+    """
+
+    @property
+    def label(self) -> str: ...
+
+    @property
+    def knobs(self) -> Mapping[str, Any]: ...
+
+    @property
+    def static(self) -> MergeMethod | None: ...
+
+    @property
+    def frozen(self) -> tuple[str, ...]: ...
+
+    @property
+    def repairs(self) -> "tuple[Repair, ...]": ...
+
+    def problems(self, models: Models, tasks: tuple[str, ...]) -> list[str]:
+        """What would end the merge later on, one line each; nothing is decoded or merged."""
+        ...
+
+    def memory(self, models: Models) -> int | None:
+        """Bytes held beside the activations; None where the size of slices decides."""
+        ...
+
+    def merge(
+        self, models: Models, inputs: SplitInputs, context: Context, out: Mapping[str, Tensor] | None = None
+    ) -> MergeResult:
+        """Merge into the tensors `out`, or into new ones."""
+        ...
+
+
+@dataclass(frozen=True)
+class StaticMerge:
+    """A registered merge method with its knobs set. It needs no inputs."""
+
+    static: MergeMethod
+    knobs: Mapping[str, Any]
+    repairs: tuple = ()
+
+    @property
+    def label(self) -> str:
+        """The method's name."""
+        return self.static.name
+
+    @property
+    def frozen(self) -> tuple[str, ...]:
+        """The tensors that `remove_keys` leaves at the base."""
+        return tuple(self.knobs.get("remove_keys", ()))
+
+    def problems(self, models: Models, tasks: tuple[str, ...]) -> list[str]:
+        """Nothing beside what a preflight sees."""
+        return []
+
+    def memory(self, models: Models) -> int | None:
+        """The size of slices decides."""
+        return None
+
+    def merge(
+        self, models: Models, inputs: SplitInputs, context: Context, out: Mapping[str, Tensor] | None = None
+    ) -> MergeResult:
+        """Stream the task vectors through the method."""
+        with context.profile("merging weights"):
+            merged = merge_task_vectors(models.vectors(self.frozen), self.static, self.knobs, out)
+        return MergeResult(self.label, merged)
 
 
 @dataclass(frozen=True)
 class LearnedMethod:
-    """A method whose knobs are the fields of a class; `knobs.function(**values).run(stage)` learns."""
+    """A method whose knobs are the fields of a class; `function(**knobs)` is a `Method`."""
 
     name: str
     function: type
@@ -24,15 +119,20 @@ class LearnedMethod:
         return Knobs(self.name, self.function)
 
 
-_LEARNED = (
-    LearnedMethod("adamerging", AdaMerging, "https://arxiv.org/abs/2310.02575", tuple(NAMES)),
-    LearnedMethod("surgery/adamerging_surgery", AdaMergingSurgery, "https://arxiv.org/abs/2402.02705"),
-)
+def learned_methods() -> dict[str, LearnedMethod]:
+    """The methods that learn, by name."""
+    from suture.pipeline.adamerging import NAMES, AdaMerging, AdaMergingSurgery
+
+    paper, surgery = "https://arxiv.org/abs/2310.02575", "surgery/adamerging_surgery"
+    return {
+        "adamerging": LearnedMethod("adamerging", AdaMerging, paper, tuple(NAMES)),
+        surgery: LearnedMethod(surgery, AdaMergingSurgery, "https://arxiv.org/abs/2402.02705"),
+    }
 
 
 def all_methods() -> dict[str, MergeMethod | LearnedMethod]:
     """Static merges and learned methods by name, sorted."""
-    return dict(sorted((methods() | {method.name: method for method in _LEARNED}).items()))
+    return dict(sorted((methods() | learned_methods()).items()))
 
 
 def find_method(name: str) -> MergeMethod | LearnedMethod:
@@ -41,3 +141,16 @@ def find_method(name: str) -> MergeMethod | LearnedMethod:
     if name not in named:
         raise ConfigError(unknown_name("method", name, named))
     return named[name]
+
+
+def chosen_method(name: str, values: Mapping[str, Any]) -> Method:
+    """A method with its knobs set and checked.
+
+    `name` is itself a knob where the names of one method stand for different things.
+    """
+    method, values = find_method(name), dict(values)
+    if "name" in method.knobs.defaults and name != method.name:
+        values["name"] = name
+    knobs = method.knobs.validate(values)
+    static = methods().get(method.name)
+    return learned_methods()[method.name].function(**knobs) if static is None else StaticMerge(static, knobs)

@@ -1,25 +1,131 @@
-"""The main job on one screen: open, check, merge, evaluate, report."""
+"""The main job on one screen: open, check, merge, repair, score, report."""
 
 import json
-import shlex
-import sys
-from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
-from dataclasses import replace
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from tempfile import TemporaryDirectory
+from typing import Any
 
 from suture.checkpoints import open_checkpoint
+from suture.core.progress import Profile, bar
 from suture.errors import ConfigError
-from suture.pipeline.models import OpenModels
-from suture.pipeline.preflight import Preflight
-from suture.pipeline.settings import Run
+from suture.evaluation import SplitInputs
+from suture.pipeline import config as configuration
+from suture.pipeline.context import Context
+from suture.pipeline.methods import MergeResult
+from suture.pipeline.model_card import write_card
+from suture.pipeline.models import Models, open_models
+from suture.pipeline.preflight import Preflight, preflight_of
+from suture.pipeline.repairs import fit
+from suture.pipeline.scoring import Scores, expert_matrix, score, score_model
+from suture.pipeline.settings import Settings
+from suture.repairs import RepairResult
+from suture.reporting import Report, write
 from suture.storage.atomic import new_directory, new_folder
 
-if TYPE_CHECKING:
-    from suture.reporting import Report
 
-_REPAIRS = (("surgery=final",), ("surgery=deep", "surgery.steps=200"))
+@dataclass(frozen=True)
+class RunResult:
+    """One finished run: its folder, and what its report holds. `unchanged` where the folder had this result already.
+
+    `report` is None where it was not made again.
+    """
+
+    folder: Path
+    report: Report | None = None
+    unchanged: bool = False
+
+
+def run(config: Mapping[str, Any] | Sequence[str] | None = None, /, **keywords: Any) -> RunResult | Preflight:
+    """Merge the models of a pool, score every result, and leave one folder with the model and a report.
+
+    `config` is a composed configuration, or a list of words as on the command line; or give its keys as keywords:
+
+        suture.run(method="ties_merging", modelpool="glyphs8", taskpool="glyphs8", repair="final", output="out")
+
+    Groups (`method`, `modelpool`, `taskpool`, `repair`) are names, or mappings with their keys; keys inside of a group
+    may be given as `**{"method.scaling_factor": 0.4}`. With `dry_run` nothing is merged, and the `Preflight` returned.
+    Raises `SutureError` for whatever does not fit, before any work.
+    """
+    config = configuration.composed(config, keywords)
+    settings = Settings.from_config(config)
+    models = open_models(settings.pool, settings.threads)
+    if settings.reuse and _is_finished(settings.output, config, models):
+        return RunResult(settings.output, unchanged=True)
+    checked = preflight_of(models, settings)
+    checked.refuse()
+    return checked if settings.dry_run else run_settings([settings], models, config, checked.notes)
+
+
+def run_settings(
+    runs: Sequence[Settings], models: Models, config: Mapping[str, Any], notes: Sequence[str] = ()
+) -> RunResult:
+    """Merge by one or several methods of one pool. The folder appears when all is there."""
+    first, profile = runs[0], Profile()
+    with new_directory(first.output, overwrite=first.overwrite) as folder, _encodings(folder) as encodings:
+        context, inputs = prepare(first, models, folder, profile, encodings)
+        merged, repairs = [], {}
+        for settings in runs:
+            part = folder if len(runs) == 1 else folder / "models" / settings.method.label
+            own = replace(context, folder=part)
+            merged.append(_merge_into(part, settings, models, inputs, own))
+            fits = [fit(repair, models, merged[-1], inputs, own) for repair in settings.repairs]
+            repairs[merged[-1].label] = fits
+            _save_repairs(fits, part)
+        scores = score(models, merged, repairs, inputs, context, reuse=first.reuse) if first.tasks else Scores()
+        report = Report(
+            f"{', '.join(result.label for result in merged)} of {len(models.experts)} models",
+            scores.rows,
+            scores.pretrained,
+            scores.experts,
+            config=config,
+            provenance=models.provenance,
+            profile=profile.seconds,
+            notes=[*notes, *context.notes()],
+            command=config.get("command", ""),
+            learning={result.label: result.learned for result in merged if result.learned},
+            repairs={f"{label} + {fitted.kind}": fitted for label, fits in repairs.items() for fitted in fits},
+        )
+        write(report, folder)
+        configuration.save(dict(config), folder / "config.yaml")
+        if len(runs) == 1:
+            write_card(folder)
+    return RunResult(first.output, report)
+
+
+def prepare(
+    settings: Settings, models: Models, folder: Path, profile: Profile, encodings: Path | None = None
+) -> tuple[Context, SplitInputs]:
+    """The surroundings of a run, and the inputs of its tasks, which are decoded when they are needed."""
+    fingerprint = {"models": models.provenance["inputs"], "tasks": str(settings.taskpool)}
+    context = Context(
+        folder,
+        json.dumps(fingerprint, sort_keys=True),
+        settings.fabric,
+        settings.seed,
+        settings.batch_size,
+        settings.fast,
+        profile,
+        encodings,
+    )
+    few = settings.batch_size if settings.fast else None
+    return context, SplitInputs(models.family, settings.tasks, first=few, track=bar, profile=profile)
+
+
+def merge_in_memory(settings: Settings) -> tuple[Models, MergeResult, list[RepairResult]]:
+    """Merge and repair, leaving nothing but the states of loops. Nothing is logged and nothing is scored."""
+    models = open_models(settings.pool, settings.threads)
+    preflight_of(models, settings).refuse()
+    with TemporaryDirectory() as folder:
+        quiet = replace(settings, fabric={**settings.fabric, "loggers": {"kind": "none"}})
+        context, inputs = prepare(quiet, models, Path(folder), Profile(), Path(folder) / "encodings")
+        merged = settings.method.merge(models, inputs, context)
+        return models, merged, [fit(repair, models, merged, inputs, context) for repair in settings.repairs]
+
+
+_REPAIRS = (("repair=final",), ("repair=deep", "repair.steps=200"))
 _DEMO: tuple[tuple[Sequence[str], Sequence[Sequence[str]]], ...] = (
     (["method=simple_average"], []),
     (["method=task_arithmetic"], []),
@@ -28,112 +134,89 @@ _DEMO: tuple[tuple[Sequence[str], Sequence[Sequence[str]]], ...] = (
 )
 
 
-def run_configured(config: Mapping[str, Any]) -> Path | Preflight:
-    """One run from its configuration: prints the table and returns the folder; after a dry run what was found."""
-    from suture.cli.tables import print_preflight
+def demo(output: Path | str | None = None) -> RunResult:
+    """The main job on the models that ship with suture: eight experts into one, merged, adapted and repaired."""
+    pools = ["modelpool=glyphs8", "taskpool=glyphs8", f"output={output or new_folder('demo')}"]
+    runs, configs = [], []
+    for words, repairs in _DEMO:
+        own = [configuration.compose([*words, *repair, *pools]) for repair in repairs or [()]]
+        several = [Settings.from_config(config) for config in own]
+        runs.append(replace(several[0], repairs=tuple(repair for each in several for repair in each.repairs)))
+        configs += own
+    models = open_models(runs[0].pool, runs[0].threads)
+    checked = preflight_of(models, runs[0])
+    checked.refuse()
+    groups = {group: [config[group] for config in configs] for group in ("method", "repair")}
+    return run_settings(runs, models, configs[0] | groups | {"command": "suture demo"}, checked.notes)
 
-    run = Run.from_config(config)
-    models = OpenModels(run)
-    if config["reuse"] and is_finished(run.output, config, models):
-        print(f"{run.output} holds the result of this very run already.")
-        return run.output
-    found = models.preflight()
-    if config["dry_run"]:
-        print_preflight(found)
-    found.refuse()
-    return found if config["dry_run"] else merge_and_report([run], models, config, found.notes)
+
+def evaluate_pool(
+    config: Mapping[str, Any] | Sequence[str] | None = None,
+    /,
+    *,
+    model: str | None = None,
+    matrix: bool = False,
+    **keywords: Any,
+) -> Report:
+    """Score the pool's pretrained model and experts, and one more `model` of the same architecture if it is named.
+
+    The configuration is given as for `run`. With `matrix` every fine-tuned model is scored on every task too, and the
+    report, a heat map in it, is written where the configuration names an output folder.
+    """
+    config = configuration.composed(config, {"method": "simple_average", **keywords})
+    settings = Settings.from_config(config)
+    if not settings.tasks:
+        raise ConfigError("There is nothing to evaluate on. Remedy: name a taskpool=…")
+    models = open_models(settings.pool, settings.threads)
+    preflight_of(models, settings).refuse()
+    one_more = {} if model is None else {Path(model).name: models.mergeable(open_checkpoint(model))}
+    written = matrix and config["output"]
+    with new_directory(settings.output, overwrite=settings.overwrite) if written else nullcontext() as folder:
+        context, inputs = prepare(settings, models, folder or settings.output, Profile())
+        scores = score(models, [], {}, inputs, context)
+        rows = [score_model(name, checkpoint, models, inputs, context) for name, checkpoint in one_more.items()]
+        report = Report(
+            "evaluation",
+            [*scores.rows, *rows],
+            scores.pretrained,
+            scores.experts,
+            matrix=expert_matrix(models, inputs, context) if matrix else (),
+        )
+        if folder:
+            write(report, folder)
+    return report
 
 
-def is_finished(output: Path, config: Mapping[str, Any], models: OpenModels) -> bool:
-    """Whether a folder holds a whole run of the same words on the same inputs and versions."""
+def _merge_into(folder: Path, settings: Settings, models: Models, inputs: SplitInputs, context: Context) -> MergeResult:
+    """Write the model as its family saves it, and beside it the coefficients that were learned."""
+    with models.new_model(folder / "model") as out:
+        merged = settings.method.merge(models, inputs, context, out)
+    if merged.learned is not None:
+        merged.learned.save(folder, also_as=settings.method.knobs.get("save_merging_weights"))
+    return replace(merged, tensors=dict(models.mergeable(open_checkpoint(folder / "model"))))
+
+
+@contextmanager
+def _encodings(folder: Path) -> Iterator[Path]:
+    """A folder for what is encoded while a run lasts."""
+    with TemporaryDirectory(prefix=".encodings-", dir=folder) as name:
+        yield Path(name)
+
+
+def _save_repairs(repairs: Sequence[RepairResult], folder: Path) -> None:
+    for fitted in repairs:
+        name = f"surgery_{fitted.kind}" if len(repairs) > 1 else "surgery"
+        fitted.model.save(folder / f"{name}.safetensors")
+
+
+def _is_finished(output: Path, config: Mapping[str, Any], models: Models) -> bool:
+    """Whether a folder holds a whole run of the same configuration on the same inputs and versions."""
     try:
         report = json.loads((output / "report.json").read_text("utf-8"))
     except (OSError, ValueError):
         return False
-    told = lambda c: {key: value for key, value in c.items() if key not in ("reuse", "overwrite")}
-    return told(report["config"]) == told(dict(config)) and report["provenance"] == models.provenance()
+    return _decisive(report["config"]) == _decisive(config) and report["provenance"] == models.provenance
 
 
-def check_run(config: Mapping[str, Any]) -> None:
-    """Refuse a configuration whose words or values do not fit, without opening a file."""
-    Run.from_config(config)
-
-
-def demo(output: Path | None = None) -> Path:
-    """The main job on the models that ship with suture: eight experts into one, merged, adapted and repaired."""
-    from suture.pipeline.config import compose
-
-    pools = ["modelpool=glyphs8", "taskpool=glyphs8", f"output={output or new_folder('demo')}"]
-    runs, configs = [], []
-    for words, repairs in _DEMO:
-        configs += [compose([*words, *repair, *pools]) for repair in repairs or [()]]
-        several = [Run.from_config(config) for config in configs[-max(1, len(repairs)) :]]
-        runs.append(replace(several[0], repairs=tuple(repair for run in several for repair in run.repairs)))
-    models = OpenModels(runs[0])
-    found = models.preflight()
-    found.refuse()
-    told = {group: [config[group] for config in configs] for group in ("method", "surgery")}
-    return merge_and_report(runs, models, configs[0] | told, found.notes)
-
-
-def merge_and_report(runs: Sequence[Run], models: OpenModels, config: Mapping[str, Any], notes: Sequence[str]) -> Path:
-    """Merge by one or several methods, score every result, report. The run's folder appears when all is there."""
-    from suture.cli.tables import print_report
-    from suture.pipeline import config as configuration
-    from suture.pipeline.model_card import write_card
-    from suture.reporting import Learning, RepairReport, Report, write
-
-    first, merged = runs[0], {}
-    with new_directory(first.output, overwrite=first.overwrite) as folder:
-        for run in runs:
-            place = folder if len(runs) == 1 else folder / "models" / run.label
-            merged[run.label] = models.merge_into(place, run)
-        scores = models.score(merged) if first.taskpool else ([], None, None)
-        report = Report(
-            f"{', '.join(merged)} of {len(models.models)} models",
-            *scores,
-            config=config,
-            provenance=models.provenance(),
-            profile=models.profile.seconds,
-            notes=[*notes, *(note for result in merged.values() for note in result.notes)],
-            command=shlex.join(["suture", *sys.argv[1:]]),
-            learning={label: Learning.of(m.adapted) for label, m in merged.items() if m.adapted},
-            repairs={f"{label} + {r.kind}": RepairReport.of(r) for label, m in merged.items() for r in m.repaired},
-        )
-        write(report, folder)
-        configuration.save(dict(config), folder / "config.yaml")
-        if len(runs) == 1:
-            write_card(folder)
-    print_report(report)
-    print(f"The merged model and the report are in {first.output}")
-    return first.output
-
-
-def check_configured(config: Mapping[str, Any]) -> Preflight:
-    """The preflight of a run, nothing else."""
-    return OpenModels(Run.from_config(config)).preflight()
-
-
-def evaluate_configured(config: Mapping[str, Any], model: str | None = None, matrix: bool = False) -> "Report":
-    """Score the pool's pretrained model and experts, and one more model of the same architecture if it is named.
-
-    With `matrix` every fine-tuned model is scored on every task too, and the report, a heat map in it, is written
-    where the configuration names an output folder.
-    """
-    from suture.cli.tables import print_report
-    from suture.reporting import Report, write
-
-    run = Run.from_config(config)
-    if run.taskpool is None:
-        raise ConfigError("There is nothing to evaluate on. Remedy: name a taskpool=…")
-    models = OpenModels(run)
-    models.preflight().refuse()
-    named = {Path(model).name: models.mergeable(open_checkpoint(model))} if model else {}
-    written = matrix and config["output"]
-    with new_directory(run.output, overwrite=run.overwrite) if written else nullcontext() as folder:
-        rows, pretrained, experts = models.score(named)
-        report = Report("evaluation", rows, pretrained, experts, matrix=models.matrix() if matrix else ())
-        if folder:
-            write(report, folder)
-    print_report(report)
-    return report
+def _decisive(config: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in config.items() if key not in ("reuse", "overwrite", "command")}

@@ -1,7 +1,7 @@
-"""What can be known before the slow part: what does not fit, what will be read, written and held in memory."""
+"""Checks before the slow part: what does not fit, and what will be read, written and held in memory."""
 
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,11 +11,13 @@ import torch
 from suture import tasks
 from suture.checkpoints import Checkpoint
 from suture.core.names import in_bytes
-from suture.errors import SutureError
+from suture.errors import PRETRAINED, SutureError
 from suture.merging.compatibility import compatibility, merged_names, spec_of
 from suture.merging.registry import MergeMethod
 from suture.merging.task_vectors import working_memory
+from suture.pipeline.models import Models, open_models
 from suture.pipeline.pools import TaskPool
+from suture.pipeline.settings import Settings
 
 _SAMPLE = 1024  # entries looked at in each of three places of a tensor
 
@@ -60,7 +62,7 @@ def preflight(
     if method is not None and (problem := method.check_number(len(models))):
         found.problems.append(problem)
     names = merged_names(base, frozen)
-    found.problems += non_finite_samples({"_pretrained_": base, **models}, names)
+    found.problems += non_finite_samples({PRETRAINED: base, **models}, names)
     found.notes += _batch_norm_notes(base, models, names)
     _measure(found, base, models, names, method, knobs, threads)
     if bytes_written is not None:
@@ -74,6 +76,42 @@ def preflight(
             found.notes += [] if problems else tasks.notes(task, "test")
         found.notes += _expert_notes(models, taskpool)
     return found
+
+
+def check(config: Mapping[str, Any] | Sequence[str] | None = None, /, **keywords: Any) -> Preflight:
+    """The preflight of a run, whose configuration is given as for `suture.run`; nothing is run."""
+    from suture.pipeline import config as configuration
+
+    settings = Settings.from_config(configuration.composed(config, {"method": "simple_average", **keywords}))
+    return preflight_of(open_models(settings.pool, settings.threads), settings)
+
+
+def preflight_of(models: Models, settings: Settings) -> Preflight:
+    """The preflight of a run whose models are open."""
+    method = settings.method
+    checked = preflight(
+        models.base,
+        models.experts,
+        method.static,
+        settings.taskpool,
+        knobs=method.knobs,
+        frozen=(*settings.pool.frozen, *method.frozen),
+        mixed_dtypes=settings.pool.mixed_dtypes,
+        output=settings.output,
+        bytes_written=sum(spec.nbytes for spec in models.whole_base.specs.values()),
+        threads=settings.threads,
+    )
+    checked.problems[:0] = [problem for task in settings.tasks for problem in models.family.problems(task)]
+    if not models.base.specs:
+        first, kind = next(iter(models.whole_base), "no tensor"), models.family.name
+        remedy = "name another family in the pool, or merge files of any kind by suture merge."
+        line = f"{PRETRAINED} has no tensor that family={kind} merges (it has '{first}', …)."
+        checked.problems.insert(0, f"{line} Remedy: {remedy}")
+    if not checked.problems:
+        unmatched = models.unmatched(settings.task_names) if settings.repairs else []
+        checked.problems += dict.fromkeys([*unmatched, *method.problems(models, settings.task_names)])
+        checked.memory = method.memory(models) or checked.memory
+    return checked
 
 
 def non_finite_samples(models: Mapping[str, Checkpoint], names: list[str]) -> list[str]:

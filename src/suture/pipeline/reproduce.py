@@ -89,7 +89,7 @@ def _same_run(figure: Published, config: Mapping[str, Any]) -> bool:
     asked = [words[group].split("/")[-1] for group in ("modelpool", "taskpool")]
     if pools != asked or figure.row in ("pretrained", "experts"):
         return pools == asked
-    return all(_decisive(wanted[group]) == _decisive(config.get(group) or {}) for group in ("method", "surgery"))
+    return all(_decisive(wanted[group]) == _decisive(config.get(group) or {}) for group in ("method", "repair"))
 
 
 def _decisive(group: Mapping[str, Any]) -> dict[str, Any]:

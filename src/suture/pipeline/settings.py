@@ -1,32 +1,30 @@
-"""What one run is told, checked for what can be checked without opening a file."""
+"""The settings of one run, checked for what can be checked without opening a file."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from suture.core.fabric import check_fabric
 from suture.errors import ConfigError
-from suture.merging.registry import MergeMethod
-from suture.pipeline.methods import LearnedMethod, find_method
+from suture.pipeline.methods import Method, chosen_method
 from suture.pipeline.pools import ModelPool, TaskPool
 from suture.pipeline.repairs import Repair
 from suture.storage.atomic import new_folder
 
 
 @dataclass(frozen=True)
-class Run:
-    """One pool, one method with its knobs, repairs, and how and where to run it. `label` is its row in the table."""
+class Settings:
+    """One pool, one method with its knobs, repairs, and how and where to run it."""
 
     pool: ModelPool
     taskpool: TaskPool | None
-    method: MergeMethod | LearnedMethod
-    knobs: Mapping[str, Any]
+    method: Method
     output: Path
-    label: str = ""
     repairs: tuple[Repair, ...] = ()
     overwrite: bool = False
     reuse: bool = False
+    dry_run: bool = False
     threads: int = 0
     batch_size: int = 256
     fast: bool = False
@@ -34,27 +32,26 @@ class Run:
     fabric: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
-    def from_config(cls, config: Mapping[str, Any]) -> "Run":
+    def from_config(cls, config: Mapping[str, Any]) -> "Settings":
         """Read a composed configuration; raises `ConfigError` for the first value that does not fit."""
-        method, knobs = _method(config["method"])
+        values = dict(config["method"])
+        method = chosen_method(values.pop("name"), values)
         for key, least in (("threads", 0), ("batch_size", 1), ("seed", 0)):
             if not isinstance(config[key], int) or isinstance(config[key], bool) or config[key] < least:
-                raise ConfigError(f"{key}={config[key]!r}: wanted a whole number, {least} or more.")
+                raise ConfigError(f"{key}={config[key]!r}: expected a whole number, {least} or more.")
         check_fabric(config["fabric"])
-        repairs = _repairs(config, knobs)
-        label = "adamerging" if "surgery_steps" in knobs else knobs.get("name", method.name)
+        repairs = _repairs(config, method)
         if repairs and not config.get("taskpool"):
-            raise ConfigError(f"surgery={repairs[0].kind} needs unlabelled inputs. Remedy: name a taskpool=…")
+            raise ConfigError(f"repair={repairs[0].kind.name} needs unlabelled inputs. Remedy: name a taskpool=…")
         return cls(
             pool=ModelPool.from_config(config["modelpool"]),
             taskpool=TaskPool.from_config(config["taskpool"]) if config.get("taskpool") else None,
             method=method,
-            knobs=knobs,
-            output=Path(config["output"] or _default_output(config, label)),
-            label=label,
+            output=Path(config["output"] or _default_output(config, method.label)),
             repairs=repairs,
             overwrite=bool(config["overwrite"]),
             reuse=bool(config["reuse"]),
+            dry_run=bool(config["dry_run"]),
             threads=config["threads"],
             batch_size=config["batch_size"],
             fast=bool(config["fast_dev_run"]),
@@ -62,44 +59,25 @@ class Run:
             fabric=config["fabric"],
         )
 
-    @classmethod
-    def of(cls, modelpool: Any, taskpool: Any, name: str, knobs: Mapping[str, Any]) -> "Run":
-        """A run that leaves no folder: pools, or what their YAML holds; a method's name; its checked knobs."""
-        pool, tasks = getattr(modelpool, "pool", modelpool), getattr(taskpool, "pool", taskpool)  # of drop-in classes
-        pool = pool if isinstance(pool, ModelPool) else ModelPool.from_config(pool)
-        tasks = tasks if isinstance(tasks, TaskPool) else TaskPool.from_config(tasks)
-        repairs = _own_repair(knobs) if "surgery_steps" in knobs else ()
-        return cls(pool, tasks, find_method(name), knobs, Path("outputs"), name, repairs)
+    @property
+    def tasks(self) -> tuple[Any, ...]:
+        """The tasks that models are scored on; none without a task pool."""
+        return self.taskpool.tasks if self.taskpool else ()
 
     @property
-    def frozen(self) -> tuple[str, ...]:
-        """The tensors that stay at the base."""
-        return (*self.pool.frozen, *self.knobs.get("remove_keys", ()))
+    def task_names(self) -> tuple[str, ...]:
+        """Their names."""
+        return tuple(task.name for task in self.tasks)
 
 
-def _method(config: Mapping[str, Any]) -> tuple[MergeMethod | LearnedMethod, dict[str, Any]]:
-    """The method and its knobs; `name` is one of them where a method's names stand for different things."""
-    method, told = find_method(config["name"]), dict(config)
-    if "name" not in method.knobs.defaults or told["name"] == method.name:
-        del told["name"]
-    return method, method.knobs.validate(told)
-
-
-def _repairs(config: Mapping[str, Any], knobs: Mapping[str, Any]) -> tuple[Repair, ...]:
-    """The repair that `surgery=…` asks for, or the one that is part of the method."""
-    asked = Repair.from_config(config["surgery"])
-    if "surgery_steps" not in knobs:
-        return (asked,) if asked else ()
-    if asked:
-        raise ConfigError(f"surgery={asked.kind}, but the method has a surgery of its own. Remedy: leave one out.")
-    return _own_repair(knobs)
-
-
-def _own_repair(knobs: Mapping[str, Any]) -> tuple[Repair, ...]:
-    own = {"steps": knobs["surgery_steps"], "lr": knobs["surgery_lr"], "rank": knobs["surgery_rank"]}
-    own |= {"eval_iterations": knobs["eval_iterations"], "split": knobs["split"], "cache_dir": knobs["cache_dir"]}
-    repair = Repair.from_config({**Repair.defaults("final"), **own})
-    return (replace(repair, row="surgery"),) if repair else ()
+def _repairs(config: Mapping[str, Any], method: Method) -> tuple[Repair, ...]:
+    """The repair that `repair=…` asks for, or those that are part of the method."""
+    chosen = Repair.from_config(config["repair"])
+    if chosen and method.repairs:
+        raise ConfigError(
+            f"repair={chosen.kind.name}, but the method has a repair of its own. Remedy: leave one of them out."
+        )
+    return (chosen,) if chosen else method.repairs
 
 
 def _default_output(config: Mapping[str, Any], label: str) -> Path:

@@ -27,7 +27,7 @@ class BlendModel(nn.Module):
     """
 
     kind: ClassVar[str] = "blend"
-    has_modules: ClassVar[bool] = False
+    router: ClassVar[None] = None
     features_suffice: ClassVar[bool] = False
     weights: Tensor
 

@@ -3,7 +3,7 @@
 import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, ClassVar, cast
+from typing import Any, cast
 
 from jaxtyping import Float, Int
 from torch import Tensor, nn
@@ -31,7 +31,6 @@ class SurgeryModel(nn.Module):
     torch.Size([5, 4])
     """
 
-    has_modules: ClassVar[bool] = True  # of each task, whose distance to the experts can be looked at
     router: Router | None
 
     def __init__(

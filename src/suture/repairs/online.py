@@ -41,8 +41,9 @@ def online(
 ) -> RepairResult:
     """Fit ẑ = z − U·ReLU(D·z) while inputs come by one at a time.
 
-    `fractions` are shares of each task's stream, in (0, 1], after which the modules are copied (`result.stages`); they are rounded up to
-    whole inputs. With `shuffle` the order depends on the seed and the task's name; without it is that of the inputs.
+    `fractions` are shares of each task's stream, in (0, 1], after which the modules are copied (`result.stages`); they
+    are rounded up to whole inputs. With `shuffle` the order depends on the seed and the task's name; without it is that
+    of the inputs.
     (The centred variant would need the mean of inputs that have not come yet.)
 
     >>> from torch import nn

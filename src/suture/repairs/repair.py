@@ -33,8 +33,8 @@ def repair(
     `module` and the experts give features (batch, dim) through `forward(module, inputs)`; they are run in evaluation
     mode and never changed. `inputs[task]` is (N, …), or a mapping of such tensors for keyword arguments. `experts` is a
     mapping task → module, or a function that gives the task's module and may load all of them into one (not into
-    `module`). `kind`: see `repair_kinds()`, whose functions have the `knobs`. In the folder `cache` encodings are kept, by
-    the content of weights and inputs. With `resume` a loop that was killed goes on, to the same bits.
+    `module`). `kind`: see `repair_kinds()`, whose functions have the `knobs`. Encodings are kept in the folder `cache`,
+    keyed by the content of weights and inputs. With `resume` an interrupted loop continues with bit-identical results.
     `on_step(step, losses, modules)` sees the live modules by place after every step.
 
     Raises `ConfigError` for an unknown kind, knob or value, `DataError` for a task without inputs or a loss that is not

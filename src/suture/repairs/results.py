@@ -2,7 +2,8 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from pathlib import Path
+from typing import Literal, NamedTuple
 
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -42,7 +43,7 @@ class RepairResult:
     - `stages`: share of the stream → the repaired model after it, and `stream`, where inputs came one at a time.
 
     A run adds the `name` of the repair's row, the `split` that it learned from, `scores`: step → mean accuracy on the
-    way, and the `representation` beside the experts'.
+    way, the `representation` beside the experts', and the folder of the `encodings` of merged model and experts.
     """
 
     kind: str
@@ -56,9 +57,10 @@ class RepairResult:
     stages: Mapping[float, SurgeryModel] = field(default_factory=dict)
     stream: Stream | None = None
     name: str = ""
-    split: str | None = None
+    split: Literal["train", "test"] | None = None
     scores: Mapping[int, float] = field(default_factory=dict)
     representation: Representation | None = None
+    encodings: Path | None = None
 
     @property
     def tasks(self) -> tuple[str, ...]:

@@ -1,110 +1,13 @@
-"""The contents of a report, as plain data; every way of showing it starts here."""
+"""The contents of a report; every way of showing it starts here. `Report.as_data()` is report.json."""
 
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import Tensor
-
+from suture.adaptation import AdaMergingResult
 from suture.evaluation import Row
-from suture.pipeline.adamerging import Adapted
-from suture.pipeline.repairs import Repaired
-from suture.repairs import OnlineResult, Representation
-
-
-@dataclass(frozen=True)
-class Learning:
-    """How a method learned its coefficients.
-
-    `coefficients`: (task,) or (task, layer), as the result has them; `history`: (step + 1, task[, layer]), the
-    unknowns; `losses`: (step,), the objective summed over tasks; `scores`: step → mean accuracy, where asked for.
-    """
-
-    tasks: tuple[str, ...]
-    layers: tuple[str, ...] | None
-    coefficients: Tensor
-    history: Tensor
-    losses: Tensor
-    scores: Mapping[int, float] = field(default_factory=dict)
-
-    @classmethod
-    def of(cls, adapted: Adapted) -> "Learning":
-        """What a report says of an adaptation."""
-        result, scores = adapted.result, {step: row.mean for step, row in adapted.scores.items()}
-        found = result.coefficients
-        return cls(found.tasks, found.layers, found.values, result.history, result.losses, scores)
-
-    def as_data(self) -> dict[str, Any]:
-        """As JSON can hold it; the history is in a file of its own."""
-        return {
-            "tasks": list(self.tasks),
-            "layers": list(self.layers) if self.layers else None,
-            "coefficients": self.coefficients.tolist(),
-            "steps": len(self.losses),
-            "losses": self.losses.tolist(),
-            "scores": {str(step): value for step, value in self.scores.items()},
-        }
-
-
-@dataclass(frozen=True)
-class RepairReport:
-    """What a repair cost and what it moved; `representation` has the distances to the experts before and after."""
-
-    kind: str
-    added_parameters: int
-    encoded: Mapping[str, int]
-    encoders: int = 1
-    steps: int = 0
-    losses: Mapping[str, Sequence[float]] = field(default_factory=dict)
-    active: Mapping[str, float] = field(default_factory=dict)
-    warnings: Sequence[str] = ()
-    scores: Mapping[int, float] = field(default_factory=dict)
-    representation: Representation | None = None
-
-    @classmethod
-    def of(cls, repaired: Repaired) -> "RepairReport":
-        """What a report says of a repair."""
-        result, passes = repaired.result, repaired.result.passes
-        encoded = {"merged": passes.merged, "experts": passes.experts}
-        if isinstance(result, OnlineResult):
-            added = result.models[max(result.models)].added_parameters
-            losses = {task: values.tolist() for task, values in result.losses.items()}
-            return cls(repaired.kind, added, encoded, steps=max(map(len, losses.values())), losses=losses)
-        losses = {str(i): column.tolist() for i, column in enumerate(result.losses.T)}
-        if repaired.representation is not None:
-            losses = dict(zip(repaired.representation.tasks, losses.values(), strict=True))
-        return cls(
-            repaired.kind,
-            result.added_parameters,
-            encoded,
-            result.encoders,
-            len(result.losses),
-            losses,
-            result.active,
-            result.warnings,
-            repaired.scores,
-            repaired.representation,
-        )
-
-    def as_data(self) -> dict[str, Any]:
-        """As JSON can hold it; losses are those of the first and the last step that each task had."""
-        known = {task: [value for value in losses if math.isfinite(value)] for task, losses in self.losses.items()}
-        data: dict[str, Any] = {
-            "kind": self.kind,
-            "added_parameters": self.added_parameters,
-            "encoders_at_inference": self.encoders,
-            "inputs_encoded": dict(self.encoded),
-            "steps": self.steps,
-            "first_loss": {task: losses[0] for task, losses in known.items() if losses},
-            "last_loss": {task: losses[-1] for task, losses in known.items() if losses},
-            "active_share": dict(self.active),
-            "warnings": list(self.warnings),
-            "scores": {str(step): value for step, value in self.scores.items()},
-        }
-        if self.representation is not None:
-            data["representation"] = _distances(self.representation)
-        return data
+from suture.repairs import RepairResult, Representation
 
 
 @dataclass(frozen=True)
@@ -126,8 +29,8 @@ class Report:
     notes: Sequence[str] = ()
     command: str = ""
     curves: Mapping[str, Mapping[str, Mapping[float, float]]] = field(default_factory=dict)
-    learning: Mapping[str, Learning] = field(default_factory=dict)
-    repairs: Mapping[str, RepairReport] = field(default_factory=dict)
+    learning: Mapping[str, AdaMergingResult] = field(default_factory=dict)
+    repairs: Mapping[str, RepairResult] = field(default_factory=dict)
     matrix: Sequence[Row] = ()
 
     @property
@@ -162,8 +65,8 @@ class Report:
                 knob: {n: list(map(list, c.items())) for n, c in cs.items()} for knob, cs in self.curves.items()
             },
             "matrix": {row.name: dict(row.accuracies) for row in self.matrix},
-            "learning": {name: learned.as_data() for name, learned in self.learning.items()},
-            "repairs": {name: repair.as_data() for name, repair in self.repairs.items()},
+            "learning": {name: learning_data(learned) for name, learned in self.learning.items()},
+            "repairs": {name: repair_data(fitted) for name, fitted in self.repairs.items()},
             "profile_seconds": dict(self.profile),
             "notes": list(self.notes),
             "config": dict(self.config),
@@ -171,14 +74,56 @@ class Report:
         }
 
     def _row_as_data(self, row: Row) -> dict[str, Any]:
-        known = lambda value: value if math.isfinite(value) else None
         return {
             "name": row.name,
+            "role": row.role,
+            "merge": row.merge,
+            "repair": row.repair,
+            "routed": row.routed,
             "accuracies": dict(row.accuracies),
-            "mean": known(row.mean),
-            "normalised_mean": known(self.normalised(row)),
-            "gap_closed": known(self.gap_closed(row)),
+            "mean": _known(row.mean),
+            "normalised_mean": _known(self.normalised(row)),
+            "gap_closed": _known(self.gap_closed(row)),
         }
+
+
+def learning_data(learned: AdaMergingResult) -> dict[str, Any]:
+    """What was learned, as JSON can hold it; the history is in a file of its own."""
+    coefficients = learned.coefficients
+    return {
+        "tasks": list(coefficients.tasks),
+        "layers": list(coefficients.layers) if coefficients.layers else None,
+        "coefficients": coefficients.values.tolist(),
+        "steps": len(learned.losses),
+        "losses": learned.losses.tolist(),
+        "scores": {str(step): value for step, value in learned.scores.items()},
+    }
+
+
+def repair_data(fitted: RepairResult) -> dict[str, Any]:
+    """A repair's cost and effect, as JSON can hold them; losses are those of each task's first and last step."""
+    columns = zip(fitted.tasks, fitted.losses.T.tolist(), strict=True)
+    losses = {task: [value for value in column if math.isfinite(value)] for task, column in columns}
+    data: dict[str, Any] = {
+        "kind": fitted.kind,
+        "split": fitted.split,
+        "added_parameters": fitted.added_parameters,
+        "encoders_at_inference": fitted.encoders,
+        "inputs_encoded": {"merged": fitted.passes.merged, "experts": fitted.passes.experts},
+        "steps": len(fitted.losses),
+        "first_loss": {task: column[0] for task, column in losses.items() if column},
+        "last_loss": {task: column[-1] for task, column in losses.items() if column},
+        "active_share": dict(fitted.active),
+        "warnings": list(fitted.warnings),
+        "scores": {str(step): value for step, value in fitted.scores.items()},
+    }
+    if fitted.representation is not None:
+        data["representation"] = _distances(fitted.representation)
+    return data
+
+
+def _known(value: float) -> float | None:
+    return value if math.isfinite(value) else None
 
 
 def _distances(found: Representation) -> dict[str, Any]:

@@ -2,9 +2,11 @@
 
 from pathlib import Path
 
+from suture.adaptation import AdaMergingResult
+from suture.repairs import RepairResult
 from suture.reporting import learning_figures, repair_figures
 from suture.reporting.canvas import COLOURS, file_name, in_percent, label, save, save_figure
-from suture.reporting.data import Learning, RepairReport, Report
+from suture.reporting.data import Report
 
 
 def draw(report: Report, folder: Path) -> list[Path]:
@@ -25,7 +27,7 @@ def draw(report: Report, folder: Path) -> list[Path]:
     return drawn
 
 
-def _draw_learning(name: str, learning: Learning, folder: Path) -> list[Path]:
+def _draw_learning(name: str, learning: AdaMergingResult, folder: Path) -> list[Path]:
     drawn = []
     if len(learning.losses):
         drawn.append(
@@ -38,13 +40,13 @@ def _draw_learning(name: str, learning: Learning, folder: Path) -> list[Path]:
         )
     if learning.scores:
         drawn.append(save(folder / file_name("accuracy_over_steps", name), _accuracy_over_steps, learning.scores))
-    if learning.layers is not None:
-        size = 2.6 + 0.5 * len(learning.tasks), 1.4 + 0.11 * len(learning.layers)
+    if learning.coefficients.layers is not None:
+        size = 2.6 + 0.5 * len(learning.coefficients.tasks), 1.4 + 0.11 * len(learning.coefficients.layers)
         drawn.append(save(folder / file_name("coefficients", name), learning_figures.coefficients, learning, size))
     return drawn
 
 
-def _draw_repair(name: str, repair: RepairReport, folder: Path) -> list[Path]:
+def _draw_repair(name: str, repair: RepairResult, folder: Path) -> list[Path]:
     drawn = []
     if repair.scores:
         drawn.append(save(folder / file_name("accuracy_over_steps", name), _accuracy_over_steps, repair.scores))

@@ -5,8 +5,9 @@ from typing import Any
 
 from torch import Tensor
 
+from suture.adaptation import AdaMergingResult
 from suture.repairs import Representation
-from suture.reporting.data import Learning, Report
+from suture.reporting.data import Report
 
 _STEPS = 200  # of a curve
 _INPUTS = 128  # of a task in the scatter
@@ -27,13 +28,14 @@ def points_of(report: Report) -> dict[str, Any]:
     }
 
 
-def _coefficients(learning: Learning) -> dict[str, Any]:
-    history = learning.history if learning.layers else learning.history[..., None]
-    history = history.reshape(len(history), len(learning.tasks), -1)
+def _coefficients(learning: AdaMergingResult) -> dict[str, Any]:
+    history = learning.history if learning.coefficients.layers else learning.history[..., None]
+    history = history.reshape(len(history), len(learning.coefficients.tasks), -1)
     taken = _thinned(len(history), _STEPS)
     sides = {"mean": history.mean(2), "low": history.amin(2), "high": history.amax(2)}
     curves = {
-        side: dict(zip(learning.tasks, map(_rounded, values[taken].T), strict=True)) for side, values in sides.items()
+        side: dict(zip(learning.coefficients.tasks, map(_rounded, values[taken].T), strict=True))
+        for side, values in sides.items()
     }
     return {"steps": taken, **curves}
 

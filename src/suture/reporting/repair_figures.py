@@ -2,16 +2,15 @@
 
 from typing import Any
 
-from suture.repairs import Representation
+from suture.repairs import RepairResult, Representation
 from suture.repairs.network import FINAL
 from suture.reporting.canvas import label
-from suture.reporting.data import RepairReport
 
 _BEFORE, _AFTER, _EXPERT = "#c44536", "#2f6f9f", "#3e4c59"
 _ACROSS = 4
 
 
-def l1_by_layer(axes, repair: RepairReport) -> None:
+def l1_by_layer(axes, repair: RepairResult) -> None:
     """Mean L1 to the expert at each place, before and after: the mean over tasks, and each task in the background."""
     found = repair.representation
     assert found is not None
@@ -26,7 +25,7 @@ def l1_by_layer(axes, repair: RepairReport) -> None:
     axes.figure.legend(loc="outside upper center", ncols=2, frameon=False)
 
 
-def scatter(figure: Any, repair: RepairReport) -> None:
+def scatter(figure: Any, repair: RepairResult) -> None:
     """The final features of merged, repaired and expert on the two main axes of all three, one panel a task."""
     found = repair.representation
     assert found is not None
@@ -40,7 +39,7 @@ def scatter(figure: Any, repair: RepairReport) -> None:
     figure.legend(handles, labels, loc="outside upper center", ncols=3, frameon=False)
 
 
-def size_of_scatter(repair: RepairReport) -> tuple[float, float]:
+def size_of_scatter(repair: RepairResult) -> tuple[float, float]:
     """Width and height in inches."""
     tasks = len(repair.representation.tasks) if repair.representation else 1
     return 2.1 * min(_ACROSS, tasks) + 0.6, 2.1 * -(-tasks // _ACROSS) + 0.5

@@ -3,8 +3,8 @@
 import copy
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from functools import cached_property, partial
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 from torch import Tensor, nn
@@ -12,16 +12,15 @@ from torch import Tensor, nn
 from suture.adaptation import AdaMergingResult
 from suture.checkpoints import Source, open_checkpoint, provenance
 from suture.core.progress import Profile, bar
-from suture.errors import ConfigError
-from suture.evaluation import Row, TaskInputs, evaluate_experts, evaluate_row
-from suture.families.shared.base import Encoder
-from suture.pipeline.adamerging import Adapted
-from suture.pipeline.repairs import Repaired
-from suture.repairs import SurgeryModel, SurgeryResult, representation
-from suture.reporting.data import Learning, RepairReport, Report
+from suture.errors import PRETRAINED, ConfigError
+from suture.evaluation import Role, Row, Scorer, TaskInputs
+from suture.families import Encoder
+from suture.repairs import RepairResult, SurgeryModel, representation
+from suture.reporting.data import Report
 
+_SCORER = Scorer(track=bar)
 #: A row of accuracies, an adaptation, a repair, weights of any kind, or a model: anything from inputs to logits.
-Result = Row | AdaMergingResult | SurgeryResult | Source | Callable[[Tensor], Tensor]
+Result = Row | AdaMergingResult | RepairResult | Source | Callable[[Tensor], Tensor]
 Weights = str | os.PathLike | nn.Module | Mapping  # what a checkpoint can be opened from
 COMPARED = 256  # inputs of each task that representations are compared on
 
@@ -46,12 +45,12 @@ class Scoring:
         """Score every result and put together all that is known of it."""
         profile = Profile()
         with profile("evaluation"):
-            base = None if self.pretrained is None else self._row("pretrained", self.pretrained)
-            best = evaluate_experts(self.teachers.__getitem__, self.tasks, track=bar) if self.experts else None
+            base = None if self.pretrained is None else self._row("pretrained", self.pretrained, role="pretrained")
+            best = _SCORER.experts(self.teachers.__getitem__, self.tasks) if self.experts else None
             rows = [row for row in (base, best) if row is not None]
             rows += [self._row(name, result) for name, result in results.items()]
         with profile("comparing representations"):
-            repairs = {name: self._repair(r) for name, r in results.items() if isinstance(r, SurgeryResult)}
+            repairs = {name: self._compared(r) for name, r in results.items() if isinstance(r, RepairResult)}
         return Report(
             title or _title(results, self.tasks),
             rows,
@@ -59,7 +58,7 @@ class Scoring:
             best,
             provenance=self._provenance(),
             profile=profile.seconds,
-            learning={n: Learning.of(Adapted(r)) for n, r in results.items() if isinstance(r, AdaMergingResult)},
+            learning={name: result for name, result in results.items() if isinstance(result, AdaMergingResult)},
             repairs=repairs,
         )
 
@@ -68,17 +67,18 @@ class Scoring:
         """The experts as modules."""
         return {task: self._loaded(source) for task, source in (self.experts or {}).items()}
 
-    def _row(self, name: str, result: Result) -> Row:
+    def _row(self, name: str, result: Result, role: Role = "merge") -> Row:
         if isinstance(result, Row):
-            return Row(name, result.accuracies, result.samples)
-        return evaluate_row(name, self._model(result), self.tasks, track=bar)
+            return replace(result, name=name)
+        row = Row(name, {}, role=role)
+        if isinstance(result, RepairResult):
+            row = replace(row, role="repair", repair=result.kind)
+        return _SCORER.row(row, self._model(result), self.tasks)
 
     def _model(self, result: Any) -> Any:
-        """What can be evaluated: one model, or one for each task."""
-        if isinstance(result, SurgeryResult):
-            model = result.model
-            one = model.for_task if isinstance(model, SurgeryModel) else lambda task: partial(model, task=task)
-            return {task: one(task) for task in self.tasks}
+        """The model to score, or one for each task."""
+        if isinstance(result, RepairResult):
+            return {task: result.model.for_task(task) for task in self.tasks}
         if isinstance(result, AdaMergingResult):
             return self._loaded(result.merged)
         return self._loaded(result) if isinstance(result, Weights) else result
@@ -95,16 +95,15 @@ class Scoring:
         module.load_state_dict(weights)
         return module
 
-    def _repair(self, result: SurgeryResult) -> RepairReport:
-        model, compared = result.model, None
-        if isinstance(model, SurgeryModel) and self.experts:
-            few = {task: data.first(COMPARED).inputs for task, data in self.tasks.items() if task in model.tasks}
-            compared = representation(model, self.teachers, few, track=bar)
-        kind = model.kind if isinstance(model, SurgeryModel) else "blend"
-        return RepairReport.of(Repaired(kind, result, [], representation=compared))
+    def _compared(self, result: RepairResult) -> RepairResult:
+        model = result.model
+        if not isinstance(model, SurgeryModel) or not self.experts:
+            return result
+        few = {task: data.first(COMPARED).inputs for task, data in self.tasks.items() if task in model.tasks}
+        return replace(result, representation=representation(model, self.teachers, few, track=bar))
 
     def _provenance(self) -> dict[str, Any]:
-        named = {"_pretrained_": self.pretrained, **(self.experts or {})}
+        named = {PRETRAINED: self.pretrained, **(self.experts or {})}
         return provenance({name: open_checkpoint(source) for name, source in named.items() if source is not None})
 
 

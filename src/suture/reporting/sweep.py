@@ -6,7 +6,6 @@ from os.path import commonpath
 from pathlib import Path
 from typing import Any
 
-from suture.cli.tables import print_report
 from suture.evaluation import Row
 from suture.reporting.data import Report
 from suture.reporting.write import write
@@ -14,8 +13,8 @@ from suture.reporting.write import write
 _REFERENCES = ("pretrained", "experts")
 
 
-def summarise(folders: Sequence[Path]) -> Path | None:
-    """Print the rows of finished runs as one table and write it, with the curves, into the folder they share.
+def summarise(folders: Sequence[Path]) -> tuple[Report, Path] | None:
+    """One report of the rows of finished runs, written with the curves into the folder they share.
 
     Runs that were not scored give nothing to compare: then nothing is written and None returned.
     """
@@ -35,9 +34,7 @@ def summarise(folders: Sequence[Path]) -> Path | None:
     )
     shared = Path(commonpath([str(folder) for folder in folders]))
     write(report, shared)
-    print_report(report)
-    print(f"The sweep's report is in {shared}")
-    return shared
+    return report, shared
 
 
 def _row(data: dict[str, Any], run: dict[str, Any], name: str | None = None) -> Row:
@@ -61,7 +58,7 @@ def told(run: Mapping[str, Any], runs: Sequence[Mapping[str, Any]], row: str) ->
 
 
 def _differing_of(run: Mapping[str, Any], runs: Sequence[Mapping[str, Any]], row: str) -> dict[str, Any]:
-    groups = ("method", "surgery") if " + " in row else ("method",)
+    groups = ("method", "repair") if " + " in row else ("method",)
     return {k: v for group in groups for k, v in _differing(run, runs, group).items()}
 
 

@@ -120,6 +120,13 @@ def check_replaceable(path: Path, overwrite: bool) -> None:
         raise output_refusal(path, "already exists and is not empty", remedy)
 
 
+def check_writable(folder: Path) -> None:
+    """Refuse, before any work, a folder for results that is a file or lies below one."""
+    for path in (folder, *folder.absolute().parents):
+        if path.exists() and not path.is_dir():
+            raise output_refusal(folder, f"cannot be made: {path} is a file", "name another folder")
+
+
 def put_in_place(partial: Path, path: Path, overwrite: bool = False) -> None:
     """Give a whole directory its name in one step; what had it before goes only with `overwrite`, and only then."""
     check_replaceable(path, overwrite)

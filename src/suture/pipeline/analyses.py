@@ -1,0 +1,134 @@
+"""Analyses of the models of a pool, on the tasks of a task pool where they need any."""
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from suture.analysis import Finding, bias, interpolation, landscape, layers, similarity, trimming
+from suture.checkpoints import open_checkpoint
+from suture.core.knobs import Knobs
+from suture.core.progress import Profile, bar
+from suture.errors import PRETRAINED, ConfigError, unknown_name
+from suture.evaluation import SplitInputs
+from suture.pipeline import config as configuration
+from suture.pipeline.context import Context
+from suture.pipeline.models import Models, open_models
+from suture.pipeline.pipeline import prepare
+from suture.pipeline.preflight import preflight_of
+from suture.pipeline.repairs import NONE
+from suture.pipeline.settings import Settings
+from suture.storage.atomic import check_writable, new_folder
+
+#: The analyses by name, and the knobs of each that the command line takes.
+ANALYSES: dict[str, tuple[Callable[..., Finding], tuple[str, ...]]] = {
+    "similarity": (similarity, ()),
+    "layers": (layers, ()),
+    "trimming": (trimming, ("threshold", "scope")),
+    "interpolation": (interpolation, ("points",)),
+    "landscape": (landscape, ("points",)),
+    "bias": (bias, ("model",)),
+}
+INPUTS = 256  # of each task that representations are compared on
+
+
+def analyse(
+    name: str,
+    config: Mapping[str, Any] | Sequence[str] | None = None,
+    /,
+    *,
+    options: Mapping[str, Any] | None = None,
+    **keywords: Any,
+) -> tuple[Finding, Path]:
+    """Run one analysis on the models of a pool and write it into `output`; returns the finding and the folder.
+
+    The configuration is given as for `suture.run`. `options` are the analysis's own knobs, and `models`, the names of
+    the pool's models to look at.
+    """
+    options = dict(options or {})
+    composed = configuration.composed(config, {"method": "simple_average", **keywords})
+    config = _only(composed, options.pop("models", None))
+    knobs = _checked(name, options)
+    settings = Settings.from_config({**config, "repair": {"kind": NONE}})
+    if name in _ON_INPUTS and not settings.tasks:
+        raise ConfigError(f"analyse {name} needs inputs. Remedy: name a taskpool=…")
+    folder = Path(config["output"]) if config["output"] else new_folder(f"analysis/{name}")
+    check_writable(folder)
+    models = open_models(settings.pool, settings.threads)
+    preflight_of(models, settings).refuse()
+    context, inputs = prepare(settings, models, folder, Profile())
+    finding = _ON_INPUTS.get(name, _on_weights)(ANALYSES[name][0], knobs, settings, models, inputs, context)
+    return finding, finding.save(folder)
+
+
+def _only(config: Mapping[str, Any], names: list[str] | None) -> dict[str, Any]:
+    """The configuration with some of the pool's models, and their tasks."""
+    pool, tasks = dict(config["modelpool"]), config.get("taskpool")
+    if names is None:
+        return dict(config)
+    for name in names:
+        if name not in pool["models"]:
+            raise ConfigError(unknown_name("model of the pool", name, [n for n in pool["models"] if n != PRETRAINED]))
+    pool["models"] = {name: pool["models"][name] for name in (PRETRAINED, *names) if name in pool["models"]}
+    if tasks:
+        tasks = {**tasks, "tasks": {name: task for name, task in tasks["tasks"].items() if name in names}}
+    return {**config, "modelpool": pool, "taskpool": tasks}
+
+
+def _checked(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    if name not in ANALYSES:
+        raise ConfigError(unknown_name("analysis", name, ANALYSES))
+    function, known = ANALYSES[name]
+    for key in options:
+        if key not in known:
+            raise ConfigError(unknown_name(f"option of analyse {name}", key, [*known, "models", "output"]))
+    checked = {key: value for key, value in options.items() if key != "model"}
+    defaults = {key: value for key, value in Knobs(name, function).defaults.items() if key in checked}
+    validated = Knobs(f"analyse {name}", partial(function, **defaults), "--").validate(checked) if checked else {}
+    return {**{key: validated[key] for key in checked}, **{k: v for k, v in options.items() if k == "model"}}
+
+
+Analyse = Callable[..., Finding]
+Values = Mapping[str, Any]
+
+
+def _on_weights(
+    function: Analyse, knobs: Values, settings: Settings, models: Models, inputs: SplitInputs, context: Context
+) -> Finding:
+    return function(models.base, models.experts, frozen=_frozen(settings), **knobs)
+
+
+def _on_tasks(
+    function: Analyse, knobs: Values, settings: Settings, models: Models, inputs: SplitInputs, context: Context
+) -> Finding:
+    scoring = {"batch_size": settings.batch_size, "track": bar}
+    encoder = models.new_encoder(context.device.device)
+    return function(encoder, models.base, models.experts, inputs["test"], frozen=_frozen(settings), **scoring, **knobs)
+
+
+def _on_features(
+    function: Analyse, knobs: Values, settings: Settings, models: Models, inputs: SplitInputs, context: Context
+) -> Finding:
+    """The model named, or the one that the method merges here, beside the experts."""
+    if path := knobs.get("model"):
+        merged: Any = models.mergeable(open_checkpoint(path))
+    elif settings.method.static is not None:
+        merged = settings.method.merge(models, inputs, context).tensors
+    else:
+        label = settings.method.label
+        raise ConfigError(f"method={label} learns. Remedy: run it, then name the model it saved with model=RUN/model.")
+    device, test = context.device.device, inputs["test"]
+    module, other = models.new_encoder(device).load(merged), models.new_encoder(device)
+
+    def expert(task: str) -> Any:
+        return other.load(models.experts[task])
+
+    few = {task: data.first(INPUTS).inputs for task, data in test.items() if task in models.experts}
+    return function(module, expert, few, batch_size=settings.batch_size, track=bar)
+
+
+def _frozen(settings: Settings) -> tuple[str, ...]:
+    return (*settings.pool.frozen, *settings.method.frozen)
+
+
+_ON_INPUTS = {"interpolation": _on_tasks, "landscape": _on_tasks, "bias": _on_features}

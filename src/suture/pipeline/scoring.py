@@ -1,0 +1,154 @@
+"""The rows of a run's accuracy table: pretrained model, experts, merges and their repairs, on the test split."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from suture.checkpoints import Checkpoint
+from suture.evaluation import Row, SplitInputs, TaskInputs
+from suture.pipeline.context import Context
+from suture.pipeline.models import Models
+from suture.repairs import Problem, RepairResult
+
+if TYPE_CHECKING:
+    from suture.pipeline.methods import MergeResult
+
+_REFERENCES: dict[str, tuple[Row, Row | None]] = {}  # rows that the jobs of a sweep have in common
+
+
+@dataclass(frozen=True)
+class Scores:
+    """The rows of the table, and among them the pretrained model's and the experts' (None if a task has no expert)."""
+
+    rows: Sequence[Row] = ()
+    pretrained: Row | None = None
+    experts: Row | None = None
+
+
+def score(
+    models: Models,
+    merged: Sequence["MergeResult"],
+    repairs: Mapping[str, Sequence[RepairResult]],
+    inputs: SplitInputs,
+    context: Context,
+    *,
+    reuse: bool = False,
+) -> Scores:
+    """Score every model of a run. `repairs`: label of a merge → its repairs.
+
+    With `reuse` the pretrained model and the experts are scored once in this process.
+    """
+    test = inputs["test"]
+    with context.profile("evaluation"):
+        pretrained, experts = _references(models, test, context, reuse)
+        encoder, rows = models.new_encoder(context.device.device), []
+        for result in merged:
+            row = Row(result.label, {}, merge=result.label)
+            rows.append(context.scorer.row(row, encoder.load(result.tensors), test))
+            for repair in repairs.get(result.label, ()):
+                rows += repair_rows(repair, result.label, list(models.experts), inputs, context)
+    return Scores([pretrained, *([experts] if experts else []), *rows], pretrained, experts)
+
+
+def score_model(name: str, model: Checkpoint, models: Models, inputs: SplitInputs, context: Context) -> Row:
+    """One more model of the same architecture."""
+    return context.scorer.row(name, models.new_encoder(context.device.device).load(model), inputs["test"])
+
+
+def expert_matrix(models: Models, inputs: SplitInputs, context: Context) -> list[Row]:
+    """Every fine-tuned model of the pool on every task."""
+    encoder = models.new_encoder(context.device.device)
+    return context.scorer.matrix(lambda task: encoder.load(models.experts[task]), inputs["test"], models.experts)
+
+
+def repair_rows(
+    result: RepairResult, label: str, tasks: Iterable[str], inputs: SplitInputs, context: Context
+) -> list[Row]:
+    """The rows of one repair: with the task's name, and routed where its model has a router.
+
+    A repair of a stream has a row for each share of it, and the prequential one: each input's output before its step.
+    """
+    row = Row(result.name, {}, role="repair", merge=label, repair=result.kind)
+    test = {task: inputs["test"][task] for task in tasks}
+    if result.stream is not None:
+        stages = ((f"{result.name} {share:.0%}", model) for share, model in result.stages.items())
+        rows = [_row(replace(row, name=name), _correct(result, model, test, context)) for name, model in stages]
+        return [*rows, _row(replace(row, name=f"{result.name} prequential"), _prequential(result, inputs))]
+    correct = _correct(result, result.model, test, context)
+    rows = [_row(row, correct)]
+    if result.model.router is not None:
+        features = _features(result, result.model, test, context)
+        routed = replace(row, name=f"{result.name}, routed", routed=True)
+        rows.append(_row(routed, _routed(result.model, correct, features)))
+    return rows
+
+
+def _references(
+    models: Models, test: Mapping[str, TaskInputs], context: Context, reuse: bool
+) -> tuple[Row, Row | None]:
+    identities = {name: task.identity for name, task in test.items()}
+    how = (context.fabric, context.batch_size, torch.get_num_threads())
+    key = str((context.fingerprint, identities, models.pool, *how))
+    reuse = reuse and None not in identities.values()
+    if reuse and key in _REFERENCES:
+        return _REFERENCES[key]
+    encoder = models.new_encoder(context.device.device)
+    row = Row("pretrained", {}, role="pretrained")
+    pretrained = context.scorer.row(row, encoder.load(models.base), test)
+    complete = set(test) <= set(models.experts)
+    experts = context.scorer.experts(lambda task: encoder.load(models.experts[task]), test) if complete else None
+    if reuse:
+        _REFERENCES[key] = pretrained, experts
+    return pretrained, experts
+
+
+def _correct(result: RepairResult, model: Any, test: Mapping[str, TaskInputs], context: Context) -> dict[str, Tensor]:
+    """Which of each task's inputs are answered rightly; modules on the final feature take it from the cache."""
+    if not model.features_suffice:
+        return {name: _plain(context).correct(model.for_task(name), task) for name, task in test.items()}
+    features = _features(result, model, test, context)
+
+    def repaired(rows: Tensor, *, task: str) -> Tensor:
+        return model.repair(rows.to(model.network.device), task)
+
+    return {
+        name: _plain(context).correct(partial(repaired, task=name), replace(task, inputs=features[name]))
+        for name, task in test.items()
+    }
+
+
+def _plain(context: Context) -> Any:
+    """The run's scorer for models that call the encoder themselves."""
+    return replace(context.scorer, forward=lambda model, inputs: model(inputs))
+
+
+def _features(result: RepairResult, model: Any, test: Mapping[str, TaskInputs], context: Context) -> dict[str, Tensor]:
+    """The merged model's features of all test inputs, encoded once in a run."""
+    network, inputs = model.network, {name: task.inputs for name, task in test.items()}
+    experts: dict[str, Any] = dict.fromkeys(inputs, network.module)
+    problem = Problem(network.module, experts, inputs, context.device.call, result.encodings)
+    return {name: problem.merged_rows(name, rows) for name, rows in inputs.items()}
+
+
+def _prequential(result: RepairResult, inputs: SplitInputs) -> dict[str, Tensor]:
+    correct = {}
+    assert result.stream is not None
+    for name, outputs in result.stream.outputs.items():
+        task = inputs[result.split or "test"][name]
+        correct[name] = task.logits(outputs).argmax(-1) == task.labels[result.stream.order[name]]
+    return correct
+
+
+def _routed(model: Any, correct: Mapping[str, Tensor], features: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """An answer counts where the router found the task and the model the class."""
+    tasks = {name: model.router(rows.to(model.network.device)).cpu() for name, rows in features.items()}
+    return {name: correct[name] & (tasks[name] == i) for i, name in enumerate(model.tasks)}
+
+
+def _row(row: Row, correct: Mapping[str, Tensor]) -> Row:
+    accuracies = {task: found.double().mean().item() for task, found in correct.items()}
+    return replace(row, accuracies=accuracies, samples={task: len(found) for task, found in correct.items()})
