@@ -23,7 +23,8 @@ from suture.adaptation import adapt, entropy, layout, load_coefficients, save_co
 from suture.core.batches import ShuffledBatches
 from suture.evaluation import TaskInputs, evaluate, evaluation_set
 from suture.pipeline.config import compose
-from suture.pipeline.pipeline import OpenModels, Run
+from suture.pipeline.models import Models, open_models
+from suture.pipeline.settings import Settings
 
 HELD_OUT = 250
 HEADER = "network  λ      schedule   steps  entropy    start  accuracy  start"
@@ -40,16 +41,15 @@ class Problem:
     heads: Mapping[str, nn.Module]
 
 
-def zoo_tasks(split: str) -> tuple[OpenModels, dict[str, TaskInputs]]:
-    run = Run.from_config(compose(["method=task_arithmetic", "modelpool=glyphs8", "taskpool=glyphs8"]))
-    assert run.taskpool is not None
-    models = OpenModels(run)
-    return models, evaluation_set(models.family, run.taskpool.tasks, split)
+def zoo_tasks(split: str) -> tuple[Models, dict[str, TaskInputs]]:
+    run = Settings.from_config(compose(["method=task_arithmetic", "modelpool=glyphs8", "taskpool=glyphs8"]))
+    models = open_models(run.pool)
+    return models, evaluation_set(models.family, run.tasks, split)
 
 
 def zoo() -> Problem:
     models, test = zoo_tasks("test")
-    return Problem(models.encoder.eval(), models.base, models.models, test, {t: s.logits for t, s in test.items()})
+    return Problem(models.new_encoder(), models.base, models.experts, test, {t: s.logits for t, s in test.items()})
 
 
 def mlp() -> Problem:

@@ -16,14 +16,16 @@ from functools import cached_property
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from suture import merge
 from suture.adaptation import adapt, layout, load_coefficients, save_coefficients
 from suture.core.batches import ShuffledBatches
 from suture.evaluation import TaskInputs, evaluate_row, evaluation_set
 from suture.pipeline.config import compose
-from suture.pipeline.pipeline import OpenModels, Run
+from suture.pipeline.models import Models, open_models
+from suture.pipeline.settings import Settings
+from suture.tasks import Task
 
 STEPS, RATES, SCORED = 50, (1e-3, 3e-3), 250
 OBJECTIVES = ("entropy", "expert_cross_entropy", "expert_feature_l1")
@@ -40,8 +42,14 @@ KINDS = {
 class Zoo:
     """The opened models and where learned coefficients are kept."""
 
-    models: OpenModels
+    models: Models
+    pool: tuple[Task, ...]
     folder: Path
+
+    @cached_property
+    def encoder(self) -> nn.Module:
+        """One module that every model is loaded into in turn."""
+        return self.models.new_encoder()
 
     @cached_property
     def train(self) -> dict[str, TaskInputs]:
@@ -52,32 +60,31 @@ class Zoo:
         return self._tasks("test")
 
     def _tasks(self, split: str) -> dict[str, TaskInputs]:
-        assert self.models.run.taskpool is not None
-        return evaluation_set(self.models.family, self.models.run.taskpool.tasks, split)
+        return evaluation_set(self.models.family, self.pool, split)
 
     def adapted(self, name: str, tasks: Mapping[str, TaskInputs], **options) -> dict[str, Tensor]:
         """The merged weights, learned now or taken from the folder."""
         models, file = self.models, self.folder / f"{name}.safetensors"
         if file.exists():
-            tensors = [n for n, _ in models.encoder.named_parameters() if n in models.base]
-            wanted = layout(options["granularity"], tuple(models.models), tensors)
+            tensors = [n for n, _ in self.encoder.named_parameters() if n in models.base]
+            wanted = layout(options["granularity"], tuple(models.experts), tensors)
             options |= {"max_steps": 0, "init_values": load_coefficients(file, wanted)}
         batches = {t: ShuffledBatches(s.inputs, 16, seed=0, name=t) for t, s in tasks.items()}
         heads = {t: s.logits for t, s in tasks.items()}
         options = {"schedule": "fast", "max_steps": STEPS} | options
-        result = adapt(models.encoder.eval(), models.base, models.models, batches, heads, **options)
+        result = adapt(self.encoder, models.base, models.experts, batches, heads, **options)
         if not file.exists():
             save_coefficients(result.coefficients, file)
         return result.merged
 
     def accuracy(self, state: Mapping[str, Tensor], tasks: Mapping[str, TaskInputs]) -> float:
         """The mean over tasks in %; the encoder goes back to the pretrained weights."""
-        row = evaluate_row("", self.models.encoder.load(state), tasks)
-        self.models.encoder.load(self.models.base)
+        row = evaluate_row("", self.encoder.load(state), tasks)
+        self.encoder.load(self.models.base)
         return 100 * row.mean
 
     def static(self, method: str, **knobs) -> dict[str, Tensor]:
-        return merge(self.models.base, self.models.models, method, **knobs)
+        return merge(self.models.base, self.models.experts, method, **knobs)
 
 
 def chosen_rates(zoo: Zoo, objectives: list[str]) -> dict[str, float]:
@@ -100,7 +107,7 @@ def check_starts(zoo: Zoo) -> None:
     """Before the first step a plain adaptation is Task Arithmetic and ++ is TIES, bit for bit."""
     models = zoo.models
     for plus_plus, method in METHODS.items():
-        start = adapt(models.encoder.eval(), models.base, models.models, {}, plus_plus=plus_plus, max_steps=0).merged
+        start = adapt(zoo.encoder, models.base, models.experts, {}, plus_plus=plus_plus, max_steps=0).merged
         static = zoo.static(method, scaling_factor=0.3)
         assert all(tensor.equal(static[name]) for name, tensor in start.items()), method
     print("at λ = 0.3 and no step, AdaMerging equals Task Arithmetic and AdaMerging++ equals TIES, bit for bit")
@@ -114,8 +121,8 @@ def main() -> None:
     parser.add_argument("--objectives", nargs="+", default=list(OBJECTIVES), choices=list(OBJECTIVES))
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    run = Run.from_config(compose(["method=task_arithmetic", "modelpool=glyphs8", "taskpool=glyphs8"]))
-    zoo = Zoo(OpenModels(run), options.folder)
+    run = Settings.from_config(compose(["method=task_arithmetic", "modelpool=glyphs8", "taskpool=glyphs8"]))
+    zoo = Zoo(open_models(run.pool), run.tasks, options.folder)
     check_starts(zoo)
     recommended = run.taskpool.recommended if run.taskpool else {}
     starts = {plus: recommended[m]["scaling_factor"] for plus, m in METHODS.items()}

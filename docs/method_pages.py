@@ -17,13 +17,13 @@ from mkdocs.structure.files import File
 from safetensors.torch import load_file
 
 import suture
-from suture.core.knobs import Knobs
 from suture.core.names import in_bytes
 from suture.merging.registry import MergeMethod
 from suture.merging.task_vectors import chunk_for, memory_of
 from suture.pipeline.methods import LearnedMethod, all_methods
-from suture.pipeline.repairs import KINDS, Repair
+from suture.pipeline.repairs import Repair
 from suture.pipeline.reproduce import published
+from suture.repairs import get_repair_kind, repair_kinds
 
 ROOT = Path(__file__).parent.parent
 GOLDEN = ROOT / "tests" / "golden"
@@ -35,10 +35,10 @@ _SHOWN = 4  # entries of a reference case
 def on_files(files, config):
     """Add methods.md and a page for each method and repair to the site."""
     methods = {f"methods/{name.replace('/', '_')}.md": method for name, method in all_methods().items()}
-    repairs = {f"repairs/{kind}.md": kind for kind in KINDS}
+    repairs = {f"repairs/{kind}.md": kind for kind in repair_kinds()}
     lines = [f"- [`{method.name}`]({page}): {method.knobs.summary}" for page, method in methods.items()]
-    index = ["# Methods", "\n".join(lines), "## Repairs", "After any method, `surgery=KIND`:"]
-    index += ["\n".join(f"- [`{k}`]({page}): {_knobs(k).summary}" for page, k in repairs.items())]
+    index = ["# Methods", "\n".join(lines), "## Repairs", "After any method, `repair=KIND`:"]
+    index += ["\n".join(f"- [`{k}`]({page}): {get_repair_kind(k).knobs.summary}" for page, k in repairs.items())]
     files.append(File.generated(config, "methods.md", content="\n\n".join(index) + "\n"))
     for page, method in methods.items():
         files.append(File.generated(config, page, content=method_page(method)))
@@ -64,22 +64,18 @@ def method_page(method: MergeMethod | LearnedMethod) -> str:
 def repair_page(kind: str) -> str:
     """The same of a repair."""
     defaults = {knob: value for knob, value in Repair.defaults(kind).items() if knob != "kind"}
-    papers = re.findall(r"https://arxiv\.org/abs/[\d.]+", inspect.getmodule(KINDS[kind]).__doc__)
-    line = f"    suture method=task_arithmetic surgery={kind} modelpool=glyphs8 taskpool=glyphs8"
-    parts = [f"# surgery={kind}", _described(KINDS[kind]), f"Paper: <{papers[0]}>" if papers else ""]
+    chosen = get_repair_kind(kind)
+    line = f"    suture method=task_arithmetic repair={kind} modelpool=glyphs8 taskpool=glyphs8"
+    parts = [f"# repair={kind}", _described(chosen.function), f"Paper: <{chosen.paper}>"]
     parts += [
-        _formula(f"surgery={kind}"),
+        _formula(f"repair={kind}"),
         "## What it costs",
         _COST_OF_REPAIRS[kind],
-        _table("surgery", defaults),
+        _table("repair", defaults),
         line,
     ]
-    parts += [*_references(f"surgery={kind}"), *_table_of_figures(f"surgery={kind}")]
+    parts += [*_references(f"repair={kind}"), *_table_of_figures(f"repair={kind}")]
     return "\n\n".join(filter(None, parts)) + "\n"
-
-
-def _knobs(kind: str) -> Knobs:
-    return Knobs(f"surgery={kind}", KINDS[kind], "surgery")
 
 
 def _described(function: Callable) -> str:
@@ -204,8 +200,8 @@ _REFERENCES: dict[str, tuple[str, Callable[[Mapping[str, Any]], dict[str, Any]] 
     "sce": ("tensor_sce", _given("select_topk")),
     "slerp": ("tensor_slerp", _given("t")),
     "adamerging": ("adamerging_", None),
-    "surgery=final": ("surgery_v1", None),
-    "surgery=deep": ("surgery_v2", None),
+    "repair=final": ("surgery_v1", None),
+    "repair=deep": ("surgery_v2", None),
 }
 
 

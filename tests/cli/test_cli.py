@@ -17,9 +17,9 @@ from desk import refused
 from suture.checkpoints import open_checkpoint
 from suture.cli.main import main
 from suture.core.fabric import OneDevice
+from suture.evaluation import Scorer
 from suture.families.clip import ClipEncoder
-from suture.pipeline import models as opened
-from suture.pipeline.models import OpenModels
+from suture.pipeline import scoring
 
 
 def test_a_run_leaves_one_folder_with_everything(desk, capsys):
@@ -93,9 +93,9 @@ def test_a_sweep_runs_every_value(desk):
 
 
 def test_a_sweep_scores_the_pretrained_model_and_the_experts_once(desk, monkeypatch):
-    measured, experts = [], OpenModels._experts
-    monkeypatch.setattr(opened, "_MEASURED", {})
-    monkeypatch.setattr(OpenModels, "_experts", lambda self, inputs: measured.append(1) or experts(self, inputs))
+    measured, experts = [], Scorer.experts
+    monkeypatch.setattr(scoring, "_REFERENCES", {})
+    monkeypatch.setattr(Scorer, "experts", lambda self, *a: measured.append(1) or experts(self, *a))
 
     def sweep(folder):
         words = [word for word in desk.words("method.scaling_factor=0.1,0.3") if word != "output=out"]

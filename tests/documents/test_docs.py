@@ -14,8 +14,8 @@ from suture.cli.main import VERBS, main
 from suture.merging.registry import methods
 from suture.pipeline import config
 from suture.pipeline.methods import all_methods
-from suture.pipeline.pipeline import check_run
-from suture.pipeline.repairs import KINDS
+from suture.pipeline.settings import Settings
+from suture.repairs import repair_kinds
 
 ROOT = Path(__file__).parent.parent.parent
 PAGES = sorted((ROOT / "docs").glob("*.md"))
@@ -71,7 +71,7 @@ def composed(words):
     """Compose and check the first of the runs that the words ask for."""
     words = [re.sub(r"=([^\[{]*?),.*", r"=\1", word) for word in words]
     default = [] if any(word.startswith("method=") for word in words) else ["method=simple_average"]
-    check_run(config.compose([*default, *words]))
+    Settings.from_config(config.compose([*default, *words]))
 
 
 @pytest.fixture(scope="module")
@@ -111,7 +111,7 @@ def pages():
 
 def test_every_method_and_repair_has_its_formula_cost_and_knobs(pages):
     told = {name: pages.method_page(method) for name, method in all_methods().items()}
-    told |= {f"surgery={kind}": pages.repair_page(kind) for kind in KINDS}
+    told |= {f"repair={kind}": pages.repair_page(kind) for kind in repair_kinds()}
     assert set(told) == set(pages.FORMULAS)
     for name, page in told.items():
         assert "## What it costs" in page, name

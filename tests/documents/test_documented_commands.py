@@ -9,7 +9,7 @@ import stand_ins
 from suture.checkpoints import open_checkpoint
 from suture.cli.main import main
 from suture.pipeline.config import compose
-from suture.pipeline.settings import Run
+from suture.pipeline.settings import Settings
 
 datasets = pytest.importorskip("datasets")
 
@@ -72,8 +72,8 @@ def test_a_documented_command_runs_as_it_stands(command):
 @pytest.mark.parametrize("surgery", ["none", "final", "deep", "online", "blend"])
 @pytest.mark.parametrize("method", ALIASES)
 def test_every_script_of_the_authors_is_one_command(method, surgery):
-    run = Run.from_config(compose([f"method={method}", *TA8.split(), f"surgery={surgery}"]))
-    assert [repair.kind for repair in run.repairs] == ([] if surgery == "none" else [surgery])
+    run = Settings.from_config(compose([f"method={method}", *TA8.split(), f"surgery={surgery}"]))
+    assert [repair.kind.name for repair in run.repairs] == ([] if surgery == "none" else [surgery])
     assert len(run.pool.models) == len(run.taskpool.tasks) == 8
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from suture.pipeline import config
-from suture.pipeline.pipeline import check_run
+from suture.pipeline.settings import Settings
 
 README = (Path(__file__).parent.parent.parent / "README.md").read_text("utf-8")
 BLOCKS = re.findall(r"```python\n(.*?)```", README, re.S)
@@ -25,7 +25,7 @@ def test_python_in_the_readme_runs(block, tmp_path, monkeypatch):
 def test_commands_in_the_readme_compose(multirun, words):
     words = [re.sub(r",.*", "", word) if multirun else word for word in shlex.split(words)]
     composed = config.compose(words)
-    check_run(composed)
+    Settings.from_config(composed)
     assert composed["modelpool"]["models"]["_pretrained_"] in BASES
 
 

@@ -6,7 +6,7 @@ from torch import nn
 
 from suture.core.head import Head
 from suture.errors import CheckpointError, ConfigError, DataError
-from suture.evaluation import Accuracy, Row, TaskInputs, evaluate, evaluate_experts, evaluate_row, expert_matrix
+from suture.evaluation import Accuracy, Row, Scorer, TaskInputs, evaluate, evaluate_row
 
 IDENTITY = nn.Identity()
 # Four logits rows; the right answers are 0, 1, 1, 2: three of four are found.
@@ -142,13 +142,13 @@ def test_experts_are_evaluated_on_their_own_task_only():
         asked.append(task)
         return known_only({"two": 2, "four": 4}[task])
 
-    row = evaluate_experts(expert, two_tasks())
+    row = Scorer().experts(expert, two_tasks())
     assert asked == ["two", "four"]
     assert row.accuracies == {"two": 1.0, "four": 1.0}
 
 
 def test_the_expert_matrix_has_every_expert_on_every_task():
-    rows = expert_matrix(lambda task: known_only({"two": 2, "four": 4}[task]), two_tasks())
+    rows = Scorer().matrix(lambda task: known_only({"two": 2, "four": 4}[task]), two_tasks())
     assert [(row.name, dict(row.accuracies)) for row in rows] == [
         ("two", {"two": 1.0, "four": 0.25}),
         ("four", {"two": 0.5, "four": 1.0}),

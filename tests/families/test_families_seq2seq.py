@@ -16,7 +16,7 @@ from suture.evaluation import task_inputs
 from suture.evaluation.input_cache import decoded
 from suture.families.seq2seq import Seq2Seq
 from suture.pipeline.config import compose
-from suture.pipeline.settings import Run
+from suture.pipeline.settings import Settings
 from suture.tasks import Task
 
 NAMES = ("colour", "animal")
@@ -206,7 +206,7 @@ SEVEN = ["glue-cola", "glue-mnli", "glue-mrpc", "glue-qnli", "glue-qqp", "glue-r
 
 @pytest.mark.parametrize("pool", ["flan-t5-base_glue_lora16", "flan-t5-large_glue_lora16", "flan-t5-base_glue"])
 def test_the_published_pools_fit_their_tasks(pool):
-    run = Run.from_config(compose(["method=task_arithmetic", f"modelpool={pool}", "taskpool=flan-t5_glue"]))
+    run = Settings.from_config(compose(["method=task_arithmetic", f"modelpool={pool}", "taskpool=flan-t5_glue"]))
     assert sorted(run.pool.models) == sorted(task.name for task in run.taskpool.tasks) == SEVEN
     for task in run.taskpool.tasks:
         assert task.source == "nyu-mll/glue"

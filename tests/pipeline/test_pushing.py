@@ -16,13 +16,14 @@ from huggingface_hub import constants
 
 import suture
 from suture import zoo
+from suture.adaptation import AdaMergingResult, Coefficients
 from suture.checkpoints import save_checkpoint
 from suture.cli.main import main
 from suture.errors import ConfigError, OutputError
 from suture.evaluation import Row
 from suture.pipeline.config import compose
 from suture.pipeline.model_card import card, write_card
-from suture.reporting import Learning, Report
+from suture.reporting import Report
 from suture.reporting.run_folder import read
 
 # huggingface_hub's own way of sending a file.
@@ -39,11 +40,13 @@ def run(tmp_path_factory):
     save_checkpoint({"coefficients": torch.zeros(2, 2)}, folder / "history.safetensors")
     words = ["method=tw_adamerging", "surgery=final", "modelpool=glyphs8", "taskpool=glyphs8", f"output={folder}"]
     rows = [
-        Row(name, {"latin": 0.1 * i, "greek": 0.2 * i}) for i, name in enumerate(("pretrained", "experts", "merged"), 1)
+        Row(name, {"latin": 0.1 * i, "greek": 0.2 * i}, role=role)
+        for i, (name, role) in enumerate((("pretrained",) * 2, ("experts",) * 2, ("merged", "merge")), 1)
     ]
     config = compose(words)
     inputs = {name: {"files": {str(folder.parent / f"{name}.pt"): 8 * name}} for name in config["modelpool"]["models"]}
-    learned = Learning(("latin", "greek"), None, torch.tensor([0.25, 0.5]), torch.zeros(2, 2), torch.zeros(1))
+    found = Coefficients(torch.tensor([0.25, 0.5]), ("latin", "greek"), None)
+    learned = AdaMergingResult(found, torch.zeros(2, 2), torch.zeros(1), {})
     told = {"config": config, "learning": {"tw_adamerging": learned}, "command": f"suture {' '.join(words)}"}
     provenance = {"versions": {"suture": "0.1.0"}, "inputs": inputs}
     report = Report("two of two", rows, *rows[:2], provenance=provenance, **told)
@@ -119,7 +122,7 @@ def test_the_card_says_what_was_merged_how_and_how_well(run):
     report = json.loads((run / "report.json").read_text())
     for knob, value in report["config"]["method"].items():
         assert f"| method.{knob} | `{value}` |" in rest or knob in ("name", "cache_dir", "save_merging_weights")
-    assert "| surgery.rank | `16` |" in rest
+    assert "| repair.rank | `16` |" in rest
     assert "## Coefficients after 1 step, one for each model" in rest
     assert "| greek | 0.500 | 0.500 | 0.500 |" in rest
     for row in report["rows"]:

@@ -8,7 +8,7 @@ from suture.cli.main import main
 from suture.errors import ConfigError
 from suture.pipeline.config import compose
 from suture.pipeline.reproduce import compare, published
-from suture.pipeline.settings import Run
+from suture.pipeline.settings import Settings
 
 
 @pytest.fixture
@@ -33,7 +33,7 @@ def figure(name):
 def test_every_command_is_a_valid_run_and_every_name_is_one_figure():
     assert len({one.id for one in published()}) == len(published()) == 29
     for one in published():
-        assert Run.from_config(compose(one.words)).pool.models.keys() >= {"sun397", "dtd"}
+        assert Settings.from_config(compose(one.words)).pool.models.keys() >= {"sun397", "dtd"}
 
 
 def test_a_run_is_held_against_the_figures_of_its_own_method(run):

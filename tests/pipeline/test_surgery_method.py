@@ -145,19 +145,19 @@ def test_a_sweep_over_the_number_of_inputs_draws_its_curve(desk):
 def test_a_bad_value_in_a_sweep_is_found_before_its_first_run(desk, capsys):
     words = [word for word in desk.words() if "output" not in word]
     assert "method.threshold=500" in refused(capsys, ["-m", *words, "method.threshold=20,500"])
-    assert "surgery.rank=0" in refused(capsys, ["-m", *words, "surgery=final", "surgery.rank=4,0"])
+    assert "repair.rank=0" in refused(capsys, ["-m", *words, "surgery=final", "surgery.rank=4,0"])
 
 
 @pytest.mark.parametrize(
     ("words", "message"),
     [
         (["surgery=fnal"], "Did you mean 'final'"),
-        (["surgery=final", "surgery.rank=0"], "surgery.rank=0 does not fit surgery=final"),
-        (["surgery=final", "surgery.ranks=3"], "Did you mean 'surgery.rank'"),
-        (["surgery=deep", "surgery.variant=normalised"], "surgery.variant='normalised' does not fit surgery=deep"),
-        (["surgery=final", "surgery.router=nearest"], "surgery.router='nearest' does not fit"),
-        (["surgery=deep", "surgery.eval_iterations=2"], "only surgery=final is scored on the way, not deep"),
-        (["surgery=final", "method=surgery/adamerging_surgery"], "the method has a surgery of its own"),
+        (["surgery=final", "surgery.rank=0"], "repair.rank=0 does not fit repair=final"),
+        (["surgery=final", "surgery.ranks=3"], "Did you mean 'repair.rank'"),
+        (["surgery=deep", "surgery.variant=normalised"], "repair.variant='normalised' does not fit repair=deep"),
+        (["surgery=final", "surgery.router=nearest"], "repair.router='nearest' does not fit"),
+        (["surgery=deep", "surgery.eval_iterations=2"], "only repair=final is scored on the way, not deep"),
+        (["surgery=final", "method=surgery/adamerging_surgery"], "the method has a repair of its own"),
     ],
 )
 def test_a_repair_that_cannot_be_is_refused_in_one_line(desk, capsys, words, message):
@@ -168,7 +168,7 @@ def test_a_repair_that_cannot_be_is_refused_in_one_line(desk, capsys, words, mes
 
 def test_a_repair_without_tasks_is_refused(desk, capsys):
     words = [word for word in desk.words("surgery=final") if not word.startswith("taskpool")]
-    assert "surgery=final needs unlabelled inputs" in refused(capsys, words)
+    assert "repair=final needs unlabelled inputs" in refused(capsys, words)
     del desk.tasks["second"]
     assert "Model 'second' has no task of its name" in refused(capsys, desk.words("surgery=final"))
 

@@ -211,9 +211,9 @@ def test_the_result_does_not_depend_on_which_other_tasks_there_are():
 def test_bad_input_is_refused_in_one_line():
     module, experts, inputs = problem()
     cases = [
-        (lambda: repair(module, experts, inputs, "finale"), "Unknown surgery 'finale'.*final"),
-        (lambda: repair(module, experts, inputs, rnak=3), "Unknown knob of surgery=final 'rnak'.*rank"),
-        (lambda: repair(module, experts, inputs, rank=0), "surgery.rank=0 does not fit surgery=final"),
+        (lambda: repair(module, experts, inputs, "finale"), "Unknown repair 'finale'.*final"),
+        (lambda: repair(module, experts, inputs, rnak=3), "Unknown knob of repair=final 'rnak'.*rank"),
+        (lambda: repair(module, experts, inputs, rank=0), "repair.rank=0 does not fit repair=final"),
         (lambda: repair(module, experts, inputs, lr=-1), "surgery.lr=-1"),
         (lambda: repair(module, experts, inputs, variant="center"), "surgery.variant='center'"),
         (lambda: repair(module, {}, inputs), "Task 't0' has inputs but no expert"),

@@ -30,22 +30,22 @@ def test_it_equals_a_plain_loop_over_single_inputs(shuffle):
     for t, (task, rows) in enumerate(inputs.items()):
         down, up = (nn.Parameter(p[t].detach().clone()) for p in (start.down, start.up))
         adam = torch.optim.Adam([down, up], lr=0.01)
-        assert sorted(result.order[task].tolist()) == list(range(len(rows)))
-        assert shuffle != (result.order[task].tolist() == list(range(len(rows))))
-        for k, position in enumerate(result.order[task]):
+        assert sorted(result.stream.order[task].tolist()) == list(range(len(rows)))
+        assert shuffle != (result.stream.order[task].tolist() == list(range(len(rows))))
+        for k, position in enumerate(result.stream.order[task]):
             x = rows[position][None]
             z, wanted = module(x).detach(), experts[task](x).detach()
             output = z - (z @ down.T).relu() @ up.T
-            torch.testing.assert_close(result.outputs[task][k], output[0].detach(), rtol=0, atol=1e-12)
+            torch.testing.assert_close(result.stream.outputs[task][k], output[0].detach(), rtol=0, atol=1e-12)
             loss = (output - wanted).abs().mean()
-            torch.testing.assert_close(result.losses[task][k], loss.detach(), rtol=0, atol=1e-12)
+            torch.testing.assert_close(result.losses[k, t], loss.detach(), rtol=0, atol=1e-12)
             adam.zero_grad()
             loss.backward()
             adam.step()
             if k + 1 == {"t0": 15, "t1": 9}[task]:
-                kept = result.models[0.5].repair_at[FINAL].up[t]
+                kept = result.stages[0.5].repair_at[FINAL].up[t]
                 torch.testing.assert_close(kept, up.detach(), rtol=0, atol=1e-12)
-        torch.testing.assert_close(result.models[1.0].repair_at[FINAL].up[t], up.detach(), rtol=0, atol=1e-12)
+        torch.testing.assert_close(result.stages[1.0].repair_at[FINAL].up[t], up.detach(), rtol=0, atol=1e-12)
 
 
 def test_each_input_is_encoded_once_by_each_model():
@@ -56,8 +56,8 @@ def test_each_input_is_encoded_once_by_each_model():
     result = online(Problem(module, experts, inputs, encode_batch=4))
     assert sum(seen) == 2 * (30 + 17)
     assert (result.passes.merged, result.passes.experts) == (47, 47)
-    assert list(result.models) == [0.01, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0]
-    result.models[1.0](inputs["t0"], "t0")
+    assert list(result.stages) == [0.01, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0]
+    result.stages[1.0](inputs["t0"], "t0")
 
 
 def test_a_share_outside_of_the_stream_is_refused():

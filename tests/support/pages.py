@@ -5,9 +5,12 @@ import shutil
 import pytest
 import torch
 
+from suture.adaptation import AdaMergingResult, Coefficients
 from suture.evaluation import Row
-from suture.repairs import Distances, Representation
-from suture.reporting import Learning, RepairReport, Report
+from suture.repairs import Distances, RepairResult, Representation, SurgeryModel, SurgeryModules
+from suture.repairs.network import FINAL
+from suture.repairs.problem import ForwardPasses
+from suture.reporting import Report
 
 HOSTILE = "</script><script>window.harmed = 1</script><img src=x onerror='window.harmed = 1'>"
 TASKS = ("cars & vans", 'the "best"', HOSTILE)
@@ -16,8 +19,8 @@ CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", 
 DRIVER = shutil.which("chromedriver")
 
 
-def row(name, *accuracies):
-    return Row(name, dict(zip(TASKS, accuracies, strict=True)), dict.fromkeys(TASKS, 100))
+def row(name, *accuracies, **kind):
+    return Row(name, dict(zip(TASKS, accuracies, strict=True)), dict.fromkeys(TASKS, 100), **kind)
 
 
 def representation(generator):
@@ -31,23 +34,30 @@ def representation(generator):
 def a_report(title=f"a run of {HOSTILE}", scaling_factor=0.3):
     generator = torch.Generator().manual_seed(0)
     history = torch.rand(6, 3, 4, generator=generator)
-    learned = Learning(TASKS, LAYERS, history[-1], history, torch.rand(5, generator=generator), {2: 0.4, 5: 0.6})
-    repair = lambda kind: RepairReport(
-        kind, 64, {"merged": 30, "experts": 30}, steps=2, losses={task: [1.0, 0.5] for task in TASKS},
-        warnings=["a module is dead"], scores={1: 0.5, 2: 0.7}, representation=representation(generator),
-    )  # fmt: skip
+    named, losses = Coefficients(history[-1], TASKS, LAYERS), torch.rand(5, generator=generator)
+    learned = AdaMergingResult(named, history, losses, {}, {2: 0.4, 5: 0.6})
+    repair = lambda kind: RepairResult(
+        kind,
+        SurgeryModel(torch.nn.Linear(2, 2), {FINAL: SurgeryModules(TASKS, 2, 1)}, TASKS),
+        torch.tensor([[1.0] * len(TASKS), [0.5] * len(TASKS)]),
+        added_parameters=64,
+        passes=ForwardPasses(30, 30),
+        warnings=("a module is dead",),
+        scores={1: 0.5, 2: 0.7},
+        representation=representation(generator),
+    )
     rows = [
-        row("pretrained", 0.2, 0.3, 0.4),
-        row("experts", 0.9, 0.8, 1.0),
+        row("pretrained", 0.2, 0.3, 0.4, role="pretrained"),
+        row("experts", 0.9, 0.8, 1.0, role="experts"),
         row(HOSTILE, 0.5, 0.4, 0.9),
-        row(f"{HOSTILE} + final", 0.6 + scaling_factor / 10, 0.7, 0.8),
+        row(f"{HOSTILE} + final", 0.6 + scaling_factor / 10, 0.7, 0.8, role="repair", merge=HOSTILE, repair="final"),
     ]
     return Report(
         title,
         rows,
         rows[0],
         rows[1],
-        config={"method": {"name": "ties_merging", "scaling_factor": scaling_factor}, "surgery": {"kind": "none"}},
+        config={"method": {"name": "ties_merging", "scaling_factor": scaling_factor}, "repair": {"kind": "none"}},
         provenance={"inputs": {HOSTILE: "sha"}},
         profile={"merging weights": 1.0, "evaluation": 3.0},
         notes=[f"note of {HOSTILE}"],

@@ -178,7 +178,7 @@ def _optimizer(how: AdaMergingOptions, values: Tensor) -> torch.optim.Optimizer:
         raise ConfigError(unknown_name("optimizer", how.optimizer, OPTIMIZERS))
     if not how.lr > 0 or not how.weight_decay >= 0:
         raise ConfigError(
-            f"lr={how.lr}, weight_decay={how.weight_decay}: expected a positive lr and a decay of 0 or more."
+            f"lr={how.lr}, weight_decay={how.weight_decay}: wanted a positive lr and a decay of 0 or more."
         )
     return OPTIMIZERS[how.optimizer]([values], lr=how.lr, weight_decay=how.weight_decay)
 

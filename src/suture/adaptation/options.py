@@ -2,13 +2,12 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import torch
 from annotated_types import Ge, Gt, Le
 
 from suture.adaptation.objectives import Objective
-from suture.adaptation.schedules import Schedule
 from suture.errors import ConfigError, unknown_name
 from suture.merging.methods.ties_merging import THRESHOLD
 
@@ -30,13 +29,13 @@ class AdaMergingOptions:
 
     granularity: str | Sequence[str] | Mapping[str, str] = "layer"
     objective: str | Objective = "entropy"
-    optimizer: Literal["adam", "adamw", "sgd"] = "adam"
+    optimizer: str = "adam"
     lr: Annotated[float, Gt(0)] = 1e-3
     weight_decay: Annotated[float, Ge(0)] = 0.0
     init_values: Any = 0.3
     clamp_weights: bool = False
     softmax: bool = False
-    schedule: Schedule = "constant"
+    schedule: str = "constant"
     max_steps: Annotated[int, Ge(0)] | None = None
     concatenate: bool | None = None
     micro_batch: Annotated[int, Ge(1)] | None = None

@@ -43,7 +43,7 @@ def words_by_context() -> dict[str, tuple[str, ...]]:
     >>> "ties_merging" in words_by_context()["method="]
     True
     """
-    from suture.pipeline.analyse import ANALYSES
+    from suture.pipeline.analyses import ANALYSES
     from suture.pipeline.config import pools
     from suture.pipeline.methods import all_methods
     from suture.pipeline.repairs import Repair

@@ -45,7 +45,7 @@ class Scorer:
         if len(task) == 0:
             raise DataError(f"Task {task.name!r} has no inputs to evaluate on.")
         if self.batch_size < 1:
-            raise ConfigError(f"batch_size={self.batch_size}: expected 1 or more.")
+            raise ConfigError(f"batch_size={self.batch_size}: wanted 1 or more.")
         device = device_of(model) if isinstance(model, nn.Module) else torch.device("cpu")
         correct = []
         with torch.inference_mode(), evaluation_mode(model), self.track(f"{name}: {task.name}", len(task)) as advance:

@@ -12,13 +12,14 @@ from suture.adaptation import AdaMergingResult, adapt, layout
 from suture.adaptation.coefficients import initial_values
 from suture.adaptation.merged_model import matched_tensors
 from suture.adaptation.options import AdaMergingOptions
+from suture.adaptation.schedules import Schedule
 from suture.core.batches import ShuffledBatches
 from suture.errors import SutureError
 from suture.evaluation import SplitInputs
 from suture.pipeline.context import FEW, Context
-from suture.pipeline.methods import MergeResult
 from suture.pipeline.models import Models
 from suture.pipeline.repairs import Repair
+from suture.pipeline.results import MergeResult
 
 #: What each name stands for: (granularity, whether the task vectors are those of AdaMerging++).
 NAMES: dict[str, tuple[str, bool]] = {
@@ -62,6 +63,8 @@ class AdaMerging(AdaMergingOptions):
     granularity: Literal["task", "layer", "block"] | list[str] | dict[str, str] | None = None  # type: ignore[assignment]
     objective: Literal["entropy", "entropy_epsilon", "expert_cross_entropy", "expert_feature_l1"] = "entropy"
     init_values: float | str | list = 0.3
+    optimizer: Literal["adam", "adamw", "sgd"] = "adam"
+    schedule: Schedule = "constant"
     plus_plus: bool | None = None  # type: ignore[assignment]
     max_steps: Annotated[int, Ge(0)] = 1000
     vectors_dtype: Literal["float32", "bfloat16", "float16"] | None = None  # type: ignore[assignment]

@@ -46,7 +46,7 @@ def analyse(
     the pool's models to look at.
     """
     options = dict(options or {})
-    composed = configuration.composed(config, {"method": "simple_average", **keywords})
+    composed = configuration.composed(config, keywords, method="simple_average")
     config = _only(composed, options.pop("models", None))
     knobs = _checked(name, options)
     settings = Settings.from_config({**config, "repair": {"kind": NONE}})

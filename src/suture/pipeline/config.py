@@ -96,11 +96,19 @@ def compose(argv: Sequence[str]) -> dict[str, Any]:
         return _plain(hydra.compose("config", overrides=_rewritten(argv)), argv)
 
 
-def composed(config: Mapping[str, Any] | Sequence[str] | None, keywords: Mapping[str, Any]) -> dict[str, Any]:
-    """A configuration that is composed already, or words, or the keywords of a Python call; keywords come last."""
+def composed(
+    config: Mapping[str, Any] | Sequence[str] | None, keywords: Mapping[str, Any], *, method: str | None = None
+) -> dict[str, Any]:
+    """A configuration that is composed already, or words, or the keywords of a Python call.
+
+    `method` is the one of a verb that merges nothing, where none is named.
+    """
     if isinstance(config, Mapping):
         return dict(config)
-    return compose([*(config or ()), *(word for key, value in keywords.items() for word in _words(key, value))])
+    words = [*(config or ()), *(word for key, value in keywords.items() for word in _words(key, value))]
+    if method is not None and not any(word.startswith("method=") for word in words):
+        words.insert(0, f"method={method}")
+    return compose(words)
 
 
 def _words(key: str, value: Any) -> list[str]:
@@ -141,6 +149,7 @@ def compose_merging(argv: Sequence[str]) -> dict[str, Any]:
     with _one_line_errors(), hydra.initialize_config_module("suture.pipeline.conf", version_base="1.3"):
         config = _plain(hydra.compose("merging", overrides=words))
     models = {key.removeprefix("models."): value for key, value in paths.items() if key.startswith("models.")}
+    del config["command"]
     return config | {key: paths.get(key) for key in ("base", "output", "mergekit")} | {"models": models}
 
 

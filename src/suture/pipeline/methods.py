@@ -6,30 +6,20 @@ Chosen, with its knobs set, a method has one way to be used: `method.merge(model
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 from torch import Tensor
 
-from suture.adaptation import AdaMergingResult
 from suture.core.knobs import Knobs
 from suture.errors import ConfigError, unknown_name
 from suture.evaluation import SplitInputs
 from suture.merging.merge import merge_task_vectors
 from suture.merging.registry import MergeMethod, methods
+from suture.pipeline.adamerging import NAMES, AdaMerging, AdaMergingSurgery
 from suture.pipeline.context import Context
 from suture.pipeline.models import Models
-
-if TYPE_CHECKING:
-    from suture.pipeline.repairs import Repair
-
-
-@dataclass(frozen=True)
-class MergeResult:
-    """One merged model: its tensors, and how its coefficients were learned, if they were. `label` names its row."""
-
-    label: str
-    tensors: Mapping[str, Tensor]
-    learned: AdaMergingResult | None = None
+from suture.pipeline.repairs import Repair
+from suture.pipeline.results import MergeResult
 
 
 class Method(Protocol):
@@ -52,7 +42,7 @@ class Method(Protocol):
     def frozen(self) -> tuple[str, ...]: ...
 
     @property
-    def repairs(self) -> "tuple[Repair, ...]": ...
+    def repairs(self) -> tuple[Repair, ...]: ...
 
     def problems(self, models: Models, tasks: tuple[str, ...]) -> list[str]:
         """What would end the merge later on, one line each; nothing is decoded or merged."""
@@ -121,8 +111,6 @@ class LearnedMethod:
 
 def learned_methods() -> dict[str, LearnedMethod]:
     """The methods that learn, by name."""
-    from suture.pipeline.adamerging import NAMES, AdaMerging, AdaMergingSurgery
-
     paper, surgery = "https://arxiv.org/abs/2310.02575", "surgery/adamerging_surgery"
     return {
         "adamerging": LearnedMethod("adamerging", AdaMerging, paper, tuple(NAMES)),

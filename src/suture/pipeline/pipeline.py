@@ -14,11 +14,11 @@ from suture.errors import ConfigError
 from suture.evaluation import SplitInputs
 from suture.pipeline import config as configuration
 from suture.pipeline.context import Context
-from suture.pipeline.methods import MergeResult
 from suture.pipeline.model_card import write_card
 from suture.pipeline.models import Models, open_models
 from suture.pipeline.preflight import Preflight, preflight_of
 from suture.pipeline.repairs import fit
+from suture.pipeline.results import MergeResult
 from suture.pipeline.scoring import Scores, expert_matrix, score, score_model
 from suture.pipeline.settings import Settings
 from suture.repairs import RepairResult
@@ -163,7 +163,7 @@ def evaluate_pool(
     The configuration is given as for `run`. With `matrix` every fine-tuned model is scored on every task too, and the
     report, a heat map in it, is written where the configuration names an output folder.
     """
-    config = configuration.composed(config, {"method": "simple_average", **keywords})
+    config = configuration.composed(config, keywords, method="simple_average")
     settings = Settings.from_config(config)
     if not settings.tasks:
         raise ConfigError("There is nothing to evaluate on. Remedy: name a taskpool=…")

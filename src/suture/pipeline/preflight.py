@@ -82,7 +82,7 @@ def check(config: Mapping[str, Any] | Sequence[str] | None = None, /, **keywords
     """The preflight of a run, whose configuration is given as for `suture.run`; nothing is run."""
     from suture.pipeline import config as configuration
 
-    settings = Settings.from_config(configuration.composed(config, {"method": "simple_average", **keywords}))
+    settings = Settings.from_config(configuration.composed(config, keywords, method="simple_average"))
     return preflight_of(open_models(settings.pool, settings.threads), settings)
 
 

@@ -5,7 +5,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from annotated_types import Ge
@@ -19,6 +19,7 @@ from suture.errors import ConfigError, unknown_name
 from suture.evaluation import SplitInputs, TaskInputs
 from suture.pipeline.context import Context
 from suture.pipeline.models import Models
+from suture.pipeline.results import MergeResult
 from suture.pipeline.scoring import repair_rows
 from suture.repairs import (
     Problem,
@@ -30,9 +31,6 @@ from suture.repairs import (
     repair_kinds,
     representation,
 )
-
-if TYPE_CHECKING:
-    from suture.pipeline.methods import MergeResult
 
 NONE = "none"
 
@@ -104,7 +102,7 @@ class Repair:
         return self.row or f"{label} + {self.kind.name}"
 
 
-def fit(repair: Repair, models: Models, merged: "MergeResult", inputs: SplitInputs, context: Context) -> RepairResult:
+def fit(repair: Repair, models: Models, merged: MergeResult, inputs: SplitInputs, context: Context) -> RepairResult:
     """Fit a repair to one merged model, with a router and a comparison of representations where they are asked for."""
     options, device = repair.options, context.device
     module = models.new_encoder(device.device).load(merged.tensors)
@@ -130,7 +128,7 @@ def fit(repair: Repair, models: Models, merged: "MergeResult", inputs: SplitInpu
 def _fitted(
     repair: Repair,
     problem: Problem,
-    merged: "MergeResult",
+    merged: MergeResult,
     inputs: SplitInputs,
     context: Context,
     encodings: Path | None,
@@ -151,7 +149,7 @@ def _fitted(
                 if options.eval_iterations and (step + 1) % options.eval_iterations == 0:
                     copies = {place: module.copied() for place, module in modules.items()}
                     model = SurgeryModel(problem.module, copies, problem.tasks, forward=problem.forward)
-                    live = RepairResult(kind.name, model, losses, encodings=encodings)
+                    live = RepairResult(kind.name, model, losses[None], encodings=encodings)
                     scores[step + 1] = repair_rows(live, merged.label, problem.tasks, inputs, context)[0].mean
 
             problem = replace(problem, resume=resume, on_step=on_step)

@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,10 +12,8 @@ from suture.checkpoints import Checkpoint
 from suture.evaluation import Row, SplitInputs, TaskInputs
 from suture.pipeline.context import Context
 from suture.pipeline.models import Models
+from suture.pipeline.results import MergeResult
 from suture.repairs import Problem, RepairResult
-
-if TYPE_CHECKING:
-    from suture.pipeline.methods import MergeResult
 
 _REFERENCES: dict[str, tuple[Row, Row | None]] = {}  # rows that the jobs of a sweep have in common
 
@@ -31,7 +29,7 @@ class Scores:
 
 def score(
     models: Models,
-    merged: Sequence["MergeResult"],
+    merged: Sequence[MergeResult],
     repairs: Mapping[str, Sequence[RepairResult]],
     inputs: SplitInputs,
     context: Context,

@@ -38,7 +38,7 @@ class Settings:
         method = chosen_method(values.pop("name"), values)
         for key, least in (("threads", 0), ("batch_size", 1), ("seed", 0)):
             if not isinstance(config[key], int) or isinstance(config[key], bool) or config[key] < least:
-                raise ConfigError(f"{key}={config[key]!r}: expected a whole number, {least} or more.")
+                raise ConfigError(f"{key}={config[key]!r}: wanted a whole number, {least} or more.")
         check_fabric(config["fabric"])
         repairs = _repairs(config, method)
         if repairs and not config.get("taskpool"):
