@@ -214,7 +214,7 @@ def test_bad_input_is_refused_in_one_line():
         (lambda: repair(module, experts, inputs, "finale"), "Unknown repair 'finale'.*final"),
         (lambda: repair(module, experts, inputs, rnak=3), "Unknown knob of repair=final 'rnak'.*rank"),
         (lambda: repair(module, experts, inputs, rank=0), "repair.rank=0 does not fit repair=final"),
-        (lambda: repair(module, experts, inputs, lr=-1), "surgery.lr=-1"),
+        (lambda: repair(module, experts, inputs, lr=-1), "repair.lr=-1"),
         (lambda: repair(module, experts, inputs, variant="center"), "surgery.variant='center'"),
         (lambda: repair(module, {}, inputs), "Task 't0' has inputs but no expert"),
         (lambda: repair(module, experts, {}), "no inputs to repair with"),
