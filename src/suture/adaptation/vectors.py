@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from suture.errors import IncompatibleModels
-from suture.merging.methods.ties_merging import TiesStatistic, settle, ties_rows, trim_thresholds
+from suture.merging.methods.ties_merging import THRESHOLD, TiesStatistic, settle, ties_rows, trim_thresholds
 from suture.merging.registry import get_method
 from suture.merging.task_vectors import TaskVectors, compute_dtype
 
@@ -140,7 +140,7 @@ def task_vector_rows(
     vectors: TaskVectors,
     *,
     plus_plus: bool = False,
-    threshold: float = 20.0,
+    threshold: float = THRESHOLD,
     dtype: torch.dtype | None = None,
     streamed: bool = False,
 ) -> dict[str, Rows]:
@@ -158,7 +158,7 @@ def task_vector_rows(
     return {name: factors.get(name) or Held(read(name)) for name in vectors.names}
 
 
-def settled_statistic(vectors: TaskVectors, threshold: float = 20.0) -> TiesStatistic:
+def settled_statistic(vectors: TaskVectors, threshold: float = THRESHOLD) -> TiesStatistic:
     """TIES's statistic of the whole model: the thresholds of the trim, and the majority sign from one more pass."""
     method, votes = get_method("ties_merging"), []
     assert method.vote is not None

@@ -14,7 +14,7 @@ from torch import Tensor
 from suture.analysis.finding import Finding
 from suture.checkpoints import Source
 from suture.core.names import natural
-from suture.merging.methods.ties_merging import trim_thresholds
+from suture.merging.methods.ties_merging import THRESHOLD, trim_thresholds
 from suture.merging.streams import inner_products, total
 from suture.merging.task_vectors import TaskVectors, open_task_vectors
 
@@ -79,7 +79,7 @@ def trimming(
     base: Source,
     models: Models,
     *,
-    threshold: Annotated[float, Gt(0), Le(100)] = 20.0,
+    threshold: Annotated[float, Gt(0), Le(100)] = THRESHOLD,
     scope: Literal["model", "tensor"] = "model",
     frozen: Sequence[str] = (),
 ) -> Finding:
@@ -116,7 +116,7 @@ def _moments(base: Float[Tensor, " chunk"], rows: Float[Tensor, "task chunk"]) -
 
 def _survivors(rows: Float[Tensor, "task chunk"], least: Float[Tensor, " task"]) -> Float[Tensor, " count"]:
     """Survivors of each model, columns where they collide, survivors on the losing side."""
-    kept = torch.where(rows.abs() >= least[:, None].to(rows.dtype), rows, 0.0)
+    kept = torch.where(rows.abs() >= least[:, None], rows, 0.0)
     collide = (kept > 0).any(0) & (kept < 0).any(0)
     lost = kept.sign() * kept.sum(0).sign() < 0
     return torch.cat([(kept != 0).sum(1), torch.stack([collide.sum(), lost.sum()])]).double()

@@ -3,10 +3,13 @@
 The magnitudes of IEEE floats are ordered like their bit patterns, so counting bit patterns finds the k-th value. A
 sample says where to look: one pass then counts what lies above that bracket and histograms what lies inside. If the
 sample misled, or the bracket holds more patterns than bins, the search goes on in the bin that holds the rank.
+
+Where float32 and float64 chunks are mixed, all are counted as float64, which holds every float32 exactly.
 """
 
 import threading
 from collections.abc import Sequence
+from fractions import Fraction
 
 import numpy as np
 import torch
@@ -23,7 +26,7 @@ _MANY = 8  # rows; from there on each gets a quarter
 def kth_magnitudes(deltas, rank: int | Sequence[int]) -> Float[Tensor, " task"]:
     """The `rank`-th smallest |entry| (1-based) of each row of a `DeltaStream`; zeros for rank 0, which keeps all.
 
-    `rank` is one for all rows, or one for each.
+    `rank` is one for all rows, or one for each. The result has the widest dtype of the stream.
     """
     sample = deltas.sample(min(_SAMPLE, max(_LEAST, deltas.num_entries // _SHARE)))
     ranks = [rank] * len(sample) if isinstance(rank, int) else list(rank)
@@ -33,14 +36,16 @@ def kth_magnitudes(deltas, rank: int | Sequence[int]) -> Float[Tensor, " task"]:
     thinner = 2 * (len(sample) > _MANY)
     sample, bins = sample[:, :: 1 << thinner].contiguous(), _BINS >> thinner
     bins = min(bins, max(_FEWEST, 1 << (deltas.num_entries >> 3).bit_length()))
+    dtype = sample.dtype
     searches = [
-        _Search(_patterns(row), max(1, r), deltas.num_entries, bins) for row, r in zip(sample, ranks, strict=True)
+        _Search(_patterns(row, dtype), max(1, r), deltas.num_entries, bins)
+        for row, r in zip(sample, ranks, strict=True)
     ]
 
     def count(_, chunk: Tensor) -> None:
         for search, row in zip(searches, chunk, strict=True):
             if not search.found:
-                search.count(_patterns(row))
+                search.count(_patterns(row, dtype))
 
     while not all(search.found for search in searches):
         deltas.tally(count, [search.counts for search in searches if not search.found])
@@ -52,14 +57,23 @@ def kth_magnitudes(deltas, rank: int | Sequence[int]) -> Float[Tensor, " task"]:
     return torch.where(torch.tensor(ranks) > 0, found, 0.0)
 
 
+def share_of(count: int, share: float) -> int:
+    """How many entries a share is, rounded down, with the share taken as the decimal number that was written.
+
+    >>> share_of(100, 0.29), int(100 * 0.29)
+    (29, 28)
+    """
+    return int(count * Fraction(repr(float(share))))
+
+
 def kth_memory(num_rows: int) -> int:
     """Bytes that a search holds for each row: the sample, twice while it is made and once sorted, and bins."""
     return (12 * _SAMPLE + 8 * _BINS) >> 2 * (num_rows > _MANY)
 
 
-def _patterns(row: Tensor) -> np.ndarray:
-    """|x| as integers of the same width; their order is the order of the magnitudes."""
-    magnitudes = np.abs(row.numpy())
+def _patterns(row: Tensor, dtype: torch.dtype) -> np.ndarray:
+    """|x| in this dtype as integers of its width; their order is the order of the magnitudes."""
+    magnitudes = np.abs(row.to(dtype).numpy())
     return magnitudes.view(f"i{magnitudes.itemsize}")
 
 

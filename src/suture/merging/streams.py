@@ -23,7 +23,9 @@ class DeltaStream(Protocol):
 
     num_entries: int
 
-    def sample(self, num_entries: int) -> Float[Tensor, "task sample"]: ...
+    def sample(self, num_entries: int) -> Float[Tensor, "task sample"]:
+        """About so many entries of every row, in the widest dtype of the chunks."""
+        ...
 
     def each(self, function: Callable[[Tensor, Tensor], None]) -> None:
         """Call `function(base, rows)` on every chunk, on several threads, in no particular order."""

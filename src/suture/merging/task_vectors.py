@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, reduce
 from typing import NamedTuple
 
 import numpy as np
@@ -171,12 +171,15 @@ class RowStream:
         self.each(function)
 
     def sample(self, num_entries: int) -> Float[Tensor, "task sample"]:
-        """About `num_entries` entries of every row, in short runs spread over all tensors; all if there are few."""
+        """About `num_entries` entries of every row, in short runs spread over all tensors; all if there are few.
+
+        They have the widest dtype of all tensors.
+        """
         stride = max(1, self.num_entries // num_entries)
         parts = [self._runs_of(name, stride) for name in self.names]
         if not parts:
             return torch.zeros(len(self.vectors.models), 0)
-        dtype = torch.promote_types(parts[0].dtype, parts[-1].dtype)
+        dtype = reduce(torch.promote_types, (part.dtype for part in parts))
         return torch.cat([part.to(dtype) for part in parts], dim=1)
 
     def _runs_of(self, name: str, stride: int) -> Tensor:

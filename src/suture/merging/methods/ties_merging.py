@@ -18,6 +18,7 @@ from suture.merging.order_statistic import kth_magnitudes
 from suture.merging.registry import merge_method
 from suture.merging.streams import DeltaStream, OneTensor, one_each
 
+THRESHOLD = 20.0  #: the percentage of entries that the authors keep
 Threshold = Annotated[float, Gt(0), Le(100)]
 _EXACT = 1 << 24  # up to here float32 counts without error
 
@@ -34,7 +35,7 @@ class TiesStatistic(NamedTuple):
 
 
 def trim_thresholds(
-    deltas: DeltaStream, *, threshold: float | Sequence[float] = 20.0, scope: str = "model", **_
+    deltas: DeltaStream, *, threshold: float | Sequence[float] = THRESHOLD, scope: str = "model", **_
 ) -> TiesStatistic:
     """The k-th largest magnitude of every task vector, exact, from one pass over the stream.
 
@@ -47,7 +48,7 @@ def trim_thresholds(
 
 
 def _rank(num_entries: int, fraction: float, scope: str) -> int:
-    kept = int(num_entries * fraction)
+    kept = int(num_entries * fraction)  # in floats, as the authors and mergekit have it: 28 of 100 for 0.29
     return num_entries - kept if scope == "model" else num_entries - max(1, kept) + 1
 
 
@@ -102,7 +103,7 @@ def ties_merging(
     statistic: TiesStatistic | None = None,
     *,
     scaling_factor: float = 0.3,
-    threshold: Threshold | Sequence[Threshold] = 20.0,
+    threshold: Threshold | Sequence[Threshold] = THRESHOLD,
     remove_keys: Sequence[str] = (),
     merge_func: Literal["sum", "mean", "max"] = "sum",
     scope: Literal["model", "tensor"] = "model",
@@ -154,11 +155,18 @@ def ties_rows(deltas: Float[Tensor, " task *shape"], statistic: TiesStatistic) -
 
 
 def _trim(row: Tensor, threshold: float) -> Tensor:
-    """Zero the entries below the threshold. `hardshrink` keeps |x| > λ, so λ is one step of the dtype below it."""
+    """Zero the entries whose magnitude is below the threshold, a float64, without rounding either.
+
+    `hardshrink` keeps |x| > λ, so λ is the largest number of the row's dtype that is below the threshold.
+    """
     if threshold == 0:
         return row
     dtype = np.float64 if row.dtype == torch.float64 else np.float32
-    return torch.nn.functional.hardshrink(row, float(np.nextafter(dtype(threshold), dtype(0))))
+    with np.errstate(over="ignore"):  # beyond float32 nothing of a float32 row survives
+        below = dtype(threshold)
+    if float(below) >= threshold:
+        below = np.nextafter(below, dtype(0))
+    return torch.nn.functional.hardshrink(row, float(below))
 
 
 def _cancelled(column_sum: Tensor, merged: Tensor) -> Tensor | None:
