@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from suture.adaptation.vectors import Rows
 from suture.errors import IncompatibleModels
+from suture.merging.overflow import refuse_overflow
 from suture.merging.task_vectors import TaskVectors, compute_dtype
 
 
@@ -95,11 +96,16 @@ class MergedModel:
         return gradient
 
     def merged(self, coefficients: Float[Tensor, "task tensor"]) -> dict[str, Tensor]:
-        """The merged checkpoint: the base's names, shapes and dtypes, tied names as one tensor, on the CPU."""
+        """The merged checkpoint: the base's names, shapes and dtypes, tied names as one tensor, on the CPU.
+
+        Raises `IncompatibleModels` if a result is too large for its dtype.
+        """
         base = self.vectors.base
         state = {name: base[name].to("cpu", copy=True) for name in self.vectors.specs}
         for name, start, rows, column in zip(self.names, self._base, self._rows, coefficients.T, strict=True):
-            state[name].copy_(rows.combine(start, column))
+            merged = rows.combine(start, column).cpu()
+            state[name].copy_(merged)
+            refuse_overflow(name, merged, state[name])
         return state | {alias: state[name] for alias, name in base.aliases.items()}
 
     def _take(self, i: int, parameter: Tensor) -> None:

@@ -17,7 +17,7 @@ from torch import Tensor
 from suture.checkpoints import Checkpoint, Parts, Source, TensorSpec, open_checkpoint, open_fine_tuned
 from suture.errors import ConfigError, IncompatibleModels
 from suture.merging.compatibility import compatibility, merged_names
-from suture.merging.counter_random import Place
+from suture.merging.counter_random import Place, draw_names
 from suture.merging.order_statistic import kth_memory
 from suture.merging.registry import MergeMethod
 
@@ -130,6 +130,16 @@ class TaskVectors:
         """One tensor of the base and of every model, each as one row of entries to be sliced."""
         return self.base.flat(name), [model.flat(name) for model in self.models.values()]
 
+    @cached_property
+    def _draw_names(self) -> dict[str, str]:
+        base = self.base
+        floating = [n for n, spec in base.specs.items() if spec.dtype.is_floating_point and n not in base.aliases]
+        return draw_names(floating, base.aliases)
+
+    def place(self, piece: Piece) -> Place:
+        """What the random numbers of a slice are drawn by."""
+        return Place(self._draw_names[piece.name], list(self.models), piece.start)
+
     def row_width(self, name: str) -> int:
         """Entries in a row of a tensor, as a matrix with its first axis for rows; a vector is one row."""
         shape = self.base.specs[name].shape
@@ -158,11 +168,10 @@ class RowStream:
 
     def each_place(self, function: Callable[[Place, Float[Tensor, "task chunk"]], None]) -> None:
         """Call `function(place, rows)` on every chunk, as `each` does."""
-        labels = list(self.vectors.models)
 
         def work(piece: Piece, base: Tensor, rows: Tensor) -> None:
             shaped = rows.view(len(rows), -1, self.vectors.row_width(piece.name)) if self.rows else rows
-            function(Place(piece.name, labels, piece.start), shaped)
+            function(self.vectors.place(piece), shaped)
 
         self.vectors.each_piece(self.names, work, self.operand, rows=self.rows)
 
