@@ -54,7 +54,7 @@ def a_row_a_pixel(module, inputs):
 @pytest.mark.parametrize("concatenate", [True, False])
 def test_dense_logits_are_refused_until_there_is_a_row_for_each_prediction(objective, concatenate):
     options = {"objective": objective, "concatenate": concatenate, "max_steps": 2}
-    with pytest.raises(ConfigError, match=r"\(batch, class\); found the shape \(\d, 5, 4, 4\)\. Remedy: .* flatten"):
+    with pytest.raises(ConfigError, match=r"\(batch, class\); found the shape \(\d, 5, 4, 4\)\. Remedy: .*flatten"):
         adapt(*pixels(), **options)
     result = adapt(*pixels(), forward=a_row_a_pixel, **options)
     module, _, models, batches = pixels()

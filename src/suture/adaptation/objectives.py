@@ -17,8 +17,8 @@ from torch.nn import functional as F
 from suture.errors import ConfigError, unknown_name
 
 
-def entropy(logits: Float[Tensor, "batch class"]) -> Float[Tensor, ""]:
-    """−Σ p·log p in nats, p = softmax(logits), mean over the batch; exact for logits of any size.
+def entropy(logits: Tensor) -> Float[Tensor, ""]:
+    """−Σ p·log p in nats, p = softmax(logits (batch, class)), mean over the batch; exact for logits of any size.
 
     >>> entropy(torch.zeros(3, 4)).exp()
     tensor(4.)
@@ -27,21 +27,19 @@ def entropy(logits: Float[Tensor, "batch class"]) -> Float[Tensor, ""]:
     return -(logits.softmax(-1) * logits.log_softmax(-1)).sum(-1).mean()
 
 
-def entropy_loss(logits: Float[Tensor, "batch class"]) -> Float[Tensor, ""]:
+def entropy_loss(logits: Tensor) -> Float[Tensor, ""]:
     """`entropy_epsilon` under the name that FusionBench gives it."""
     return entropy_epsilon(logits)
 
 
-def entropy_epsilon(logits: Float[Tensor, "batch class"]) -> Float[Tensor, ""]:
+def entropy_epsilon(logits: Tensor) -> Float[Tensor, ""]:
     """−Σ p·log(p + 1e-8), as FusionBench computes it: a little below `entropy`."""
     _check_logits(logits)
     probabilities = logits.softmax(-1)
     return -(probabilities * torch.log(probabilities + 1e-8)).sum(-1).mean()
 
 
-def expert_cross_entropy(
-    logits: Float[Tensor, "batch class"], expert: Float[Tensor, "batch class"]
-) -> Float[Tensor, ""]:
+def expert_cross_entropy(logits: Tensor, expert: Tensor) -> Float[Tensor, ""]:
     """Cross-entropy, in nats, to the class that the task's expert predicts for the same input."""
     _check_logits(logits)
     return F.cross_entropy(logits, expert.argmax(-1))
