@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
@@ -53,13 +54,11 @@ class Descent:
         leaves = [leaf for views in self._views.values() for leaf in views] or self.parameters
         self.adam = torch.optim.Adam(leaves, lr=lr)
 
-    def turn(self, losses: Losses, start: int, stop: int) -> Float[Tensor, "step task"]:
-        """Take the steps start … stop − 1 of every task; the losses before each."""
+    def step(self, *losses: Callable[[slice], Tensor]) -> Float[Tensor, "step task"]:
+        """Take one step of every task, or those of one turn, by the losses of each step; their values before it."""
         if not self._views:
-            return torch.stack([self._step(losses, step) for step in range(start, stop)])
-        by_task = [
-            torch.cat([self._step_of(task, losses, step) for step in range(start, stop)]) for task in self._views
-        ]
+            return torch.stack([self._step_of_all(of_step) for of_step in losses])
+        by_task = [torch.cat([self._step_of(task, of_step) for of_step in losses]) for task in self._views]
         return torch.stack(by_task, dim=1).to("cpu", torch.float64)
 
     def state(self) -> dict[str, Any]:
@@ -79,9 +78,8 @@ class Descent:
             for view in views:
                 view.grad = torch.zeros_like(view)
 
-    def _step(self, losses: Losses, step: int) -> Float[Tensor, " task"]:
-        """One step of all tasks' Adams."""
-        values = [self._backward(losses(step, group)) for group in self.groups]
+    def _step_of_all(self, losses: Callable[[slice], Tensor]) -> Float[Tensor, " task"]:
+        values = [self._backward(losses(group)) for group in self.groups]
         self.adam.step()
         self._drop_gradients()
         return torch.cat(values).to("cpu", torch.float64)
@@ -90,9 +88,9 @@ class Descent:
         loss.sum().backward(inputs=self.parameters)
         return loss.detach()
 
-    def _step_of(self, task: int, losses: Losses, step: int) -> Float[Tensor, "1"]:
+    def _step_of(self, task: int, losses: Callable[[slice], Tensor]) -> Float[Tensor, "1"]:
         """One step of the shared Adam, after a batch of one task."""
-        loss = self._backward(losses(step, slice(task, task + 1)))
+        loss = self._backward(losses(slice(task, task + 1)))
         for other, views in self._views.items():
             for view, parameter in zip(views, self.parameters, strict=True):
                 if other == task and parameter.grad is not None:
@@ -135,7 +133,7 @@ def descend(
             for modules in descent.modules:
                 modules.clear()
         with _threads(1 if small else torch.get_num_threads()):
-            values = descent.turn(losses, start, stop)
+            values = descent.step(*(partial(losses, step) for step in range(start, stop)))
         if not values.isfinite().all():
             total = values.sum().item()
             raise DataError(f"The repair's loss is {total} at step {start}; check the inputs, or lower lr.")
