@@ -1,12 +1,15 @@
 """Repair of the final feature: parity with the reference vectors and the interleaved loop, caches, resuming."""
 
+import subprocess
+import sys
+
 import golden_cases as golden
 import pytest
 import torch
 from torch import nn
 
 from suture.core.batches import ShuffledBatches
-from suture.errors import ConfigError, DataError
+from suture.errors import ConfigError, DataError, IncompatibleModels
 from suture.repairs import Problem, SurgeryModules, repair
 from suture.repairs.fitting import Descent, descend, fit_constants
 from suture.repairs.network import FINAL
@@ -250,3 +253,50 @@ def test_bad_input_is_refused_in_one_line():
 
 def lambda_module():
     return nn.Linear(6, 5).double()
+
+
+@pytest.mark.parametrize("kind", ["final", "deep", "blend"])
+@pytest.mark.parametrize("widths", [(5, 4), (5, 5), (4, 5)])
+def test_experts_of_other_widths_are_refused(kind, widths, tmp_path):
+    build = lambda dim: nn.Sequential(nn.Linear(3, 4), nn.Linear(4, dim))
+    experts = {task: build(dim) for task, dim in zip("ab", widths, strict=True)}
+    inputs = {task: torch.randn(20, 3) for task in experts}
+    options = {"steps": 3, "blocks": ["0"]} if kind == "deep" else {"steps": 3}
+    message = r"The expert of task '[ab]' gives .*features of width \d, the merged module of width \d\. Remedy"
+    for cache in (None, tmp_path, tmp_path):
+        with pytest.raises(IncompatibleModels, match=message):
+            repair(build(4), experts, inputs, kind, cache=cache, **options)
+
+
+def test_what_is_no_tensor_or_module_is_refused_in_one_line():
+    program = """
+import torch
+from torch import nn
+from suture import SutureError, repair
+linear, rows = nn.Linear(3, 4), torch.randn(20, 3)
+for experts, inputs in [
+    ({"a": linear}, {"a": [[1.0, 2.0, 3.0]] * 20}),
+    ({"a": linear}, {"a": {"x": [1, 2]}}),
+    ({"a": linear}, {"a": torch.tensor(3.0)}),
+    ({"a": linear}, {"a": []}),
+    ({"a": linear}, [rows]),
+    ([linear], {"a": rows}),
+    ({"a": None}, {"a": rows}),
+]:
+    try:
+        repair(nn.Linear(3, 4), experts, inputs, steps=3)
+    except SutureError as error:
+        print(error)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    expected = [
+        "'a' are or hold a float; wanted a tensor",
+        "'a' are or hold a int; wanted a tensor",
+        "'a' are or hold a tensor without axes",
+        "'a' are or hold a list; wanted a tensor",
+        "wanted a mapping from task to inputs",
+        "experts is a list; wanted a mapping",
+        "The expert of task 'a' is a NoneType; wanted a module",
+    ]
+    for line, message in zip(done.stdout.splitlines(), expected, strict=True):
+        assert message in line
