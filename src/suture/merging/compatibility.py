@@ -1,8 +1,10 @@
-"""Do these models fit together? Answered from headers alone: names, shapes, dtypes, ties, vocabularies."""
+"""Compatibility of models, from headers alone: names, shapes, dtypes, ties, vocabularies."""
 
+import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
-from suture.checkpoints import Checkpoint, TensorSpec
+from suture.checkpoints import Checkpoint, Source, TensorSpec, open_checkpoint, open_fine_tuned
+from suture.errors import ConfigError, shown
 
 _LISTED = 5  # problems of one kind that are listed for one model before the rest is counted
 #: Parts of the names of embeddings and heads, which have a row for each token.
@@ -10,28 +12,42 @@ VOCABULARY = ("embed", "lm_head", "wte", "shared.weight", "output.weight")
 
 
 def compatibility(
-    base: Checkpoint,
-    models: Mapping[str, Checkpoint],
+    base: Source,
+    models: Mapping[str, Source] | Sequence[Source],
     *,
     frozen: Sequence[str] = (),
     mixed_dtypes: bool = False,
 ) -> list[str]:
     """Every reason why the models cannot be merged, one line each; an empty list if they can.
 
-    Integer and bool tensors are taken from the base, so they may be missing or differ. `frozen` names are not compared.
+    `base` and `models` are whatever `merge` takes; raises `CheckpointError` for one that cannot be opened. Integer and
+    bool tensors are taken from the base, so they may be missing or differ. `frozen` names are not compared.
     `mixed_dtypes` lets floating-point dtypes differ from the base's.
     """
     if not models:
         return ["There is no model to merge. Remedy: give at least one fine-tuned model beside the base."]
+    base, opened = open_models(base, models)
     problems = [
         f"'{name}' is to be left at the base, but the base has no such tensor." for name in _unknown(base, frozen)
     ]
-    for label, model in models.items():
+    for label, model in opened.items():
         problems += _some(_missing(base, model, label, frozen), label)
         problems += _some(_extra(base, model, label), label)
         problems += _some(_different(base, model, label, frozen, mixed_dtypes), label)
         problems += _some(_untied(base, model, label), label)
     return problems
+
+
+def open_models(
+    base: Source, models: Mapping[str, Source] | Sequence[Source]
+) -> tuple[Checkpoint, dict[str, Checkpoint]]:
+    """The base and its fine-tuned models, opened; those of a sequence are named model_1, model_2, …."""
+    if isinstance(models, str | os.PathLike):
+        raise ConfigError(f"models is the one path '{shown(models)}'. Remedy: give a list, or a mapping name → model.")
+    if not isinstance(models, Mapping):
+        models = {f"model_{number}": model for number, model in enumerate(models, start=1)}
+    opened = open_checkpoint(base)
+    return opened, {name: open_fine_tuned(model, opened, label=name) for name, model in models.items()}
 
 
 def merged_names(base: Checkpoint, frozen: Sequence[str] = ()) -> list[str]:

@@ -14,9 +14,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from suture.checkpoints import Checkpoint, Parts, Source, TensorSpec, open_checkpoint, open_fine_tuned
+from suture.checkpoints import Checkpoint, Parts, Source, TensorSpec
 from suture.errors import ConfigError, IncompatibleModels
-from suture.merging.compatibility import compatibility, merged_names
+from suture.merging.compatibility import compatibility, merged_names, open_models
 from suture.merging.counter_random import Place, draw_names
 from suture.merging.order_statistic import kth_memory
 from suture.merging.registry import MergeMethod
@@ -218,10 +218,7 @@ def open_task_vectors(
     threads: int = 0,
 ) -> TaskVectors:
     """Open all models and refuse, from their headers alone, what does not fit together (`IncompatibleModels`)."""
-    if not isinstance(models, Mapping):
-        models = {f"model_{i}": model for i, model in enumerate(models, start=1)}
-    opened_base = open_checkpoint(base)
-    opened = {name: open_fine_tuned(model, opened_base, label=name) for name, model in models.items()}
+    opened_base, opened = open_models(base, models)
     vectors = TaskVectors(opened_base, opened, frozen, threads)
     problems = compatibility(vectors.base, opened, frozen=frozen, mixed_dtypes=mixed_dtypes)
     if problems:
