@@ -96,18 +96,18 @@ class _MergedModel(nn.Module):
         return torch.func.functional_call(self.pretrained_model, merged, args, kwargs, tie_weights=True, strict=False)
 
     def _check(self, models: int) -> None:
-        wanted = (models, *self.shape)
-        if tuple(self.merge_weight.shape) != wanted:
-            raise ConfigError(f"The coefficients have shape {tuple(self.merge_weight.shape)}; wanted {wanted}.")
+        shape = (models, *self.shape)
+        if tuple(self.merge_weight.shape) != shape:
+            raise ConfigError(f"The coefficients have shape {tuple(self.merge_weight.shape)}; wanted {shape}.")
 
 
 def _check_ties(base: nn.Module, model: nn.Module, number: int) -> None:
     """Every two names that are one parameter in the base must have equal values in the model."""
     first = {id(parameter): name for name, parameter in base.named_parameters()}
-    found = dict(model.named_parameters(remove_duplicate=False))
+    parameters = dict(model.named_parameters(remove_duplicate=False))
     for name, parameter in base.named_parameters(remove_duplicate=False):
         other = first[id(parameter)]
-        if name != other and not torch.equal(found[name], found[other]):
+        if name != other and not torch.equal(parameters[name], parameters[other]):
             raise IncompatibleModels(
                 f"'{name}' is tied to '{other}' in the pretrained model but not in fine-tuned model {number}. "
                 "Remedy: tie them in that model, or untie them in the pretrained one."

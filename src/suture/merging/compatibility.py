@@ -84,26 +84,26 @@ def _different(
     for name in merged_names(base, frozen):
         if name not in model:
             continue
-        wanted, found = base.specs[name], spec_of(model, name)
-        if found.shape != wanted.shape:
-            yield _shape_problem(name, label, found, wanted)
-        elif found.dtype != wanted.dtype and not (mixed_dtypes and found.dtype.is_floating_point):
+        expected, spec = base.specs[name], spec_of(model, name)
+        if spec.shape != expected.shape:
+            yield _shape_problem(name, label, spec, expected)
+        elif spec.dtype != expected.dtype and not (mixed_dtypes and spec.dtype.is_floating_point):
             yield (
-                f"'{name}' is {_short(found.dtype)} in '{label}' but {_short(wanted.dtype)} in the base. "
+                f"'{name}' is {_short(spec.dtype)} in '{label}' but {_short(expected.dtype)} in the base. "
                 "Remedy: convert one of them, or allow it with mixed_dtypes=true."
             )
 
 
-def _shape_problem(name: str, label: str, found: TensorSpec, wanted: TensorSpec) -> str:
+def _shape_problem(name: str, label: str, spec: TensorSpec, expected: TensorSpec) -> str:
     vocabulary = any(part in name for part in VOCABULARY)
-    if vocabulary and found.shape[1:] == wanted.shape[1:]:
+    if vocabulary and spec.shape[1:] == expected.shape[1:]:
         return (
-            f"'{name}' has {found.shape[0]} rows in '{label}' but {wanted.shape[0]} in the base: the vocabularies "
+            f"'{name}' has {spec.shape[0]} rows in '{label}' but {expected.shape[0]} in the base: the vocabularies "
             f"differ. Remedy: suture merge … vocabulary=base, crop, pad or union; resize that model's embeddings to "
-            f"{wanted.shape[0]} rows; or leave the tensor at the base by naming it under `frozen` in the pool."
+            f"{expected.shape[0]} rows; or leave the tensor at the base by naming it under `frozen` in the pool."
         )
     return (
-        f"'{name}' has shape {tuple(found.shape)} in '{label}' but {tuple(wanted.shape)} in the base. "
+        f"'{name}' has shape {tuple(spec.shape)} in '{label}' but {tuple(expected.shape)} in the base. "
         "Remedy: merge models of one architecture."
     )
 

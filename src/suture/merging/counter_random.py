@@ -45,11 +45,11 @@ def uniforms(seed: int, place: Place, count: int) -> Float[Tensor, "task entry"]
     >>> torch.equal(whole[1:, 3:], uniforms(0, Place("w", ["b"], start=3), 2))
     True
     """
-    found = torch.empty(len(place.models), count)
+    numbers = torch.empty(len(place.models), count)
     for row, start, drawn in _drawn(seed, place, count):
         drawn >>= np.uint32(_SPARE)
-        found[row, start : start + len(drawn)] = torch.from_numpy(drawn.view(f"{_HALF[0]}i4"))
-    return found.mul_(2.0 ** (_SPARE - 32))
+        numbers[row, start : start + len(drawn)] = torch.from_numpy(drawn.view(f"{_HALF[0]}i4"))
+    return numbers.mul_(2.0 ** (_SPARE - 32))
 
 
 def chosen(seed: int, place: Place, count: int, share: Sequence[float]) -> Iterator[tuple[int, int, np.ndarray]]:

@@ -70,11 +70,11 @@ def merge_task_vectors(
     merging = Merging(vectors, method, lambda name: knobs, write)
     with vectors.workers():
         merging.gather()
-        found = [merging.tensor(name) for name in vectors.names]
-        merging.settle(sum(votes.count for votes in found))
-        for votes in found:
+        all_votes = [merging.tensor(name) for name in vectors.names]
+        merging.settle(sum(votes.count for votes in all_votes))
+        for votes in all_votes:
             merging.again(votes.waiting)
-    for name in vectors.kept:
+    for name in vectors.unchanged:
         merged[name].copy_(vectors.base[name])
     return merged | {alias: merged[name] for alias, name in vectors.base.aliases.items()}
 
@@ -185,8 +185,8 @@ def _refuse_non_finite(vectors: TaskVectors, piece: Piece, base: Tensor, rows: T
         return
     for label, row in [*zip(vectors.models, rows, strict=True), ("_pretrained_", base)]:
         if not row.isfinite().all():
-            found = int((~row.isfinite()).nonzero()[0]) + piece.start
+            entry = int((~row.isfinite()).nonzero()[0]) + piece.start
             raise IncompatibleModels(
-                f"'{piece.name}' is not finite at entry {found} in '{label}' or in the base. "
+                f"'{piece.name}' is not finite at entry {entry} in '{label}' or in the base. "
                 "Remedy: export that checkpoint again; NaN and Inf cannot be merged."
             )

@@ -44,17 +44,17 @@ def kth_magnitudes(deltas, rank: int | Sequence[int]) -> Float[Tensor, " task"]:
 
     def count(_, chunk: Tensor) -> None:
         for search, row in zip(searches, chunk, strict=True):
-            if not search.found:
+            if not search.done:
                 search.count(_patterns(row, dtype))
 
-    while not all(search.found for search in searches):
-        deltas.tally(count, [search.counts for search in searches if not search.found])
+    while not all(search.done for search in searches):
+        deltas.tally(count, [search.counts for search in searches if not search.done])
         for search in searches:
             search.narrow()
     values = np.array([search.low for search in searches])
     float_type = sample[:0].numpy().dtype
-    found = torch.from_numpy(values.astype(f"i{float_type.itemsize}").view(float_type))
-    return torch.where(torch.tensor(ranks) > 0, found, 0.0)
+    magnitudes = torch.from_numpy(values.astype(f"i{float_type.itemsize}").view(float_type))
+    return torch.where(torch.tensor(ranks) > 0, magnitudes, 0.0)
 
 
 def share_of(count: int, share: float) -> int:
@@ -84,7 +84,7 @@ class _Search:
         self.num_bins = bins
         self.from_top = num_entries - rank  # how many entries are larger, at most
         self.largest = int(np.iinfo(sample.dtype).max)
-        self.lock, self.found = threading.Lock(), False
+        self.lock, self.done = threading.Lock(), False
         self._look_in(*self._bracket(sample, rank / num_entries))
 
     def _bracket(self, sample: np.ndarray, quantile: float) -> tuple[int, int]:
@@ -115,7 +115,7 @@ class _Search:
 
     def narrow(self) -> None:
         """Move on to the bin that holds the rank; to everything if the bracket missed it."""
-        if self.found:
+        if self.done:
             return
         at_least = np.cumsum(self.counts[::-1])[::-1]  # entries at or above the start of each bin
         if at_least[-1] > self.from_top or at_least[0] <= self.from_top:
@@ -123,6 +123,6 @@ class _Search:
         index = int(np.flatnonzero(at_least > self.from_top)[-1])
         low = self.low + (index << self.shift)
         if self.shift == 0:
-            self.low, self.found = low, True
+            self.low, self.done = low, True
         else:
             self._look_in(low, min(low + (1 << self.shift) - 1, self.high))

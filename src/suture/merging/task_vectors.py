@@ -63,14 +63,14 @@ class TaskVectors:
         return merged_names(self.base, self.frozen)
 
     @cached_property
-    def kept(self) -> list[str]:
+    def unchanged(self) -> list[str]:
         """The tensors that are taken from the base as they are, sorted; tied names are in neither list."""
         return sorted(set(self.base.specs) - set(self.names) - set(self.base.aliases))
 
     @property
     def specs(self) -> dict[str, TensorSpec]:
         """Shape and dtype of every tensor of the result but the tied ones: those of the base."""
-        return {name: self.base.specs[name] for name in sorted([*self.names, *self.kept])}
+        return {name: self.base.specs[name] for name in sorted([*self.names, *self.unchanged])}
 
     def stream(self, names: Sequence[str] | None = None, operand: str = "deltas", *, rows: bool = False) -> "RowStream":
         """The task vectors (or the models' own weights) of some tensors, all by default, as a stream of flat chunks."""
