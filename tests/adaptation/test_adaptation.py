@@ -466,6 +466,13 @@ def test_weights_that_are_not_finite_are_refused():
         adapt(module, base, models, batches)
 
 
+def test_a_result_that_is_too_large_for_its_dtype_is_refused():
+    module, base, models, batches = problem(dtype=torch.float16)
+    models = {task: {name: torch.full_like(w, 6e4) for name, w in base.items()} for task in models}
+    with pytest.raises(IncompatibleModels, match=r"'0\.weight' would not be finite at entry 0 as float16"):
+        adapt(module, base, models, batches, init_values=1.0, max_steps=0)
+
+
 def test_a_module_that_gives_no_tensor_is_refused():
     class Pair(nn.Linear):
         def forward(self, x):

@@ -4,8 +4,10 @@ import math
 
 import pytest
 import torch
+from torch import nn
 
-from suture.adaptation import entropy, entropy_epsilon, expert_cross_entropy, expert_feature_l1
+from suture.adaptation import adapt, entropy, entropy_epsilon, expert_cross_entropy, expert_feature_l1
+from suture.errors import ConfigError
 
 
 @pytest.mark.parametrize("function", [entropy, entropy_epsilon])
@@ -34,3 +36,49 @@ def test_the_expert_s_prediction_is_the_label():
 
 def test_the_feature_distance_is_a_mean_over_everything():
     assert expert_feature_l1(torch.tensor([[1.0, -1.0], [0.0, 0.0]]), torch.zeros(2, 2)).item() == 0.5
+
+
+def pixels(classes=5, tasks=2):
+    """A network that gives logits (batch, class, height, width), its experts, and a batch a task."""
+    torch.manual_seed(0)
+    module, *experts = (nn.Conv2d(3, classes, 1) for _ in range(tasks + 1))
+    models = {f"t{i}": expert for i, expert in enumerate(experts)}
+    return module, module, models, {task: [torch.randn(2 + i, 3, 4, 4)] for i, task in enumerate(models)}
+
+
+def a_row_a_pixel(module, inputs):
+    return module(inputs).movedim(1, -1).flatten(0, -2)
+
+
+@pytest.mark.parametrize("objective", ["entropy", "entropy_epsilon", "expert_cross_entropy"])
+@pytest.mark.parametrize("concatenate", [True, False])
+def test_dense_logits_are_refused_until_there_is_a_row_for_each_prediction(objective, concatenate):
+    options = {"objective": objective, "concatenate": concatenate, "max_steps": 2}
+    with pytest.raises(ConfigError, match=r"\(batch, class\); found the shape \(\d, 5, 4, 4\)\. Remedy: .*flatten"):
+        adapt(*pixels(), **options)
+    result = adapt(*pixels(), forward=a_row_a_pixel, **options)
+    module, _, models, batches = pixels()
+    if objective == "entropy":
+        module.load_state_dict(adapt(*pixels(), forward=a_row_a_pixel, max_steps=0).merged)
+        loss = sum(entropy(a_row_a_pixel(module, batches[task][0])) for task in models)
+        assert result.losses[0].item() == pytest.approx(loss.item(), rel=1e-5)
+
+
+def test_dense_logits_give_the_same_in_one_pass_and_in_small_ones():
+    options = {"forward": a_row_a_pixel, "max_steps": 3, "lr": 0.1}
+    together = adapt(*pixels(), concatenate=True, **options).history
+    for other in ({"concatenate": False}, {"concatenate": True, "micro_batch": 1}):
+        torch.testing.assert_close(adapt(*pixels(), **options, **other).history, together)
+
+
+def test_rows_that_belong_to_no_input_are_refused():
+    with pytest.raises(ConfigError, match="`forward` gives 4 rows for 5 inputs"):
+        adapt(*pixels(), forward=lambda module, inputs: module(inputs).mean((2, 3))[1:], max_steps=1, concatenate=True)
+
+
+@pytest.mark.parametrize("function", [entropy, entropy_epsilon, lambda z: expert_cross_entropy(z, z)])
+def test_one_class_has_nothing_to_learn_from(function):
+    with pytest.raises(ConfigError, match=r"two classes or more; found the shape \(3, 1\)"):
+        function(torch.randn(3, 1))
+    z = torch.randn(3, 1)
+    assert function(torch.cat([torch.zeros_like(z), z], 1)).item() > 0

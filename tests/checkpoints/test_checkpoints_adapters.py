@@ -8,6 +8,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 import suture
+from suture.adaptation import AdaMergingOptions
 from suture.adaptation import vectors as rows
 from suture.adaptation.vectors import LowRank
 from suture.checkpoints import open_checkpoint, open_fine_tuned
@@ -88,7 +89,7 @@ def test_adaptation_works_with_the_factors_and_finds_the_same_coefficients(base,
     }
     opened = open_checkpoint(base)
     whole = {name: dict(open_fine_tuned(path, opened)) for name, path in adapters.items()}
-    found = rows.task_vector_rows(open_task_vectors(base, adapters))
+    found = rows.task_vector_rows(open_task_vectors(base, adapters), AdaMergingOptions())
     assert all(isinstance(row, LowRank) for row in found.values())
     assert sum(row.up.numel() + row.down.numel() for row in found.values()) < 100
     batches = {name: [torch.randn(8, 6)] for name in adapters}

@@ -8,7 +8,7 @@ from torch import nn
 
 import suture
 from suture.adaptation import adapt, entropy
-from suture.errors import ConfigError, DataError
+from suture.errors import ConfigError, DataError, IncompatibleModels
 
 
 def modules(tasks=2):
@@ -97,6 +97,77 @@ def test_autograd_through_the_merged_model_finds_the_same_coefficients(granulari
     torch.testing.assert_close(merged.merge_weight.detach().double(), found.history[-1], rtol=0, atol=1e-4)
     for name, tensor in merged.merge_and_unload().state_dict().items():
         torch.testing.assert_close(tensor, found.merged[name], rtol=0, atol=1e-4)
+
+
+class Tied(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embed, self.head = nn.Embedding(5, 4), nn.Linear(4, 5, bias=False)
+        self.head.weight = self.embed.weight
+
+    def forward(self, tokens):
+        return self.head(self.embed(tokens))
+
+
+@pytest.mark.parametrize("tie_weights", [True, False])
+@pytest.mark.parametrize("kind", [suture.TaskWiseMergedModel, suture.LayerWiseMergedModel])
+def test_a_call_and_the_unloaded_model_agree_on_tied_weights(kind, tie_weights):
+    torch.manual_seed(0)
+    base, *tuned = (Tied() for _ in range(3))
+    shape = (2,) if kind is suture.TaskWiseMergedModel else (2, 1)
+    merged = kind(torch.full(shape, 0.3), base, tuned, tie_weights=tie_weights)
+    tokens, unloaded = torch.arange(5), merged.merge_and_unload()
+    assert torch.equal(merged(tokens), unloaded(tokens))
+    expected = base.embed.weight + 0.3 * sum(model.embed.weight - base.embed.weight for model in tuned)
+    torch.testing.assert_close(unloaded.head.weight, expected)
+    tuned[1].head.weight = nn.Parameter(torch.zeros(5, 4))
+    with pytest.raises(IncompatibleModels, match=r"'head\.weight' is tied to 'embed\.weight' .* fine-tuned model 1"):
+        kind(torch.full(shape, 0.3), base, tuned)
+
+
+def frozen_pool():
+    torch.manual_seed(0)
+    build = lambda: nn.Sequential(nn.Linear(6, 5), nn.BatchNorm1d(5), nn.Linear(5, 4)).eval()
+    pool = {name: build() for name in ("_pretrained_", "t0", "t1")}
+    for value, module in enumerate(pool.values()):
+        module[1].running_mean.fill_(value)
+        module[0].bias.requires_grad_(False)
+    return pool
+
+
+@pytest.mark.parametrize("kind", [suture.TaskWiseAdaMergingAlgorithm, suture.LayerWiseAdaMergingAlgorithm])
+def test_frozen_parameters_and_running_statistics_stay_at_the_base_as_in_fusion_bench(kind):
+    _, _, batches = modules()
+    pool = frozen_pool()
+    base = pool["_pretrained_"].state_dict()
+    algorithm = subclass(kind, batches)(max_steps=3, lr=0.1)
+    merged = algorithm.run(pool).state_dict()
+    same = {name for name in base if torch.equal(merged[name], base[name])}
+    frozen = {"0.bias", "1.running_mean", "1.running_var"}
+    # the affine parameters of both models are those of the base
+    assert same == frozen | {"1.num_batches_tracked", "1.weight", "1.bias"}
+    if algorithm.granularity == "layer":
+        assert frozen.isdisjoint(algorithm.result.coefficients.layers)
+        textbook = suture.LayerWiseMergedModel(algorithm.result.coefficients.values.float(), *parts(pool))
+        expected = textbook.merge_and_unload().state_dict()
+        assert all(torch.allclose(merged[name], expected[name], atol=1e-6) for name in base)
+
+
+def parts(pool):
+    return pool["_pretrained_"], [module for name, module in pool.items() if name != "_pretrained_"], False
+
+
+def test_frozen_parameters_can_be_merged_like_the_others():
+    _, _, batches = modules()
+    merged = subclass(suture.LayerWiseAdaMergingAlgorithm, batches)(max_steps=1, frozen_parameters="merge")
+    assert merged.run(frozen_pool())[1].running_mean.unique().numel() == 1
+    assert "1.running_mean" in merged.result.coefficients.layers
+    pool = frozen_pool()
+    pool["_pretrained_"].requires_grad_(False)
+    with pytest.raises(ConfigError, match=r"nothing would be merged\. Remedy: .*frozen_parameters='merge'"):
+        subclass(suture.LayerWiseAdaMergingAlgorithm, batches)(max_steps=1).run(pool)
+    with pytest.raises(ConfigError, match="frozen_parameters='leave': wanted 'base' or 'merge'"):
+        subclass(suture.LayerWiseAdaMergingAlgorithm, batches)(frozen_parameters="leave").run(pool)
 
 
 def test_coefficients_of_another_shape_are_refused_by_the_merged_models():

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from suture.checkpoints import open_checkpoint
-from suture.errors import IncompatibleModels
+from suture.checkpoints import open_checkpoint, save_checkpoint
+from suture.errors import CheckpointError, ConfigError, IncompatibleModels
 from suture.merging.compatibility import compatibility
 from suture.merging.merge import merge
 from suture.merging.registry import get_method
@@ -17,6 +17,19 @@ def problems(base, model, **options):
 
 def test_models_that_fit_have_no_problems():
     assert problems({"w": torch.zeros(2)}, {"w": torch.ones(2)}) == []
+
+
+def test_paths_and_lists_are_compared_as_merge_would(tmp_path):
+    for name, size in {"base": 2, "one": 2, "two": 3}.items():
+        save_checkpoint({"w": torch.zeros(size)}, tmp_path / f"{name}.safetensors")
+    path = lambda name: str(tmp_path / f"{name}.safetensors")
+    (line,) = compatibility(path("base"), [path("one"), path("two")])
+    assert "'w' has shape (3,) in 'model_2' but (2,) in the base" in line
+    assert compatibility({"w": torch.zeros(2)}, {"one": path("one")}) == []
+    with pytest.raises(CheckpointError, match="does not exist"):
+        compatibility("base.pt", {"one": path("one")})
+    with pytest.raises(ConfigError, match=r"models is the one path '.*'\. Remedy: give a list"):
+        merge(path("base"), path("one"))
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import golden_cases as golden
 import pytest
 import torch
 
-from suture import get_method, merge, methods
+from suture import get_method, merge, merge_files, methods
 from suture.checkpoints import allocate_checkpoint, open_checkpoint, save_checkpoint
 from suture.errors import IncompatibleModels
 from suture.merging.task_vectors import open_task_vectors
@@ -141,6 +141,21 @@ def test_a_single_bad_entry_is_found_and_named(method, bad, generator):
     models[last]["t0"][77_777] = bad
     with pytest.raises(IncompatibleModels, match=rf"'t0' is not finite at entry 77777 in '{last}'"):
         merge(base, models, method)
+
+
+@pytest.mark.parametrize("method", ["simple_average", "task_arithmetic", "ties_merging", "dare"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_a_result_that_is_too_large_for_its_dtype_is_refused_in_memory_and_in_files(method, dtype, tmp_path):
+    largest = torch.finfo(dtype).max
+    base, tuned = {"w": torch.zeros(3, dtype=dtype)}, {"w": torch.tensor([0, largest, largest], dtype=dtype)}
+    knobs = {"normalize": False} if method == "simple_average" else {"scaling_factor": 1.0}
+    models = {"one": tuned, "two": tuned, "three": tuned}
+    knobs |= {"density": 0.9} if method == "dare" else {}
+    message = rf"'w' would not be finite at entry \d as {str(dtype)[6:]}\. Remedy: .*smaller coefficients"
+    with pytest.raises(IncompatibleModels, match=message):
+        merge(base, models, method, **knobs)
+    with pytest.raises(IncompatibleModels, match=message):
+        merge_files(base, models, method, tmp_path / "merged", **knobs)
 
 
 def test_the_result_may_be_written_straight_into_a_file(tmp_path, generator):

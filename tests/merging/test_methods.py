@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from suture import merge, open_checkpoint, preflight
 from suture.errors import ConfigError
@@ -145,6 +147,43 @@ def test_the_karcher_mean_balances_its_tangents(base, deltas):
     assert tangents.sum(0).norm() < 1e-10
 
 
+@settings(max_examples=100, deadline=None)
+@given(
+    st.integers(1, 2000),
+    st.lists(st.floats(0.1, 10) | st.floats(-10, -0.1), min_size=2, max_size=5),
+    st.sampled_from([torch.float32, torch.float64]),
+    st.integers(0, 2**31),
+)
+def test_models_on_one_line_through_the_origin_stay_on_it(size, factors, dtype, seed):
+    line = torch.randn(size, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+    models = torch.stack([factor * line for factor in factors])
+    sides, lengths = torch.tensor(factors).sign(), torch.tensor(factors).abs().mean().item()
+    side = sides.sum().sign().item() or sides[0].item()  # without a majority the first model's
+    karcher = get_method("karcher").function(line, models)
+    torch.testing.assert_close(karcher, side * lengths * line, rtol=1e-4, atol=1e-5)
+    one, two = factors[:2]
+    nuslerp = get_method("nuslerp").function(line, models[:2], weights=[1.0, 3.0])
+    torch.testing.assert_close(nuslerp, (one + 3 * two) / 4 * line, rtol=1e-4, atol=1e-5)
+    slerp = get_method("slerp").function(line, models[:1], t=0.25)
+    torch.testing.assert_close(slerp, (3 + one) / 4 * line, rtol=1e-4, atol=1e-5)
+    if sides.sum() != 0:
+        multislerp = get_method("multislerp").function(line, models)
+        torch.testing.assert_close(multislerp, side * lengths * line, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("models", "expected"),
+    [
+        ([[1.0], [1.0], [-2.0], [1.0]], [1.25]),
+        ([[1.0], [-1.0], [-1.0], [-1.0]], [-1.0]),
+        ([[1.0, 2.0], [1.0, 2.0], [-1.0, -2.0]], [1.0, 2.0]),
+    ],
+)
+def test_the_karcher_mean_of_exactly_opposite_models_by_hand(models, expected):
+    merged = get_method("karcher").function(torch.zeros(len(expected)), torch.tensor(models))
+    torch.testing.assert_close(merged, torch.tensor(expected))
+
+
 @pytest.mark.parametrize(("name", "count"), [("slerp", 2), ("model_stock", 1), ("sce", 1)])
 def test_a_number_of_models_that_cannot_be_merged_is_refused(name, count):
     with pytest.raises(ConfigError, match=rf"{name} merges .* beside the base; found {count}\."):
@@ -216,3 +255,21 @@ def test_sce_by_hand():
     merged = run(get_method("sce"), torch.zeros(3), deltas, select_topk=1.0)
     torch.testing.assert_close(merged, torch.tensor([4.0, 1.0, 2.0]))
     assert run(get_method("sce"), torch.zeros(3), deltas, select_topk=0.0).tolist() == [0, 0, 0]
+
+
+@pytest.mark.parametrize(
+    ("count", "share", "selected"), [(100, 0.29, 29), (100, 0.57, 57), (1000, 0.001, 1), (7, 0.9, 6)]
+)
+def test_sce_selects_the_share_that_was_written(count, share, selected, generator):
+    deltas = torch.randn(2, count, generator=generator)
+    merged = run(get_method("sce"), torch.zeros(count), deltas, select_topk=share)
+    assert merged.count_nonzero() == selected
+
+
+def test_ties_and_breadcrumbs_round_a_share_as_the_published_code_does(generator):
+    deltas = torch.rand(1, 100, generator=generator) + 1
+    assert int(100 * 0.29) == 28
+    ties = lambda **knobs: run(get_method("ties_merging"), torch.zeros(100), deltas, **knobs).count_nonzero()
+    assert ties(threshold=29) == ties(threshold=0.29) == 28 + 1
+    assert ties(threshold=29, scope="tensor") == 28
+    assert run(get_method("breadcrumbs"), torch.zeros(100), deltas, density=0.29).count_nonzero() == 28

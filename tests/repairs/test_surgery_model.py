@@ -146,21 +146,39 @@ def test_the_model_of_one_task_runs_as_onnx_with_equal_outputs(made, tmp_path):
     torch.testing.assert_close(torch.from_numpy(found), model(x, "digits"), rtol=1e-4, atol=1e-5)
 
 
-def test_the_wrapper_gives_what_fusion_bench_gives():
+def test_the_wrapper_has_the_interface_of_fusion_bench():
     backbone = nn.Linear(3, 512)
     wrapper, x = SurgeryModelWrapper(backbone, ["cars", "digits"]), torch.randn(4, 3)
-    down, up = wrapper.modules_by_task.down, wrapper.modules_by_task.up
-    assert (down.shape, up.shape) == ((2, 16, 512), (2, 512, 16))
+    down, up = wrapper.collect_trainable_params()[2:]
+    assert (down.shape, up.shape) == ((1, 16, 512), (1, 512, 16))
     with torch.no_grad():
         up.normal_()
-    after, correction, before = wrapper(x, "digits")
+    after, before, correction = wrapper.compute_surgery_features(lambda model: model(x), "digits")
     assert torch.equal(before, backbone(x))
-    torch.testing.assert_close(correction, (before @ down[1].T).relu() @ up[1].T, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(correction, (before @ down[0].T).relu() @ up[0].T, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(after, before - correction)
-    after.sum().backward()
-    assert up.grad is not None
+    of_features = wrapper.compute_surgery_features(before, "digits")
+    assert all(map(torch.equal, of_features, (after, before, correction)))
+    assert all(map(torch.equal, wrapper(x, "digits"), (after, correction, before)))
+    assert torch.equal(wrapper(x), before)
+    assert torch.equal(wrapper(input=x), before)
     with pytest.raises(ConfigError, match="Unknown dataset 'digit'"):
         wrapper(x, "digit")
+    with pytest.raises(ConfigError, match="has a module for 'cars' already"):
+        wrapper.add_surgery_module("cars")
+
+
+def test_an_adam_over_all_of_the_wrapper_moves_only_the_dataset_in_use():
+    wrapper = SurgeryModelWrapper(nn.Linear(3, 8), ["cars", "digits"], projection_dim=8, hidden_dim=2)
+    adam = torch.optim.Adam(wrapper.collect_trainable_params())
+    for task in ("cars", "digits"):
+        before = [p.detach().clone() for p in wrapper.collect_trainable_params()]
+        features, _, _ = wrapper.compute_surgery_features(lambda model: model(torch.ones(4, 3)), task)
+        adam.zero_grad()
+        features.square().sum().backward()
+        adam.step()
+        moved = [not torch.equal(p, b) for p, b in zip(wrapper.collect_trainable_params(), before, strict=True)]
+        assert moved[1::2] == [task == "cars", task == "digits"]
 
 
 def test_the_repaired_model_is_evaluated_like_any_other():

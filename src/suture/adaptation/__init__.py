@@ -2,6 +2,7 @@
 
 from suture.adaptation.adamerging import OPTIMIZERS, AdaMergingResult, adapt
 from suture.adaptation.coefficients import Coefficients, Layout, layout, load_coefficients, save_coefficients
+from suture.adaptation.feature_norm import FeatureNorm, feature_norms, norm_drift
 from suture.adaptation.objectives import (
     OBJECTIVES,
     Objective,
@@ -19,6 +20,7 @@ __all__ = [
     "AdaMergingOptions",
     "AdaMergingResult",
     "Coefficients",
+    "FeatureNorm",
     "Layout",
     "Objective",
     "adapt",
@@ -27,7 +29,9 @@ __all__ = [
     "entropy_loss",
     "expert_cross_entropy",
     "expert_feature_l1",
+    "feature_norms",
     "layout",
     "load_coefficients",
+    "norm_drift",
     "save_coefficients",
 ]

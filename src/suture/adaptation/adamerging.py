@@ -18,6 +18,7 @@ from suture.adaptation.coefficients import (
     layout,
     save_coefficients,
 )
+from suture.adaptation.feature_norm import FeatureNorm, norm_drift
 from suture.adaptation.merged_model import MergedModel, matched_tensors
 from suture.adaptation.network import Logits, Network, check_concatenation, depends_on_batch
 from suture.adaptation.objectives import get_objective
@@ -53,6 +54,8 @@ class AdaMergingResult:
     - `losses`: (step,) the objective before each step, summed over tasks; nats for entropies.
     - `merged`: the merged checkpoint, name → tensor, in the base's dtypes, on the CPU.
     - `scores`: step → what `on_evaluation` gave, where it gave a number.
+
+    A run adds the `feature_norms` of the merged model beside its experts', and a warning where they drift apart.
     """
 
     coefficients: Coefficients
@@ -60,6 +63,12 @@ class AdaMergingResult:
     losses: Float[Tensor, " step"]
     merged: dict[str, Tensor]
     scores: dict[int, float] = field(default_factory=dict)
+    feature_norms: dict[str, FeatureNorm] = field(default_factory=dict)
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """One line each for a user to read."""
+        return norm_drift(self.feature_norms)
 
     def save(self, folder: Path, also_as: str | None = None) -> None:
         """Write coefficients.safetensors and history.safetensors, and the coefficients under one more name."""

@@ -97,16 +97,16 @@ def effective(values: Tensor, *, clamp: bool = False, softmax: bool = False) -> 
     return values.clamp(0, 1) if clamp else values.softmax(0) if softmax else values
 
 
-def initial_values(source: Any, wanted: Layout) -> Tensor:
+def initial_values(source: Any, arrangement: Layout) -> Tensor:
     """Starting values of the layout's shape, float64: one number for all, or whatever `load_coefficients` takes."""
     if isinstance(source, int | float):
         if not math.isfinite(source):
             raise ConfigError(f"init_values={source} is not a finite number.")
-        return torch.full(wanted.shape, float(source), dtype=torch.float64)
-    if isinstance(source, Coefficients) and source.layers is None and wanted.columns is not None:
-        tasks = Layout(wanted.tasks, wanted.tensors, None, wanted.index)
-        return load_coefficients(source, tasks)[:, None].repeat(1, len(wanted.columns))
-    return load_coefficients(source, wanted)
+        return torch.full(arrangement.shape, float(source), dtype=torch.float64)
+    if isinstance(source, Coefficients) and source.layers is None and arrangement.columns is not None:
+        tasks = Layout(arrangement.tasks, arrangement.tensors, None, arrangement.index)
+        return load_coefficients(source, tasks)[:, None].repeat(1, len(arrangement.columns))
+    return load_coefficients(source, arrangement)
 
 
 def save_coefficients(coefficients: Coefficients, path: str | os.PathLike[str]) -> None:
@@ -131,22 +131,22 @@ def save_coefficients(coefficients: Coefficients, path: str | os.PathLike[str]) 
         file.write(buffer.getbuffer())
 
 
-def load_coefficients(source: Any, wanted: Layout) -> Tensor:
+def load_coefficients(source: Any, arrangement: Layout) -> Tensor:
     """Coefficients of the layout's shape, float64, from a list, a tensor, `Coefficients` or a file of any format.
 
     Where names are known the tasks and layers are put in the layout's order. Raises `ConfigError` when they do not fit:
     other tasks, other layers, another shape, or values that are not finite. Nothing is truncated or filled up.
     """
     where = f"'{source}'" if isinstance(source, str | os.PathLike) else "The coefficients given"
-    found = _read(source, where)
-    values, shape = found.values, tuple(found.values.shape)
-    if shape != wanted.shape:
-        raise ConfigError(f"{where}: shape {shape}, but {_described(wanted)} need the shape {wanted.shape}.")
+    given = _read(source, where)
+    values, shape = given.values, tuple(given.values.shape)
+    if shape != arrangement.shape:
+        raise ConfigError(f"{where}: shape {shape}, but {_described(arrangement)} need the shape {arrangement.shape}.")
     if not values.isfinite().all():
         raise ConfigError(f"{where}: not all values are finite numbers.")
-    values = values[_order(found.tasks, wanted.tasks, "task", where)]
-    if wanted.columns is not None:
-        values = values[:, _order(found.layers or (), wanted.columns, "layer", where)]
+    values = values[_order(given.tasks, arrangement.tasks, "task", where)]
+    if arrangement.columns is not None:
+        values = values[:, _order(given.layers or (), arrangement.columns, "layer", where)]
     return values.clone()
 
 
@@ -224,20 +224,20 @@ def _numbers(values: Any, where: str) -> Tensor:
         raise ConfigError(f"{where}: not an array of numbers.") from None
 
 
-def _order(found: Sequence[str], wanted: Sequence[str], kind: str, where: str) -> list[int]:
-    """Where each wanted name is among those found; as they are if the file has no names."""
-    if not found:
-        return list(range(len(wanted)))
-    missing = [name for name in wanted if name not in found]
-    if missing or len(found) != len(wanted):
-        shown = repr(missing[0]) if missing else f"{len(wanted)} of {len(found)}"
-        raise ConfigError(f"{where}: made for other {kind}s; {shown} is wanted, it has {', '.join(found[:8])}.")
-    return [list(found).index(name) for name in wanted]
+def _order(given: Sequence[str], expected: Sequence[str], kind: str, where: str) -> list[int]:
+    """Where each expected name is among those given; as they are if the file has no names."""
+    if not given:
+        return list(range(len(expected)))
+    missing = [name for name in expected if name not in given]
+    if missing or len(given) != len(expected):
+        shown = repr(missing[0]) if missing else f"{len(expected)} of {len(given)}"
+        raise ConfigError(f"{where}: made for other {kind}s; {shown} is wanted, it has {', '.join(given[:8])}.")
+    return [list(given).index(name) for name in expected]
 
 
-def _described(wanted: Layout) -> str:
-    layers = "" if wanted.columns is None else f" and {len(wanted.columns)} layers"
-    return f"{len(wanted.tasks)} tasks{layers}"
+def _described(arrangement: Layout) -> str:
+    layers = "" if arrangement.columns is None else f" and {len(arrangement.columns)} layers"
+    return f"{len(arrangement.tasks)} tasks{layers}"
 
 
 def _unknown_suffix(path: Path) -> ConfigError:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from suture.adaptation.vectors import Rows
 from suture.errors import IncompatibleModels
+from suture.merging.overflow import refuse_overflow
 from suture.merging.task_vectors import TaskVectors, compute_dtype
 
 
@@ -38,7 +39,7 @@ class MergedModel:
         self.module = _copy_of(module).to(device)
         state = self.module.state_dict(keep_vars=True)
         self.targets = [state[target] for target in targets]
-        self._place_kept(state)
+        self._write_unchanged(state)
         self.device = self.targets[0].device if self.targets else torch.device("cpu")
         self._rows = [rows[name].to(self.device) for name in self.names]
         self._base = [_computed(vectors.base[name]).to(self.device) for name in self.names]
@@ -95,11 +96,16 @@ class MergedModel:
         return gradient
 
     def merged(self, coefficients: Float[Tensor, "task tensor"]) -> dict[str, Tensor]:
-        """The merged checkpoint: the base's names, shapes and dtypes, tied names as one tensor, on the CPU."""
+        """The merged checkpoint: the base's names, shapes and dtypes, tied names as one tensor, on the CPU.
+
+        Raises `IncompatibleModels` if a result is too large for its dtype.
+        """
         base = self.vectors.base
         state = {name: base[name].to("cpu", copy=True) for name in self.vectors.specs}
         for name, start, rows, column in zip(self.names, self._base, self._rows, coefficients.T, strict=True):
-            state[name].copy_(rows.combine(start, column))
+            merged = rows.combine(start, column).cpu()
+            state[name].copy_(merged)
+            refuse_overflow(name, merged, state[name])
         return state | {alias: state[name] for alias, name in base.aliases.items()}
 
     def _take(self, i: int, parameter: Tensor) -> None:
@@ -116,8 +122,8 @@ class MergedModel:
         return zip(self._rows, self._base, strict=True)
 
     @torch.no_grad()
-    def _place_kept(self, state: Mapping[str, Tensor]) -> None:
-        for name in self.vectors.kept:
+    def _write_unchanged(self, state: Mapping[str, Tensor]) -> None:
+        for name in self.vectors.unchanged:
             if name in state:
                 state[name].copy_(self.vectors.base[name])
 
@@ -130,17 +136,17 @@ def matched_tensors(module: nn.Module, vectors: TaskVectors) -> tuple[list[str],
     """
     state, base = module.state_dict(keep_vars=True), vectors.base
     parameters = [name for name, tensor in state.items() if isinstance(tensor, nn.Parameter)]
-    found: dict[str, str] = {}
+    targets: dict[str, str] = {}
     for target in [*parameters, *(name for name in state if name not in set(parameters))]:
         name = base.aliases.get(target, target)
         if name in vectors.names:
-            _check_fit(name, found.setdefault(name, target), target, state, base.specs[name].shape)
-    for name in set(vectors.kept) & set(state):
+            _check_fit(name, targets.setdefault(name, target), target, state, base.specs[name].shape)
+    for name in set(vectors.unchanged) & set(state):
         _check_fit(name, name, name, state, base.specs[name].shape)
-    missing = sorted(set(vectors.names) - set(found))
+    missing = sorted(set(vectors.names) - set(targets))
     if missing:
         raise IncompatibleModels(f"'{missing[0]}' is in the base but not in the module. {_REMEDY}")
-    return list(found), list(found.values())
+    return list(targets), list(targets.values())
 
 
 _REMEDY = "Remedy: give the module that these checkpoints belong to."
@@ -150,8 +156,8 @@ def _check_fit(name: str, first: str, target: str, state: Mapping[str, Tensor], 
     if state[target] is not state[first]:
         raise IncompatibleModels(f"'{target}' is tied to '{first}' in the base but not in the module. {_REMEDY}")
     if tuple(state[target].shape) != tuple(shape):
-        found = tuple(state[target].shape)
-        raise IncompatibleModels(f"'{name}' has shape {found} in the module but {tuple(shape)} in the base. {_REMEDY}")
+        own = tuple(state[target].shape)
+        raise IncompatibleModels(f"'{name}' has shape {own} in the module but {tuple(shape)} in the base. {_REMEDY}")
 
 
 def _copy_of(module: nn.Module) -> nn.Module:

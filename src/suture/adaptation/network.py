@@ -100,8 +100,7 @@ class Network:
         if len(parts) == 1:
             seen = [self._seen(parts[0].inputs, parts[0].task)]
         else:
-            joined = concatenate([part.inputs for part in parts])
-            outputs = self.forward(self.model.module, joined).split([size(part.inputs) for part in parts])
+            outputs = _of_each(parts, self.forward(self.model.module, concatenate([part.inputs for part in parts])))
             seen = [self._after_head(output, part.task) for output, part in zip(outputs, parts, strict=True)]
         return torch.stack([part.share * self._objective(s, part) for s, part in zip(seen, parts, strict=True)]).sum()
 
@@ -116,6 +115,18 @@ class Network:
 
     def _objective(self, seen: Tensor, part: Part) -> Tensor:
         return self.objective.function(seen) if part.wanted is None else self.objective.function(seen, part.wanted)
+
+
+def _of_each(parts: Pass, output: Tensor) -> Sequence[Tensor]:
+    """The rows of every part; an input may have several, such as one for each pixel."""
+    counts = [size(part.inputs) for part in parts]
+    rows, rest = divmod(len(output), sum(counts))
+    if rest or not rows:
+        raise ConfigError(
+            f"`forward` gives {len(output)} rows for {sum(counts)} inputs; wanted as many for each input. "
+            "Remedy: let it give (batch, …), or rows that are an input's one after another."
+        )
+    return output.split([rows * count for count in counts])
 
 
 def _is_dropout_rate(key: str, value: Any) -> bool:

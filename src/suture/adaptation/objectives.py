@@ -1,6 +1,7 @@
-"""What AdaMerging minimises: the entropy of its own predictions, or the distance to the task's expert.
+"""Objectives of AdaMerging: the entropy of its own predictions, or the distance to the task's expert.
 
-Each objective gives one scalar for one task's batch, a mean over the batch; the loop adds them up over tasks.
+Each objective gives one scalar for one task's batch, a mean over the batch; the loop adds them up over tasks. Those of
+logits raise `ConfigError` unless they are (batch, class) with two classes or more.
 Entropy: https://arxiv.org/abs/2310.02575, equation 5.
 """
 
@@ -16,36 +17,51 @@ from torch.nn import functional as F
 from suture.errors import ConfigError, unknown_name
 
 
-def entropy(logits: Float[Tensor, "batch class"]) -> Float[Tensor, ""]:
-    """−Σ p·log p in nats, p = softmax(logits), mean over the batch; exact for logits of any size.
+def entropy(logits: Tensor) -> Float[Tensor, ""]:
+    """−Σ p·log p in nats, p = softmax(logits (batch, class)), mean over the batch; exact for logits of any size.
 
     >>> entropy(torch.zeros(3, 4)).exp()
     tensor(4.)
     """
+    _check_logits(logits)
     return -(logits.softmax(-1) * logits.log_softmax(-1)).sum(-1).mean()
 
 
-def entropy_loss(logits: Float[Tensor, "batch class"]) -> Float[Tensor, ""]:
+def entropy_loss(logits: Tensor) -> Float[Tensor, ""]:
     """`entropy_epsilon` under the name that FusionBench gives it."""
     return entropy_epsilon(logits)
 
 
-def entropy_epsilon(logits: Float[Tensor, "batch class"]) -> Float[Tensor, ""]:
+def entropy_epsilon(logits: Tensor) -> Float[Tensor, ""]:
     """−Σ p·log(p + 1e-8), as FusionBench computes it: a little below `entropy`."""
+    _check_logits(logits)
     probabilities = logits.softmax(-1)
     return -(probabilities * torch.log(probabilities + 1e-8)).sum(-1).mean()
 
 
-def expert_cross_entropy(
-    logits: Float[Tensor, "batch class"], expert: Float[Tensor, "batch class"]
-) -> Float[Tensor, ""]:
+def expert_cross_entropy(logits: Tensor, expert: Tensor) -> Float[Tensor, ""]:
     """Cross-entropy, in nats, to the class that the task's expert predicts for the same input."""
+    _check_logits(logits)
     return F.cross_entropy(logits, expert.argmax(-1))
 
 
 def expert_feature_l1(features: Float[Tensor, " *shape"], expert: Float[Tensor, " *shape"]) -> Float[Tensor, ""]:
     """Mean absolute difference, over batch and dimensions, to the feature of the task's expert."""
     return (features - expert).abs().mean()
+
+
+def _check_logits(logits: Tensor) -> None:
+    shape = tuple(logits.shape)
+    if len(shape) != 2:
+        raise ConfigError(
+            f"The objective takes logits (batch, class); found the shape {shape}. Remedy: let `forward` or `logits` "
+            "give a row for each prediction; for (batch, class, height, width): logits.movedim(1, -1).flatten(0, -2)."
+        )
+    if shape[1] < 2:
+        raise ConfigError(
+            f"The objective takes logits of two classes or more; found the shape {shape}, whose softmax is constant. "
+            "Remedy: for one logit z let `logits` give torch.cat([torch.zeros_like(z), z], 1)."
+        )
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""How the inputs of one step are laid out over passes through the network, and over processes.
+"""The layout of one step's inputs over passes through the network, and over processes.
 
 Where an input's output depends on nothing else, its batch can be cut anywhere: each piece counts for its share of the
 task's mean, so the sum over pieces, passes and processes is the objective itself.

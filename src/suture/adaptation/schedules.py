@@ -1,4 +1,4 @@
-"""How the learning rate moves over an adaptation: constant as published, or fast, in a fifth of the steps.
+"""Schedules of the learning rate: constant as published, or fast, in a fifth of the steps.
 
 Adam moves a coefficient by at most about the learning rate a step, whatever the size of its gradient: 1,000 steps of
 1e-3 reach no further than 1. Fast sets the reach of 200 steps to 1.2 by taking large ones, and settles on small ones.

@@ -172,11 +172,11 @@ def settled_statistic(vectors: TaskVectors, threshold: float = THRESHOLD) -> Tie
 
 def _factors(vectors: TaskVectors, name: str) -> LowRank | None:
     """The task vectors of one tensor as factors of one rank, if every model gives its own so."""
-    found = [model.factors(name) for model in vectors.models.values()]
-    if any(factors is None for factors in found):
+    pairs = [model.factors(name) for model in vectors.models.values()]
+    if any(factors is None for factors in pairs):
         return None
-    rank = max(factors.up.shape[1] for factors in found if factors is not None)
-    padded = [(pad(f.up, (0, rank - f.up.shape[1])), pad(f.down, (0, 0, 0, rank - len(f.down)))) for f in found if f]
+    rank = max(factors.up.shape[1] for factors in pairs if factors is not None)
+    padded = [(pad(f.up, (0, rank - f.up.shape[1])), pad(f.down, (0, 0, 0, rank - len(f.down)))) for f in pairs if f]
     return LowRank(*(torch.stack(side) for side in zip(*padded, strict=True)))
 
 

@@ -116,7 +116,7 @@ def _moments(base: Float[Tensor, " chunk"], rows: Float[Tensor, "task chunk"]) -
 
 def _survivors(rows: Float[Tensor, "task chunk"], least: Float[Tensor, " task"]) -> Float[Tensor, " count"]:
     """Survivors of each model, columns where they collide, survivors on the losing side."""
-    kept = torch.where(rows.abs() >= least[:, None].to(rows.dtype), rows, 0.0)
+    kept = torch.where(rows.abs() >= least[:, None], rows, 0.0)
     collide = (kept > 0).any(0) & (kept < 0).any(0)
     lost = kept.sign() * kept.sum(0).sign() < 0
     return torch.cat([(kept != 0).sum(1), torch.stack([collide.sum(), lost.sum()])]).double()

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from suture.checkpoints import TensorSpec
 from suture.core.progress import bar
-from suture.errors import ConfigError, IncompatibleModels
+from suture.errors import ConfigError
 from suture.file_merge.adapters import merge_adapters
 from suture.file_merge.inputs import Inputs, open_inputs
 from suture.file_merge.layout import Shard, index, index_path, shards
@@ -24,7 +24,10 @@ from suture.file_merge.tensor_knobs import Rules
 from suture.file_merge.workspace import Digests, Finished, WorkingFolder, bytes_of
 from suture.merging.merge import Merging
 from suture.merging.methods.ties_merging import TiesStatistic
+from suture.merging.overflow import refuse_overflow
 from suture.merging.task_vectors import Piece, TaskVectors, chunk_for, memory_of
+
+_WIDER = "choose a wider dtype or smaller coefficients, or allow it by name with allow_non_finite=[NAME]"
 
 
 @dataclass
@@ -174,7 +177,7 @@ class Job:
         """Convert, check and write some entries; called on several threads."""
         part = merged.to(self.specs[piece.name].dtype)
         if part.dtype.is_floating_point and not self.recipe.may_be_non_finite(piece.name):
-            _refuse_non_finite(piece, merged, part)
+            refuse_overflow(piece.name, merged, part, start=piece.start, remedy=_WIDER)
         data = bytes_of(part.cpu())
         self.folder.write(piece.name, piece.start, data)
         if piece.name in self._digests:
@@ -207,15 +210,3 @@ class Job:
             digest = self.folder.digest(found.name, found.unit)
             self.folder.record(replace(found, sha256=digest, waiting=()))
         self.folder.sync()
-
-
-def _refuse_non_finite(piece: Piece, merged: Tensor, part: Tensor) -> None:
-    """`part` is `merged` in the dtype of the result, which may reach less far."""
-    low, high = merged.aminmax()
-    if max(-low, high) <= torch.finfo(part.dtype).max or part.isfinite().all():
-        return
-    found = int((~part.isfinite()).nonzero()[0]) + piece.start
-    raise IncompatibleModels(
-        f"'{piece.name}' would not be finite at entry {found} as {str(part.dtype).removeprefix('torch.')}. Remedy: "
-        "choose a wider dtype or smaller coefficients, or allow it by name with allow_non_finite=[NAME]."
-    )

@@ -23,6 +23,7 @@ _KNOBS = {
     "max_steps": 1000,
     "objective": "entropy",
     "plus_plus": False,
+    "frozen_parameters": "base",
     "weights": None,
     "save_merging_weights": None,
 }
@@ -33,6 +34,10 @@ class _AdaMergingAlgorithm:
 
     The knobs are those of `suture.adapt`. `weights` are coefficients to be taken as they are; `save_merging_weights`
     names a file for those that were found. After a run, `result` has them with their history.
+
+    `frozen_parameters` says what becomes of parameters of the pretrained module that ask for no gradient, and of its
+    floating-point buffers, such as BatchNorm's running statistics: "base", as in FusionBench, leaves them at the
+    pretrained module's, without a coefficient; "merge" merges them like the others, as `suture.adapt` does.
     """
 
     granularity: ClassVar[str]
@@ -60,18 +65,36 @@ class _AdaMergingAlgorithm:
         base, models = split_pool(modelpool)
         knobs = dict(self.knobs)
         weights, save_as = knobs.pop("weights"), knobs.pop("save_merging_weights")
+        frozen = _frozen(base, knobs.pop("frozen_parameters"))
         if weights is not None:
             knobs |= {"init_values": weights, "max_steps": 0}
         batches = {}
         if knobs["max_steps"]:
             self.on_test_time_adaptation_start()
             batches = {task: self.get_shuffled_test_loader_iter(task) for task in models}
-        self.result = adapt(base, base, models, batches, self.compute_logits, granularity=self.granularity, **knobs)
+        knobs |= {"granularity": self.granularity, "frozen": frozen}
+        self.result = adapt(base, base, models, batches, self.compute_logits, **knobs)
         if save_as is not None:
             save_coefficients(self.result.coefficients, Path(save_as))
         merged = copy.deepcopy(base)
         merged.load_state_dict(self.result.merged, strict=False)
         return merged
+
+
+def _frozen(base: nn.Module, choice: str) -> list[str]:
+    """The names of the tensors that are not merged."""
+    if choice not in ("base", "merge"):
+        raise ConfigError(f"frozen_parameters={choice!r}: wanted 'base' or 'merge'.")
+    tensors = {n: t for n, t in base.state_dict(keep_vars=True).items() if isinstance(t, Tensor)}
+    frozen = [n for n, t in tensors.items() if t.is_floating_point() and not t.requires_grad]
+    if choice == "merge":
+        return []
+    if not any(t.requires_grad for t in tensors.values()):
+        raise ConfigError(
+            "No parameter of the pretrained module asks for a gradient, so nothing would be merged. "
+            "Remedy: module.requires_grad_(), or frozen_parameters='merge'."
+        )
+    return frozen
 
 
 class TaskWiseAdaMergingAlgorithm(_AdaMergingAlgorithm):

@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from suture.errors import ConfigError
+from suture.errors import ConfigError, IncompatibleModels
 
 
 def get_task_wise_weights(num_models: int, init_values: float | None = None) -> Float[Tensor, " task"]:
@@ -32,7 +32,16 @@ def get_layer_wise_weights(
 
 
 class _MergedModel(nn.Module):
-    """θ = θ₀ + Σ λ τ of the parameters that ask for a gradient; calling it runs the merged model."""
+    """θ = θ₀ + Σ λ τ of the parameters that ask for a gradient; calling it runs the merged model.
+
+    Other parameters and all buffers stay the pretrained model's and have no coefficient, as in FusionBench. Weights
+    that are tied in the pretrained model have one coefficient and stay tied, in calls as in `merge_and_unload`. So
+    `tie_weights` and `strict` change nothing: they are there for code written for FusionBench, whose calls leave the
+    second of two tied names at the pretrained weights unless `tie_weights=True`.
+
+    Raises `ConfigError` for coefficients of another shape, and `IncompatibleModels` for fine-tuned models in which tied
+    weights are no longer equal.
+    """
 
     def __init__(
         self,
@@ -51,6 +60,8 @@ class _MergedModel(nn.Module):
         self.layers = [name for name, parameter in base.items() if parameter.requires_grad]
         rows = [dict(model.named_parameters()) for model in finetuned_models]
         self._check(len(rows))
+        for number, model in enumerate(finetuned_models):
+            _check_ties(pretrained_model, model, number)
         self._vectors = [{n: (row[n] - base[n]).detach() for n in self.layers} for row in rows]
         self._merged: dict[str, Tensor] | None = None
 
@@ -82,14 +93,25 @@ class _MergedModel(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         merged = self.merge_weights() if self._merged is None else self._merged
-        return torch.func.functional_call(
-            self.pretrained_model, merged, args, kwargs, tie_weights=self.tie_weights, strict=False
-        )
+        return torch.func.functional_call(self.pretrained_model, merged, args, kwargs, tie_weights=True, strict=False)
 
     def _check(self, models: int) -> None:
-        wanted = (models, *self.shape)
-        if tuple(self.merge_weight.shape) != wanted:
-            raise ConfigError(f"The coefficients have shape {tuple(self.merge_weight.shape)}; wanted {wanted}.")
+        shape = (models, *self.shape)
+        if tuple(self.merge_weight.shape) != shape:
+            raise ConfigError(f"The coefficients have shape {tuple(self.merge_weight.shape)}; wanted {shape}.")
+
+
+def _check_ties(base: nn.Module, model: nn.Module, number: int) -> None:
+    """Every two names that are one parameter in the base must have equal values in the model."""
+    first = {id(parameter): name for name, parameter in base.named_parameters()}
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    for name, parameter in base.named_parameters(remove_duplicate=False):
+        other = first[id(parameter)]
+        if name != other and not torch.equal(parameters[name], parameters[other]):
+            raise IncompatibleModels(
+                f"'{name}' is tied to '{other}' in the pretrained model but not in fine-tuned model {number}. "
+                "Remedy: tie them in that model, or untie them in the pretrained one."
+            )
 
 
 class TaskWiseMergedModel(_MergedModel):

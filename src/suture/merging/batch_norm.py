@@ -82,8 +82,8 @@ class _Reached(Exception):
 
 def _keeps_statistics(part: nn.Module) -> bool:
     """BatchNorm layers of torch, and frozen ones of other libraries, which hold the same two buffers."""
-    found = getattr(part, "running_mean", None), getattr(part, "running_var", None)
-    return all(isinstance(t, Tensor) for t in found) and not isinstance(part, nn.modules.instancenorm._InstanceNorm)
+    buffers = getattr(part, "running_mean", None), getattr(part, "running_var", None)
+    return all(isinstance(t, Tensor) for t in buffers) and not isinstance(part, nn.modules.instancenorm._InstanceNorm)
 
 
 def _order_of_use(module: nn.Module, layers: Mapping[str, nn.Module], batch: Any, run: Forward) -> list[str]:

@@ -6,7 +6,7 @@ the models, nor the slices, nor the threads. The hash is SplitMix64 (Steele, Lea
 
 import hashlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -22,8 +22,14 @@ _SPARE = 8  # bits of the 32 of a half; a float32 has room for the others
 _STEPS = np.arange(1, _BLOCK + 1, dtype="<u8") * _GAMMA
 
 
+#: Layers that hold a row for each token, on the way into a model and on the way out.
+_TOKENS_IN = {"embed_tokens", "word_embeddings", "wte", "shared", "tok_embeddings", "embed_in"}
+_TOKENS_OUT = {"lm_head", "embed_out", "output", "output_projection", "decoder"}
+_TOKENS = "<tokens>"
+
+
 class Place(NamedTuple):
-    """Where a slice lies: the tensor's name, the models' names, and the flat position of its first entry."""
+    """Where a slice lies: the name it is drawn by, the models' names, and the flat position of its first entry."""
 
     tensor: str
     models: Sequence[str]
@@ -39,11 +45,11 @@ def uniforms(seed: int, place: Place, count: int) -> Float[Tensor, "task entry"]
     >>> torch.equal(whole[1:, 3:], uniforms(0, Place("w", ["b"], start=3), 2))
     True
     """
-    found = torch.empty(len(place.models), count)
+    numbers = torch.empty(len(place.models), count)
     for row, start, drawn in _drawn(seed, place, count):
         drawn >>= np.uint32(_SPARE)
-        found[row, start : start + len(drawn)] = torch.from_numpy(drawn.view(f"{_HALF[0]}i4"))
-    return found.mul_(2.0 ** (_SPARE - 32))
+        numbers[row, start : start + len(drawn)] = torch.from_numpy(drawn.view(f"{_HALF[0]}i4"))
+    return numbers.mul_(2.0 ** (_SPARE - 32))
 
 
 def chosen(seed: int, place: Place, count: int, share: Sequence[float]) -> Iterator[tuple[int, int, np.ndarray]]:
@@ -83,6 +89,33 @@ def _hashed(key: int, first: int, z: np.ndarray, scratch: np.ndarray) -> np.ndar
         if factor is not None:
             z *= factor
     return z
+
+
+def draw_names(names: Iterable[str], aliases: Mapping[str, str]) -> dict[str, str]:
+    """The names that random numbers are drawn by: a tensor's own, and one for all models' tables of tokens.
+
+    A table that is tied to the head has a name for each. In memory both are known, a file keeps one of them and says
+    nothing of the other; so the table is drawn by neither. `aliases`: tied name → the first of its names.
+
+    >>> tied = draw_names(["lm_head.weight", "norm.weight"], {"wte.weight": "lm_head.weight"})
+    >>> tied["lm_head.weight"] == draw_names(["wte.weight"], {})["wte.weight"], tied["norm.weight"]
+    (True, 'norm.weight')
+    """
+    groups = {name: [name] for name in names}
+    for alias, name in aliases.items():
+        groups.get(name, []).append(alias)
+    for layers in (_TOKENS_IN, _TOKENS_OUT):
+        tables = [name for name, group in groups.items() if any(_layer(each) in layers for each in group)]
+        if tables:
+            break
+    own = {name: name for name in groups}
+    return own | {tables[0]: _TOKENS} if len(tables) == 1 else own
+
+
+def _layer(name: str) -> str:
+    """The innermost module that a weight belongs to; "" for what is no weight."""
+    module, _, kind = name.rpartition(".")
+    return module.rpartition(".")[2] if kind == "weight" else ""
 
 
 def somewhere(rows: Tensor) -> Place:

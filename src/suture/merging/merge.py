@@ -10,8 +10,8 @@ from torch import Tensor
 
 from suture.checkpoints import Source
 from suture.errors import ConfigError, IncompatibleModels
-from suture.merging.counter_random import Place
 from suture.merging.methods.ties_merging import as_merged, settle
+from suture.merging.overflow import refuse_overflow
 from suture.merging.registry import MergeMethod, get_method
 from suture.merging.streams import DeltaStream
 from suture.merging.task_vectors import Piece, TaskVectors, open_task_vectors
@@ -34,7 +34,8 @@ def merge(
     the arithmetic is float32 (float64 for float64 tensors). Tied names come back as one tensor under both names.
 
     `out` may give tensors to write into, such as a memory-mapped file's; then nothing of the size of a model is
-    allocated. Raises `ConfigError` for an unknown method or value and `IncompatibleModels` for models that do not fit.
+    allocated. Raises `ConfigError` for an unknown method or value and `IncompatibleModels` for models that do not fit,
+    weights that are not finite, and results that are too large for their dtype.
 
     >>> import torch
     >>> base, tuned = {"w": torch.zeros(2)}, {"w": torch.ones(2)}
@@ -62,16 +63,18 @@ def merge_task_vectors(
         raise ConfigError(problem)
 
     def write(piece: Piece, part: Tensor) -> None:
-        merged[piece.name].view(-1)[piece.start : piece.stop] = part
+        stored = part.to(merged[piece.name].dtype)
+        refuse_overflow(piece.name, part, stored, start=piece.start)
+        merged[piece.name].view(-1)[piece.start : piece.stop] = stored
 
     merging = Merging(vectors, method, lambda name: knobs, write)
     with vectors.workers():
         merging.gather()
-        found = [merging.tensor(name) for name in vectors.names]
-        merging.settle(sum(votes.count for votes in found))
-        for votes in found:
+        all_votes = [merging.tensor(name) for name in vectors.names]
+        merging.settle(sum(votes.count for votes in all_votes))
+        for votes in all_votes:
             merging.again(votes.waiting)
-    for name in vectors.kept:
+    for name in vectors.unchanged:
         merged[name].copy_(vectors.base[name])
     return merged | {alias: merged[name] for alias, name in vectors.base.aliases.items()}
 
@@ -140,12 +143,12 @@ class Merging:
         return self.method.gather(stream, **self.knobs_of(names[0]))
 
     def _merge(self, pieces: Sequence[Piece], *statistic: Any) -> None:
-        method, labels, name = self.method, list(self.vectors.models), pieces[0].name
+        method, name = self.method, pieces[0].name
         knobs, width = self.knobs_of(name), self.vectors.row_width(name)
 
         def merge_piece(piece: Piece, base: Tensor, rows: Tensor) -> None:
             self._check(piece, base, rows)
-            place = {"place": Place(piece.name, labels, piece.start)} if method.wants_place else {}
+            place = {"place": self.vectors.place(piece)} if method.wants_place else {}
             if method.whole_rows:
                 base, rows = base.view(-1, width), rows.view(len(rows), -1, width)
             self.write(piece, method.function(base, rows, *statistic, **place, **knobs).reshape(-1))
@@ -182,8 +185,8 @@ def _refuse_non_finite(vectors: TaskVectors, piece: Piece, base: Tensor, rows: T
         return
     for label, row in [*zip(vectors.models, rows, strict=True), ("_pretrained_", base)]:
         if not row.isfinite().all():
-            found = int((~row.isfinite()).nonzero()[0]) + piece.start
+            entry = int((~row.isfinite()).nonzero()[0]) + piece.start
             raise IncompatibleModels(
-                f"'{piece.name}' is not finite at entry {found} in '{label}' or in the base. "
+                f"'{piece.name}' is not finite at entry {entry} in '{label}' or in the base. "
                 "Remedy: export that checkpoint again; NaN and Inf cannot be merged."
             )

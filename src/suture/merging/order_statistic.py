@@ -3,10 +3,13 @@
 The magnitudes of IEEE floats are ordered like their bit patterns, so counting bit patterns finds the k-th value. A
 sample says where to look: one pass then counts what lies above that bracket and histograms what lies inside. If the
 sample misled, or the bracket holds more patterns than bins, the search goes on in the bin that holds the rank.
+
+Where float32 and float64 chunks are mixed, all are counted as float64, which holds every float32 exactly.
 """
 
 import threading
 from collections.abc import Sequence
+from fractions import Fraction
 
 import numpy as np
 import torch
@@ -23,7 +26,7 @@ _MANY = 8  # rows; from there on each gets a quarter
 def kth_magnitudes(deltas, rank: int | Sequence[int]) -> Float[Tensor, " task"]:
     """The `rank`-th smallest |entry| (1-based) of each row of a `DeltaStream`; zeros for rank 0, which keeps all.
 
-    `rank` is one for all rows, or one for each.
+    `rank` is one for all rows, or one for each. The result has the widest dtype of the stream.
     """
     sample = deltas.sample(min(_SAMPLE, max(_LEAST, deltas.num_entries // _SHARE)))
     ranks = [rank] * len(sample) if isinstance(rank, int) else list(rank)
@@ -33,23 +36,34 @@ def kth_magnitudes(deltas, rank: int | Sequence[int]) -> Float[Tensor, " task"]:
     thinner = 2 * (len(sample) > _MANY)
     sample, bins = sample[:, :: 1 << thinner].contiguous(), _BINS >> thinner
     bins = min(bins, max(_FEWEST, 1 << (deltas.num_entries >> 3).bit_length()))
+    dtype = sample.dtype
     searches = [
-        _Search(_patterns(row), max(1, r), deltas.num_entries, bins) for row, r in zip(sample, ranks, strict=True)
+        _Search(_patterns(row, dtype), max(1, r), deltas.num_entries, bins)
+        for row, r in zip(sample, ranks, strict=True)
     ]
 
     def count(_, chunk: Tensor) -> None:
         for search, row in zip(searches, chunk, strict=True):
-            if not search.found:
-                search.count(_patterns(row))
+            if not search.done:
+                search.count(_patterns(row, dtype))
 
-    while not all(search.found for search in searches):
-        deltas.tally(count, [search.counts for search in searches if not search.found])
+    while not all(search.done for search in searches):
+        deltas.tally(count, [search.counts for search in searches if not search.done])
         for search in searches:
             search.narrow()
     values = np.array([search.low for search in searches])
     float_type = sample[:0].numpy().dtype
-    found = torch.from_numpy(values.astype(f"i{float_type.itemsize}").view(float_type))
-    return torch.where(torch.tensor(ranks) > 0, found, 0.0)
+    magnitudes = torch.from_numpy(values.astype(f"i{float_type.itemsize}").view(float_type))
+    return torch.where(torch.tensor(ranks) > 0, magnitudes, 0.0)
+
+
+def share_of(count: int, share: float) -> int:
+    """How many entries a share is, rounded down, with the share taken as the decimal number that was written.
+
+    >>> share_of(100, 0.29), int(100 * 0.29)
+    (29, 28)
+    """
+    return int(count * Fraction(repr(float(share))))
 
 
 def kth_memory(num_rows: int) -> int:
@@ -57,9 +71,9 @@ def kth_memory(num_rows: int) -> int:
     return (12 * _SAMPLE + 8 * _BINS) >> 2 * (num_rows > _MANY)
 
 
-def _patterns(row: Tensor) -> np.ndarray:
-    """|x| as integers of the same width; their order is the order of the magnitudes."""
-    magnitudes = np.abs(row.numpy())
+def _patterns(row: Tensor, dtype: torch.dtype) -> np.ndarray:
+    """|x| in this dtype as integers of its width; their order is the order of the magnitudes."""
+    magnitudes = np.abs(row.to(dtype).numpy())
     return magnitudes.view(f"i{magnitudes.itemsize}")
 
 
@@ -70,7 +84,7 @@ class _Search:
         self.num_bins = bins
         self.from_top = num_entries - rank  # how many entries are larger, at most
         self.largest = int(np.iinfo(sample.dtype).max)
-        self.lock, self.found = threading.Lock(), False
+        self.lock, self.done = threading.Lock(), False
         self._look_in(*self._bracket(sample, rank / num_entries))
 
     def _bracket(self, sample: np.ndarray, quantile: float) -> tuple[int, int]:
@@ -101,7 +115,7 @@ class _Search:
 
     def narrow(self) -> None:
         """Move on to the bin that holds the rank; to everything if the bracket missed it."""
-        if self.found:
+        if self.done:
             return
         at_least = np.cumsum(self.counts[::-1])[::-1]  # entries at or above the start of each bin
         if at_least[-1] > self.from_top or at_least[0] <= self.from_top:
@@ -109,6 +123,6 @@ class _Search:
         index = int(np.flatnonzero(at_least > self.from_top)[-1])
         low = self.low + (index << self.shift)
         if self.shift == 0:
-            self.low, self.found = low, True
+            self.low, self.done = low, True
         else:
             self._look_in(low, min(low + (1 << self.shift) - 1, self.high))

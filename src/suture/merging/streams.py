@@ -23,7 +23,9 @@ class DeltaStream(Protocol):
 
     num_entries: int
 
-    def sample(self, num_entries: int) -> Float[Tensor, "task sample"]: ...
+    def sample(self, num_entries: int) -> Float[Tensor, "task sample"]:
+        """About so many entries of every row, in the widest dtype of the chunks."""
+        ...
 
     def each(self, function: Callable[[Tensor, Tensor], None]) -> None:
         """Call `function(base, rows)` on every chunk, on several threads, in no particular order."""
@@ -140,8 +142,8 @@ def per_row(values: float | Sequence[float], rows: Tensor, knob: str) -> Tensor:
     """A knob's value, or one value for each row, as a tensor that spreads over the rows."""
     if isinstance(values, int | float):
         return torch.tensor(values, dtype=rows.dtype)
-    told = torch.tensor(list(one_each(values, len(rows), knob)), dtype=rows.dtype).to(rows.device)
-    return told.view(-1, *[1] * (rows.ndim - 1))
+    column = torch.tensor(list(one_each(values, len(rows), knob)), dtype=rows.dtype).to(rows.device)
+    return column.view(-1, *[1] * (rows.ndim - 1))
 
 
 def one_each(values: Sequence[float], count: int, knob: str) -> Sequence[float]:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, reduce
 from typing import NamedTuple
 
 import numpy as np
@@ -14,10 +14,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from suture.checkpoints import Checkpoint, Parts, Source, TensorSpec, open_checkpoint, open_fine_tuned
+from suture.checkpoints import Checkpoint, Parts, Source, TensorSpec
 from suture.errors import ConfigError, IncompatibleModels
-from suture.merging.compatibility import compatibility, merged_names
-from suture.merging.counter_random import Place
+from suture.merging.compatibility import compatibility, merged_names, open_models
+from suture.merging.counter_random import Place, draw_names
 from suture.merging.order_statistic import kth_memory
 from suture.merging.registry import MergeMethod
 
@@ -63,14 +63,14 @@ class TaskVectors:
         return merged_names(self.base, self.frozen)
 
     @cached_property
-    def kept(self) -> list[str]:
+    def unchanged(self) -> list[str]:
         """The tensors that are taken from the base as they are, sorted; tied names are in neither list."""
         return sorted(set(self.base.specs) - set(self.names) - set(self.base.aliases))
 
     @property
     def specs(self) -> dict[str, TensorSpec]:
         """Shape and dtype of every tensor of the result but the tied ones: those of the base."""
-        return {name: self.base.specs[name] for name in sorted([*self.names, *self.kept])}
+        return {name: self.base.specs[name] for name in sorted([*self.names, *self.unchanged])}
 
     def stream(self, names: Sequence[str] | None = None, operand: str = "deltas", *, rows: bool = False) -> "RowStream":
         """The task vectors (or the models' own weights) of some tensors, all by default, as a stream of flat chunks."""
@@ -130,6 +130,16 @@ class TaskVectors:
         """One tensor of the base and of every model, each as one row of entries to be sliced."""
         return self.base.flat(name), [model.flat(name) for model in self.models.values()]
 
+    @cached_property
+    def _draw_names(self) -> dict[str, str]:
+        base = self.base
+        floating = [n for n, spec in base.specs.items() if spec.dtype.is_floating_point and n not in base.aliases]
+        return draw_names(floating, base.aliases)
+
+    def place(self, piece: Piece) -> Place:
+        """What the random numbers of a slice are drawn by."""
+        return Place(self._draw_names[piece.name], list(self.models), piece.start)
+
     def row_width(self, name: str) -> int:
         """Entries in a row of a tensor, as a matrix with its first axis for rows; a vector is one row."""
         shape = self.base.specs[name].shape
@@ -158,11 +168,10 @@ class RowStream:
 
     def each_place(self, function: Callable[[Place, Float[Tensor, "task chunk"]], None]) -> None:
         """Call `function(place, rows)` on every chunk, as `each` does."""
-        labels = list(self.vectors.models)
 
         def work(piece: Piece, base: Tensor, rows: Tensor) -> None:
             shaped = rows.view(len(rows), -1, self.vectors.row_width(piece.name)) if self.rows else rows
-            function(Place(piece.name, labels, piece.start), shaped)
+            function(self.vectors.place(piece), shaped)
 
         self.vectors.each_piece(self.names, work, self.operand, rows=self.rows)
 
@@ -171,12 +180,15 @@ class RowStream:
         self.each(function)
 
     def sample(self, num_entries: int) -> Float[Tensor, "task sample"]:
-        """About `num_entries` entries of every row, in short runs spread over all tensors; all if there are few."""
+        """About `num_entries` entries of every row, in short runs spread over all tensors; all if there are few.
+
+        They have the widest dtype of all tensors.
+        """
         stride = max(1, self.num_entries // num_entries)
         parts = [self._runs_of(name, stride) for name in self.names]
         if not parts:
             return torch.zeros(len(self.vectors.models), 0)
-        dtype = torch.promote_types(parts[0].dtype, parts[-1].dtype)
+        dtype = reduce(torch.promote_types, (part.dtype for part in parts))
         return torch.cat([part.to(dtype) for part in parts], dim=1)
 
     def _runs_of(self, name: str, stride: int) -> Tensor:
@@ -206,10 +218,7 @@ def open_task_vectors(
     threads: int = 0,
 ) -> TaskVectors:
     """Open all models and refuse, from their headers alone, what does not fit together (`IncompatibleModels`)."""
-    if not isinstance(models, Mapping):
-        models = {f"model_{i}": model for i, model in enumerate(models, start=1)}
-    opened_base = open_checkpoint(base)
-    opened = {name: open_fine_tuned(model, opened_base, label=name) for name, model in models.items()}
+    opened_base, opened = open_models(base, models)
     vectors = TaskVectors(opened_base, opened, frozen, threads)
     problems = compatibility(vectors.base, opened, frozen=frozen, mixed_dtypes=mixed_dtypes)
     if problems:

@@ -1,7 +1,7 @@
 """AdaMerging as `method=adamerging` runs it: on a pool's encoder, with the inputs and heads of a task pool."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Annotated, Any, Literal
 
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from suture.adaptation import AdaMergingResult, adapt, layout
 from suture.adaptation.coefficients import initial_values
+from suture.adaptation.feature_norm import feature_norms
 from suture.adaptation.merged_model import matched_tensors
 from suture.adaptation.options import AdaMergingOptions
 from suture.adaptation.schedules import Schedule
@@ -32,6 +33,7 @@ NAMES: dict[str, tuple[str, bool]] = {
     "lw_adamergingpp": ("layer", True),
     "tw_adamergingpp": ("task", True),
 }
+_LOOKED_AT = 64  # inputs of each task whose features are compared with the experts
 _FASTER = 5  # the fast schedule gets as far in a fifth of the steps
 _WITHOUT_EFFECT = {"cache_dir", "devices", "eval_iterations", "num_workers", "save_merging_weights", "strict"}
 _OPTIONS = {each.name for each in fields(AdaMergingOptions)}
@@ -187,7 +189,17 @@ class AdaMerging(AdaMergingOptions):
                     **self._options_with(max_steps=steps),
                 )
 
-        return context.launch(everywhere, self.devices)
+        learned = context.launch(everywhere, self.devices)
+        module, other = models.new_encoder(context.device.device), models.new_encoder(context.device.device)
+        with context.profile("evaluation"):
+            norms = feature_norms(
+                module.load(learned.merged),
+                lambda task: other.load(models.experts[task]),
+                {name: task.inputs for name, task in tasks.items()},
+                forward=context.device.call,
+                num_inputs=_LOOKED_AT,
+            )
+        return replace(learned, feature_norms=norms)
 
     def _work(self, steps: int) -> dict[str, Any]:
         """All that decides the result, so that only the same work is taken up again."""

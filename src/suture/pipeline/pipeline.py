@@ -74,6 +74,7 @@ def run_settings(
             fits = [fit(repair, models, merged[-1], inputs, own) for repair in settings.repairs]
             repairs[merged[-1].label] = fits
             _save_repairs(fits, part)
+        warnings = [line for result in merged if result.learned for line in result.learned.warnings]
         scores = score(models, merged, repairs, inputs, context, reuse=first.reuse) if first.tasks else Scores()
         report = Report(
             f"{', '.join(result.label for result in merged)} of {len(models.experts)} models",
@@ -83,7 +84,7 @@ def run_settings(
             config=config,
             provenance=models.provenance,
             profile=profile.seconds,
-            notes=[*notes, *context.notes()],
+            notes=[*notes, *context.notes(), *warnings],
             command=config.get("command", ""),
             learning={result.label: result.learned for result in merged if result.learned},
             repairs={f"{label} + {fitted.kind}": fitted for label, fits in repairs.items() for fitted in fits},
@@ -173,6 +174,7 @@ def evaluate_pool(
     written = matrix and config["output"]
     with new_directory(settings.output, overwrite=settings.overwrite) if written else nullcontext() as folder:
         context, inputs = prepare(settings, models, folder or settings.output, Profile())
+        warnings = [line for result in merged if result.learned for line in result.learned.warnings]
         scores = score(models, [], {}, inputs, context)
         rows = [score_model(name, checkpoint, models, inputs, context) for name, checkpoint in one_more.items()]
         report = Report(

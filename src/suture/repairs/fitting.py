@@ -1,7 +1,8 @@
-"""Gradient descent on surgery modules: one Adam for each task, or the authors' one Adam for all."""
+"""Gradient descent on surgery modules: one Adam for each task, or the authors' one Adam for all tasks."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
@@ -13,7 +14,7 @@ from suture.repairs.modules import SurgeryModules
 from suture.repairs.network import position_mean
 from suture.repairs.problem import OnStep
 
-Optimizer = Literal["adam", "shared_adam"]
+Optimizer = Literal["adam", "shared_adam", "shared_adam_pairs"]
 #: losses(step, tasks) of some tasks in a row: (task,), with a graph.
 Losses = Callable[[int, slice], Tensor]
 
@@ -33,37 +34,32 @@ class Descent:
     """Steps on the stacked modules of some tasks.
 
     - `adam`: one for each task; they do the same things at the same steps, so one over the stacks is equal.
-    - `shared_adam`: one over all tasks, which takes a step after each task. A task joins when its first gradient
-      arrives; from then on each step moves it, with a gradient of zero when it is another task's turn. So did the
-      authors' runs under a PyTorch that zeroed gradients instead of dropping them.
+    - `shared_adam`: one over all tasks, which takes a step after each batch, in the order A1 B1 … A2 B2 …. A task joins
+      when its first gradient arrives; from then on each step moves it, with a gradient of zero when it is another
+      task's turn. So did the authors' runs under a PyTorch that zeroed gradients instead of dropping them.
+    - `shared_adam_pairs`: the same in the authors' order, two batches of a task and then the next task's: A1 A2 B1 B2 …
+      A3 A4 B3 B4 …. Their 500 iterations are 1,000 steps.
 
     `groups`: the slices of tasks that share a forward and a backward pass; their gradients are added up.
     """
 
     def __init__(self, modules: Sequence[SurgeryModules], groups: Sequence[slice], lr: float, optimizer: Optimizer):
         self.modules, self.groups = list(modules), list(groups)
+        self.steps_per_turn = 2 if optimizer == "shared_adam_pairs" else 1
         self.parameters = [p for m in modules for p in (m.down.requires_grad_(), m.up.requires_grad_())]
         self._views: dict[int, list[Tensor]] = {}
-        if optimizer == "shared_adam":  # one leaf for each task, on the memory of the stacks
+        if optimizer != "adam":  # one leaf for each task, on the memory of the stacks
             tasks = range(len(self.parameters[0]))
-            self.groups = [slice(t, t + 1) for t in tasks]
             self._views = {t: [p.detach()[t : t + 1].requires_grad_() for p in self.parameters] for t in tasks}
         leaves = [leaf for views in self._views.values() for leaf in views] or self.parameters
         self.adam = torch.optim.Adam(leaves, lr=lr)
 
-    def step(self, losses: Callable[[slice], Tensor]) -> Float[Tensor, " task"]:
-        """One step of every task; the losses before it."""
-        found = []
-        for group in self.groups:
-            loss = losses(group)
-            loss.sum().backward(inputs=self.parameters)
-            found.append(loss.detach())
-            if self._views:
-                self._step_after(group.start)
+    def step(self, *losses: Callable[[slice], Tensor]) -> Float[Tensor, "step task"]:
+        """Take one step of every task, or those of one turn, by the losses of each step; their values before it."""
         if not self._views:
-            self.adam.step()
-            self._drop_gradients()
-        return torch.cat(found).to("cpu", torch.float64)
+            return torch.stack([self._step_of_all(of_step) for of_step in losses])
+        by_task = [torch.cat([self._step_of(task, of_step) for of_step in losses]) for task in self._views]
+        return torch.stack(by_task, dim=1).to("cpu", torch.float64)
 
     def state(self) -> dict[str, Any]:
         """All that the next step depends on."""
@@ -82,7 +78,19 @@ class Descent:
             for view in views:
                 view.grad = torch.zeros_like(view)
 
-    def _step_after(self, task: int) -> None:
+    def _step_of_all(self, losses: Callable[[slice], Tensor]) -> Float[Tensor, " task"]:
+        values = [self._backward(losses(group)) for group in self.groups]
+        self.adam.step()
+        self._drop_gradients()
+        return torch.cat(values).to("cpu", torch.float64)
+
+    def _backward(self, loss: Tensor) -> Tensor:
+        loss.sum().backward(inputs=self.parameters)
+        return loss.detach()
+
+    def _step_of(self, task: int, losses: Callable[[slice], Tensor]) -> Float[Tensor, "1"]:
+        """One step of the shared Adam, after a batch of one task."""
+        loss = self._backward(losses(slice(task, task + 1)))
         for other, views in self._views.items():
             for view, parameter in zip(views, self.parameters, strict=True):
                 if other == task and parameter.grad is not None:
@@ -91,6 +99,7 @@ class Descent:
                     view.grad.zero_()
         self.adam.step()
         self._drop_gradients()
+        return loss
 
     def _drop_gradients(self) -> None:
         for parameter in self.parameters:
@@ -111,25 +120,29 @@ def descend(
     """All steps, or those that are left; the losses of all. Active units are noted over the last `watched` steps.
 
     `small` says that a step is so little work that threads would spend longer waiting for each other than working.
+    `on_step` sees the modules as they are at the end of a turn, which is two steps for `shared_adam_pairs`.
     """
     history: list[Tensor] = []
     state = None if resume is None else resume.load()
     if state is not None:
         descent.restore(state)
         history = list(state["losses"])
-    for step in range(len(history), steps):
-        if step == max(steps - watched, 0):
+    for start in range(len(history), steps, descent.steps_per_turn):
+        stop = min(start + descent.steps_per_turn, steps)
+        if start <= max(steps - watched, 0) < stop:
             for modules in descent.modules:
                 modules.clear()
         with _threads(1 if small else torch.get_num_threads()):
-            found = descent.step(lambda group, step=step: losses(step, group))
-        if not found.isfinite().all():
-            raise DataError(f"The repair's loss is {found.sum().item()} at step {step}; check the inputs, or lower lr.")
-        history.append(found)
-        if resume is not None and (resume.due() or step == steps - 1):
+            values = descent.step(*(partial(losses, step) for step in range(start, stop)))
+        if not values.isfinite().all():
+            total = values.sum().item()
+            raise DataError(f"The repair's loss is {total} at step {start}; check the inputs, or lower lr.")
+        history.extend(values)
+        if resume is not None and (resume.due() or stop == steps):
             resume.save({**descent.state(), "losses": torch.stack(history)})
         if on_step is not None:
-            on_step(step, found, places)
+            for step in range(start, stop):
+                on_step(step, history[step], places)
     return torch.stack(history)
 
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from suture.checkpoints import TensorSpec, allocate_checkpoint, content_hash, open_checkpoint
 from suture.core.batches import Forward, Inputs, ShuffledBatches, call, device_of, size, take, to_device
 from suture.core.progress import Track, untracked
-from suture.errors import CheckpointError, ConfigError, DataError
+from suture.errors import CheckpointError, ConfigError, DataError, IncompatibleModels
 from suture.repairs.modules import SurgeryModules
 from suture.repairs.network import Block, Network, position_mean
 from suture.storage.resume import Resume
@@ -53,13 +53,20 @@ class Problem:
     on_step: OnStep | None = None
     track: Track = untracked
     passes: ForwardPasses = field(default_factory=ForwardPasses)
+    _widths: dict[tuple[Block, ...], int] = field(init=False, repr=False, compare=False, default_factory=dict)
 
     def __post_init__(self):
-        if not self.inputs:
+        if not isinstance(self.inputs, Mapping) or not self.inputs:
             raise ConfigError("There are no inputs to repair with; wanted a mapping from task to inputs.")
+        if not callable(self.experts) and not isinstance(self.experts, Mapping | nn.ModuleDict):
+            kind = type(self.experts).__name__
+            raise ConfigError(
+                f"experts is a {kind}; wanted a mapping from task to module, or a function that gives it."
+            )
         if self.encode_batch < 1:
             raise ConfigError(f"encode_batch={self.encode_batch}: wanted 1 or more.")
         for task, inputs in self.inputs.items():
+            _check_tensors(task, inputs)
             if size(inputs) == 0:
                 raise DataError(f"Task {task!r} has no inputs to repair with.")
             if isinstance(self.experts, Mapping | nn.ModuleDict) and task not in self.experts:
@@ -78,7 +85,10 @@ class Problem:
 
     def expert(self, task: str) -> nn.Module:
         """The task's fine-tuned module."""
-        return self.experts[task] if isinstance(self.experts, Mapping | nn.ModuleDict) else self.experts(task)
+        found = self.experts[task] if isinstance(self.experts, Mapping | nn.ModuleDict) else self.experts(task)
+        if not isinstance(found, nn.Module):
+            raise ConfigError(f"The expert of task {task!r} is a {type(found).__name__}; wanted a module.")
+        return found
 
     def merged_rows(self, task: str, inputs: Inputs, blocks: tuple[Block, ...] = ()) -> Float[Tensor, "input width"]:
         """What the merged module gives for inputs; see `rows`."""
@@ -108,18 +118,40 @@ class Problem:
         )
         cached = None if path is None else _cached(path, size(inputs))
         if cached is not None:
+            self._check_width(kind, task, cached, inputs, blocks)
             return cached
-        encoded = self._encoded(network, inputs, f"Encoding {task} ({'merged' if kind == 'merged' else 'expert'})")
+        description = f"Encoding {task} ({'merged' if kind == 'merged' else 'expert'})"
+        check = partial(self._check_width, kind, task, inputs=inputs, blocks=blocks)
+        encoded = self._encoded(network, inputs, description, check)
         setattr(self.passes, kind, getattr(self.passes, kind) + size(inputs))
         if path is None:
             return torch.cat(list(encoded))
         return _stored(path, encoded, size(inputs))
 
-    def _encoded(self, network: Network, inputs: Inputs, description: str) -> Iterator[Tensor]:
+    def _encoded(
+        self, network: Network, inputs: Inputs, description: str, check: Callable[[Tensor], None]
+    ) -> Iterator[Tensor]:
         with self.track(description, size(inputs)) as advance:
             for batch in split(inputs, self.encode_batch):
-                yield place_means(network, to_device(batch, network.device)).cpu()
+                rows = place_means(network, to_device(batch, network.device)).cpu()
+                check(rows)
+                yield rows
                 advance(size(batch))
+
+    def _check_width(self, kind: str, task: str, rows: Tensor, inputs: Inputs, blocks: tuple[Block, ...]) -> None:
+        """`IncompatibleModels` for an expert whose outputs are not as wide as the merged module's."""
+        if kind == "merged":
+            self._widths[blocks] = rows.shape[1]
+        elif blocks not in self._widths:
+            network = Network(self.module, self.forward, blocks)
+            first = to_device(take(inputs, slice(0, 1)), network.device)
+            self._widths[blocks] = place_means(network, first).shape[1]
+        if rows.shape[1] != self._widths[blocks]:
+            what = "blocks and features" if blocks else "features"
+            raise IncompatibleModels(
+                f"The expert of task {task!r} gives {what} of width {rows.shape[1]}, the merged module of width "
+                f"{self._widths[blocks]}. Remedy: give experts of the merged module's architecture."
+            )
 
 
 class Order:
@@ -153,6 +185,19 @@ def place_means(network: Network, inputs: Any) -> Float[Tensor, "input width"]:
     means: list[Tensor] = []
     network(inputs, lambda i, rows: means.append(position_mean(rows, inputs)))
     return torch.cat(means, dim=1)
+
+
+def _check_tensors(task: str, inputs: Any) -> None:
+    """`DataError` for inputs that are not tensors with a first axis for the inputs."""
+    if isinstance(inputs, Mapping | tuple | list) and len(inputs):
+        for part in inputs.values() if isinstance(inputs, Mapping) else inputs:
+            _check_tensors(task, part)
+    elif not isinstance(inputs, Tensor) or inputs.ndim == 0:
+        kind = "a tensor without axes" if isinstance(inputs, Tensor) else f"a {type(inputs).__name__}"
+        raise DataError(
+            f"The inputs of task {task!r} are or hold {kind}; wanted a tensor (N, …), or a mapping of such tensors. "
+            "Remedy: torch.tensor(…) of a list of numbers."
+        )
 
 
 def split(inputs: Inputs, batch_size: int) -> Iterator[Any]:

@@ -97,6 +97,8 @@ def learning_data(learned: AdaMergingResult) -> dict[str, Any]:
         "steps": len(learned.losses),
         "losses": learned.losses.tolist(),
         "scores": {str(step): value for step, value in learned.scores.items()},
+        "feature_norms": {task: norm._asdict() for task, norm in learned.feature_norms.items()},
+        "warnings": list(learned.warnings),
     }
 
 

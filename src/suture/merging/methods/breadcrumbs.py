@@ -28,7 +28,8 @@ def breadcrumbs_band(
 ) -> Band:
     """Which magnitudes stay when the largest ones, a share `gamma`, and enough of the smallest ones are removed.
 
-    With d entries, int(d · density) stay. If gamma leaves fewer, fewer of the largest are removed, as in mergekit.
+    With d entries, int(d · density) stay, in floats: 28 of 100 for 0.29. If gamma leaves fewer, fewer of the largest
+    are removed. Both as in mergekit.
     """
     count, num_rows = deltas.num_entries, len(deltas.sample(1))
     densities, gammas = (

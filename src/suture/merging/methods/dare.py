@@ -31,7 +31,8 @@ def dare(
     """Keep each entry of the task vectors with probability `density`, divided by it, and add their sum, scaled.
 
     Which entries stay depends on the seed, the model's and the tensor's name and the position (`place`), so it is the
-    same for every order of named models and number of threads; models in a list are named by their place in it.
+    same for every order of named models and number of threads; models in a list are named by their place in it. A table
+    of tokens that is tied to the head is drawn alike in memory and from files, whichever of its names they keep.
     `rescale=False` leaves the size of what stays. `density` may be one for each model; `weights`: (task,) multiply the
     task vectors.
 

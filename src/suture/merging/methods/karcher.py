@@ -4,6 +4,7 @@ Every point that the iteration visits is a combination of the models, so it need
 one pass over the tensor, however many iterations.
 """
 
+import math
 from typing import Annotated
 
 import torch
@@ -13,6 +14,8 @@ from torch import Tensor
 
 from suture.merging.registry import merge_method
 from suture.merging.streams import DeltaStream, OneTensor, combination, inner_products
+
+_NOISE = 1e-6  # nearer to 180° an angle, from the cosine in float64, is rounding
 
 
 def karcher_weights(models: DeltaStream, *, max_iter: int = 10, tol: float = 1e-5) -> Float[Tensor, " task"]:
@@ -29,12 +32,14 @@ def karcher_weights(models: DeltaStream, *, max_iter: int = 10, tol: float = 1e-
 def _mean_direction(cosines: Float[Tensor, "unit unit"], max_iter: int, tol: float) -> Float[Tensor, " unit"]:
     """The mean on the sphere as a combination of the unit vectors with these cosines."""
     length = lambda vector: (vector @ cosines @ vector).clamp_min(0).sqrt()
+    opposite = math.pi - max(tol, _NOISE)
     mean = torch.full_like(cosines[0], 1 / len(cosines))
     mean = mean / length(mean) if length(mean) > tol else torch.eye(len(cosines), dtype=mean.dtype)[0]
     for _ in range(max_iter):
         dots = (cosines @ mean).clamp(-1, 1)
         angles = dots.acos()
-        pulls = torch.where(angles < tol, 0.0, angles / angles.sin()) / len(cosines)
+        undirected = (angles < tol) | (angles > opposite)  # from the opposite point all directions are equally short
+        pulls = torch.where(undirected, 0.0, angles / angles.sin()) / len(cosines)
         tangent = pulls - (pulls @ dots) * mean
         step = length(tangent)
         if step < tol:
@@ -55,7 +60,8 @@ def karcher(
 ) -> Float[Tensor, " *shape"]:
     """Average the directions of the models' tensors on the sphere, and their norms; the base takes no part.
 
-    Without a `statistic` (one weight a model) the tensor given is taken as the whole.
+    A model exactly opposite to the mean does not move it. Without a `statistic` (one weight a model) the tensor given
+    is taken as the whole.
 
     >>> karcher(torch.zeros(2), torch.tensor([[1.0, 0.0], [0.0, 3.0]]))
     tensor([1.4142, 1.4142])

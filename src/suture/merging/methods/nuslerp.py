@@ -10,7 +10,7 @@ from torch import Tensor
 from suture.merging.registry import merge_method
 from suture.merging.streams import DeltaStream, OneTensor, combined, from_origin, inner_products, one_each
 
-_COLLINEAR = 1e-16  # a squared sine; below it the arc is a line
+_COLLINEAR = 1e-12  # a squared sine; below it the arc is a line, and the sine of nearly 180° is rounding
 
 
 def nuslerp_weights(

@@ -7,7 +7,7 @@ from annotated_types import Ge, Le
 from jaxtyping import Float
 from torch import Tensor
 
-from suture.merging.order_statistic import kth_magnitudes
+from suture.merging.order_statistic import kth_magnitudes, share_of
 from suture.merging.registry import merge_method
 from suture.merging.streams import DeltaStream, Derived, OneTensor, total
 
@@ -35,7 +35,7 @@ def _variance_threshold(deltas: DeltaStream, select_topk: float) -> float:
     if select_topk >= 1:
         return 0.0
     variances = Derived(deltas, lambda rows: _variance(rows)[None])
-    selected = int(float(total(variances, lambda base, row: row.count_nonzero())) * select_topk)
+    selected = share_of(int(total(variances, lambda base, row: row.count_nonzero())), select_topk)
     return float(kth_magnitudes(variances, variances.num_entries - selected + 1)) if selected else float("inf")
 
 

@@ -18,8 +18,8 @@ from suture.merging.order_statistic import kth_magnitudes
 from suture.merging.registry import merge_method
 from suture.merging.streams import DeltaStream, OneTensor, one_each
 
+THRESHOLD = 20.0  #: the percentage of entries that the authors keep
 Threshold = Annotated[float, Gt(0), Le(100)]
-THRESHOLD = 20.0  # %, as published
 _EXACT = 1 << 24  # up to here float32 counts without error
 
 
@@ -48,7 +48,7 @@ def trim_thresholds(
 
 
 def _rank(num_entries: int, fraction: float, scope: str) -> int:
-    kept = int(num_entries * fraction)
+    kept = int(num_entries * fraction)  # in floats, as the authors and mergekit have it: 28 of 100 for 0.29
     return num_entries - kept if scope == "model" else num_entries - max(1, kept) + 1
 
 
@@ -155,11 +155,18 @@ def ties_rows(deltas: Float[Tensor, " task *shape"], statistic: TiesStatistic) -
 
 
 def _trim(row: Tensor, threshold: float) -> Tensor:
-    """Zero the entries below the threshold. `hardshrink` keeps |x| > λ, so λ is one step of the dtype below it."""
+    """Zero the entries whose magnitude is below the threshold, a float64, without rounding either.
+
+    `hardshrink` keeps |x| > λ, so λ is the largest number of the row's dtype that is below the threshold.
+    """
     if threshold == 0:
         return row
     dtype = np.float64 if row.dtype == torch.float64 else np.float32
-    return torch.nn.functional.hardshrink(row, float(np.nextafter(dtype(threshold), dtype(0))))
+    with np.errstate(over="ignore"):  # beyond float32 nothing of a float32 row survives
+        below = dtype(threshold)
+    if float(below) >= threshold:
+        below = np.nextafter(below, dtype(0))
+    return torch.nn.functional.hardshrink(row, float(below))
 
 
 def _cancelled(column_sum: Tensor, merged: Tensor) -> Tensor | None:
