@@ -174,7 +174,6 @@ def evaluate_pool(
     written = matrix and config["output"]
     with new_directory(settings.output, overwrite=settings.overwrite) if written else nullcontext() as folder:
         context, inputs = prepare(settings, models, folder or settings.output, Profile())
-        warnings = [line for result in merged if result.learned for line in result.learned.warnings]
         scores = score(models, [], {}, inputs, context)
         rows = [score_model(name, checkpoint, models, inputs, context) for name, checkpoint in one_more.items()]
         report = Report(
