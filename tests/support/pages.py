@@ -47,7 +47,7 @@ def a_report(title=f"a run of {HOSTILE}", scaling_factor=0.3):
         rows,
         rows[0],
         rows[1],
-        config={"method": {"name": "ties_merging", "scaling_factor": scaling_factor}, "surgery": {"kind": "none"}},
+        config={"method": {"name": "ties_merging", "scaling_factor": scaling_factor}, "repair": {"kind": "none"}},
         provenance={"inputs": {HOSTILE: "sha"}},
         profile={"merging weights": 1.0, "evaluation": 3.0},
         notes=[f"note of {HOSTILE}"],

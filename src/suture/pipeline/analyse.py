@@ -7,6 +7,7 @@ from typing import Any
 
 from suture.analysis.accuracy import interpolation, landscape
 from suture.analysis.bias import bias
+from suture.analysis.figures import save
 from suture.analysis.finding import Finding
 from suture.analysis.weights import layers, similarity, trimming
 from suture.checkpoints import open_checkpoint
@@ -48,7 +49,7 @@ def analyse_configured(name: str, config: Mapping[str, Any], options: Mapping[st
     analyse = _ON_INPUTS.get(name, _on_weights)
     found = analyse(ANALYSES[name][0], models, knobs)
     folder = Path(config["output"]) if config["output"] else new_folder(f"analysis/{name}")
-    return found, found.save(folder)
+    return found, save(found, folder)
 
 
 def _only(config: Mapping[str, Any], names: list[str] | None) -> dict[str, Any]:

@@ -54,8 +54,8 @@ def _datasets(pool: Mapping[str, Any]) -> list[str]:
 
 def _settings(config: Mapping[str, Any]) -> Iterator[list[str]]:
     """Every knob of the method, and of the repair if there is one."""
-    repaired = (config.get("surgery") or {}).get("kind", "none") != "none"
-    for group in ("method", "surgery") if repaired else ("method",):
+    repaired = (config.get("repair") or {}).get("kind", "none") != "none"
+    for group in ("method", "repair") if repaired else ("method",):
         for key, value in flat(config[group], f"{group}."):
             if key.rpartition(".")[2] not in _PLACES and not _is_path(value):
                 yield [key, f"`{value}`"]
