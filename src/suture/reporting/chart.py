@@ -32,7 +32,8 @@ _CONFIG: Mapping[str, Any] = {
     "header": {"labelColor": INK, "labelFontSize": 11, "titleColor": INK},
 }
 _ON_PAGE = {**_CONFIG, "background": "transparent", "font": "system-ui, sans-serif"}
-_IN_FILES = {**_CONFIG, "background": "white", "font": "DejaVu Sans, Verdana, Arial, sans-serif", "padding": 10}
+_IN_FILES = {**_CONFIG, "background": "white", "font": "DejaVu Sans, Verdana, Arial, sans-serif"}
+_IN_FILES |= {"padding": 10, "aria": False}  # of each mark: four times the size of a file with many points
 
 
 @dataclass(frozen=True)
@@ -167,8 +168,8 @@ def tip(name: str, kind: str = "quantitative", **more: str) -> dict[str, Any]:
 
 def line(rows: Sequence[Mapping[str, Any]], title: str) -> dict[str, Any]:
     """One curve of `value` over `step`."""
-    encoding = {"x": number("step", "step", tickMinStep=1), "y": number("value", title)}
-    encoding["tooltip"] = [tip("step"), tip("value", format=".4g")]
+    axes = {"x": number("step", "step", tickMinStep=1), "y": number("value", title)}
+    encoding = {**axes, "tooltip": [tip("step"), tip("value", format=".4g")]}
     mark = {"type": "line", "color": PALETTE[0], "point": {"size": 20, "filled": True, "color": PALETTE[0]}}
     return specification(rows, mark=mark, encoding=encoding, height=200)
 

@@ -45,26 +45,19 @@ class Drawn:
     chart: Chart
 
 
-_REGISTERED: list[Figure] = []
-
-
-def figure(name: str, *, section: str, each: str = "") -> Callable[[Callable], Callable]:
-    """Register a function as the figure that is saved as NAME.png, or NAME_MODEL.png with `each`."""
-
-    def register(draw: Callable) -> Callable:
-        _REGISTERED.append(Figure(name, section, draw, each))
-        return draw
-
-    return register
+def figure(name: str, *, section: str, each: str = "") -> Callable[[Callable[..., Chart | None]], Figure]:
+    """Make a function of `charts/` the figure that is saved as NAME.png, or NAME_MODEL.png with `each`."""
+    return lambda draw: Figure(name, section, draw, each)
 
 
 @cache
 def figures() -> list[Figure]:
-    """All figures, in the order of the page."""
-    for module in sorted(module.name for module in pkgutil.iter_modules(charts.__path__)):
-        import_module(f"{charts.__name__}.{module}")
+    """All figures, in the order of the page: by section, then as they come in their files."""
+    modules = sorted(module.name for module in pkgutil.iter_modules(charts.__path__))
+    members = [vars(import_module(f"{charts.__name__}.{module}")).values() for module in modules]
+    defined = [member for module in members for member in module if isinstance(member, Figure)]
     order = {section: i for i, section in enumerate(_SECTIONS)}
-    return sorted(_REGISTERED, key=lambda one: order.get(one.section, len(order)))
+    return sorted(defined, key=lambda one: order.get(one.section, len(order)))
 
 
 def charts_of(run: Finished) -> Iterator[Drawn]:

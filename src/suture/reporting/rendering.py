@@ -5,6 +5,7 @@ All of it comes from `vl-convert-python`, which holds Vega-Lite and a JavaScript
 
 import contextlib
 import os
+import re
 from importlib.metadata import version
 from pathlib import Path
 
@@ -12,7 +13,8 @@ from suture.reporting.chart import Chart
 from suture.storage.atomic import partial_path
 from suture.storage.cache import cache_directory
 
-_SCALE = 2  # pixels of a PNG for one of the specification
+_SCALE = 1.5  # pixels of a PNG for one of the specification
+_REFERENCE = re.compile(r"""(<[^<>]*?(?:id="|url\(#))(gradient_|clip)(\d+)""")  # in tags only, not in text
 _ENTRY = "window.vegaEmbed = vegaEmbed;"
 
 
@@ -20,11 +22,17 @@ def save(chart: Chart, stem: Path, model: str = "") -> Path:
     """Write STEM.svg and STEM.png; returns the SVG's path. The same chart gives the same bytes."""
     import vl_convert
 
-    picture = vl_convert.vegalite_to_svg(chart.in_file(model), allowed_base_urls=[])
+    picture = _renumbered(vl_convert.vegalite_to_svg(chart.in_file(model), allowed_base_urls=[]))
     svg, png = (stem.with_name(f"{stem.name}.{suffix}") for suffix in ("svg", "png"))
     svg.write_text(picture, "utf-8")
     png.write_bytes(vl_convert.svg_to_png(picture, scale=_SCALE))
     return svg
+
+
+def _renumbered(svg: str) -> str:
+    """The same picture with its own numbering of gradients: Vega goes on counting from picture to picture."""
+    numbers: dict[str, str] = {}
+    return _REFERENCE.sub(lambda m: f"{m[1]}{m[2]}{numbers.setdefault(m[3], str(len(numbers)))}", svg)
 
 
 def runtime() -> str:

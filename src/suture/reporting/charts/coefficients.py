@@ -20,6 +20,8 @@ from suture.reporting.figures import figure
 from suture.reporting.labels import short_names
 from suture.reporting.run_folder import Finished
 
+_DOTTED = 60  # steps up to which a curve shows each of them
+
 
 @figure("coefficients_over_steps", section="Coefficients", each="learning")
 def over_steps(run: Finished, name: str) -> Chart | None:
@@ -37,8 +39,10 @@ def over_steps(run: Finished, name: str) -> Chart | None:
     y = number("mean", "coefficient" + (", mean and range over layers" if layers else ""))
     tips = [tip("task", "nominal"), tip("step"), *(tip(side, format=".3f") for side in ("mean", "low", "high"))]
     ranges = {"y": {**y, "field": "low"}, "y2": {"field": "high"}}
-    band = {"mark": "area", "encoding": {**ranges, **coloured("task", legend, faint=0, full=0.3, unpicked=0.05)}}
-    curve = {"mark": {"type": "line", "point": {"size": 14, "filled": True}}}
+    shades = coloured("task", legend, faint=0, full=0.3, unpicked=min(0.1, 0.4 / len(legend)))
+    band = {"mark": "area", "encoding": {**ranges, **shades}}
+    dots = {"size": 14, "filled": True} if len(curves["steps"]) <= _DOTTED else False
+    curve: dict[str, Any] = {"mark": {"type": "line", "point": dots}}
     curve["encoding"] = {"y": y, "tooltip": tips, **coloured("task", legend)}
     shown = [*([band] if layers else []), curve]
     spec = specification(rows, layer=shown, encoding={"x": number("step", "step", tickMinStep=1)}, height=260)

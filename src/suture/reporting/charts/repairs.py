@@ -31,7 +31,7 @@ def by_layer(run: Finished, name: str) -> Chart | None:
     task, measure = Choice("task", "task", [_MEAN, *tasks]), Choice("measure", "show", list(_MEASURES), 200, ("y",))
     sides = {side: _SIDES[side] for side in ("merged", "repaired")}
     every = [{"filter": f"datum.task !== '{_MEAN}'"}]
-    faint = coloured("side", sides, full=0.22, faint=0.04)
+    faint = coloured("side", sides, full=max(0.07, min(0.22, 1.8 / len(tasks))), faint=0.04)
     chosen = [task.filter]
     tips = [tip("side", "nominal"), tip("place", "nominal"), tip("value", format=".3f")]
     spec = specification(
@@ -72,7 +72,7 @@ def scatter(run: Finished, name: str) -> Chart | None:
         for model in reversed(_SIDES)
         for x, y in sides[model]
     ]
-    bare = {"labels": False, "ticks": False, "grid": False}
+    bare: dict[str, Any] = {"labels": False, "ticks": False, "grid": False}
     encoding = {"x": number("x", **bare), "y": number("y", **bare), "tooltip": [tip("model", "nominal")]}
     spec = specification(
         rows,
@@ -81,7 +81,7 @@ def scatter(run: Finished, name: str) -> Chart | None:
         height=340,
         encoding={**encoding, **coloured("model", _SIDES, faint=0.06, full=0.65)},
     )
-    about = "On the two main axes of all three models together; in brackets the share of the variance that they hold."
+    about = "On the two main axes of all three models; in brackets the share of variance on them."
     return Chart("Final features", spec, _SIDES, [task], about)
 
 
