@@ -1,4 +1,4 @@
-"""Several finished runs as one page: all rows in one table, and what each learned and repaired behind a selector."""
+"""Comparison of finished runs: one page with all rows in one table, and a selector for each run's charts."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path

@@ -19,7 +19,7 @@ from suture.reporting.rendering import runtime
 from suture.reporting.run_folder import Finished, flat, is_reference
 
 Block = Chart | str
-_PLACES = ("output", "overwrite", "reuse", "choices.", "hydra")  # where a run went, not what it did
+_DESTINATIONS = ("output", "overwrite", "reuse", "choices.", "hydra")  # where a run went, not what it did
 _ABOUT = """Accuracy in %. Norm.: mean over tasks of accuracy / expert accuracy. Gap closed: (model − pretrained) /
 (experts − pretrained) of the means. Click a column head to sort."""
 
@@ -186,7 +186,7 @@ def _facts(repair: Mapping[str, Any]) -> str:
 def _differences(runs: Sequence[Mapping[str, Any]]) -> str:
     """The keys in which the configurations of several runs differ."""
     configs = [dict(flat(run["config"])) for run in runs]
-    keys = [key for config in configs for key in config if not key.startswith(_PLACES)]
+    keys = [key for config in configs for key in config if not key.startswith(_DESTINATIONS)]
     differing = [key for key in dict.fromkeys(keys) if len({str(config.get(key)) for config in configs}) > 1]
     if not differing:
         return ""

@@ -34,8 +34,8 @@ def over_steps(run: Finished, name: str) -> Chart | None:
         for task in curves["mean"]
         for i, step in enumerate(curves["steps"])
     ]
-    palette = colours(run.data["tasks"] or curves["mean"])
-    legend = {task: palette.get(task, PALETTE[0]) for task in curves["mean"]}
+    palette = colours([*run.data["tasks"], *curves["mean"]])
+    legend = {task: palette[task] for task in curves["mean"]}
     y = number("mean", "coefficient" + (", mean and range over layers" if layers else ""))
     tips = [tip("task", "nominal"), tip("step"), *(tip(side, format=".3f") for side in ("mean", "low", "high"))]
     ranges = {"y": {**y, "field": "low"}, "y2": {"field": "high"}}
