@@ -119,7 +119,7 @@ def test_the_card_says_what_was_merged_how_and_how_well(run):
     report = json.loads((run / "report.json").read_text())
     for knob, value in report["config"]["method"].items():
         assert f"| method.{knob} | `{value}` |" in rest or knob in ("name", "cache_dir", "save_merging_weights")
-    assert "| surgery.rank | `16` |" in rest
+    assert "| repair.rank | `16` |" in rest
     assert "## Coefficients after 1 step, one for each model" in rest
     assert "| greek | 0.500 | 0.500 | 0.500 |" in rest
     for row in report["rows"]:
@@ -145,8 +145,8 @@ def test_models_and_data_of_a_hub_are_linked(run):
 
 def test_a_card_names_no_repair_where_there_is_none(run):
     found = read(run)
-    config = {**found.data["config"], "surgery": {"kind": "none"}}
-    assert "| surgery" not in card(replace(found, data={**found.data, "config": config}))
+    config = {**found.data["config"], "repair": {"kind": "none"}}
+    assert "| repair" not in card(replace(found, data={**found.data, "config": config}))
 
 
 def test_a_card_of_ones_own_is_kept_and_sent(run, hub, tmp_path):

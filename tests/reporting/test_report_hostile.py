@@ -149,6 +149,18 @@ def test_a_script_that_is_not_the_pages_does_not_run(browser, tmp_path):
     assert any("Content Security Policy" in line["message"] for line in browser.get_log("browser"))
 
 
+def test_a_picture_with_a_script_in_it_stays_a_picture(browser, tmp_path):
+    run = left(tmp_path / "run", DATA, POINTS)
+    (run / "figures").mkdir()
+    script = "<script>top.harmed = 1; parent.harmed = 1</script>"
+    picture = f'<svg xmlns="http://www.w3.org/2000/svg" width="9" height="9" onload="top.harmed = 1">{script}</svg>'
+    (run / "figures" / "'><script>window.harmed = 1<.svg").write_text(picture)
+    browser.get(report([run], tmp_path / "still.html", interactive=False).as_uri())
+    assert browser.execute_script("return document.images[0].naturalWidth") == 9
+    assert browser.execute_script("return window.harmed") is None
+    assert len(browser.find_elements("css selector", "script")) == 2
+
+
 def test_reports_of_earlier_versions_are_read(tmp_path):
     names = ("pretrained", "experts", "ties", "ties + deep", "ties + deep, routed", "other + final rank=8")
     rows = [{"name": name, "accuracies": {"one": 0.5}, "mean": 0.5} for name in names]
