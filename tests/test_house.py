@@ -27,13 +27,14 @@ FLOORS = (
     ("cli",),
 )
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
-HEAVY = {"transformers", "hydra", "omegaconf", "matplotlib", "sklearn", "pydantic", "rich", "huggingface_hub", "PIL"}
+HEAVY = {"transformers", "hydra", "omegaconf", "vl_convert", "sklearn", "pydantic", "rich", "huggingface_hub", "PIL"}
 AT_HOME = {
     "hydra": ["pipeline/config.py"],
     "omegaconf": ["pipeline/config.py"],
     "lightning_fabric": ["core/"],
     "transformers": ["families/", "zoo/"],
-    "matplotlib": ["reporting/", "zoo/"],
+    "matplotlib": ["zoo/"],
+    "vl_convert": ["reporting/"],
     "datasets": ["tasks/"],
     "h5py": ["tasks/"],
     "scipy": ["tasks/"],

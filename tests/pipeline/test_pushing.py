@@ -148,8 +148,8 @@ def test_models_and_data_of_a_hub_are_linked(run):
 
 def test_a_card_names_no_repair_where_there_is_none(run):
     found = read(run)
-    config = {**found.data["config"], "surgery": {"kind": "none"}}
-    assert "| surgery" not in card(replace(found, data={**found.data, "config": config}))
+    config = {**found.data["config"], "repair": {"kind": "none"}}
+    assert "| repair" not in card(replace(found, data={**found.data, "config": config}))
 
 
 def test_a_card_of_ones_own_is_kept_and_sent(run, hub, tmp_path):

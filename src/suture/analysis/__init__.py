@@ -1,8 +1,9 @@
-"""What merging has to work with, and where it hurts: each analysis is one function that returns a `Finding`."""
+"""Analyses of the models to merge: each is one function that returns a `Finding`, which `save` writes into a folder."""
 
 from suture.analysis.accuracy import interpolation, landscape
 from suture.analysis.bias import bias
+from suture.analysis.figures import save
 from suture.analysis.finding import Finding
 from suture.analysis.weights import layers, similarity, trimming
 
-__all__ = ["Finding", "bias", "interpolation", "landscape", "layers", "similarity", "trimming"]
+__all__ = ["Finding", "bias", "interpolation", "landscape", "layers", "save", "similarity", "trimming"]

@@ -13,7 +13,7 @@ from suture.analysis.weights import Models
 from suture.checkpoints import Source
 from suture.core.progress import Track, untracked
 from suture.errors import ConfigError
-from suture.evaluation import BATCH_SIZE, TaskInputs, evaluate_row
+from suture.evaluation import BATCH_SIZE, Row, TaskInputs, evaluate_row
 from suture.families.shared.base import Encoder
 from suture.merging.task_vectors import TaskVectors, open_task_vectors
 
@@ -36,11 +36,14 @@ def interpolation(
     `module` is the architecture; it is copied. `tasks` go by the models' names. `values`: "alone" (model, point), and
     "together" (task, point), the accuracies of base + λ Σ τ.
     """
-    vectors, named = _opened(base, models, tasks, frozen)
-    module, size = copy.deepcopy(module), {"batch_size": batch_size, "track": track}
-    score = lambda state, on: evaluate_row("", _loaded(module, state), {task: tasks[task] for task in on}, **size)
-    alone = [[score(state, [n]).on(n) for state in _line(vectors, [n], points)] for n in named]
-    together = [score(state, tasks) for state in _line(vectors, list(vectors.models), points)]
+    vectors = _task_vectors(base, models, tasks, frozen)
+    module, named = copy.deepcopy(module), list(vectors.models)
+
+    def score(state: Mapping[str, Tensor], on: Mapping[str, TaskInputs]) -> Row:
+        return evaluate_row("", _loaded(module, state), on, batch_size=batch_size, track=track)
+
+    alone = [[score(state, {n: tasks[n]}).on(n) for state in _line(vectors, [n], points)] for n in named]
+    together = [score(state, tasks) for state in _line(vectors, named, points)]
     on_each = torch.tensor([[row.on(task) for row in together] for task in tasks], dtype=torch.float64)
     values = {"alone": torch.tensor(alone, dtype=torch.float64), "together": on_each}
     mean = on_each.mean(0).tolist()
@@ -70,28 +73,30 @@ def landscape(
         raise ConfigError(
             f"A landscape is of two models, found {len(models)}. Remedy: choose two with models=ONE,OTHER."
         )
-    vectors, named = _opened(base, models, tasks, frozen)
-    module, chosen = copy.deepcopy(module), {name: tasks[name] for name in named}
+    vectors = _task_vectors(base, models, tasks, frozen)
+    module, named = copy.deepcopy(module), list(vectors.models)
+    chosen = {name: tasks[name] for name in named}
     grid = [(a, b) for a in points for b in points]
-    found = [
+    scores = [
         evaluate_row("", _loaded(module, state), chosen, batch_size=batch_size, track=track)
         for state in _combinations(vectors, torch.tensor(grid))
     ]
-    rows = [(*place, *(row.on(name) for name in named), row.mean) for place, row in zip(grid, found, strict=True)]
-    accuracy = torch.tensor([[row.on(name) for row in found] for name in named], dtype=torch.float64)
+    rows = [(*point, *(row.on(name) for name in named), row.mean) for point, row in zip(grid, scores, strict=True)]
+    accuracy = torch.tensor([[row.on(name) for row in scores] for name in named], dtype=torch.float64)
     values = {"accuracy": accuracy.reshape(len(named), len(points), len(points))}
     heads = (*(f"λ {name}" for name in named), *(f"on {name}" for name in named), "mean")
     title = f"accuracy between {' and '.join(named)}"
     return Finding("landscape", title, heads, rows, values, {"models": named, "points": list(points)})
 
 
-def _opened(base, models, tasks: Mapping[str, Any], frozen: Sequence[str]) -> tuple[TaskVectors, list[str]]:
+def _task_vectors(base, models, tasks: Mapping[str, Any], frozen: Sequence[str]) -> TaskVectors:
+    """The task vectors of models that each have a task of their name."""
     vectors = open_task_vectors(base, models, frozen=frozen)
     if missing := [name for name in vectors.models if name not in tasks]:
         raise ConfigError(
             f"Model '{missing[0]}' has no task of its name. Remedy: add the task, or leave the model out."
         )
-    return vectors, list(vectors.models)
+    return vectors
 
 
 def _line(vectors: TaskVectors, names: Sequence[str], points: Sequence[float]) -> Iterator[dict[str, Tensor]]:

@@ -1,6 +1,6 @@
-"""How far a merged model's representations are from its experts', layer by layer, before any repair.
+"""Representation bias: the distance of a merged model to its experts, layer by layer, before any repair.
 
-The representation bias of Representation Surgery: https://arxiv.org/abs/2402.02705
+As in Representation Surgery: https://arxiv.org/abs/2402.02705
 """
 
 from collections.abc import Mapping
@@ -34,17 +34,18 @@ def bias(
     (task, place).
     """
     problem = Problem(merged, experts, inputs, forward, encode_batch=batch_size, track=track)
-    looked = _blocks(problem, blocks)
-    l1, cka, places = [], [], places_of(looked)
+    observed = _blocks(problem, blocks)
+    places = places_of(observed)
+    l1, cka = [], []
     for task in problem.tasks:
         pairs = zip(
-            by_place(problem.merged_rows(task, inputs[task], looked), looked),
-            by_place(problem.expert_rows(task, inputs[task], looked), looked),
+            by_place(problem.merged_rows(task, inputs[task], observed), observed),
+            by_place(problem.expert_rows(task, inputs[task], observed), observed),
             strict=True,
         )
-        found = [((one.double() - other.double()).abs().mean(), linear_cka(one, other)) for one, other in pairs]
-        l1.append(torch.stack([pair[0] for pair in found]))
-        cka.append(torch.stack([pair[1] for pair in found]))
+        distances = [((one.double() - other.double()).abs().mean(), linear_cka(one, other)) for one, other in pairs]
+        l1.append(torch.stack([pair[0] for pair in distances]))
+        cka.append(torch.stack([pair[1] for pair in distances]))
     values = {"l1": torch.stack(l1), "cka": torch.stack(cka)}
     rows = [
         (place, values["l1"][:, i].mean().item(), values["cka"][:, i].mean().item(), *values["l1"][:, i].tolist())

@@ -1,102 +1,187 @@
-"""The figure of each finding."""
+"""The files of a finding: its table as JSON and CSV, its figure as PNG and SVG."""
 
+import csv
+import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from suture.analysis import Finding
-from suture.reporting.canvas import COLOURS, end_label, label, save_figure
-from suture.reporting.learning_figures import short_names
+from suture.analysis.finding import Finding
+from suture.reporting import rendering
+from suture.reporting.chart import (
+    INK,
+    Chart,
+    Choice,
+    coloured,
+    colours,
+    heat_map,
+    names_across,
+    names_down,
+    number,
+    specification,
+    tip,
+)
+from suture.reporting.labels import layer_names, short_names
+from suture.storage.atomic import disk_errors
+
+_CHARTS: dict[str, Callable[[Finding], Chart]] = {}
 
 
-def draw(found: Finding, folder: Path) -> Path:
-    """Paint the figure of a finding as PNG and SVG; returns the SVG's path."""
-    paint, size = _PAINTERS[found.name], _SIZES[found.name](found)
-    return save_figure(folder / found.name, paint, found, size)
+def save(finding: Finding, folder: str | Path) -> Path:
+    """Write NAME.json, NAME.csv, NAME.png and NAME.svg into a folder, which is made; returns it.
+
+    Raises `OutputError` if it cannot be written.
+    """
+    folder = Path(folder)
+    with disk_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"{finding.name}.json").write_text(json.dumps(finding.as_data(), indent=2) + "\n", "utf-8")
+        with (folder / f"{finding.name}.csv").open("w", newline="", encoding="utf-8") as file:
+            csv.writer(file).writerows([finding.heads, *finding.rows])
+        rendering.save(chart_of(finding), folder / finding.name)
+    return folder
 
 
-def _similarity(figure: Any, found: Finding) -> None:
-    names, cosine = found.labels["models"], found.values["cosine"].numpy()
-    axes = figure.subplots()
-    image = axes.imshow(cosine, cmap="RdBu_r", vmin=-1, vmax=1)
-    for i, line in enumerate(cosine):
-        for j, value in enumerate(line):
-            colour = "white" if abs(value) > 0.6 else "black"
-            axes.text(j, i, f"{value:.2f}", ha="center", va="center", fontsize=8, color=colour)
-    axes.set_xticks(range(len(names)), map(label, names), rotation=40, ha="right")
-    axes.set_yticks(range(len(names)), map(label, names))
-    figure.colorbar(image, ax=axes, label="cosine")
+def chart_of(finding: Finding) -> Chart:
+    """The figure of a finding."""
+    return _CHARTS[finding.name](finding)
 
 
-def _down_the_tensors(*lines: tuple[str, str]) -> Callable[[Any, Finding], None]:
-    """A painter of several columns beside each other, tensors down."""
+def _draws(name: str) -> Callable[[Callable[[Finding], Chart]], Callable[[Finding], Chart]]:
+    """Register a function as the figure of the analysis of this name."""
 
-    def paint(figure: Any, found: Finding) -> None:
-        names = short_names(found.labels["tensors"])
-        panels = figure.subplots(1, len(lines), sharey=True, squeeze=False)[0]
-        for panel, (key, title), colour in zip(panels, lines, COLOURS[2:], strict=False):
-            values = found.values[key]
-            values = values if values.ndim == 1 else values.mean(1)
-            finite = values.nan_to_num(nan=0.0, posinf=0.0).numpy()  # a bias that is zero in the base has no scale
-            panel.barh(range(len(names)), finite, color=colour)
-            panel.set_xlabel(title)
-        panels[0].set_yticks(range(len(names)), [end_label(name, 40) for name in names], fontsize=5)
-        panels[0].invert_yaxis()
+    def register(draw: Callable[[Finding], Chart]) -> Callable[[Finding], Chart]:
+        _CHARTS[name] = draw
+        return draw
 
-    return paint
+    return register
 
 
-def _interpolation(figure: Any, found: Finding) -> None:
-    axes, points = figure.subplots(), found.labels["points"]
-    for i, (name, curve) in enumerate(zip(found.labels["models"], found.values["alone"], strict=True)):
-        axes.plot(points, 100 * curve.numpy(), color=COLOURS[(i + 2) % len(COLOURS)], linewidth=1, label=label(name))
-    mean = 100 * found.values["together"].mean(0).numpy()
-    axes.plot(points, mean, color=COLOURS[1], linewidth=2.2, marker="o", markersize=4, label="all, on all tasks")
-    axes.set_xlabel("λ")
-    axes.set_ylabel("accuracy (%)")
-    figure.legend(loc="outside upper center", ncols=4, frameon=False)
+@_draws("similarity")
+def _similarity(finding: Finding) -> Chart:
+    names = finding.labels["models"]
+    cosine = finding.values["cosine"].tolist()
+    rows = [
+        {"model": one, "other": other, "value": _finite(cosine[i][j])}
+        for i, one in enumerate(names)
+        for j, other in enumerate(names)
+    ]
+    scale = {"scheme": "redblue", "reverse": True, "domain": [-1, 1]}
+    spec = heat_map(
+        rows,
+        names_across("other", names),
+        names_down("model", names),
+        {"scale": scale, "legend": {"title": "cosine", "gradientLength": 120}},
+        tips=[tip("model", "nominal"), tip("other", "nominal"), tip("value", format=".3f")],
+        height=max(80, 34 * len(names)),
+        numbers=".2f",
+    )
+    return Chart("Cosine similarity of task vectors", spec, width=max(160, 40 * len(names)))
 
 
-def _landscape(figure: Any, found: Finding) -> None:
-    (first, other), points = found.labels["models"], found.labels["points"]
-    mean = 100 * found.values["accuracy"].mean(0).T.numpy()
-    axes = figure.subplots()
-    image = axes.contourf(points, points, mean, levels=12, cmap="viridis") if len(points) > 1 else axes.imshow(mean)
-    for at, name in (((0, 0), "pretrained"), ((1, 0), first), ((0, 1), other)):
-        axes.plot(*at, marker="o", color="white", markeredgecolor="black", clip_on=False)
-        align = {"ha": "right" if at[0] else "left", "va": "top" if at[1] else "bottom"}
-        offset = {"xytext": (-6 if at[0] else 6, -6 if at[1] else 6), "textcoords": "offset points"}
-        axes.annotate(label(name), at, fontsize=8, color="white", **align, **offset)
-    axes.set_xlabel(f"λ {label(first)}")
-    axes.set_ylabel(f"λ {label(other)}")
-    figure.colorbar(image, ax=axes, label="mean accuracy on the two tasks (%)")
+@_draws("layers")
+def _layers(finding: Finding) -> Chart:
+    columns = {"norm / base": "relative", "sign conflict": "conflict", "agreement": "agreement"}
+    return _by_tensor("Task vectors, tensor by tensor", finding, columns)
 
 
-def _bias(figure: Any, found: Finding) -> None:
-    places = ["final" if place == "(features)" else place for place in found.labels["places"]]
-    panels = figure.subplots(1, 2)
-    for panel, key, title in zip(panels, ("l1", "cka"), ("mean |merged − expert|", "linear CKA"), strict=True):
-        for i, (task, line) in enumerate(zip(found.labels["tasks"], found.values[key], strict=True)):
-            panel.plot(line.numpy(), color=COLOURS[(i + 2) % len(COLOURS)], linewidth=0.9, label=label(task))
-        panel.plot(found.values[key].mean(0).numpy(), color=COLOURS[1], marker="o", markersize=4, label="mean")
-        panel.set_ylabel(title)
-        panel.set_xticks(range(len(places)), [".".join(p.split(".")[-2:]) for p in places], rotation=40, ha="right")
-    handles, labels = panels[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper center", ncols=5, frameon=False)
+@_draws("trimming")
+def _trimming(finding: Finding) -> Chart:
+    columns = {"kept": "kept", "collide": "collide", "lost": "lost"}
+    return _by_tensor(finding.title[:1].upper() + finding.title[1:], finding, columns)
 
 
-_tall = lambda found: (8.0, 1.4 + 0.095 * len(found.labels["tensors"]))
-_square = lambda found: (2.6 + 0.55 * len(found.labels["models"]), 1.9 + 0.5 * len(found.labels["models"]))
-_PAINTERS: dict[str, Callable[[Any, Finding], None]] = {
-    "similarity": _similarity,
-    "layers": _down_the_tensors(("relative", "norm / base"), ("conflict", "sign conflict"), ("agreement", "agreement")),
-    "trimming": _down_the_tensors(("kept", "kept"), ("collide", "collide"), ("lost", "lost")),
-    "interpolation": _interpolation,
-    "landscape": _landscape,
-    "bias": _bias,
-}
-_SIZES: dict[str, Callable[[Finding], tuple[float, float]]] = {
-    **{"similarity": _square, "layers": _tall, "trimming": _tall},
-    **{name: (lambda found: (6.0, 4.4)) for name in ("interpolation", "landscape")},
-    "bias": lambda found: (8.4, 4.0),
-}
+def _by_tensor(title: str, finding: Finding, columns: dict[str, str]) -> Chart:
+    """Bars of several measures beside each other, tensors down."""
+    names = short_names(finding.labels["tensors"])
+    rows = []
+    for measure, key in columns.items():
+        values = finding.values[key]
+        means = (values if values.ndim == 1 else values.mean(1)).tolist()
+        rows += [{"tensor": n, "measure": measure, "value": _finite(v)} for n, v in zip(names, means, strict=True)]
+    height = max(60, round(max(3.0, min(12.0, 1100 / len(names))) * len(names)))
+    choice = Choice("measure", "show", list(columns), height, ("x",))
+    legend = colours(columns)
+    spec = specification(
+        rows,
+        transform=[choice.filter],
+        mark="bar",
+        height=height,
+        encoding={
+            "x": number("value", zero=True, tickCount=4),
+            "y": names_down("tensor", names, "44", labelFontSize=8),
+            **coloured("measure", legend),
+        },
+    )
+    return Chart(title, spec, choices=[choice], width=900)
+
+
+@_draws("interpolation")
+def _interpolation(finding: Finding) -> Chart:
+    points, together = finding.labels["points"], "all, mean over tasks"
+    curves = dict(zip(finding.labels["models"], finding.values["alone"].tolist(), strict=True))
+    curves[together] = finding.values["together"].mean(0).tolist()
+    rows = [
+        {"λ": point, "model": name, "value": 100 * value}
+        for name, curve in curves.items()
+        for point, value in zip(points, curve, strict=True)
+    ]
+    legend = colours(curves, {together: INK})
+    heavy = {"condition": {"test": f"datum.model === '{together}'", "value": 3}, "value": 1.5}
+    encoding = {"x": number("λ", "λ"), "y": number("value", "accuracy (%)"), "strokeWidth": heavy}
+    mark = {"type": "line", "point": {"size": 30, "filled": True}}
+    spec = specification(rows, mark=mark, encoding={**encoding, **coloured("model", legend)}, height=300)
+    return Chart("Accuracy from the base (λ = 0) to each model (λ = 1)", spec, legend)
+
+
+@_draws("landscape")
+def _landscape(finding: Finding) -> Chart:
+    """A cell for each point that was scored, and marks where the base and the two models are."""
+    (first, other), points = finding.labels["models"], finding.labels["points"]
+    mean = finding.values["accuracy"].mean(0).tolist()
+    rows = [{"a": a, "b": b, "value": 100 * mean[i][j]} for i, a in enumerate(points) for j, b in enumerate(points)]
+    ends = {(0.0, 0.0): "pretrained", (1.0, 0.0): first, (0.0, 1.0): other}
+    named = [{**row, "name": ends[row["a"], row["b"]]} for row in rows if (row["a"], row["b"]) in ends]
+    axis = {"type": "ordinal", "axis": {"labelAngle": 0, "grid": False}}
+    x = {"field": "a", "title": f"λ {first}", **axis}
+    y = {"field": "b", "title": f"λ {other}", "sort": "descending", **axis}
+    legend = {"title": "mean accuracy (%)", "gradientLength": 160}
+    tips = [tip("a"), tip("b"), tip("value", format=".1f")]
+    side = max(220, 62 * len(points))
+    colour = {"scale": {"scheme": "viridis"}, "legend": legend}
+    spec = heat_map(rows, x, y, colour, tips=tips, height=side, numbers=".1f")
+    below = {"type": "text", "dy": 18, "fontSize": 9, "fontStyle": "italic"}
+    encoding = {"text": {"field": "name"}, "color": spec["layer"][1]["encoding"]["color"]}
+    names = {"data": {"values": named}, "mark": below, "encoding": encoding}
+    return Chart(f"Accuracy between {first} and {other}", {**spec, "layer": [*spec["layer"], names]}, width=side)
+
+
+@_draws("bias")
+def _bias(finding: Finding) -> Chart:
+    tasks, layers = finding.labels["tasks"], layer_names(finding.labels["places"])
+    measures, mean = {"mean |merged − expert|": "l1", "linear CKA": "cka"}, "mean over tasks"
+    rows = []
+    for measure, key in measures.items():
+        curves = dict(zip(tasks, finding.values[key].tolist(), strict=True))
+        curves[mean] = finding.values[key].mean(0).tolist()
+        for task, curve in curves.items():
+            cells = zip(layers.values(), curve, strict=True)
+            rows += [{"measure": measure, "task": task, "layer": layer, "value": v} for layer, v in cells]
+    measure = Choice("measure", "show", list(measures), 220, ("y",))
+    legend = colours([*tasks, mean], {mean: INK})
+    heavy = {"condition": {"test": f"datum.task === '{mean}'", "value": 3}, "value": 1.3}
+    encoding: dict[str, Any] = {"x": names_across("layer", list(layers.values())), "y": number("value")}
+    spec = specification(
+        rows,
+        transform=[measure.filter],
+        mark={"type": "line", "point": {"size": 24, "filled": True}},
+        height=240,
+        encoding={**encoding, "strokeWidth": heavy, **coloured("task", legend)},
+    )
+    return Chart("Distance of the merged model to its experts", spec, legend, [measure], width=760)
+
+
+def _finite(value: float) -> float | None:
+    """A bias that is zero in the base has no scale: such a bar is left out."""
+    return value if math.isfinite(value) else None

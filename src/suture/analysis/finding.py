@@ -1,11 +1,8 @@
-"""What an analysis found: a table of rows, the numbers as tensors, and the words for them."""
+"""The result of an analysis: a table of rows, and the same numbers as tensors."""
 
-import csv
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -15,7 +12,7 @@ from torch import Tensor
 class Finding:
     """`rows` are the table under `heads`; `values` the same numbers as tensors; `labels` name their axes.
 
-    `save` writes both and the figure; `suture.analysis.figures` paints and prints.
+    `suture.analysis.save(finding, folder)` writes both, and the figure.
     """
 
     name: str
@@ -28,18 +25,9 @@ class Finding:
 
     def as_data(self) -> dict[str, Any]:
         """As JSON can hold it; what is not finite is null."""
-        known = lambda value: None if isinstance(value, float) and not math.isfinite(value) else value
-        rows = [dict(zip(self.heads, map(known, row), strict=True)) for row in self.rows]
+        rows = [dict(zip(self.heads, map(_finite, row), strict=True)) for row in self.rows]
         return {"analysis": self.name, "title": self.title, "rows": rows, "notes": list(self.notes)}
 
-    def save(self, folder: str | Path) -> Path:
-        """Write NAME.json, NAME.csv, NAME.png and NAME.svg into a folder, which is made; returns it."""
-        from suture.analysis.figures import draw
 
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / f"{self.name}.json").write_text(json.dumps(self.as_data(), indent=2) + "\n", "utf-8")
-        with (folder / f"{self.name}.csv").open("w", newline="", encoding="utf-8") as file:
-            csv.writer(file).writerows([self.heads, *self.rows])
-        draw(self, folder)
-        return folder
+def _finite(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,4 +1,4 @@
-"""What can be seen in the weights alone: how alike task vectors are, how large, and where they disagree.
+"""Analyses of the weights alone: similarity, size and conflicts of task vectors.
 
 Everything streams: one slice of each model is held at a time.
 """
@@ -28,8 +28,8 @@ def similarity(base: Source, models: Models, *, frozen: Sequence[str] = ()) -> F
     `IncompatibleModels` for models that do not fit together.
 
     >>> one, other = {"w": torch.tensor([1.0, 0.0])}, {"w": torch.tensor([1.0, 1.0])}
-    >>> found = similarity({"w": torch.zeros(2)}, {"one": one, "other": other})
-    >>> [round(value, 3) for value in found.values["cosine"][0].tolist()]
+    >>> finding = similarity({"w": torch.zeros(2)}, {"one": one, "other": other})
+    >>> [round(value, 3) for value in finding.values["cosine"][0].tolist()]
     [1.0, 0.707]
     """
     vectors = open_task_vectors(base, models, frozen=frozen)
@@ -51,8 +51,8 @@ def layers(base: Source, models: Models, *, frozen: Sequence[str] = ()) -> Findi
     independent ones.
 
     >>> one, other = {"w": torch.tensor([2.0, 2.0])}, {"w": torch.tensor([2.0, 0.0])}
-    >>> found = layers({"w": torch.ones(2)}, {"one": one, "other": other})
-    >>> found.values["conflict"].item(), found.values["agreement"].item()
+    >>> finding = layers({"w": torch.ones(2)}, {"one": one, "other": other})
+    >>> finding.values["conflict"].item(), finding.values["agreement"].item()
     (0.5, 0.5)
     """
     vectors = open_task_vectors(base, models, frozen=frozen)

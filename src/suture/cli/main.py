@@ -125,8 +125,8 @@ def _pipeline(arguments: list[str]) -> Answer:
     results = config.run_each(arguments, lambda composed: _shown(pipeline.run(composed)), Settings.from_config)
     folders = [result.folder for result in results if isinstance(result, pipeline.RunResult)]
     if len(folders) > 1 and (summary := summarise(folders)):
-        print_report(summary[0])
-        print(f"The sweep's report is in {summary[1]}")
+        print_report(summary.report)
+        print(f"The sweep's report is in {summary.folder}")
     data = [asdict(result) if isinstance(result, Preflight) else _told(result.folder) for result in results]
     code = 2 if any(isinstance(result, Preflight) and result.problems for result in results) else 0
     return Answer(data[0] if len(data) == 1 else {"runs": data}, "\n".join(map(str, folders)), code)

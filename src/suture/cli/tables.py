@@ -8,9 +8,8 @@ from suture.analysis import Finding
 from suture.core.names import in_bytes
 from suture.pipeline.preflight import Preflight
 from suture.pipeline.reproduce import Compared, Published
-from suture.reporting.canvas import end_label, label
 from suture.reporting.data import Report, cells, columns, percent
-from suture.reporting.learning_figures import short_names
+from suture.reporting.labels import end_label, label, short_names
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -5,7 +5,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from suture.analysis import Finding, bias, interpolation, landscape, layers, similarity, trimming
+from suture.analysis import Finding, bias, interpolation, landscape, layers, save, similarity, trimming
 from suture.checkpoints import open_checkpoint
 from suture.core.knobs import Knobs
 from suture.core.progress import Profile, bar
@@ -58,7 +58,7 @@ def analyse(
     preflight_of(models, settings).refuse()
     context, inputs = prepare(settings, models, folder, Profile())
     finding = _ON_INPUTS.get(name, _on_weights)(ANALYSES[name][0], knobs, settings, models, inputs, context)
-    return finding, finding.save(folder)
+    return finding, save(finding, folder)
 
 
 def _only(config: Mapping[str, Any], names: list[str] | None) -> dict[str, Any]:

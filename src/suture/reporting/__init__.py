@@ -1,4 +1,4 @@
-"""Reports: report.json, report.md, report.html and the figures."""
+"""The report of a run: report.json, report.md, report.html and the figures."""
 
 from suture.reporting.data import Report
 from suture.reporting.report import report

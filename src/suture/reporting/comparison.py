@@ -1,14 +1,14 @@
-"""Several finished runs as one page: all rows in one table, and what each learned and repaired behind a selector."""
+"""Comparison of finished runs: one page with all rows in one table, and a selector for each run's charts."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from suture.errors import ConfigError
-from suture.reporting.charts import REFERENCES
 from suture.reporting.page import page
-from suture.reporting.run_folder import Finished, read, read_all
-from suture.reporting.sweep import curves_of, told
+from suture.reporting.run_folder import Finished, is_reference, read, read_all
+from suture.reporting.sweep import curves_of, knobs_that_differ
+from suture.storage.atomic import disk_errors
 
 _OF_A_MODEL = ("learning", "objective", "scatter", "explained")
 
@@ -22,7 +22,9 @@ def compare(folders: Sequence[Path], output: str | Path | None, *, interactive: 
     shown = read(folders[0]) if single else compared(read_all(folders))
     if not path.parent.is_dir():
         raise ConfigError(f"'{path.parent}' is no folder. Remedy: make it, or choose another --output.")
-    path.write_text(page(shown, interactive=interactive), "utf-8")
+    whole = page(shown, interactive=interactive)
+    with disk_errors(path, "choose another --output"):
+        path.write_text(whole, "utf-8")
     return path
 
 
@@ -49,17 +51,14 @@ def compared(runs: Sequence[Finished]) -> Finished:
 def _names(runs: Sequence[Finished]) -> list[dict[str, str]]:
     """What the rows of each run are called beside the others: with the knobs that differ, and the run if need be."""
     datas = [run.data for run in runs]
-    found: dict[str, Any] = {}
+    accuracies: dict[str, Any] = {}
     names: list[dict[str, str]] = []
     for run in runs:
         names.append({})
         for row in run.data["rows"]:
-            name = (
-                row["name"]
-                if row["name"] in REFERENCES
-                else f"{row['name']} {told(run.data, datas, row['name'])}".strip()
-            )
-            if found.setdefault(name, row["accuracies"]) != row["accuracies"]:
+            knobs = "" if is_reference(row) else knobs_that_differ(run.data, datas, row)
+            name = f"{row['name']} {knobs}".strip()
+            if accuracies.setdefault(name, row["accuracies"]) != row["accuracies"]:
                 name = f"{name} ({run.label})"
             names[-1][row["name"]] = name
     return names
@@ -73,7 +72,7 @@ def _different_rows(
     for i, run in enumerate(runs):
         for row in run.data["rows"]:
             rows.setdefault(names[i][row["name"]], (i, row))
-    return sorted(rows.values(), key=lambda found: found[1]["name"] not in REFERENCES)
+    return sorted(rows.values(), key=lambda numbered: not is_reference(numbered[1]))
 
 
 def _joined(runs: Sequence[Finished], names: Sequence[Mapping[str, str]], part: Any) -> dict[str, Any]:

@@ -1,58 +1,68 @@
 """report.html: one self-contained page of one finished run, or of several side by side.
 
-Everything in it comes from what the runs left, as plain data. Its policy forbids the browser every connection: all that
-is shown is in the file. Without the plotting library the same page has still pictures.
+Everything in it comes from what the runs left, as checked data, and is escaped. Its policy forbids the browser every
+connection and every script but the two of the page, which it knows by their hashes.
 """
 
 import base64
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict
+from hashlib import sha256
 from html import escape
 from importlib.resources import files
 from typing import Any
 
-from suture.reporting import charts, vega
-from suture.reporting.charts import REFERENCES, Chart
+from suture.reporting.chart import Chart
 from suture.reporting.data import percent
-from suture.reporting.run_folder import Finished, flat
+from suture.reporting.figures import charts_of
+from suture.reporting.rendering import runtime
+from suture.reporting.run_folder import Finished, flat, is_reference
 
 Block = Chart | str
-_POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline' 'unsafe-eval'; img-src data:"
-_STILL = """The figures are still pictures, because the plotting library was not there when this page was made. For
-figures that answer to a pointer: <code>pip install 'suture[page]'</code>, then <code>suture report</code> and the
-run's folder."""
-_PLACES = ("output", "overwrite", "reuse", "choices.", "hydra")  # where a run went, not what it did
+_DESTINATIONS = ("output", "overwrite", "reuse", "choices.", "hydra")  # where a run went, not what it did
 _ABOUT = """Accuracy in %. Norm.: mean over tasks of accuracy / expert accuracy. Gap closed: (model − pretrained) /
-(experts − pretrained) of the means. A click on a head sorts."""
+(experts − pretrained) of the means. Click a column head to sort."""
 
 
 def page(run: Finished, *, interactive: bool = True) -> str:
-    """The whole page as HTML. `interactive` without the plotting library still gives pictures."""
-    script = vega.runtime() if interactive else None
+    """The whole page as HTML; without `interactive` it shows the run's pictures."""
     charted: list[Chart] = []
-    body = _sections(run, charted if script else None)
-    scripts = [f'<script type="application/json" id="charts">{_as_json(charted)}</script>']
-    scripts += [f"<script>{script}</script>"] if script else []
+    body = _sections(run, charted if interactive else None)
+    scripts = [*([runtime()] if interactive else []), _asset("page.js")]
     title = escape(run.data["title"])
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<meta http-equiv="Content-Security-Policy" content="{_POLICY}">
+<meta http-equiv="Content-Security-Policy" content="{_policy(scripts)}">
 <title>{title}</title><style>{_asset("page.css")}</style></head><body>
 <header><h1>{title}</h1><button id="theme" type="button">dark or light</button></header>
 <main>
 {body}
 </main>
-{"".join(scripts)}
-<script>{_asset("page.js")}</script>
+<script type="application/json" id="charts">{_as_json(charted)}</script>
+{"".join(f"<script>{script}</script>" for script in scripts)}
 </body></html>
 """
 
 
+def _policy(scripts: Sequence[str]) -> str:
+    """A Content-Security-Policy under which only these scripts run and nothing is loaded."""
+    hashes = (base64.b64encode(sha256(script.encode()).digest()).decode() for script in scripts)
+    allowed = " ".join(f"'sha256-{value}'" for value in hashes)
+    rest = "style-src 'unsafe-inline'; img-src data:; base-uri 'none'; form-action 'none'"
+    return f"default-src 'none'; script-src {allowed}; {rest}"
+
+
 def _as_json(charted: Sequence[Chart]) -> str:
-    """What JSON.parse takes and no HTML parser trips over; what is not finite is null."""
-    text = json.dumps([asdict(chart) for chart in charted])
-    return json.dumps(json.loads(text, parse_constant=lambda _: None), separators=(",", ":")).replace("<", "\\u003c")
+    """What JSON.parse takes and no HTML parser trips over: all ASCII, without a <."""
+    charts = [
+        {
+            "spec": chart.on_page(),
+            "legend": list(chart.legend.items()),
+            "choices": [[choice.name, choice.label, list(choice.options)] for choice in chart.choices],
+        }
+        for chart in charted
+    ]
+    return json.dumps(charts, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
 
 
 def _sections(run: Finished, charted: list[Chart] | None) -> str:
@@ -60,34 +70,24 @@ def _sections(run: Finished, charted: list[Chart] | None) -> str:
     data = run.data
     parts = [_best(data), _table(data), _notes(data)]
     if charted is None:
-        parts += [f"<p class=note>{_STILL}</p>", *_pictures(run)]
+        parts += _pictures(run)
     else:
-        parts += [_section(title, panels, charted) for title, panels in _panels(run) if panels]
+        parts += [_section(title, panels, charted) for title, panels in _panels(run).items()]
     several = data.get("runs")
     parts += [_differences(several), _each(several)] if several else [_section_of("The run", _details(data))]
     return "\n".join(part for part in parts if part)
 
 
-def _panels(run: Finished) -> Iterator[tuple[str, Mapping[str, Sequence[Block]]]]:
-    """Section → panel → charts; where a section has several panels a selector chooses one."""
-    data, points = run.data, run.points
-    if data["rows"] and data["tasks"]:
-        yield "Task by task", {"": [charts.accuracy(data)]}
-    yield "Sweeps", {"": [charts.curves(data, knob) for knob in data.get("curves", {})]} if data.get("curves") else {}
-    yield "Every model on every task", {"": [charts.matrix(data)]} if data.get("matrix") else {}
-    over, losses = points.get("learning", {}), points.get("objective", {})
-    learned = data.get("learning", {}).items()
-    yield "Coefficients", {n: charts.learning(found, over.get(n, {}), losses.get(n, {})) for n, found in learned}
-    yield "Repair", {name: _repair(name, repair, points) for name, repair in data.get("repairs", {}).items()}
-
-
-def _repair(name: str, repair: Mapping[str, Any], points: Mapping[str, Any]) -> list[Block]:
-    shown: list[Block] = [_facts(repair), *charts.accuracy_over_steps(repair["scores"])]
-    if "representation" in repair:
-        shown.append(charts.by_place(repair["representation"]))
-    if name in points.get("scatter", {}):
-        shown.append(charts.scatter(points["scatter"][name], points["explained"][name]))
-    return shown
+def _panels(run: Finished) -> dict[str, dict[str, list[Block]]]:
+    """Section → panel → charts; where a section has a panel for each of several models, a selector chooses one."""
+    sections: dict[str, dict[str, list[Block]]] = {}
+    for drawn in charts_of(run):
+        sections.setdefault(drawn.section, {}).setdefault(drawn.model, []).append(drawn.chart)
+    if run.data["repairs"]:
+        charts = sections.get("Repair", {})
+        facts = {name: _facts(repair) for name, repair in run.data["repairs"].items()}
+        sections["Repair"] = {name: [said, *charts.get(name, ())] for name, said in facts.items()}
+    return sections
 
 
 def _section(title: str, panels: Mapping[str, Sequence[Block]], charted: list[Chart]) -> str:
@@ -97,7 +97,7 @@ def _section(title: str, panels: Mapping[str, Sequence[Block]], charted: list[Ch
     for i, blocks in enumerate(panels.values()):
         inside = "".join(block if isinstance(block, str) else _figure(block, charted) for block in blocks)
         shown.append(f"<div class=panel{' hidden' * (i > 0)}>{inside}</div>")
-    return f"<section><h2>{title} {chooser}</h2>{''.join(shown)}</section>"
+    return f"<section><h2>{escape(title)} {chooser}</h2>{''.join(shown)}</section>"
 
 
 def _figure(chart: Chart, charted: list[Chart]) -> str:
@@ -109,6 +109,7 @@ def _figure(chart: Chart, charted: list[Chart]) -> str:
 
 
 def _pictures(run: Finished) -> Iterator[str]:
+    """The SVG files as images: a browser runs no script and loads nothing in these."""
     for picture in run.pictures:
         encoded = base64.b64encode(picture.read_bytes()).decode()
         title = escape(picture.stem.replace("_", " "))
@@ -118,19 +119,19 @@ def _pictures(run: Finished) -> Iterator[str]:
 
 def _best(data: Mapping[str, Any]) -> str:
     """The sentence that a reader wants first."""
-    found = [row for row in data["rows"] if row["name"] not in REFERENCES and row["mean"] is not None]
-    if not found:
+    scored = [row for row in data["rows"] if not is_reference(row) and row["mean"] is not None]
+    if not scored:
         return ""
-    best = max(found, key=lambda row: row["mean"])
-    closed = (
-        f", which closes {percent(best['gap_closed'])}\N{NO-BREAK SPACE}% of the gap"
-        if best["gap_closed"] is not None
-        else ""
-    )
-    means = {row["name"]: row["mean"] for row in data["rows"] if row["name"] in REFERENCES}
-    between = "; ".join(f"{name} {percent(mean)}\N{NO-BREAK SPACE}%" for name, mean in means.items())
-    said = f"Best: <strong>{escape(best['name'])}</strong> with {percent(best['mean'])}\N{NO-BREAK SPACE}%{closed}."
-    return f"<p class=lead>{said}{f' <span class=note>({escape(between)})</span>' if between else ''}</p>"
+    best = max(scored, key=lambda row: row["mean"])
+    closed = f", which closes {_percents(best['gap_closed'])} of the gap" if best["gap_closed"] is not None else ""
+    references = (f"{row['name']} {_percents(row['mean'])}" for row in data["rows"] if is_reference(row))
+    between = escape("; ".join(references))
+    said = f"Best: <strong>{escape(best['name'])}</strong> with {_percents(best['mean'])}{closed}."
+    return f"<p class=lead>{said}{f' <span class=note>({between})</span>' if between else ''}</p>"
+
+
+def _percents(value: float | None) -> str:
+    return f"{percent(value)}\N{NO-BREAK SPACE}%"
 
 
 def _table(data: Mapping[str, Any]) -> str:
@@ -147,12 +148,15 @@ def _table(data: Mapping[str, Any]) -> str:
 
 def _table_row(data: Mapping[str, Any], row: Mapping[str, Any]) -> str:
     values = [*(row["accuracies"].get(task) for task in data["tasks"]), row["mean"], row["normalised_mean"]]
-    cell = lambda value, more="": f'<td data-value="{"" if value is None else value}"{more}>{percent(value)}</td>'
     share = min(1.0, max(0.0, row["gap_closed"] or 0.0))
-    kind = " class=reference" if row["name"] in REFERENCES else ""
-    closed = cell(row["gap_closed"], f' class=bar style="--share: {100 * share:.1f}%"')
+    kind = " class=reference" if is_reference(row) else ""
+    closed = _cell(row["gap_closed"], f' class=bar style="--share: {100 * share:.1f}%"')
     name = escape(row["name"]).replace("_", "_<wbr>")
-    return f"<tr{kind}><th scope=row>{name}</th>{''.join(map(cell, values))}{closed}</tr>"
+    return f"<tr{kind}><th scope=row>{name}</th>{''.join(map(_cell, values))}{closed}</tr>"
+
+
+def _cell(value: float | None, attributes: str = "") -> str:
+    return f'<td data-value="{"" if value is None else float(value)}"{attributes}>{percent(value)}</td>'
 
 
 def _notes(data: Mapping[str, Any]) -> str:
@@ -171,6 +175,7 @@ def _facts(repair: Mapping[str, Any]) -> str:
     lines = "".join(
         f"<tr><th scope=row>{escape(task)}</th><td>{first:.4g}</td><td>{repair['last_loss'][task]:.4g}</td></tr>"
         for task, first in repair["first_loss"].items()
+        if task in repair["last_loss"]
     )
     heads = "<thead><tr><th scope=col>task</th><th scope=col>first loss</th><th scope=col>last loss</th></tr></thead>"
     table = f"<details><summary>Losses</summary><table>{heads}<tbody>{lines}</tbody></table></details>" if lines else ""
@@ -181,13 +186,16 @@ def _facts(repair: Mapping[str, Any]) -> str:
 def _differences(runs: Sequence[Mapping[str, Any]]) -> str:
     """The keys in which the configurations of several runs differ."""
     configs = [dict(flat(run["config"])) for run in runs]
-    keys = [key for config in configs for key in config if not key.startswith(_PLACES)]
+    keys = [key for config in configs for key in config if not key.startswith(_DESTINATIONS)]
     differing = [key for key in dict.fromkeys(keys) if len({str(config.get(key)) for config in configs}) > 1]
     if not differing:
         return ""
     head = "".join(f"<th scope=col>{escape(run['label'])}</th>" for run in runs)
-    line = lambda key: "".join(f"<td>{escape(str(config.get(key, '–')))}</td>" for config in configs)
-    body = "".join(f"<tr><th scope=row>{escape(key)}</th>{line(key)}</tr>" for key in differing)
+    values = {key: [escape(str(config.get(key, "–"))) for config in configs] for key in differing}
+    body = "".join(
+        f"<tr><th scope=row>{escape(key)}</th>{''.join(f'<td>{value}</td>' for value in line)}</tr>"
+        for key, line in values.items()
+    )
     table = f"<table><thead><tr><th scope=col>key</th>{head}</tr></thead><tbody>{body}</tbody></table>"
     return _section_of("What differs", f'<div class="wide keys">{table}</div>')
 
@@ -205,13 +213,9 @@ def _details(run: Mapping[str, Any]) -> str:
     """Where the time went, the command, the configuration and the provenance of one run."""
     command = run.get("command", "")
     repeat = f"<h3>To repeat it</h3><pre class=command>{escape(command)}</pre>" if command else ""
-    told = lambda key: escape(json.dumps(run[key], indent=2, ensure_ascii=False))
     names = {"config": "Configuration", "provenance": "Provenance: versions and the sha256 of every input"}
-    data = [
-        f"<details><summary>{name}</summary><pre>{told(key)}</pre></details>"
-        for key, name in names.items()
-        if run.get(key)
-    ]
+    shown = [(name, json.dumps(run[key], indent=2, ensure_ascii=False)) for key, name in names.items() if run.get(key)]
+    data = [f"<details><summary>{name}</summary><pre>{escape(text)}</pre></details>" for name, text in shown]
     return _profile(run.get("profile_seconds", {})) + repeat + "".join(data)
 
 

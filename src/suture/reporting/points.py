@@ -1,4 +1,4 @@
-"""The points of the figures that report.json is too small for, thinned out to what an eye can tell apart."""
+"""figures.json: the points of curves and scatters, thinned out to what an eye can tell apart."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -19,12 +19,12 @@ def points_of(report: Report) -> dict[str, Any]:
     `learning`: name → steps, and per task the mean, the lowest and the highest coefficient over layers at each;
     `objective`: name → step and loss. `scatter`: name → task → model → [x, y] of each input.
     """
-    scatter = {name: r.representation for name, r in report.repairs.items() if r.representation is not None}
+    compared = {name: r.representation for name, r in report.repairs.items() if r.representation is not None}
     return {
         "learning": {name: _coefficients(learning) for name, learning in report.learning.items()},
         "objective": {name: _losses(learning.losses) for name, learning in report.learning.items()},
-        "scatter": {name: _scatter(found) for name, found in scatter.items()},
-        "explained": {name: dict(found.explained) for name, found in scatter.items()},
+        "scatter": {name: _scatter(representation) for name, representation in compared.items()},
+        "explained": {name: dict(representation.explained) for name, representation in compared.items()},
     }
 
 
@@ -47,13 +47,17 @@ def _losses(losses: Tensor) -> dict[str, Any]:
     return {"steps": taken, "loss": [_number(losses[a:b].mean()) for a, b in zip(taken, ends, strict=True)]}
 
 
-def _scatter(found: Representation) -> dict[str, Mapping[str, Any]]:
-    thin = lambda points: [_rounded(point) for point in points[_thinned(len(points), _INPUTS)]]
-    return {task: {name: thin(points) for name, points in sides.items()} for task, sides in found.scatter.items()}
+def _scatter(representation: Representation) -> dict[str, Mapping[str, Any]]:
+    sides_of = representation.scatter.items()
+    return {task: {name: _points(points) for name, points in sides.items()} for task, sides in sides_of}
+
+
+def _points(points: Tensor) -> list[list[float]]:
+    return [_rounded(point) for point in points[_thinned(len(points), _INPUTS)]]
 
 
 def _thinned(length: int, most: int) -> list[int]:
-    """So many places of a sequence, the first and the last among them."""
+    """At most so many indices of a sequence, evenly spread, the first and the last among them."""
     if length <= most:
         return list(range(length))
     return [round(i * (length - 1) / (most - 1)) for i in range(most)]

@@ -1,31 +1,51 @@
 """report.json, figures.json, report.md, report.html and the figures, written into the folder of a run."""
 
 import json
+import math
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from suture.reporting.data import Report, cells, columns
 from suture.reporting.figures import draw
 from suture.reporting.page import page
 from suture.reporting.points import points_of
 from suture.reporting.run_folder import read
+from suture.storage.atomic import disk_errors
 
 
 def write(report: Report, folder: Path, *, interactive: bool = True) -> None:
-    """Write every form of the report into an existing folder."""
-    figures = draw(report, folder / "figures")
-    (folder / "report.json").write_text(json.dumps(report.as_data(), indent=2, default=str) + "\n", "utf-8")
-    (folder / "figures.json").write_text(json.dumps(points_of(report), separators=(",", ":")) + "\n", "utf-8")
-    (folder / "report.md").write_text(_markdown(report, figures), "utf-8")
-    (folder / "report.html").write_text(page(read(folder), interactive=interactive), "utf-8")
+    """Write every form of the report into an existing folder. Raises `OutputError` if it cannot be written.
+
+    The figures and the page are made from report.json and figures.json, as they would be later.
+    """
+    with disk_errors(folder):
+        data, points = _finite(report.as_data()), _finite(points_of(report))
+        (folder / "report.json").write_text(json.dumps(data, indent=2, default=str) + "\n", "utf-8")
+        (folder / "figures.json").write_text(json.dumps(points, separators=(",", ":")) + "\n", "utf-8")
+        run = read(folder)
+        pictures = draw(run, folder / "figures")
+        (folder / "report.md").write_text(_markdown(report, pictures), "utf-8")
+        whole = page(replace(run, pictures=sorted(pictures)), interactive=interactive)
+        (folder / "report.html").write_text(whole, "utf-8")
+
+
+def _finite(value: Any) -> Any:
+    """The same data with null for what is not finite, which JSON cannot hold."""
+    if isinstance(value, Mapping):
+        return {key: _finite(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _markdown(report: Report, figures: list[Path]) -> str:
-    line = lambda values: f"| {' | '.join(values)} |"
     heads = columns(report)
     table = [
-        line(heads),
-        line(["---", *["---:"] * (len(heads) - 1)]),
-        *(line(cells(report, r)) for r in report.rows),
+        _line(heads),
+        _line(["---", *["---:"] * (len(heads) - 1)]),
+        *(_line(cells(report, r)) for r in report.rows),
     ]
     counts = ", ".join(f"{task} {count}" for task, count in report.samples.items())
     pictures = [f"![{figure.stem}](figures/{figure.with_suffix('.png').name})" for figure in figures]
@@ -36,7 +56,11 @@ def _markdown(report: Report, figures: list[Path]) -> str:
     ]
     parts += [f"Test samples: {counts}."] if counts else []
     parts += [f"- {note}" for note in report.notes] + pictures
-    profile = [line(["activity", "seconds"]), line(["---", "---:"])]
-    profile += [line([activity, f"{seconds:.2f}"]) for activity, seconds in report.profile.items()]
+    profile = [_line(["activity", "seconds"]), _line(["---", "---:"])]
+    profile += [_line([activity, f"{seconds:.2f}"]) for activity, seconds in report.profile.items()]
     parts += ["\n".join(profile)] + ([f"```\n{report.command}\n```"] if report.command else [])
     return "\n\n".join(parts) + "\n"
+
+
+def _line(values: list[str]) -> str:
+    return f"| {' | '.join(values)} |"

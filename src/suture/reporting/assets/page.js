@@ -2,16 +2,17 @@
 const charts = JSON.parse(document.getElementById("charts").textContent);
 const element = (tag, properties = {}) => Object.assign(document.createElement(tag), properties);
 
-// A chart is drawn when its panel is first shown: only then has it a width.
+// A chart is drawn when its panel is first shown: only then has it a width. With `ast` expressions are interpreted,
+// so that the page's policy can forbid eval.
 async function draw(figure) {
   if (figure.drawn || typeof vegaEmbed === "undefined") return;
   figure.drawn = true;
   const chart = charts[figure.dataset.chart];
-  const { view } = await vegaEmbed(figure.querySelector(".chart"), chart.spec, { renderer: "svg", actions: false });
+  const { view } = await vegaEmbed(figure.querySelector(".chart"), chart.spec, { renderer: "svg", actions: false, ast: true });
   figure.view = view;
   const controls = element("div", { className: "controls" });
   for (const [name, label, options] of chart.choices) controls.append(choice(view, name, label, options));
-  if (Object.keys(chart.legend).length > 1) controls.append(legend(view, chart.legend));
+  if (chart.legend.length > 1) controls.append(legend(view, chart.legend));
   if (controls.children.length) figure.querySelector("figcaption").after(controls);
 }
 
@@ -27,7 +28,7 @@ function choice(view, name, label, options) {
 // A click shows one name strongly and the others faintly, a second click all.
 function legend(view, entries) {
   const box = element("div", { className: "legend" });
-  for (const [name, colour] of Object.entries(entries)) {
+  for (const [name, colour] of entries) {
     const button = element("button", { type: "button", textContent: name });
     button.style.setProperty("--colour", colour === "currentColor" ? "var(--ink)" : colour);
     button.setAttribute("aria-pressed", "false");

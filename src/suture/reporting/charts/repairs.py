@@ -1,0 +1,108 @@
+"""Repairs: accuracy on the way, distance to the experts layer by layer, and the final features."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from suture.reporting.chart import INK, Chart, Choice, coloured, names_across, number, specification, tip
+from suture.reporting.charts.coefficients import accuracy_on_the_way
+from suture.reporting.figures import figure
+from suture.reporting.labels import layer_names
+from suture.reporting.run_folder import Finished
+
+_SIDES = {"merged": "#d0524a", "repaired": "#3b82c4", "expert": INK}
+_MEAN = "mean over tasks"
+_MEASURES = {"L1: mean |model − expert|": "l1", "linear CKA to the expert": "cka"}
+
+
+@figure("accuracy_over_steps", section="Repair", each="repairs")
+def accuracy_over_steps(run: Finished, name: str) -> Chart | None:
+    """Mean accuracy where it was scored on the way."""
+    return accuracy_on_the_way(run.data["repairs"][name]["scores"])
+
+
+@figure("l1_by_layer", section="Repair", each="repairs")
+def by_layer(run: Finished, name: str) -> Chart | None:
+    """L1 and CKA to the expert after each block, before and after: one task or the mean, every task behind it."""
+    distances = run.data["repairs"][name].get("representation")
+    if distances is None:
+        return None
+    tasks = list(distances["before"]["l1"])
+    layers = layer_names(list(distances["before"]["l1"][tasks[0]]))
+    task, measure = Choice("task", "task", [_MEAN, *tasks]), Choice("measure", "show", list(_MEASURES), 200, ("y",))
+    sides = {side: _SIDES[side] for side in ("merged", "repaired")}
+    every = [{"filter": f"datum.task !== '{_MEAN}'"}]
+    faint = coloured("side", sides, full=max(0.07, min(0.22, 1.8 / len(tasks))), faint=0.04)
+    chosen = [task.filter]
+    tips = [tip("side", "nominal"), tip("place", "nominal"), tip("value", format=".3f")]
+    spec = specification(
+        _distances(distances, layers),
+        transform=[measure.filter],
+        layer=[
+            {"transform": every, "mark": {"type": "line", "strokeWidth": 1}, "encoding": {**faint, "detail": _TASK}},
+            {"transform": chosen, "mark": "line", "encoding": {"strokeWidth": _larger(5, 1.6)}},
+            {
+                "transform": chosen,
+                "mark": {"type": "point", "filled": True},
+                "encoding": {"size": _larger(130, 45)},
+            },
+        ],
+        height=240,
+        encoding={
+            "x": names_across("place", list(layers.values())),
+            "y": number("value"),
+            **coloured("side", sides),
+            "tooltip": tips,
+        },
+    )
+    return Chart("Distance to the experts by layer", spec, sides, [task, measure])
+
+
+@figure("representation", section="Repair", each="repairs")
+def scatter(run: Finished, name: str) -> Chart | None:
+    """The final features of merged, repaired and expert model on the two main axes of all three, task by task."""
+    points = run.points.get("scatter", {}).get(name, {})
+    if not points:
+        return None
+    explained = run.points["explained"][name]
+    titles = {task: f"{task} ({explained[task]:.0%})" for task in points}
+    task = Choice("task", "task", list(titles.values()), 150, ("x", "y"))
+    rows = [
+        {"x": x, "y": y, "model": model, "task": titles[task]}
+        for task, sides in points.items()
+        for model in reversed(_SIDES)
+        for x, y in sides[model]
+    ]
+    bare: dict[str, Any] = {"labels": False, "ticks": False, "grid": False}
+    encoding = {"x": number("x", **bare), "y": number("y", **bare), "tooltip": [tip("model", "nominal")]}
+    spec = specification(
+        rows,
+        transform=[task.filter],
+        mark={"type": "point", "filled": True, "size": {"expr": "height < 200 ? 13 : 34"}},
+        height=340,
+        encoding={**encoding, **coloured("model", _SIDES, faint=0.06, full=0.65)},
+    )
+    about = "On the two main axes of all three models; in brackets the share of variance on them."
+    return Chart("Final features", spec, _SIDES, [task], about)
+
+
+_TASK = {"field": "task", "type": "nominal"}
+
+
+def _distances(distances: Mapping[str, Any], layers: Mapping[str, str]) -> list[dict[str, Any]]:
+    """A row for each measure, side, task and layer; the means over tasks among them."""
+    rows = []
+    for measure, key in _MEASURES.items():
+        for side, when in (("merged", "before"), ("repaired", "after")):
+            table = distances[when][key]
+            for place, layer in layers.items():
+                values = {task: line[place] for task, line in table.items()}
+                known = [value for value in values.values() if value is not None]
+                values[_MEAN] = sum(known) / len(known) if known else None
+                cell = {"measure": measure, "side": side, "place": layer}
+                rows += [{**cell, "task": task, "value": value} for task, value in values.items()]
+    return rows
+
+
+def _larger(merged: float, repaired: float) -> dict[str, Any]:
+    """The merged model's marks larger than the repaired one's, so that both are seen where they are the same."""
+    return {"condition": {"test": "datum.side === 'merged'", "value": merged}, "value": repaired}
