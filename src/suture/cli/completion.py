@@ -78,7 +78,7 @@ _OPTIONS: dict[str, tuple[str, ...]] = {
     "push": ("--private", "--revision"),
     "report": ("--output", "--still"),
     "reproduce": ("--list", "--check"),
-    "zoo": ("build", "--output", "--seed", "--data", "glyphs8", "real3"),
+    "zoo": (),
     "demo": ("--output",),
     "completion": SHELLS,
     "vocabulary=": ("refuse", "base", "crop", "pad", "union"),

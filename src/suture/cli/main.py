@@ -31,7 +31,7 @@ suture merges fine-tuned models into one and shows what that did.
                       a table, and files with the figure in output=FOLDER; models=A,B looks at some of the pool
   suture reproduce    --list: published figures with their commands; --check RUN: does a run agree with them
   suture methods      every method with its knobs, defaults and paper
-  suture zoo          the models that ship with suture and those it can build: suture zoo build NAME
+  suture zoo          the models that ship with suture, and how the others are built
   suture demo         the main job on the shipped models: eight experts into one
   suture completion   bash, zsh or fish: the script that completes all these words; suture completion --help
   suture --cfg job method=…   the whole configuration of a run; --help after it explains hydra's flags
@@ -285,24 +285,12 @@ def _methods(arguments: list[str]) -> Answer:
 def _zoo(arguments: list[str]) -> Answer:
     from suture import zoo
 
-    if not arguments:
-        found: Mapping[str, str] = zoo.inventory()
-        for name, line in found.items():
-            print(f"{name}  {line}")
-        return Answer(found, "\n".join(found))
-    if arguments[0] != "build":
-        raise ConfigError(unknown_name("zoo command", arguments[0], ["build"]))
-    output, rest = _option("--output", arguments[1:])
-    seed, rest = _option("--seed", rest)
-    data, rest = _option("--data", rest)
-    if len(rest) != 1:
-        raise ConfigError("Wanted: suture zoo build NAME [--output DIR] [--seed N] [--data DIR].")
-    if seed is not None and not seed.isdecimal():
-        raise ConfigError(f"--seed {seed}: wanted a whole number.")
-    options = {} if data is None else {"data": data}
-    built = zoo.build(rest[0], Path(output) if output else None, seed=int(seed or 0), **options)
-    print(f"Built {rest[0]} in {built}")
-    return Answer({"name": rest[0], "folder": str(built)}, str(built))
+    if arguments:
+        raise ConfigError("suture zoo lists. To build a zoo: python -m tools.zoo build NAME in a checkout of suture.")
+    found: Mapping[str, str] = zoo.inventory()
+    for name, line in found.items():
+        print(f"{name}  {line}")
+    return Answer(found, "\n".join(found))
 
 
 def _demo(arguments: list[str]) -> Answer:
