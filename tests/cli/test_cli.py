@@ -277,9 +277,7 @@ def test_an_output_folder_that_is_in_use(desk, capsys):
 
 def kill_after(desk, delay):
     """Kill a run after some seconds; the output folder must then be whole or not there. Returns whether it is there."""
-    process = subprocess.Popen(
-        [sys.executable, "-m", "suture.cli", *desk.words("overwrite=true")], stderr=subprocess.PIPE
-    )
+    process = subprocess.Popen([sys.executable, "-m", "suture", *desk.words("overwrite=true")], stderr=subprocess.PIPE)
     time.sleep(delay)
     process.send_signal(signal.SIGKILL)
     process.communicate()

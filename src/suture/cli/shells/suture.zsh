@@ -1,8 +1,8 @@
 #compdef suture
 # Completion of `suture` for zsh, made by `suture completion zsh`.
-_suture_words() {
+_suture_names() {
     case $1 in
-@WORDS@
+@NAMES@
     esac
 }
 
@@ -20,24 +20,26 @@ _suture() {
     if [[ $PREFIX == *=* ]]; then
         key=${PREFIX%%=*}=
         compset -P '*='
-        candidates=(${=$(_suture_words $key)})
+        candidates=(${=$(_suture_names $key)})
         compadd -a candidates
         case $key in
-            modelpool=|taskpool=|base=|models.*|model=|mergekit=|output=) _files ;;
+            @PATHS@) _files ;;
         esac
         return
     fi
     (( CURRENT > 2 )) && : ${verb:=run}
-    candidates=(${=$(_suture_words $verb)} --json --quiet --traceback)
+    candidates=(${=$(_suture_names $verb)})
     case $verb in
-        run|check|evaluate|analyse|merge)
-            candidates+=(${=$(_suture_words method:$method)} ${=$(_suture_words surgery:$surgery)}) ;;
+        @CONFIGURED@)
+            candidates+=(${=$(_suture_names method:$method)} ${=$(_suture_names surgery:$surgery)}) ;;
     esac
     open=(${(M)candidates:#*[=.]})
     ready=(${candidates:#*[=.]})
     compadd -a ready
     compadd -S '' -a open
-    [[ $verb == (report|merge) ]] && _files
+    case $verb in
+        @FILES@) _files ;;
+    esac
     return 0
 }
 
