@@ -201,8 +201,8 @@ def _parser(verbs: Mapping[str, Verb]) -> Parser:
 
 def _add(parser: Parser, option: Option) -> None:
     """What goes with every verb may stand before the verb and behind it: neither place's default hides the other."""
-    takes = {"action": "store"} if option.metavar else {"action": "store_true"}
-    parser.add_argument(*option.names, dest=_field(option), default=argparse.SUPPRESS, **takes)
+    action = "store" if option.metavar else "store_true"
+    parser.add_argument(*option.names, dest=_field(option), default=argparse.SUPPRESS, action=action)
 
 
 def _field(option: Option) -> str:

@@ -16,6 +16,7 @@ _TITLE = "suture merges fine-tuned models into one, then closes the representati
 def overview(verbs: Mapping[str, Verb]) -> str:
     """All verbs on one screen."""
     everywhere = ", ".join(", ".join(option.names) for option in (*EVERYWHERE, VERSION))
+    example = verbs["run"].example.replace("suture run", "suture")
     return "\n".join(
         [
             *(_TITLE, ""),

@@ -10,9 +10,10 @@ import re
 from collections.abc import Sequence
 
 from suture.cli.grammar import configuration_keys
-from suture.errors import ConfigError
+from suture.errors import ConfigError, shown
 
 _PLUGIN = re.compile(r"hydra/(launcher|sweeper)")
+_LONGEST_NAME = 250  # letters of a file's name
 _SETTING = re.compile(r"hydra\.(sweep\.(dir|subdir)|(launcher|sweeper)(\.\w+)+)")
 _REMEDY = (
     "Remedy: leave it out; of hydra's keys suture takes hydra/launcher, hydra/sweeper, their settings and hydra.sweep"
@@ -50,5 +51,7 @@ def _check_choice(group: str, value: str) -> None:
     outside = any(".." in name and not name.endswith((".yaml", ".yml")) for name in value.split(","))
     if value in ("", "null") and group != "taskpool":
         raise ConfigError(f"{group}={value}: wanted a name.")
+    if any(len(part) > _LONGEST_NAME for name in value.split(",") for part in name.split("/")):
+        raise ConfigError(f"{group}={shown(value)}: no name is that long.")
     if outside or re.search(r"[\[\]{}$]", value):
         raise ConfigError(f"{group}={value}: wanted a name, or in a sweep names with commas between them.")
