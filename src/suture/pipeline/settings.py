@@ -13,6 +13,8 @@ from suture.pipeline.pools import ModelPool, TaskPool
 from suture.pipeline.repairs import Repair
 from suture.storage.atomic import new_folder
 
+_RANGES = {"threads": (0, 4096), "batch_size": (1, 2**31), "seed": (0, 2**63 - 1)}
+
 
 @dataclass(frozen=True)
 class Run:
@@ -37,10 +39,11 @@ class Run:
     def from_config(cls, config: Mapping[str, Any]) -> "Run":
         """Read a composed configuration; raises `ConfigError` for the first value that does not fit."""
         method, knobs = _method(config["method"])
-        for key, least in (("threads", 0), ("batch_size", 1), ("seed", 0)):
-            if not isinstance(config[key], int) or isinstance(config[key], bool) or config[key] < least:
-                raise ConfigError(f"{key}={config[key]!r}: wanted a whole number, {least} or more.")
+        for key, (least, most) in _RANGES.items():
+            if not isinstance(config[key], int) or isinstance(config[key], bool) or not least <= config[key] <= most:
+                raise ConfigError(f"{key}={config[key]!r}: wanted a whole number from {least} to {most}.")
         check_fabric(config["fabric"])
+        check_output(config["output"])
         repairs = _repairs(config, knobs)
         label = "adamerging" if "surgery_steps" in knobs else knobs.get("name", method.name)
         if repairs and not config.get("taskpool"):
@@ -100,6 +103,16 @@ def _own_repair(knobs: Mapping[str, Any]) -> tuple[Repair, ...]:
     own |= {"eval_iterations": knobs["eval_iterations"], "split": knobs["split"], "cache_dir": knobs["cache_dir"]}
     repair = Repair.from_config({**Repair.defaults("final"), **own})
     return (replace(repair, row="surgery"),) if repair else ()
+
+
+def check_output(output: Any) -> None:
+    """Refuse what is not the path of a folder that can be made."""
+    if output is None:
+        return
+    if not isinstance(output, str | Path):
+        raise ConfigError(f"output={output!r}: wanted the path of a folder. Remedy: output=./{output}")
+    if Path(output).name in ("", ".."):
+        raise ConfigError(f"output={output}: wanted the path of a new folder, not one that others are in.")
 
 
 def _default_output(config: Mapping[str, Any], label: str) -> Path:
