@@ -60,8 +60,8 @@ def check_fabric(config: Mapping[str, Any]) -> None:
     """Refuse what can be seen to be wrong before anything is opened."""
     if not isinstance(config, Mapping):
         raise ConfigError(f"fabric={config!r}: wanted keys below it, such as fabric.precision=bf16-mixed.")
-    if not isinstance(config.get("loggers"), Mapping | None):
-        raise ConfigError(f"fabric.loggers={config['loggers']!r}: wanted keys below it, such as fabric.loggers.kind=csv.")
+    if not isinstance(loggers := config.get("loggers"), Mapping | None):
+        raise ConfigError(f"fabric.loggers={loggers!r}: wanted keys below it, such as fabric.loggers.kind=csv.")
     for key in config:
         if key not in _KEYS:
             raise ConfigError(unknown_name("key of fabric", key, _KEYS))

@@ -40,8 +40,10 @@ class Run:
         """Read a composed configuration; raises `ConfigError` for the first value that does not fit."""
         method, knobs = _method(config["method"])
         for key, (least, most) in _RANGES.items():
-            if not isinstance(config[key], int) or isinstance(config[key], bool) or not least <= config[key] <= most:
-                raise ConfigError(f"{key}={config[key]!r}: wanted a whole number from {least} to {most}.")
+            if not isinstance(config[key], int) or isinstance(config[key], bool) or config[key] < least:
+                raise ConfigError(f"{key}={config[key]!r}: wanted a whole number, {least} or more.")
+            if config[key] > most:
+                raise ConfigError(f"{key}={config[key]}: wanted at most {most}.")
         check_fabric(config["fabric"])
         check_output(config["output"])
         repairs = _repairs(config, knobs)
