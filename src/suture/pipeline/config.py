@@ -21,6 +21,7 @@ from suture.pipeline.repairs import KINDS, Repair
 
 _MULTIRUN = {"-m", "--multirun"}
 _GROUPS = ("modelpool", "taskpool")
+_TYPED: dict[str, str] = {}  # the name that hydra has for a pool of the user's own → the path that was typed
 
 
 def run_each(
@@ -150,7 +151,10 @@ def _plain(config) -> dict[str, Any]:
     plain: dict[str, Any] = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)  # type: ignore[assignment]
     if HydraConfig.initialized():
         hydra_config = HydraConfig.get()
-        plain["choices"] = {k: v for k, v in hydra_config.runtime.choices.items() if not k.startswith("hydra/")}
+        choices = {
+            group: name for group, name in hydra_config.runtime.choices.items() if not group.startswith("hydra/")
+        }
+        plain["choices"] = {group: _TYPED.get(name, name) for group, name in choices.items()}
         if _is_multirun() and plain["output"] is None:
             plain |= {"output": hydra_config.runtime.output_dir, "overwrite": True, "reuse": True}
     return plain
@@ -187,19 +191,36 @@ def _pool(group: str, name: str) -> str:
 
 
 def _own_pool(group: str, path: Path) -> str:
+    """Put the pool of a YAML file into hydra's store; returns the name that it has there."""
     from hydra.core.config_store import ConfigStore
+
+    name = f"{path.stem}_{hashlib.sha256(str(path.absolute()).encode()).hexdigest()[:8]}"
+    ConfigStore.instance().store(group=group, name=name, node=_read_pool(group, path), provider="suture")
+    _TYPED[name] = str(path)
+    return name
+
+
+def _read_pool(group: str, path: Path) -> dict[Any, Any]:
     from omegaconf import OmegaConf
     from yaml import YAMLError
 
-    if not path.is_file():
-        raise ConfigError(f"{group}={path}: there is no such file. Remedy: give the path of a pool's YAML file.")
     try:
-        node = OmegaConf.load(path)
+        pool = OmegaConf.load(path) if path.stat().st_size else None
     except YAMLError as error:
         raise ConfigError(f"{group}={path} is not valid YAML: {' '.join(str(error).split())}") from None
-    name = f"{path.stem}_{hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:8]}"
-    ConfigStore.instance().store(group=group, name=name, node=OmegaConf.to_container(node), provider="suture")
-    return name
+    except UnicodeDecodeError:
+        raise ConfigError(f"{group}={path} is not text in UTF-8. Remedy: give a pool's YAML file.") from None
+    except FileNotFoundError:
+        raise ConfigError(f"{group}={path}: there is no such file. Remedy: give the path of a YAML file.") from None
+    except OSError as error:
+        problem = error.strerror or "it holds no pool"
+        raise ConfigError(f"{group}={path}: {problem}. Remedy: give the path of a YAML file.") from None
+    content = OmegaConf.to_container(pool) if pool is not None else None
+    if not isinstance(content, dict):
+        raise ConfigError(f"{group}={path} holds no pool. Remedy: give a YAML file with keys such as models or tasks.")
+    if "defaults" in content:
+        raise ConfigError(f"{group}={path} has a list of defaults. Remedy: write out what it refers to.")
+    return content
 
 
 @contextmanager

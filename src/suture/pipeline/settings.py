@@ -119,4 +119,5 @@ def check_output(output: Any) -> None:
 
 def _default_output(config: Mapping[str, Any], label: str) -> Path:
     pool = str((config.get("choices") or {}).get("modelpool", "pool")).split("/")[-1]
+    pool = pool.removesuffix(".yaml").removesuffix(".yml")
     return new_folder(f"{pool}/{label}")
