@@ -15,7 +15,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from suture.errors import ConfigError, SutureError, unknown_name
+from suture.errors import ConfigError, unknown_name
 from suture.pipeline.methods import all_methods
 from suture.pipeline.repairs import KINDS, Repair
 
@@ -39,21 +39,22 @@ def run_each(
         for words in _combinations(_rewritten(argv)):
             check(compose(words))
     results: list[Any] = []
-    refused: list[SutureError] = []
+    failures: list[Exception] = []
 
     def job(config):
+        sys.argv[1:] = argv  # what a report says to repeat the run is what was typed
         try:
             results.append(task(_plain(config)))
-        except SutureError as error:
-            if _is_multirun():
+        except Exception as error:
+            if not _in_this_process():
                 raise
-            refused.append(error)  # hydra would print a line of its own before handing it on
+            failures.append(error)  # hydra would print a line of its own before raising it
 
     entry = hydra.main(version_base="1.3", config_path="pkg://suture.pipeline.conf", config_name="config")(job)
     with _one_line_errors(), _hydra_environment(argv):
         entry()
-    if refused:
-        raise refused[0]
+    if failures:
+        raise failures[0]
     return results
 
 
@@ -165,6 +166,13 @@ def _is_multirun() -> bool:
     from hydra.types import RunMode
 
     return HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
+
+
+def _in_this_process() -> bool:
+    """Whether hydra calls the task itself, and no launcher that hands it to other processes."""
+    from hydra.core.hydra_config import HydraConfig
+
+    return not _is_multirun() or HydraConfig.get().runtime.choices["hydra/launcher"] == "basic"
 
 
 def _rewritten(argv: Sequence[str]) -> list[str]:
