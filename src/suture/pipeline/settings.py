@@ -44,6 +44,9 @@ class Run:
                 raise ConfigError(f"{key}={config[key]!r}: wanted a whole number, {least} or more.")
             if config[key] > most:
                 raise ConfigError(f"{key}={config[key]}: wanted at most {most}.")
+        for key in ("overwrite", "reuse", "dry_run", "fast_dev_run"):
+            if not isinstance(config[key], bool):
+                raise ConfigError(f"{key}={config[key]!r}: wanted true or false.")
         check_fabric(config["fabric"])
         check_output(config["output"])
         repairs = _repairs(config, knobs)
