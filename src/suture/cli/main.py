@@ -31,7 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         with _noting_interrupts(interrupts, until_exit=argv is None):
             code = _run(arguments)
-            sys.stdout.flush()
+            print(end="", flush=True)
             return code
     except BaseException as error:
         if "--traceback" in arguments:
@@ -101,7 +101,7 @@ def _noting_interrupts(interrupts: list[int], until_exit: bool) -> Iterator[None
 
 def _code_and_line(error: BaseException) -> int:
     """Print one line about an error, and return the exit code."""
-    if isinstance(error, BrokenPipeError):
+    if isinstance(error, BrokenPipeError) or isinstance(error.__context__, BrokenPipeError):  # rich raises SystemExit
         _discard_output()
         return CLOSED
     if isinstance(error, KeyboardInterrupt):
@@ -117,7 +117,7 @@ def _code_and_line(error: BaseException) -> int:
         hint = "This is a bug in suture; please report it with what --traceback prints"
         code, line = 1, f"{type(error).__name__}: {error}. {hint}."
     else:
-        raise error
+        return 2 if isinstance(error, SystemExit) and error.code else 0  # hydra has printed its line
     with suppress(OSError):
         print(f"suture: {_one_line(line)}", file=sys.stderr)
     return code

@@ -51,6 +51,8 @@ def _check_choice(group: str, value: str) -> None:
     outside = any(".." in name and not name.endswith((".yaml", ".yml")) for name in value.split(","))
     if value in ("", "null") and group != "taskpool":
         raise ConfigError(f"{group}={value}: wanted a name.")
+    if re.fullmatch(r"[-+\d.,]+|true|false", value):
+        raise ConfigError(f"{group}={value}: wanted a name, not a number.")
     if any(len(part) > _LONGEST_NAME for name in value.split(",") for part in name.split("/")):
         raise ConfigError(f"{group}={shown(value)}: no name is that long.")
     if outside or re.search(r"[\[\]{}$]", value):

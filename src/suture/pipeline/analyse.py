@@ -1,5 +1,6 @@
 """`suture analyse …`: an analysis of the models of a pool, on the tasks of a task pool where it needs any."""
 
+import os
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -12,7 +13,7 @@ from suture.analysis.weights import layers, similarity, trimming
 from suture.checkpoints import open_checkpoint
 from suture.core.knobs import Knobs
 from suture.core.progress import bar
-from suture.errors import PRETRAINED, ConfigError, unknown_name
+from suture.errors import PRETRAINED, ConfigError, output_refusal, unknown_name
 from suture.merging.merge import merge_task_vectors
 from suture.merging.registry import MergeMethod
 from suture.merging.task_vectors import TaskVectors
@@ -43,12 +44,22 @@ def analyse_configured(name: str, config: Mapping[str, Any], options: Mapping[st
     run = Run.from_config({**config, "surgery": {"kind": "none"}})
     if name in ("interpolation", "landscape", "bias") and run.taskpool is None:
         raise ConfigError(f"analyse {name} needs inputs. Remedy: name a taskpool=…")
+    folder = Path(config["output"]) if config["output"] else new_folder(f"analysis/{name}")
+    _check_folder(folder)
     models = OpenModels(run)
     models.preflight().refuse()
     analyse = _ON_INPUTS.get(name, _on_weights)
     found = analyse(ANALYSES[name][0], models, knobs)
-    folder = Path(config["output"]) if config["output"] else new_folder(f"analysis/{name}")
     return found, found.save(folder)
+
+
+def _check_folder(folder: Path) -> None:
+    """Refuse a folder that cannot be made or written into, before the work."""
+    path = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not path.is_dir():
+        raise output_refusal(path, "is a file, not a directory", "name another folder")
+    if not os.access(path, os.W_OK):
+        raise output_refusal(path, "cannot be written", "name another folder")
 
 
 def _only(config: Mapping[str, Any], names: list[str] | None) -> dict[str, Any]:
@@ -74,7 +85,7 @@ def _checked(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
             raise ConfigError(unknown_name(f"option of analyse {name}", key, [*known, "models", "output"]))
     checked = {key: value for key, value in options.items() if key != "model"}
     defaults = {key: value for key, value in Knobs(name, function).defaults.items() if key in checked}
-    validated = Knobs(f"analyse {name}", partial(function, **defaults), "--").validate(checked) if checked else {}
+    validated = Knobs(f"analyse {name}", partial(function, **defaults), "").validate(checked) if checked else {}
     return {**{key: validated[key] for key in checked}, **{k: v for k, v in options.items() if k == "model"}}
 
 
