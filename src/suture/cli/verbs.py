@@ -306,7 +306,7 @@ _TABLE = (
     Verb(
         "merge",
         "Merge checkpoint files of any size, in bounded memory",
-        "suture merge base=llama models.math=org/math models.code=lora method=dare output=out",
+        "suture merge base=llama models.a=org/math models.b=lora method=dare output=out",
         merge,
         details="The output is a model directory that transformers loads: sharded safetensors, configuration, "
         "tokenizer, model card, hashes of the inputs. Inputs are files, model directories, hub ids or folders of LoRA "
@@ -415,10 +415,10 @@ _TABLE = (
         "source <(suture completion bash)",
         completion,
         details="The script holds all names of the version that printed it. To load it in every new shell:\n\n"
-        "  bash   suture completion bash > ~/.local/share/bash-completion/completions/suture\n"
-        "  zsh    suture completion zsh > ~/.zfunc/_suture\n"
-        "         with fpath+=~/.zfunc before compinit in ~/.zshrc\n"
-        "  fish   suture completion fish > ~/.config/fish/completions/suture.fish",
+        "  suture completion bash > ~/.local/share/bash-completion/completions/suture\n"
+        "  suture completion zsh > ~/.zfunc/_suture\n"
+        "  suture completion fish > ~/.config/fish/completions/suture.fish\n\n"
+        "zsh needs fpath+=~/.zfunc before compinit in ~/.zshrc.",
         arguments=(Argument("SHELL", "the shell", required=False, values=lambda: SHELLS),),
         text=True,
     ),
