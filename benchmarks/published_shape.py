@@ -27,14 +27,14 @@ NAMES = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight",
 
 def save_models(folder: Path) -> dict[str, str]:
     """A pretrained CLIP and its fine-tuned vision towers, as `transformers` saves them: name → path."""
-    from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPProcessor, CLIPVisionModel
+    from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPProcessor, CLIPTokenizer, CLIPVisionModel
     from transformers.utils import logging
 
-    from suture.zoo.clip_files import make_tokenizer
+    from suture import zoo
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    tokenizer = make_tokenizer()
+    tokenizer = CLIPTokenizer.from_pretrained(zoo.resolve("zoo:glyphs8/pretrained"))
     ends = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": 0}
     torch.manual_seed(0)
     model = CLIPModel(CLIPConfig(text_config=ends, vision_config={"patch_size": 32}))

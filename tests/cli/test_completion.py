@@ -5,8 +5,9 @@ import subprocess
 
 import pytest
 
-from suture.cli.completion import SHELLS, script
+from suture.cli.completion import names_by_context, script
 from suture.cli.main import main
+from suture.cli.verbs import SHELLS, VERBS
 
 PROGRAM = "suture() { printf 'GOT<%s>\\n' \"$*\"; }"
 LINES = [
@@ -84,11 +85,9 @@ def test_the_command_line_prints_the_script(capsys):
 
 
 def test_every_verb_and_method_is_offered():
-    from suture.cli.completion import words_by_context
-    from suture.cli.main import VERBS
     from suture.pipeline.methods import all_methods
 
-    words = words_by_context()
+    words = names_by_context()
     assert set(VERBS) < set(words[""])
     assert set(all_methods()) < set(words["method="])
     assert all(f"method:{name}" in words for name in words["method="])

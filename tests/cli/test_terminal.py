@@ -79,7 +79,9 @@ def test_published_figures_beside_a_run_fit_80_columns(narrow):
     assert sum("within" in line for line in narrow()) == len(published())
 
 
-@pytest.mark.parametrize("words", [["methods"], ["zoo"], ["reproduce", "--list"], ["--version"]], ids=" ".join)
+@pytest.mark.parametrize(
+    "words", [["methods"], ["methods", "dare"], ["pools"], ["zoo"], ["reproduce"], ["--version"]], ids=" ".join
+)
 def test_what_needs_no_model_is_one_document(words, capsys):
     assert main([*words, "--json"]) == 0
     assert json.loads(capsys.readouterr().out)
@@ -153,11 +155,11 @@ def test_errors_are_one_line_in_every_manner(desk, capsys):
     assert "does not go with --quiet" in refused(capsys, ["methods", "--quiet", "--json"])
 
 
-def test_traceback_shows_where_an_error_came_from(desk):
-    from suture.errors import SutureError
-
-    with pytest.raises(SutureError):
-        main([*desk.words(method="ties_mergin"), "--traceback"])
+def test_traceback_shows_where_an_error_came_from(desk, capsys):
+    assert main([*desk.words(method="ties_mergin"), "--traceback"]) == 2
+    *trace, line = capsys.readouterr().err.splitlines()
+    assert trace[0] == "Traceback (most recent call last):"
+    assert line.startswith("suture: Unknown method 'ties_mergin'")
 
 
 def test_nothing_moves_at_a_terminal_that_asked_for_quiet(monkeypatch):

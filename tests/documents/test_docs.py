@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 import small_zoo
 
-from suture.cli.main import VERBS, main
+from suture.cli.main import main
+from suture.cli.verbs import VERBS
 from suture.merging.registry import methods
 from suture.pipeline import config
 from suture.pipeline.methods import all_methods

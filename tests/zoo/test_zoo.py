@@ -12,8 +12,9 @@ import torch
 
 from suture import zoo
 from suture.errors import CheckpointError, ConfigError, OutputError
-from suture.zoo import alphabets, drawing
-from suture.zoo.recipe import MINIATURE
+from tools.zoo import alphabets, drawing
+from tools.zoo import build as build_zoo
+from tools.zoo.recipe import MINIATURE
 
 GLYPHS8 = zoo.resolve("zoo:glyphs8")
 
@@ -41,7 +42,7 @@ def clip():
 
 
 def accuracy(model, tokenizer, task: str) -> float:
-    from suture.zoo import training
+    from tools.zoo import training
 
     images, labels = read_split(task, "t10k")
     head = training.zero_shot_head(model, tokenizer, alphabets.classnames_of(task))
@@ -68,8 +69,8 @@ def test_glyphs8_is_installed_and_resolves_to_files():
 def test_an_unknown_zoo_is_refused_with_the_known_names():
     with pytest.raises(ConfigError, match=r"no zoo 'glyphs9'\. Known: .*glyphs8"):
         zoo.resolve("zoo:glyphs9/pretrained")
-    with pytest.raises(ConfigError, match=r"no zoo 'glyphs9' to build\. Known: glyphs8"):
-        zoo.build("glyphs9", Path("nowhere"))
+    with pytest.raises(ConfigError, match=r"Unknown zoo 'glyphs9'\. Did you mean 'glyphs8'"):
+        build_zoo("glyphs9", Path("nowhere"))
 
 
 @pytest.mark.parametrize("path", ["experts/klingon", "experts/..", "pretrained/config.json/deeper"])
@@ -150,9 +151,9 @@ def test_a_style_of_no_strength_leaves_the_page_as_it_was(style: str):
 def test_two_builds_are_the_same_bit_for_bit_and_load(tmp_path: Path):
     from transformers import CLIPModel, CLIPProcessor, CLIPVisionModel
 
-    first = zoo.build("glyphs8", tmp_path / "first", seed=3, recipe=MINIATURE)
+    first = build_zoo("glyphs8", tmp_path / "first", seed=3, recipe=MINIATURE)
     torch.manual_seed(99)
-    second = zoo.build("glyphs8", tmp_path / "second", seed=3, recipe=MINIATURE)
+    second = build_zoo("glyphs8", tmp_path / "second", seed=3, recipe=MINIATURE)
     assert digests(first) == digests(second)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["first", "second"]
     shipped = digests(GLYPHS8 / "pretrained")
@@ -164,16 +165,16 @@ def test_two_builds_are_the_same_bit_for_bit_and_load(tmp_path: Path):
 
 def test_building_over_something_is_refused(tmp_path: Path):
     with pytest.raises(OutputError, match="exists"):
-        zoo.build("glyphs8", tmp_path, recipe=MINIATURE)
+        build_zoo("glyphs8", tmp_path, recipe=MINIATURE)
 
 
 def test_a_build_that_fails_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    from suture.zoo import training
+    from tools.zoo import training
 
     def fail(*_):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(training, "pretrain", fail)
     with pytest.raises(KeyboardInterrupt):
-        zoo.build("glyphs8", tmp_path / "zoo", recipe=MINIATURE)
+        build_zoo("glyphs8", tmp_path / "zoo", recipe=MINIATURE)
     assert list(tmp_path.iterdir()) == []

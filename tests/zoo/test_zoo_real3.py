@@ -11,11 +11,14 @@ from suture.cli.main import main
 from suture.errors import ConfigError, DataError, OutputError
 from suture.pipeline import config
 from suture.pipeline.pools import TaskPool
-from suture.zoo import alphabets
-from suture.zoo.builders import real3
-from suture.zoo.idx import save_split
-from suture.zoo.recipe import Recipe
+from tools.zoo import __main__ as workshop
+from tools.zoo import alphabets, buildable
+from tools.zoo import build as build_zoo
+from tools.zoo.builders import real3
+from tools.zoo.idx import save_split
+from tools.zoo.recipe import Recipe
 
+HOW_TO_BUILD = "Remedy: python -m tools.zoo build real3 in a checkout of suture's repository."
 TINY = Recipe(finetuning_steps=2, finetuning_batch=8, train_images=64, test_images=32)
 
 
@@ -44,57 +47,63 @@ def digests(folder: Path) -> dict[str, str]:
     return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
-def refusal(capsys, *words: str) -> str:
-    assert main(list(words)) == 2
+def refusal(capsys, *words: str, by=main) -> str:
+    assert by(list(words)) == 2
     error = capsys.readouterr().err.strip()
-    assert error.startswith("suture: ")
+    assert error.startswith(("suture: ", "tools.zoo: "))
     assert "\n" not in error
     return error
 
 
+def no_build(capsys, *words: str) -> str:
+    return refusal(capsys, "build", *words, by=workshop.main)
+
+
 def test_two_builds_are_the_same_bit_for_bit(clothes: Path, tmp_path: Path):
-    first, second = (zoo.build("real3", tmp_path / name, recipe=TINY, data=clothes) for name in ("one", "two"))
+    first, second = (build_zoo("real3", tmp_path / name, recipe=TINY, data=clothes) for name in ("one", "two"))
     assert digests(first) == digests(second)
     assert sorted(path.name for path in first.iterdir()) == ["data", "experts"]
 
 
 def test_once_built_the_pool_finds_it_without_editing(clothes: Path, tiny: Path, capsys):
-    assert main(["zoo", "build", "real3", "--data", str(clothes)]) == 0
+    assert workshop.main(["build", "real3", "--data", str(clothes)]) == 0
     assert zoo.resolve("zoo:real3/experts") == tiny / "cache" / "zoo" / "real3" / "experts"
     assert main(["check", "method=task_arithmetic", "modelpool=real3", "taskpool=real3"]) == 0
     assert "everything fits" in capsys.readouterr().out
     assert main(["zoo"]) == 0
     assert "real3  built in" in capsys.readouterr().out
-    assert "exists" in refusal(capsys, "zoo", "build", "real3", "--data", str(clothes))
+    assert "exists" in no_build(capsys, "real3", "--data", str(clothes))
 
 
 def test_before_it_is_built_every_command_says_how_to_build_it(tiny: Path, capsys):
     words = "modelpool=real3", "taskpool=real3"
-    assert refusal(capsys, "method=task_arithmetic", *words).endswith("Remedy: suture zoo build real3")
-    assert refusal(capsys, "evaluate", *words).endswith("Remedy: suture zoo build real3")
+    assert refusal(capsys, "method=task_arithmetic", *words).endswith(HOW_TO_BUILD)
+    assert refusal(capsys, "evaluate", *words).endswith(HOW_TO_BUILD)
     assert main(["zoo"]) == 0
     assert "real3  not built" in capsys.readouterr().out
 
 
 def test_missing_data_are_answered_with_the_package_to_install(tiny: Path, capsys, monkeypatch):
     monkeypatch.setattr(real3, "FASHION_MNIST", tiny / "nothing")
-    assert "apt-get install dataset-fashion-mnist" in refusal(capsys, "zoo", "build", "real3")
-    assert "'nowhere' does not exist" in refusal(capsys, "zoo", "build", "real3", "--data", "nowhere")
+    assert "apt-get install dataset-fashion-mnist" in no_build(capsys, "real3")
+    assert "'nowhere' does not exist" in no_build(capsys, "real3", "--data", "nowhere")
     assert list(tiny.rglob("*real3*")) == []
 
 
 def test_a_missing_package_is_answered_with_what_to_install(tiny: Path, capsys, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "skimage", None)
-    assert "needs scikit-image" in refusal(capsys, "zoo", "build", "real3")
+    assert "needs scikit-image" in no_build(capsys, "real3")
 
 
 def test_words_that_do_not_fit_are_refused(tiny: Path, capsys):
-    assert "Unknown option of glyphs8 'data'" in refusal(
-        capsys, "zoo", "build", "glyphs8", "--output", "out", "--data", "x"
-    )
-    assert "--output DIR" in refusal(capsys, "zoo", "build", "glyphs8")
-    assert "Known: glyphs8, real3" in refusal(capsys, "zoo", "build", "real4")
-    assert "suture zoo build NAME" in refusal(capsys, "zoo", "build")
+    assert "Unknown option of glyphs8 'data'" in no_build(capsys, "glyphs8", "--output", "out", "--data", "x")
+    assert "--output DIR" in no_build(capsys, "glyphs8")
+    assert "Known: glyphs8, real3" in no_build(capsys, "real4")
+    assert "python -m tools.zoo build NAME" in refusal(capsys, "zoo", "build", "real3")
+
+
+def test_the_zoos_that_can_be_built_are_those_that_suture_knows():
+    assert list(zoo.inventory()) == buildable()
 
 
 def test_an_image_folder_of_the_class_names_serves_as_well(tmp_path: Path):
@@ -114,7 +123,7 @@ def test_a_set_of_other_classes_is_refused(tmp_path: Path):
     for prefix in ("train", "t10k"):
         save_split(tmp_path, prefix, torch.zeros(3, 28, 28, dtype=torch.uint8), torch.tensor([0, 1, 2]))
     with pytest.raises(DataError, match="10 class names but the labels"):
-        zoo.build("real3", tmp_path / "out", data=tmp_path)
+        build_zoo("real3", tmp_path / "out", data=tmp_path)
 
 
 def test_no_pixel_of_a_photograph_is_in_both_splits(monkeypatch: pytest.MonkeyPatch):
@@ -149,13 +158,13 @@ def test_the_taskpool_has_the_words_that_the_experts_learned_with(clothes: Path)
 
 def test_a_zoo_that_ships_is_not_built_over(tmp_path: Path):
     with pytest.raises(ConfigError, match="ships with suture"):
-        zoo.build("glyphs8")
+        build_zoo("glyphs8")
     with pytest.raises(OutputError, match="exists"):
-        zoo.build("real3", tmp_path)
+        build_zoo("real3", tmp_path)
 
 
 def test_stored_images_can_be_read_as_a_task(clothes: Path, tmp_path: Path):
-    built = zoo.build("real3", tmp_path / "zoo", recipe=TINY, data=clothes)
+    built = build_zoo("real3", tmp_path / "zoo", recipe=TINY, data=clothes)
     task = tasks.Task("photographs", str(built / "data" / "photographs"), tuple(real3.PHOTOGRAPHS), ("{}",))
     images = tasks.load(task, "test")
     assert images.pixels.shape == (32, 16, 16)

@@ -1,103 +1,93 @@
-"""Completion in a shell: a script that holds all words, so that a press of Tab starts no Python."""
+"""Completion in a shell: a script that holds all names, so that a press of Tab starts no Python."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import cache
 from importlib.resources import files
 from typing import Any, Literal, get_args, get_origin
 
+from suture.cli.grammar import EVERYWHERE, VERSION, Key, Option, Verb, shipped_pools
+from suture.cli.verbs import VERBS
 from suture.core.knobs import Knobs
-
-SHELLS = ("bash", "zsh", "fish")
-HELP = """\
-suture completion bash|zsh|fish
-
-prints a script that completes verbs, methods with their knobs, pools and keys. To have it in every new shell:
-
-  bash   suture completion bash > ~/.local/share/bash-completion/completions/suture
-  zsh    suture completion zsh > ~/.zfunc/_suture     with fpath+=~/.zfunc before compinit in ~/.zshrc
-  fish   suture completion fish > ~/.config/fish/completions/suture.fish
-
-and to try it at once: source <(suture completion bash). The words are those of the version that printed it."""
-
-_RUN_KEYS = (
-    *("method=", "modelpool=", "taskpool=", "surgery=", "output=", "seed=", "batch_size=", "threads=", "overwrite="),
-    *("dry_run=", "fast_dev_run=", "fabric.accelerator=", "fabric.devices=", "fabric.precision="),
-    *("fabric.loggers.kind=", "fabric.loggers.root_dir=", "fabric.loggers.name="),
-)
 
 
 def script(shell: str) -> str:
-    """The completion script of a shell: its template with all words in it."""
+    """The completion script of a shell: its template with all names in it."""
     template = (files("suture.cli") / "shells" / f"suture.{shell}").read_text("utf-8")
     contexts: dict[tuple[str, ...], list[str]] = {}
-    for context, words in words_by_context().items():
-        contexts.setdefault(words, []).append(f"'{context}'")
-    line = _fish_case if shell == "fish" else _case
-    return template.replace("@WORDS@", "\n".join(line(names, " ".join(words)) for words, names in contexts.items()))
+    for context, names in names_by_context().items():
+        contexts.setdefault(names, []).append(f"'{context}'")
+    case, between = (_fish_case, " ") if shell == "fish" else (_case, " | ")
+    marks = {
+        "@NAMES@": "\n".join(case(shared, " ".join(names)) for names, shared in contexts.items()),
+        "@CONFIGURED@": between.join(verb.name for verb in VERBS.values() if verb.configuration),
+        "@PATHS@": between.join(_pattern(key, shell) for key in _paths()),
+        "@FILES@": between.join(verb.name for verb in VERBS.values() if any(a.path for a in verb.arguments)),
+    }
+    for mark, text in marks.items():
+        template = template.replace(mark, text)
+    return template
 
 
 @cache
-def words_by_context() -> dict[str, tuple[str, ...]]:
-    """What may be typed: "" at the start, a verb after it, `KEY=` before a value, `method:NAME` its knobs.
+def names_by_context() -> dict[str, tuple[str, ...]]:
+    """What may be typed: "" at the start, VERB after it, `KEY=` before a value, `method:NAME` its knobs.
 
-    >>> "ties_merging" in words_by_context()["method="]
+    >>> "ties_merging" in names_by_context()["method="]
     True
     """
-    from suture.pipeline.analyses import ANALYSES
-    from suture.pipeline.config import pools
+    contexts = {verb.name: tuple(_typed(verb)) for verb in VERBS.values()}
+    contexts[""] = (*VERBS, *contexts["run"], *_spellings([VERSION]))
+    contexts |= dict(_values_of_keys())
+    return contexts | dict(_methods()) | dict(_repairs())
+
+
+def _typed(verb: Verb) -> Iterator[str]:
+    """The arguments, keys and options of a verb; `models.NAME=` is offered as far as it goes without the name."""
+    for argument in verb.arguments:
+        yield from argument.values()
+    yield from (f"{key.name}=".removesuffix("NAME=") for key in verb.all_keys)
+    yield from _spellings((*verb.options, *EVERYWHERE))
+
+
+def _spellings(options: Iterable[Option]) -> list[str]:
+    return [name for option in options for name in option.names]
+
+
+def _values_of_keys() -> Iterator[tuple[str, tuple[str, ...]]]:
+    """The values of every key that has a closed list of them."""
+    from suture.core.fabric import _LOGGERS, PRECISIONS
+    from suture.file_merge.options import _DTYPES, VOCABULARY
+
+    yield from {"fabric.precision=": PRECISIONS, "fabric.loggers.kind=": _LOGGERS}.items()
+    yield from {"dtype=": _DTYPES, "vocabulary=": VOCABULARY}.items()
+    yield from ((f"{group}=", shipped_pools(group)) for group in ("modelpool", "taskpool"))
+    for key in (key for verb in VERBS.values() for key in verb.all_keys):
+        if values := tuple(key.values()):
+            yield f"{key.name}=", values
+
+
+def _methods() -> Iterator[tuple[str, tuple[str, ...]]]:
     from suture.pipeline.methods import all_methods
-    from suture.pipeline.repairs import Repair
+
+    methods = all_methods().values()
+    yield "method=", tuple(name for method in methods for name in (method.name, *method.aliases))
+    for method in methods:
+        for name in (method.name, *method.aliases):
+            yield f"method:{name}", tuple(f"method.{knob}=" for knob in method.knobs.defaults)
+        yield from _values_of_knobs(method.knobs)
+
+
+def _repairs() -> Iterator[tuple[str, tuple[str, ...]]]:
+    from suture.pipeline.repairs import NONE, Repair
     from suture.repairs import repair_kinds
 
-    found: dict[str, tuple[str, ...]] = {"": (*_verbs(), *_RUN_KEYS, "-m", "--cfg", "--help", "--version")}
-    for verb in ("check", "evaluate", "run"):
-        found[verb] = (*_RUN_KEYS, *_OPTIONS.get(verb, ()))
-    found["analyse"] = (*ANALYSES, *_RUN_KEYS, *_OPTIONS["analyse"])
-    found |= {verb: words for verb, words in _OPTIONS.items() if verb not in found}
-    found["surgery="] = found["repair="] = ("none", *repair_kinds())
-    for group in ("modelpool", "taskpool"):
-        found[f"{group}="] = tuple(dict.fromkeys(name.split("/")[-1] for name in pools(group)))
-    methods = all_methods()
-    found["method="] = tuple(name for m in methods.values() for name in (m.name, *m.aliases))
-    for method in methods.values():
-        for name in (method.name, *method.aliases):
-            found[f"method:{name}"] = tuple(f"method.{knob}=" for knob in method.knobs.defaults)
-        found |= dict(_values(method.knobs))
-    for kind in repair_kinds():
-        found[f"surgery:{kind}"] = tuple(f"surgery.{knob}=" for knob in Repair.defaults(kind) if knob != "kind")
-    return found
+    for group in ("repair", "surgery"):  # the name, and what it is often called
+        yield f"{group}=", (NONE, *repair_kinds())
+        for kind in repair_kinds():
+            yield f"{group}:{kind}", tuple(f"{group}.{knob}=" for knob in Repair.defaults(kind) if knob != "kind")
 
 
-_OPTIONS: dict[str, tuple[str, ...]] = {
-    "evaluate": ("model=", "matrix=true"),
-    "analyse": ("models=", "points=", "threshold=", "scope=", "model="),
-    "merge": (
-        *("base=", "models.", "method=", "output=", "mergekit=", "dtype=", "shard_size=", "memory=", "threads="),
-        *("device=", "vocabulary=", "allow_non_finite=", "mixed_dtypes=", "overwrite=", "rank=", "seed="),
-        *("--plan", "--shard"),
-    ),
-    "push": ("--private", "--revision"),
-    "report": ("--output", "--still"),
-    "reproduce": ("--list", "--check"),
-    "zoo": ("build", "--output", "--seed", "--data", "glyphs8", "real3"),
-    "demo": ("--output",),
-    "completion": SHELLS,
-    "vocabulary=": ("refuse", "base", "crop", "pad", "union"),
-    "dtype=": ("bfloat16", "float16", "float32"),
-    "scope=": ("model", "tensor"),
-    "fabric.loggers.kind=": ("csv", "tensorboard", "mlflow", "wandb", "none"),
-    "fabric.precision=": ("32-true", "bf16-mixed"),
-    **dict.fromkeys(("overwrite=", "dry_run=", "fast_dev_run=", "mixed_dtypes="), ("true", "false")),
-}
-
-
-def _verbs() -> tuple[str, ...]:
-    from suture.cli.main import VERBS
-
-    return tuple(VERBS)
-
-
-def _values(knobs: Knobs) -> Iterator[tuple[str, tuple[str, ...]]]:
+def _values_of_knobs(knobs: Knobs) -> Iterator[tuple[str, tuple[str, ...]]]:
     """The values that a knob may take, where its type names them all."""
     for knob, annotation in knobs.annotations.items():
         if values := _named(annotation):
@@ -112,9 +102,19 @@ def _named(annotation: Any) -> tuple[str, ...]:
     return ()
 
 
-def _case(contexts: list[str], words: str) -> str:
-    return f"        {' | '.join(contexts)}) echo '{words}' ;;"
+def _paths() -> list[Key]:
+    keys = {key.name: key for verb in VERBS.values() for key in verb.all_keys if key.path}
+    return list(keys.values())
 
 
-def _fish_case(contexts: list[str], words: str) -> str:
-    return f"        case {' '.join(contexts)}\n            string split ' ' -- '{words}'"
+def _pattern(key: Key, shell: str) -> str:
+    pattern = f"{key.name.replace('NAME', '*')}="
+    return f"'{pattern}'" if shell == "fish" else pattern.removesuffix("*=") + "*" if "*" in pattern else pattern
+
+
+def _case(contexts: list[str], names: str) -> str:
+    return f"        {' | '.join(contexts)}) echo '{names}' ;;"
+
+
+def _fish_case(contexts: list[str], names: str) -> str:
+    return f"        case {' '.join(contexts)}\n            string split ' ' -- '{names}'"

@@ -1,4 +1,4 @@
-"""What a command gives back beside what people see: JSON for programs, a few words for scripts."""
+"""The answer of a command: tables for people, one JSON document for programs, the bare result for scripts."""
 
 import contextlib
 import io
@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
-from suture.core import progress
+from suture.cli.grammar import EVERYWHERE, Request
+from suture.errors import ConfigError
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,23 @@ class Manner(Enum):
     QUIET = "--quiet"
     JSON = "--json"
 
+    @classmethod
+    def of(cls, request: Request) -> "Manner":
+        """The manner that the command line asks for."""
+        return next((manner for manner in (cls.JSON, cls.QUIET) if manner.value in request.everywhere), cls.TABLES)
+
+    def check(self, request: Request) -> None:
+        """Refuse two manners at once, and JSON or a bare result of a command that prints text."""
+        if self is Manner.TABLES:
+            return
+        other = Manner.QUIET if self is Manner.JSON else Manner.JSON
+        texts = [option.name for option in (*request.verb.options, *EVERYWHERE) if option.text]
+        given = [name for name in texts if name in request.everywhere or request.values.get(name)]
+        given += [other.value] if other.value in request.everywhere else []
+        given += [f"suture {request.verb.name}"] if request.verb.text and "--version" not in request.everywhere else []
+        if given:
+            raise ConfigError(f"{self.value} does not go with {given[0]}.")
+
     @contextlib.contextmanager
     def while_working(self) -> Iterator[None]:
         """Tables and notes go nowhere unless they were asked for; with `--quiet` no progress is shown either."""
@@ -35,6 +53,8 @@ class Manner(Enum):
             if self is not Manner.TABLES:
                 stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
             if self is Manner.QUIET:
+                from suture.core import progress
+
                 stack.enter_context(progress.silent())
             yield
 

@@ -69,6 +69,10 @@ def make_fabric(config: Mapping[str, Any], devices: int = 1):
 
 def check_fabric(config: Mapping[str, Any]) -> None:
     """Refuse what can be seen to be wrong before anything is opened."""
+    if not isinstance(config, Mapping):
+        raise ConfigError(f"fabric={config!r}: wanted keys below it, such as fabric.precision=bf16-mixed.")
+    if not isinstance(loggers := config.get("loggers"), Mapping | None):
+        raise ConfigError(f"fabric.loggers={loggers!r}: wanted keys below it, such as fabric.loggers.kind=csv.")
     for key in config:
         if key not in _KEYS:
             raise ConfigError(unknown_name("key of fabric", key, _KEYS))

@@ -11,7 +11,10 @@ from suture.errors import ConfigError, unknown_name
 
 @dataclass(frozen=True)
 class Knobs:
-    """What `function` can be told, as `group.knob=value` on the command line; `name` is what messages call it."""
+    """The keyword-only arguments of `function`; `name` is what messages call it.
+
+    On the command line they are `group.knob=value`, or `knob=value` without a group.
+    """
 
     name: str
     function: Callable[..., Any]
@@ -57,5 +60,5 @@ class Knobs:
             raise ConfigError("; ".join(dict.fromkeys(map(self._in_one_line, error.errors())))) from None
 
     def _in_one_line(self, error: Mapping[str, Any]) -> str:
-        knob = str(error["loc"][0])
-        return f"{self.group}.{knob}={error['input']!r} does not fit {self.name}: {error['msg']}."
+        knob = ".".join(filter(None, (self.group, str(error["loc"][0]))))
+        return f"{knob}={error['input']!r} does not fit {self.name}: {error['msg']}."

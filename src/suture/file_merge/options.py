@@ -17,6 +17,8 @@ from suture.merging.registry import MergeMethod, get_method
 
 VOCABULARY = ("refuse", "base", "crop", "pad", "union")
 _DTYPES = ("bfloat16", "float16", "float32", "float64")
+_DIGITS = 30  # of a size
+_MOST_THREADS = 4096
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
 
@@ -74,6 +76,8 @@ class Recipe:
             told = rest.get(key)
             if told is not None and (not isinstance(told, int) or isinstance(told, bool) or told < least):
                 raise ConfigError(f"{key}={told!r}: wanted a whole number, {least} or more.")
+        if (rest.get("threads") or 0) > _MOST_THREADS:
+            raise ConfigError(f"threads={rest['threads']}: wanted at most {_MOST_THREADS}.")
         if vocabulary not in VOCABULARY:
             raise ConfigError(unknown_name("vocabulary", vocabulary, VOCABULARY))
         return cls(
@@ -88,7 +92,7 @@ class Recipe:
             device=_device(device),
             part=_part(shard),
             vocabulary=vocabulary,
-            allow_non_finite=(allow_non_finite,) if isinstance(allow_non_finite, str) else tuple(allow_non_finite),
+            allow_non_finite=_patterns(allow_non_finite),
             **rest,
         )
 
@@ -118,9 +122,16 @@ def size(key: str, told: int | str) -> int:
     1500000000
     """
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?B|)\s*", str(told).upper())
-    if match is None or float(match[1]) * _UNITS[match[2]] < 1:
+    if match is None or len(match[1]) > _DIGITS or float(match[1]) * _UNITS[match[2]] < 1:
         raise ConfigError(f"{key}={told!r} is no size. Remedy: give a number of bytes, or one with kB, MB, GB or TB.")
     return int(float(match[1]) * _UNITS[match[2]])
+
+
+def _patterns(value: Any) -> tuple[str, ...]:
+    patterns = (value,) if isinstance(value, str) else value
+    if not isinstance(patterns, list | tuple) or not all(isinstance(pattern, str) for pattern in patterns):
+        raise ConfigError(f"allow_non_finite={value!r}: wanted names of tensors, such as ['*.running_var'].")
+    return tuple(patterns)
 
 
 def _no_rank(rank: int | None) -> None:

@@ -18,14 +18,14 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from suture.errors import ConfigError, SutureError, unknown_name
+from suture.errors import ConfigError, unknown_name
 from suture.pipeline.methods import all_methods
 from suture.pipeline.repairs import NONE, Repair
 from suture.repairs import repair_kinds
 
 _MULTIRUN = {"-m", "--multirun"}
 _GROUPS = ("modelpool", "taskpool")
-_TYPED: dict[str, str] = {}  # names of pools of one's own in Hydra's store → what was typed
+_TYPED: dict[str, str] = {}  # the name that hydra has for a pool of the user's own → the path that was typed
 
 
 def run_each(
@@ -43,21 +43,21 @@ def run_each(
         for words in _combinations(_rewritten(argv)):
             check(compose(words))
     results: list[Any] = []
-    refused: list[SutureError] = []
+    failures: list[Exception] = []
 
     def job(config):
         try:
             results.append(task(_plain(config)))
-        except SutureError as error:
-            if _is_multirun():
+        except Exception as error:
+            if not _in_this_process():
                 raise
-            refused.append(error)  # hydra would print a line of its own before handing it on
+            failures.append(error)  # hydra would print a line of its own before raising it
 
     entry = hydra.main(version_base="1.3", config_path="pkg://suture.pipeline.conf", config_name="config")(job)
     with _one_line_errors(), _hydra_environment(argv):
         entry()
-    if refused:
-        raise refused[0]
+    if failures:
+        raise failures[0]
     return results
 
 
@@ -194,8 +194,10 @@ def _plain(config, words: Sequence[str] = ()) -> dict[str, Any]:
     plain: dict[str, Any] = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)  # type: ignore[assignment]
     if HydraConfig.initialized():
         hydra_config = HydraConfig.get()
-        choices = {k: v for k, v in hydra_config.runtime.choices.items() if not k.startswith("hydra/")}
-        plain["choices"] = {group: _TYPED.get(str(choice), choice) for group, choice in choices.items()}
+        choices = {
+            group: name for group, name in hydra_config.runtime.choices.items() if not group.startswith("hydra/")
+        }
+        plain["choices"] = {group: _TYPED.get(name, name) for group, name in choices.items()}
         words = list(hydra_config.overrides.task)
         if _is_multirun() and plain["output"] is None:
             plain |= {"output": hydra_config.runtime.output_dir, "overwrite": True, "reuse": True}
@@ -212,6 +214,13 @@ def _is_multirun() -> bool:
     from hydra.types import RunMode
 
     return HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
+
+
+def _in_this_process() -> bool:
+    """Whether hydra calls the task itself, and no launcher that hands it to other processes."""
+    from hydra.core.hydra_config import HydraConfig
+
+    return not _is_multirun() or HydraConfig.get().runtime.choices["hydra/launcher"] == "basic"
 
 
 def _rewritten(argv: Sequence[str]) -> list[str]:
@@ -239,16 +248,8 @@ def _pool(group: str, name: str) -> str:
 
 
 def _own_pool(group: str, path: Path) -> str:
-    from omegaconf import OmegaConf
-    from yaml import YAMLError
-
-    if not path.is_file():
-        raise ConfigError(f"{group}={path}: there is no such file. Remedy: give the path of a pool's YAML file.")
-    try:
-        node = OmegaConf.load(path)
-    except YAMLError as error:
-        raise ConfigError(f"{group}={path} is not valid YAML: {' '.join(str(error).split())}") from None
-    return _stored_pool(group, path.stem, OmegaConf.to_container(node), str(path))
+    """Put the pool of a YAML file into Hydra's store; returns the name that it has there."""
+    return _stored_pool(group, path.stem, _read_pool(group, path), str(path))
 
 
 def _stored_pool(group: str, stem: str, node: Any, typed: str) -> str:
@@ -259,6 +260,29 @@ def _stored_pool(group: str, stem: str, node: Any, typed: str) -> str:
     ConfigStore.instance().store(group=group, name=name, node=node, provider="suture")
     _TYPED[name] = typed
     return name
+
+
+def _read_pool(group: str, path: Path) -> dict[Any, Any]:
+    from omegaconf import OmegaConf
+    from yaml import YAMLError
+
+    try:
+        pool = OmegaConf.load(path) if path.stat().st_size else None
+    except YAMLError as error:
+        raise ConfigError(f"{group}={path} is not valid YAML: {' '.join(str(error).split())}") from None
+    except UnicodeDecodeError:
+        raise ConfigError(f"{group}={path} is not text in UTF-8. Remedy: give a pool's YAML file.") from None
+    except FileNotFoundError:
+        raise ConfigError(f"{group}={path}: there is no such file. Remedy: give the path of a YAML file.") from None
+    except OSError as error:
+        problem = error.strerror or "it holds no pool"
+        raise ConfigError(f"{group}={path}: {problem}. Remedy: give the path of a YAML file.") from None
+    content = OmegaConf.to_container(pool) if pool is not None else None
+    if not isinstance(content, dict):
+        raise ConfigError(f"{group}={path} holds no pool. Remedy: give a YAML file with keys such as models or tasks.")
+    if "defaults" in content:
+        raise ConfigError(f"{group}={path} has a list of defaults. Remedy: write out what it refers to.")
+    return content
 
 
 @contextmanager

@@ -34,7 +34,7 @@ class ModelPool:
         own = family(config.get("family", "clip")).known_settings
         _refuse_unknown("modelpool", config, {"family", "models", "frozen", "mixed_dtypes", "root", *own})
         config = {key: _under(config.get("root"), value) for key, value in config.items()}
-        models = dict(config.get("models") or {})
+        models = _mapping("modelpool.models", config.get("models"))
         if PRETRAINED not in models:
             raise ConfigError(
                 f"modelpool.models has no '{PRETRAINED}' (found: {', '.join(models) or 'nothing'}). "
@@ -65,10 +65,11 @@ class TaskPool:
     def from_config(cls, config: Mapping[str, Any]) -> "TaskPool":
         """Read a pool's YAML; raises `ConfigError` for a missing or an unknown key."""
         _refuse_unknown("taskpool", config, {"tasks", "root", "recommended"})
-        if not config.get("tasks"):
+        named = _mapping("taskpool.tasks", config.get("tasks"))
+        if not named:
             raise ConfigError("taskpool.tasks is empty. Remedy: name at least one task.")
         root = config.get("root")
-        tasks = tuple(_task(name, task or {}, root) for name, task in config["tasks"].items())
+        tasks = tuple(_task(name, _mapping(f"taskpool.tasks.{name}", task), root) for name, task in named.items())
         return cls(tasks, config.get("recommended") or {})
 
 
@@ -102,6 +103,13 @@ def _folder_of(root: Path, name: str, words: Mapping[str, Any]) -> Path | None:
         return exact
     there = {plain(path.name): path for path in sorted(root.iterdir()) if path.is_dir()} if root.is_dir() else {}
     return next((there[plain(folder)] for folder in wanted if plain(folder) in there), None)
+
+
+def _mapping(where: str, value: Any) -> dict[str, Any]:
+    """The entries below a key, none where it is null; anything else is refused."""
+    if not isinstance(value, Mapping | None):
+        raise ConfigError(f"{where}={value!r}: wanted names with a value each.")
+    return dict(value or {})
 
 
 def _refuse_unknown(where: str, config: Mapping[str, Any], known: set[str]) -> None:

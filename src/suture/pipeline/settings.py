@@ -12,6 +12,8 @@ from suture.pipeline.pools import ModelPool, TaskPool
 from suture.pipeline.repairs import Repair
 from suture.storage.atomic import new_folder
 
+_RANGES = {"threads": (0, 4096), "batch_size": (1, 2**31), "seed": (0, 2**63 - 1)}
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -36,10 +38,16 @@ class Settings:
         """Read a composed configuration; raises `ConfigError` for the first value that does not fit."""
         values = dict(config["method"])
         method = chosen_method(values.pop("name"), values)
-        for key, least in (("threads", 0), ("batch_size", 1), ("seed", 0)):
+        for key, (least, most) in _RANGES.items():
             if not isinstance(config[key], int) or isinstance(config[key], bool) or config[key] < least:
                 raise ConfigError(f"{key}={config[key]!r}: wanted a whole number, {least} or more.")
+            if config[key] > most:
+                raise ConfigError(f"{key}={config[key]}: wanted at most {most}.")
+        for key in ("overwrite", "reuse", "dry_run", "fast_dev_run"):
+            if not isinstance(config[key], bool):
+                raise ConfigError(f"{key}={config[key]!r}: wanted true or false.")
         check_fabric(config["fabric"])
+        check_output(config["output"])
         repairs = _repairs(config, method)
         if repairs and not config.get("taskpool"):
             raise ConfigError(f"repair={repairs[0].kind.name} needs unlabelled inputs. Remedy: name a taskpool=…")
@@ -80,6 +88,17 @@ def _repairs(config: Mapping[str, Any], method: Method) -> tuple[Repair, ...]:
     return (chosen,) if chosen else method.repairs
 
 
+def check_output(output: Any) -> None:
+    """Refuse what is not the path of a folder that can be made."""
+    if output is None:
+        return
+    if not isinstance(output, str | Path):
+        raise ConfigError(f"output={output!r}: wanted the path of a folder. Remedy: output=./{output}")
+    if Path(output).name in ("", ".."):
+        raise ConfigError(f"output={output}: wanted the path of a new folder, not one that others are in.")
+
+
 def _default_output(config: Mapping[str, Any], label: str) -> Path:
     pool = str((config.get("choices") or {}).get("modelpool", "pool")).split("/")[-1]
+    pool = pool.removesuffix(".yaml").removesuffix(".yml")
     return new_folder(f"{pool}/{label}")

@@ -11,17 +11,21 @@ from suture.storage.cache import cache_directory
 
 ZOO = Path(__file__).parent.parent / "zoo"
 ZOO_ADDRESS = "zoo:"
+#: Every zoo by its name, and what it holds. One that does not ship is built in a checkout of the repository.
+ZOOS = {
+    "glyphs8": "a small CLIP and eight experts: seven tasks of rendered glyphs, one of handwriting",
+    "real3": "three experts for real images: clothing, handwriting, photographs",
+}
 
 
 def names() -> list[str]:
     """The zoos whose files are there: shipped or built."""
-    shipped = {folder.name for folder in ZOO.iterdir() if (folder / "experts").is_dir()}
-    return sorted({*shipped, *(name for name in buildable() if folder_of(name))})
+    return [name for name in ZOOS if folder_of(name)]
 
 
-def buildable() -> list[str]:
-    """The zoos that can be built: every module of `suture.zoo.builders`."""
-    return sorted(file.stem for file in (ZOO / "builders").glob("[a-z]*.py"))
+def how_to_build(name: str) -> str:
+    """The command that builds a zoo."""
+    return f"python -m tools.zoo build {name} in a checkout of suture's repository"
 
 
 def ships(name: str) -> bool:
@@ -30,7 +34,7 @@ def ships(name: str) -> bool:
 
 
 def home(name: str) -> Path:
-    """The folder that a zoo which does not ship is built into, unless told otherwise: in suture's cache."""
+    """Where a zoo that does not ship is built, by default, and looked for: a folder of suture's cache."""
     return cache_directory() / "zoo" / name
 
 
@@ -46,17 +50,16 @@ def zoo_path(address: str) -> Path:
     does not have; both list the known names.
     """
     name, *parts = PurePosixPath(address.removeprefix(ZOO_ADDRESS)).parts or ("",)
-    known = sorted({*names(), *buildable()})
-    if name not in known:
-        raise ConfigError(f"{address!r}: there is no zoo {name!r}. Known: {', '.join(known)}.")
-    found = folder_of(name)
-    if found is None:
-        raise ConfigError(f"{address!r}: {name} is not built yet. Remedy: suture zoo build {name}")
+    if name not in ZOOS:
+        raise ConfigError(f"{address!r}: there is no zoo {name!r}. Known: {', '.join(ZOOS)}.")
+    path = folder_of(name)
+    if path is None:
+        raise ConfigError(f"{address!r}: {name} is not built yet. Remedy: {how_to_build(name)}.")
     for part in parts:
-        known = sorted(entry.name for entry in found.iterdir()) if found.is_dir() else []
-        if part not in known:
+        entries = sorted(entry.name for entry in path.iterdir()) if path.is_dir() else []
+        if part not in entries:
             raise CheckpointError(
-                f"{address!r}: {found.name!r} has no {part!r}. Known: {', '.join(known) or 'nothing'}."
+                f"{address!r}: {path.name!r} has no {part!r}. Known: {', '.join(entries) or 'nothing'}."
             )
-        found /= part
-    return found
+        path /= part
+    return path

@@ -1,19 +1,19 @@
 # Completion of `suture` for bash, made by `suture completion bash`.
-_suture_words() {
+_suture_names() {
     case $1 in
-@WORDS@
+@NAMES@
     esac
 }
 
 _suture() {
-    local line=${COMP_LINE:0:COMP_POINT} word verb='' method='' surgery='' before candidates key
+    local line=${COMP_LINE:0:COMP_POINT} word verb='' method='' repair='' before candidates key
     word=${line##*[[:space:]]}
     local -a typed
     read -r -a typed <<< "${line%"$word"}"
     for before in "${typed[@]:1}"; do
         case $before in
             method=*) method=${before#method=} ;;
-            surgery=*) surgery=${before#surgery=} ;;
+            repair=* | surgery=*) repair=${before/=/:} ;;
             -*) ;;
             *=*) ;;
             *) [[ -n $verb ]] || verb=$before ;;
@@ -21,17 +21,17 @@ _suture() {
     done
     if [[ $word == *=* ]]; then
         key=${word%%=*}=
-        candidates=$(_suture_words "$key")
+        candidates=$(_suture_names "$key")
         COMPREPLY=($(compgen -P "$key" -W "$candidates" -- "${word#*=}"))
         case $key in
-            modelpool= | taskpool= | base= | models.* | model= | mergekit= | output=)
+            @PATHS@)
                 COMPREPLY+=($(compgen -P "$key" -f -- "${word#*=}")) ;;
         esac
     else
         [[ ${#typed[@]} -gt 1 && -z $verb ]] && verb=run
-        candidates="$(_suture_words "$verb") --json --quiet --traceback"
-        case $verb in run | check | evaluate | analyse | merge)
-            candidates+=" $(_suture_words "method:$method") $(_suture_words "surgery:$surgery")" ;;
+        candidates=$(_suture_names "$verb")
+        case $verb in @CONFIGURED@)
+            candidates+=" $(_suture_names "method:$method") $(_suture_names "$repair")" ;;
         esac
         COMPREPLY=($(compgen -W "$candidates" -- "$word"))
     fi

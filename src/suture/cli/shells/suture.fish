@@ -1,7 +1,7 @@
 # Completion of `suture` for fish, made by `suture completion fish`.
-function __suture_words
+function __suture_names
     switch $argv[1]
-@WORDS@
+@NAMES@
     end
 end
 
@@ -9,13 +9,13 @@ function __suture
     set -l word (commandline -ct)
     set -l verb
     set -l method
-    set -l surgery
+    set -l repair
     for before in (commandline -opc)[2..]
         switch $before
             case 'method=*'
                 set method (string replace 'method=' '' -- $before)
-            case 'surgery=*'
-                set surgery (string replace 'surgery=' '' -- $before)
+            case 'repair=*' 'surgery=*'
+                set repair (string replace '=' ':' -- $before)
             case '-*' '*=*'
             case '*'
                 test -n "$verb"; or set verb $before
@@ -23,11 +23,11 @@ function __suture
     end
     if string match -q '*=*' -- $word
         set -l key (string replace -r '=.*' '=' -- $word)
-        for value in (__suture_words $key)
+        for value in (__suture_names $key)
             echo $key$value
         end
         switch $key
-            case 'modelpool=' 'taskpool=' 'base=' 'models.*' 'model=' 'mergekit=' 'output='
+            case @PATHS@
                 for path in (string replace -r '[^=]*=' '' -- $word)*
                     echo $key$path
                 end
@@ -37,14 +37,13 @@ function __suture
     if test (count (commandline -opc)) -gt 1; and test -z "$verb"
         set verb run
     end
-    __suture_words "$verb"
-    printf '%s\n' --json --quiet --traceback
+    __suture_names "$verb"
     switch "$verb"
-        case run check evaluate analyse merge
-            __suture_words "method:$method"
-            __suture_words "surgery:$surgery"
+        case @CONFIGURED@
+            __suture_names "method:$method"
+            __suture_names "$repair"
     end
 end
 
 complete -c suture -f -a '(__suture)'
-complete -c suture -n '__fish_seen_subcommand_from report' -F
+complete -c suture -n '__fish_seen_subcommand_from @FILES@' -F

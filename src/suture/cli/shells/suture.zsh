@@ -1,18 +1,18 @@
 #compdef suture
 # Completion of `suture` for zsh, made by `suture completion zsh`.
-_suture_words() {
+_suture_names() {
     case $1 in
-@WORDS@
+@NAMES@
     esac
 }
 
 _suture() {
-    local verb method surgery before key
+    local verb method repair before key
     local -a candidates ready open
     for before in ${words[2,CURRENT-1]}; do
         case $before in
             method=*) method=${before#method=} ;;
-            surgery=*) surgery=${before#surgery=} ;;
+            repair=*|surgery=*) repair=${before/=/:} ;;
             -*|*=*) ;;
             *) : ${verb:=$before} ;;
         esac
@@ -20,24 +20,26 @@ _suture() {
     if [[ $PREFIX == *=* ]]; then
         key=${PREFIX%%=*}=
         compset -P '*='
-        candidates=(${=$(_suture_words $key)})
+        candidates=(${=$(_suture_names $key)})
         compadd -a candidates
         case $key in
-            modelpool=|taskpool=|base=|models.*|model=|mergekit=|output=) _files ;;
+            @PATHS@) _files ;;
         esac
         return
     fi
     (( CURRENT > 2 )) && : ${verb:=run}
-    candidates=(${=$(_suture_words $verb)} --json --quiet --traceback)
+    candidates=(${=$(_suture_names $verb)})
     case $verb in
-        run|check|evaluate|analyse|merge)
-            candidates+=(${=$(_suture_words method:$method)} ${=$(_suture_words surgery:$surgery)}) ;;
+        @CONFIGURED@)
+            candidates+=(${=$(_suture_names method:$method)} ${=$(_suture_names $repair)}) ;;
     esac
     open=(${(M)candidates:#*[=.]})
     ready=(${candidates:#*[=.]})
     compadd -a ready
     compadd -S '' -a open
-    [[ $verb == (report|merge) ]] && _files
+    case $verb in
+        @FILES@) _files ;;
+    esac
     return 0
 }
 

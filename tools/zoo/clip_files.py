@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from suture.zoo.drawing import MEAN, SIDE, STD
-from suture.zoo.recipe import Recipe
+from tools.zoo.drawing import MEAN, SIDE, STD
+from tools.zoo.recipe import Recipe
 
 START, END = "<|startoftext|>", "<|endoftext|>"
 

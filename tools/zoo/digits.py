@@ -6,9 +6,9 @@ import torch
 from torch.nn import functional as F
 
 from suture.core.random import generator_for
-from suture.zoo import alphabets, drawing
-from suture.zoo.building import Labelled, ZooTask, require
-from suture.zoo.recipe import Recipe
+from tools.zoo import alphabets, drawing
+from tools.zoo.building import Labelled, ZooTask, require
+from tools.zoo.recipe import Recipe
 
 
 def handwritten_digits(recipe: Recipe, seed: int) -> ZooTask:

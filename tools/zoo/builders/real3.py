@@ -20,12 +20,11 @@ from suture.core.random import generator_for
 from suture.errors import ConfigError, DataError
 from suture.storage.addresses import zoo_path
 from suture.tasks import Images, Split, Task
-from suture.zoo import drawing
-from suture.zoo.building import Labelled, ZooTask, require, save_data, train_experts
-from suture.zoo.digits import handwritten_digits
-from suture.zoo.recipe import Recipe
+from tools.zoo import drawing
+from tools.zoo.building import Labelled, ZooTask, require, save_data, train_experts
+from tools.zoo.digits import handwritten_digits
+from tools.zoo.recipe import Recipe
 
-SUMMARY = "three experts for real images: clothing, handwriting, photographs"
 RECIPE = Recipe(finetuning_batch=64, train_images=12_000, test_images=2_000)
 TEMPLATES = ("a picture of {}", "a small image of {}")
 

@@ -5,13 +5,11 @@ from typing import Any
 
 from suture.core.progress import bar
 from suture.core.random import generator_for
-from suture.zoo import alphabets, clip_files, training
-from suture.zoo.building import ZooTask, save_data, train_experts
-from suture.zoo.digits import handwritten_digits
-from suture.zoo.glyphs import TaskGlyphs
-from suture.zoo.recipe import Recipe
-
-SUMMARY = "a small CLIP and eight experts: seven tasks of rendered glyphs, one of handwriting"
+from tools.zoo import alphabets, clip_files, training
+from tools.zoo.building import ZooTask, save_data, train_experts
+from tools.zoo.digits import handwritten_digits
+from tools.zoo.glyphs import TaskGlyphs
+from tools.zoo.recipe import Recipe
 
 
 def build(folder: Path, *, seed: int, recipe: Recipe | None = None) -> None:

@@ -1,6 +1,6 @@
 """Build a zoo: data, experts and what it is fine-tuned from, into a folder that appears only when it is complete.
 
-Each zoo is one module of `suture.zoo.builders`; what they share is here.
+Each zoo is one module of `tools.zoo.builders`; this module holds their common parts.
 """
 
 import importlib
@@ -8,7 +8,7 @@ import importlib.util
 import inspect
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,9 +20,10 @@ from torch import Tensor
 from suture.core.progress import bar
 from suture.core.random import generator_for
 from suture.errors import ConfigError, OutputError, unknown_name
-from suture.zoo import clip_files, training
-from suture.zoo.idx import save_split
-from suture.zoo.recipe import Recipe
+from suture.storage.addresses import home, ships
+from tools.zoo import clip_files, training
+from tools.zoo.idx import save_split
+from tools.zoo.recipe import Recipe
 
 Labelled = tuple[Tensor, Tensor]
 """uint8 images (n, 16, 16) and their labels (n,)."""
@@ -40,17 +41,32 @@ class ZooTask:
     draw: Callable[[torch.Generator], Labelled]
 
 
-def build_zoo(name: str, out: Path, seed: int, options: Mapping[str, Any]) -> Path:
-    """Run the builder of a zoo in a folder of its own; raises `ConfigError` for an option it does not have."""
-    builder = importlib.import_module(f"suture.zoo.builders.{name}").build
+def build(name: str, output: Path | None = None, seed: int = 0, **options: Any) -> Path:
+    """Train a zoo into the new folder `output`, by default where suture looks for it; returns the folder.
+
+    The same seed and number of threads give the same bits on one machine. `options` are those of the zoo's builder
+    (`recipe`, `data`). Raises `ConfigError` for an unknown name or option, `DataError` for data that is missing, and
+    `OutputError` if the folder exists.
+    """
+    if name not in buildable():
+        raise ConfigError(unknown_name("zoo", name, buildable()))
+    if output is None and ships(name):
+        raise ConfigError(f"{name} ships with suture. Remedy: to build it again, name a folder: --output DIR")
+    builder = importlib.import_module(f"tools.zoo.builders.{name}").build
     known = [option for option in inspect.signature(builder).parameters if option not in ("folder", "seed")]
     for option in options:
         if option not in known:
             raise ConfigError(unknown_name(f"option of {name}", option, known))
-    with _complete_or_absent(out) as folder, torch.random.fork_rng(devices=[]):
+    output = Path(output or home(name))
+    with _complete_or_absent(output) as folder, torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         builder(folder, seed=seed, **options)
-    return out
+    return output
+
+
+def buildable() -> list[str]:
+    """The zoos that can be built: every module of `tools.zoo.builders`."""
+    return sorted(file.stem for file in (Path(__file__).parent / "builders").glob("[a-z]*.py"))
 
 
 def save_data(tasks: Iterable[ZooTask], folder: Path) -> None:
@@ -73,7 +89,7 @@ def train_experts(tasks: Iterable[ZooTask], model: Any, tokenizer, recipe: Recip
 def require(module: str, package: str, purpose: str) -> None:
     """Raise `ConfigError` if a package of the `zoo` extra is not installed."""
     if importlib.util.find_spec(module) is None:
-        raise ConfigError(f"Building this zoo needs {package}, for its {purpose}: pip install 'suture[zoo]'.")
+        raise ConfigError(f"Building this zoo needs {package}, for its {purpose}: pip install {package}.")
 
 
 @contextmanager

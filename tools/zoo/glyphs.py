@@ -3,9 +3,9 @@
 import torch
 from torch import Tensor
 
-from suture.zoo import alphabets, drawing
-from suture.zoo.clip_files import CAPTION_LENGTH
-from suture.zoo.recipe import Recipe
+from tools.zoo import alphabets, drawing
+from tools.zoo.clip_files import CAPTION_LENGTH
+from tools.zoo.recipe import Recipe
 
 
 class CaptionedGlyphs:

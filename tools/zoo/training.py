@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from suture.core.random import generator_for
-from suture.zoo.alphabets import TASK_TEMPLATES
-from suture.zoo.clip_files import CAPTION_LENGTH, as_pixels, round_to_half
-from suture.zoo.glyphs import CaptionedGlyphs
-from suture.zoo.recipe import Recipe
+from tools.zoo.alphabets import TASK_TEMPLATES
+from tools.zoo.clip_files import CAPTION_LENGTH, as_pixels, round_to_half
+from tools.zoo.glyphs import CaptionedGlyphs
+from tools.zoo.recipe import Recipe
 
 Advance = Callable[[], None]
 
