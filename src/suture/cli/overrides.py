@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from suture.cli.grammar import configuration_keys
 from suture.errors import ConfigError, shown
 
+_TARGET = re.compile(r"(?<!\w)_target_(?!\w)")
 _PLUGIN = re.compile(r"hydra/(launcher|sweeper)")
 _LONGEST_NAME = 250  # letters of a file's name
 _SETTING = re.compile(r"hydra\.(sweep\.(dir|subdir)|(launcher|sweeper)(\.\w+)+)")
@@ -26,7 +27,7 @@ def check_overrides(words: Sequence[str], configuration: str) -> None:
     for word in words:
         typed, _, value = word.partition("=")
         key = typed.lstrip("+~")
-        if "_target_" in word:
+        if _TARGET.search(word):
             raise ConfigError(f"{typed}: a _target_ names code to run, and suture runs none. {_REMEDY}.")
         if "@" in key:
             raise ConfigError(f"{typed}: a group cannot be put elsewhere with @. Remedy: name the group alone.")
