@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from suture.cli import verbs
+from suture.cli import actions
 from suture.cli.main import main
 
 INTERRUPTED = """
@@ -66,7 +66,7 @@ def test_an_error_of_suture_s_own_is_one_line_with_a_hint(monkeypatch, capsys):
     def fail():
         raise KeyError("a\nb")
 
-    monkeypatch.setattr(verbs, "version", fail)
+    monkeypatch.setattr(actions, "version", fail)
     assert main(["--version"]) == 1
     line = capsys.readouterr().err
     assert line.startswith("suture: KeyError: 'a\\nb'. This is a bug in suture;")

@@ -6,6 +6,7 @@ import pytest
 from desk import refused
 from hydra._internal.utils import get_args_parser
 
+from suture.cli.overrides import check_overrides
 from suture.cli.verbs import VERBS
 
 POOLS = ["modelpool=glyphs8", "taskpool=glyphs8"]
@@ -92,6 +93,8 @@ CODE = [
     ["-m", f"modelpool=choice({OUTSIDE}FOLDER/pool.yaml)"],
     ["-m", f"modelpool=[{OUTSIDE}FOLDER/pool.yaml]"],
     ["-m", "modelpool@hydra.launcher=pool.yaml"],
+    ["-m", f"+method/surgery={OUTSIDE}FOLDER/pool"],
+    ["-m", f"+modelpool/CLIPVisionModelPool={OUTSIDE}FOLDER/pool.yaml"],
     ["-m", "+modelpool@hydra.launcher=pool.yaml"],
     ["+hydra.callbacks.one={_target_: hostile_code.run}"],
     ["hydra.searchpath=[file://FOLDER]"],
@@ -104,6 +107,10 @@ CODE = [
 @pytest.mark.parametrize("words", CODE, ids=" ".join)
 def test_no_key_of_hydra_s_runs_code(words, hostile_code, capsys):
     refused(capsys, [*RUN, "dry_run=true", *(word.replace("FOLDER", str(hostile_code)) for word in words)])
+
+
+def test_a_folder_may_have_target_in_its_name():
+    check_overrides(["output=my_target_model", "hydra.sweep.dir=my_target_/x"], "config")
 
 
 def test_a_pool_with_a_header_of_hydra_s_is_a_pool(hostile_code, capsys):

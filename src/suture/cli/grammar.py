@@ -218,6 +218,7 @@ def _sorted_out(verb: Verb, words: Sequence[str]) -> tuple[dict[str, Any], list[
     if not verb.configuration:
         return _by_position(verb, words), []
     own, known = {key.name for key in verb.keys}, {_root(key.name) for key in verb.all_keys} | {"hydra"}
+    known |= {"surgery"} if "repair" in known else set()  # what the group is often called
     values: dict[str, Any] = {}
     bare, configured = [], []
     for word in words:

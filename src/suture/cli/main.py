@@ -59,13 +59,13 @@ def _run(arguments: list[str]) -> int:
 
 
 def _answer(request: "Request", manner: "Manner") -> "Answer | None":
-    from suture.cli.verbs import explain, version
+    from suture.cli import actions
 
     manner.check(request)
     if "--version" in request.everywhere:
-        return version()
+        return actions.version()
     if "--help" in request.everywhere:
-        return explain(request)
+        return actions.explain(request)
     return request.verb.run(request)
 
 

@@ -1,4 +1,4 @@
-"""What may be typed to Hydra: nothing that names code, a pickle or a configuration folder of its own.
+"""A guard before Hydra: no word of the command line names code, a pickle, or a configuration from elsewhere.
 
 Hydra instantiates whatever class a `_target_` of its launcher, sweeper, callbacks or loggers names, and unpickles what
 `--experimental-rerun` names. So only installed plugins can be chosen, by name, and only settings of theirs and the
@@ -12,12 +12,11 @@ from collections.abc import Sequence
 from suture.cli.grammar import configuration_keys
 from suture.errors import ConfigError, shown
 
+_TARGET = re.compile(r"(?<!\w)_target_(?!\w)")
 _PLUGIN = re.compile(r"hydra/(launcher|sweeper)")
 _LONGEST_NAME = 250  # letters of a file's name
 _SETTING = re.compile(r"hydra\.(sweep\.(dir|subdir)|(launcher|sweeper)(\.\w+)+)")
-_REMEDY = (
-    "Remedy: leave it out; of hydra's keys suture takes hydra/launcher, hydra/sweeper, their settings and hydra.sweep"
-)
+_REMEDY = "Remedy: leave it out. Of Hydra, suture takes hydra/launcher, hydra/sweeper, their keys and hydra.sweep"
 
 
 def check_overrides(words: Sequence[str], configuration: str) -> None:
@@ -26,12 +25,15 @@ def check_overrides(words: Sequence[str], configuration: str) -> None:
     for word in words:
         typed, _, value = word.partition("=")
         key = typed.lstrip("+~")
-        if "_target_" in word:
+        if _TARGET.search(word):
             raise ConfigError(f"{typed}: a _target_ names code to run, and suture runs none. {_REMEDY}.")
         if "@" in key:
             raise ConfigError(f"{typed}: a group cannot be put elsewhere with @. Remedy: name the group alone.")
         if key.startswith("hydra"):
             _check_hydra(typed, key, value)
+        elif "/" in key:
+            group = key.partition("/")[0]
+            raise ConfigError(f"{typed} is no key. Remedy: {group}=NAME for a configuration, {group}.KEY for its keys.")
         elif key in groups:
             _check_choice(key, value)
 

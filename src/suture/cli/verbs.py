@@ -1,243 +1,12 @@
-"""The table of verbs. Each calls one public function of suture and prints what it returns."""
+"""The table of verbs. The parser, the help and the completion scripts are all made from it."""
 
-import json
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
-from suture.cli.grammar import Argument, Key, Option, Request, Verb, shipped_pools, true_or_false
-from suture.cli.output import Answer
-from suture.errors import ConfigError, unknown_name
+from suture.cli import actions
+from suture.cli.grammar import Argument, Key, Option, Verb, true_or_false
 
 SHELLS = ("bash", "zsh", "fish")
-BUILT_ELSEWHERE = (
-    "suture zoo only lists. To build a zoo: python -m tools.zoo build NAME in a checkout of suture's repository."
-)
-
-
-def run(request: Request) -> Answer:
-    """Merge, score, repair and report; with several values of a key, all of their combinations."""
-    from suture.cli import tables
-    from suture.cli.overrides import check_overrides
-    from suture.pipeline import config, pipeline
-    from suture.pipeline.settings import Settings
-    from suture.reporting.sweep import summarise
-
-    def run_one(configuration: Mapping[str, Any]) -> Any:
-        result = pipeline.run(configuration)
-        tables.print_run(result)
-        return result
-
-    check_overrides(request.words, request.verb.configuration)
-    results = config.run_each([*_for_hydra(request), *request.words], run_one, Settings.from_config)
-    folders = [result.folder for result in results if hasattr(result, "folder")]
-    if len(folders) > 1 and (summary := summarise(folders)):
-        tables.print_sweep(summary.report, summary.folder)
-    data = [_as_data(result) for result in results]
-    code = 2 if any(each.get("problems") for each in data) else 0
-    return Answer(data[0] if len(data) == 1 else {"runs": data}, "\n".join(map(str, folders)), code)
-
-
-def _for_hydra(request: Request) -> list[str]:
-    given = {name: value for name, value in request.values.items() if value}
-    return [word for name, value in given.items() for word in ((name,) if value is True else (name, value))]
-
-
-def _as_data(result: Any) -> dict[str, Any]:
-    """A run's folder and report, or what a dry run found."""
-    if not hasattr(result, "folder"):
-        return asdict(result)
-    return {"folder": str(result.folder), **json.loads((result.folder / "report.json").read_text("utf-8"))}
-
-
-def check(request: Request) -> Answer:
-    """Everything that can be known before a run."""
-    from suture.cli import tables
-    from suture.pipeline.preflight import check
-
-    preflight = check(_composed(request))
-    tables.print_preflight(preflight)
-    return Answer(asdict(preflight), "\n".join(preflight.problems), 2 if preflight.problems else 0)
-
-
-def _composed(request: Request) -> dict[str, Any]:
-    """The configuration of a verb for which a method need not be named."""
-    from suture.cli.overrides import check_overrides
-    from suture.pipeline import config
-
-    check_overrides(request.words, request.verb.configuration)
-    named = any(word.startswith("method=") for word in request.words)
-    return config.compose([*([] if named else [f"method={request.verb.method}"]), *request.words])
-
-
-def evaluate(request: Request) -> Answer:
-    """Scores of a pool's models, without a merge."""
-    from suture.cli import tables
-    from suture.pipeline.pipeline import evaluate_pool
-
-    matrix = request.values.get("matrix", "false")
-    if matrix not in ("true", "false"):
-        raise ConfigError(f"matrix={matrix}: wanted true or false.")
-    composed = _composed(request)
-    report = evaluate_pool(composed, model=request.values.get("model"), matrix=matrix == "true")
-    tables.print_report(report)
-    data = report.as_data()
-    data = {key: data[key] for key in ("tasks", "samples", "rows", "matrix")} | {"folder": composed["output"]}
-    return Answer(data, "\n".join(f"{row.name}\t{100 * row.mean:.2f}" for row in report.rows))
-
-
-def merge(request: Request) -> Answer:
-    """A merge of checkpoint files, or its plan."""
-    from suture.cli.overrides import check_overrides
-    from suture.file_merge import merge_configured
-    from suture.pipeline import config
-
-    check_overrides([word for word in request.words if not _is_path(word)], request.verb.configuration)
-    result = merge_configured(config.compose_merging(request.words))
-    if not isinstance(result, Path):
-        print(result)
-        return Answer(asdict(result) | {"seconds": result.seconds}, str(result))
-    finished = result.is_dir()
-    print(f"The merged model is in {result}" if finished else f"This share is done; {result} waits for the others.")
-    return Answer({"output": str(result), "finished": finished}, str(result))
-
-
-def _is_path(word: str) -> bool:
-    key = word.partition("=")[0]
-    return key in ("base", "output", "mergekit") or key.startswith("models.")
-
-
-def analyse(request: Request) -> Answer:
-    """One analysis: its table, and files with the figure."""
-    from suture.cli import tables
-    from suture.pipeline.analyses import analyse
-
-    options = {key.name: request.values[key.name] for key in request.verb.keys if key.name in request.values}
-    options |= {key: options[key].split(",") for key in ("models", "points") if key in options}
-    finding, folder = analyse(request.values["ANALYSIS"], _composed(request), options=options)
-    tables.print_finding(finding)
-    print(f"The table and the figure are in {folder}")
-    return Answer(finding.as_data() | {"folder": str(folder)}, str(folder))
-
-
-def report(request: Request) -> Answer:
-    """The page of one run, or of several side by side."""
-    from suture.reporting import report
-
-    values = request.values
-    page = report(values["RUN"], values["--output"], interactive=not values["--still"])
-    print(f"The page is {page}")
-    return Answer({"page": str(page)}, str(page))
-
-
-def push(request: Request) -> Answer:
-    """A finished run on the hub."""
-    from suture.pipeline.pushing import push
-
-    values = request.values
-    address = push(values["RUN"], values["NAME"], private=bool(values["--private"]), revision=values["--revision"])
-    print(f"The model is at {address}")
-    return Answer({"address": address}, address)
-
-
-def reproduce(request: Request) -> Answer:
-    """The published figures, or a run beside them."""
-    from suture.cli import tables
-    from suture.pipeline.reproduce import compare, published
-
-    if run := request.values["--check"]:
-        compared = compare(run)
-        if not compared:
-            raise ConfigError(f"'{run}' is no run of a published figure. Remedy: suture reproduce lists the commands.")
-        tables.print_compared(compared)
-        lines = [f"{one.published.id}\t{one.found:.2f}\t{'within' if one.within else 'outside'}" for one in compared]
-        data = [asdict(one) | {"within": one.within} for one in compared]
-        return Answer(data, "\n".join(lines), 0 if all(one.within for one in compared) else 1)
-    tables.print_published(published())
-    lines = [f"{figure.id}\t{figure.command}" for figure in published()]
-    return Answer([asdict(figure) | {"command": figure.command} for figure in published()], "\n".join(lines))
-
-
-def methods(request: Request) -> Answer:
-    """Every method, or one with what its knobs may be."""
-    from suture.cli import tables
-    from suture.pipeline.methods import all_methods, find_method
-
-    if name := request.values["METHOD"]:
-        method = find_method(name)
-        tables.print_method(method)
-        return Answer(_method_data(method) | {"ranges": tables.ranges(method.knobs)}, method.name)
-    tables.print_methods(all_methods().values())
-    return Answer(list(map(_method_data, all_methods().values())), "\n".join(all_methods()))
-
-
-def _method_data(method: Any) -> dict[str, Any]:
-    data = {"name": method.name, "aliases": method.aliases, "paper": method.paper}
-    return data | {"summary": method.knobs.summary, "knobs": method.knobs.defaults}
-
-
-def pools(request: Request) -> Answer:
-    """The pools that ship."""
-    names = {group: shipped_pools(group) for group in ("modelpool", "taskpool")}
-    for group, shipped in names.items():
-        print("\n".join(f"{group}={name}" for name in shipped))
-    return Answer(names, "\n".join(name for shipped in names.values() for name in shipped))
-
-
-def zoo(request: Request) -> Answer:
-    """The zoos by name, all or some."""
-    from suture.zoo import inventory
-
-    zoos, named = inventory(), request.values["NAME"]
-    if named[:1] == ["build"]:
-        build = "python -m tools.zoo build NAME in a checkout of suture's repository"
-        raise ConfigError(f"suture zoo only lists the zoos. Remedy: {build}.")
-    for name in named:
-        if name not in zoos:
-            raise ConfigError(unknown_name("zoo", name, zoos))
-    lines = {name: zoos[name] for name in named or zoos}
-    for name, line in lines.items():
-        print(f"{name}  {line}")
-    return Answer(lines, "\n".join(lines))
-
-
-def demo(request: Request) -> Answer:
-    """The main job on the models that ship."""
-    from suture.cli import tables
-    from suture.pipeline.pipeline import demo
-
-    output = request.values["--output"]
-    result = demo(output)
-    tables.print_run(result)
-    return Answer(_as_data(result), str(result.folder))
-
-
-def completion(request: Request) -> None:
-    """A script for a shell, or how to install it."""
-    from suture.cli.completion import script
-
-    shell = request.values["SHELL"]
-    if shell is None:
-        return explain(request)
-    print(script(shell), end="")
-
-
-def explain(request: Request) -> None:
-    """The help: all verbs, or the one of the request."""
-    from suture.cli.help import overview, page
-
-    named = request.values.get("VERB")
-    verb = VERBS[named] if named else request.verb
-    print(overview(VERBS) if verb.name == "help" else page(verb))
-
-
-def version() -> Answer:
-    """The version of suture."""
-    from suture import __version__
-
-    print(f"suture {__version__}")
-    return Answer({"version": __version__}, __version__)
 
 
 def _analyses() -> Sequence[str]:
@@ -281,7 +50,7 @@ _TABLE = (
         "run",
         "Merge the models of a pool, repair and score the result",
         "suture run method=ties_merging modelpool=glyphs8 taskpool=glyphs8 output=out",
-        run,
+        actions.run,
         details="The word run may be left out. The folder holds the merged model and a report. With -m, every "
         "combination of values runs, as in method.scaling_factor=0.1,0.3. Names that start with hydra: only "
         "hydra.sweep.dir, hydra.sweep.subdir, and the launchers and sweepers that are installed (hydra/launcher=NAME, "
@@ -293,7 +62,7 @@ _TABLE = (
         "check",
         "Check the models, tasks and disk space of a run",
         "suture check method=ties_merging modelpool=glyphs8 taskpool=glyphs8",
-        check,
+        actions.check,
         configuration="config",
         method="simple_average",
     ),
@@ -301,7 +70,7 @@ _TABLE = (
         "evaluate",
         "Score the models of a pool, and one of your own, on every task",
         "suture evaluate modelpool=glyphs8 taskpool=glyphs8 matrix=true",
-        evaluate,
+        actions.evaluate,
         keys=(
             Key("model", "one more model to score: the path of a checkpoint", path=True),
             Key("matrix", "every model on every task; with output=FOLDER a report too", "false", values=true_or_false),
@@ -313,7 +82,7 @@ _TABLE = (
         "merge",
         "Merge checkpoint files of any size, in bounded memory",
         "suture merge base=llama models.a=org/math models.b=lora method=dare output=out",
-        merge,
+        actions.merge,
         details="The output is a model directory that transformers loads: sharded safetensors, configuration, "
         "tokenizer, model card, hashes of the inputs. Inputs are files, model directories, hub ids or folders of LoRA "
         "adapters. An interrupted merge continues when the same command is given again.\n\n"
@@ -336,7 +105,7 @@ _TABLE = (
         "analyse",
         "Compare the models of a pool, in six analyses",
         "suture analyse interpolation modelpool=glyphs8 taskpool=glyphs8 points=0,0.5,1",
-        analyse,
+        actions.analyse,
         details="similarity, layers and trimming look at the weights; interpolation, landscape and bias need a "
         "taskpool=… too. The table is printed; output=FOLDER gets it as files, with the figure.",
         arguments=(Argument("ANALYSIS", "the analysis to run", values=_analyses),),
@@ -355,7 +124,7 @@ _TABLE = (
         "report",
         "Write the page of a finished run again, or compare several runs",
         "suture report out/ties out/adamerging --output comparison.html",
-        report,
+        actions.report,
         arguments=(Argument("RUN", "the folder of a finished run", many=True, path=True),),
         options=(
             Option("--output", "the page to write; by default in the run's folder", "PAGE"),
@@ -366,7 +135,7 @@ _TABLE = (
         "push",
         "Upload the model of a finished run to the hub",
         "suture push out/ties org/merged-model --private",
-        push,
+        actions.push,
         details="The merged model, its model card and its repair modules go up in one commit. Files that name places "
         "on this machine stay here.",
         arguments=(
@@ -382,7 +151,7 @@ _TABLE = (
         "reproduce",
         "List published figures and their commands, or check a run",
         "suture reproduce --check out/ties",
-        reproduce,
+        actions.reproduce,
         options=(
             Option("--list", "list the figures, the default"),
             Option("--check", "compare a finished run; exit code 1 if it is outside the tolerance", "RUN"),
@@ -392,34 +161,34 @@ _TABLE = (
         "methods",
         "List the methods, or explain one and its knobs",
         "suture methods ties_merging",
-        methods,
+        actions.methods,
         arguments=(Argument("METHOD", "the method to explain", required=False),),
     ),
     Verb(
         "pools",
         "List the pools of models and of tasks that ship",
         "suture pools",
-        pools,
+        actions.pools,
     ),
     Verb(
         "zoo",
         "List the example models, and how to get those that do not ship",
         "suture zoo",
-        zoo,
+        actions.zoo,
         arguments=(Argument("NAME", "only these", required=False, many=True),),
     ),
     Verb(
         "demo",
         "Merge, adapt and repair the eight experts that ship with suture",
         "suture demo --output demo",
-        demo,
+        actions.demo,
         options=(Option("--output", "a new folder; by default outputs/demo/TIME", "FOLDER"),),
     ),
     Verb(
         "completion",
         "Print a completion script for bash, zsh or fish",
         "source <(suture completion bash)",
-        completion,
+        actions.completion,
         details="The script holds all names of the version that printed it. To load it in every new shell:\n\n"
         "  suture completion bash > ~/.local/share/bash-completion/completions/suture\n"
         "  suture completion zsh > ~/.zfunc/_suture\n"
@@ -432,7 +201,7 @@ _TABLE = (
         "help",
         "Explain one verb, or list them all",
         "suture help merge",
-        explain,
+        actions.explain,
         arguments=(Argument("VERB", "the verb to explain", required=False, values=lambda: tuple(VERBS)),),
         text=True,
     ),

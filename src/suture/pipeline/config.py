@@ -33,8 +33,9 @@ def run_each(
 ) -> list[Any]:
     """Call `task` with the resolved configuration of every run that the command line asks for; returns the results.
 
-    All of hydra's own flags work: `--multirun` with any sweeper and launcher, `--cfg`, `--config-dir`, `--help`. Of a
-    sweep every configuration goes through `check` before the first is run.
+    `argv` is handed to hydra as it is, with `--multirun` and any sweeper and launcher: the command line refuses what
+    could load code first (`suture.cli.overrides`). Of a sweep every configuration goes through `check` before the
+    first is run.
     """
     import hydra
 

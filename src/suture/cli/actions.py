@@ -1,0 +1,236 @@
+"""The action of each verb: one call of a public function of suture, whose result is printed."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from suture.cli.grammar import Request, shipped_pools
+from suture.cli.output import Answer
+from suture.errors import ConfigError, unknown_name
+
+
+def run(request: Request) -> Answer:
+    """Merge, score, repair and report; with several values of a key, all of their combinations."""
+    from suture.cli import tables
+    from suture.cli.overrides import check_overrides
+    from suture.pipeline import config, pipeline
+    from suture.pipeline.settings import Settings
+    from suture.reporting.sweep import summarise
+
+    def run_one(configuration: Mapping[str, Any]) -> Any:
+        result = pipeline.run(configuration)
+        tables.print_run(result)
+        return result
+
+    check_overrides(request.words, request.verb.configuration)
+    results = config.run_each([*_for_hydra(request), *request.words], run_one, Settings.from_config)
+    folders = [result.folder for result in results if hasattr(result, "folder")]
+    if len(folders) > 1 and (summary := summarise(folders)):
+        tables.print_sweep(summary.report, summary.folder)
+    data = [_as_data(result) for result in results]
+    code = 2 if any(each.get("problems") for each in data) else 0
+    return Answer(data[0] if len(data) == 1 else {"runs": data}, "\n".join(map(str, folders)), code)
+
+
+def _for_hydra(request: Request) -> list[str]:
+    given = {name: value for name, value in request.values.items() if value}
+    return [word for name, value in given.items() for word in ((name,) if value is True else (name, value))]
+
+
+def _as_data(result: Any) -> dict[str, Any]:
+    """A run's folder and report, or what a dry run found."""
+    if not hasattr(result, "folder"):
+        return asdict(result)
+    return {"folder": str(result.folder), **json.loads((result.folder / "report.json").read_text("utf-8"))}
+
+
+def check(request: Request) -> Answer:
+    """Everything that can be known before a run."""
+    from suture.cli import tables
+    from suture.pipeline.preflight import check
+
+    preflight = check(_composed(request))
+    tables.print_preflight(preflight)
+    return Answer(asdict(preflight), "\n".join(preflight.problems), 2 if preflight.problems else 0)
+
+
+def _composed(request: Request) -> dict[str, Any]:
+    """The configuration of a verb for which a method need not be named."""
+    from suture.cli.overrides import check_overrides
+    from suture.pipeline import config
+
+    check_overrides(request.words, request.verb.configuration)
+    named = any(word.startswith("method=") for word in request.words)
+    return config.compose([*([] if named else [f"method={request.verb.method}"]), *request.words])
+
+
+def evaluate(request: Request) -> Answer:
+    """Scores of a pool's models, without a merge."""
+    from suture.cli import tables
+    from suture.pipeline.pipeline import evaluate_pool
+
+    matrix = request.values.get("matrix", "false")
+    if matrix not in ("true", "false"):
+        raise ConfigError(f"matrix={matrix}: wanted true or false.")
+    composed = _composed(request)
+    report = evaluate_pool(composed, model=request.values.get("model"), matrix=matrix == "true")
+    tables.print_report(report)
+    data = report.as_data()
+    data = {key: data[key] for key in ("tasks", "samples", "rows", "matrix")} | {"folder": composed["output"]}
+    return Answer(data, "\n".join(f"{row.name}\t{100 * row.mean:.2f}" for row in report.rows))
+
+
+def merge(request: Request) -> Answer:
+    """A merge of checkpoint files, or its plan."""
+    from suture.cli.overrides import check_overrides
+    from suture.file_merge import merge_configured
+    from suture.pipeline import config
+
+    check_overrides([word for word in request.words if not _is_path(word)], request.verb.configuration)
+    result = merge_configured(config.compose_merging(request.words))
+    if not isinstance(result, Path):
+        print(result)
+        return Answer(asdict(result) | {"seconds": result.seconds}, str(result))
+    finished = result.is_dir()
+    print(f"The merged model is in {result}" if finished else f"This share is done; {result} waits for the others.")
+    return Answer({"output": str(result), "finished": finished}, str(result))
+
+
+def _is_path(word: str) -> bool:
+    key = word.partition("=")[0]
+    return key in ("base", "output", "mergekit") or key.startswith("models.")
+
+
+def analyse(request: Request) -> Answer:
+    """One analysis: its table, and files with the figure."""
+    from suture.cli import tables
+    from suture.pipeline.analyses import analyse
+
+    options = {key.name: request.values[key.name] for key in request.verb.keys if key.name in request.values}
+    options |= {key: options[key].split(",") for key in ("models", "points") if key in options}
+    finding, folder = analyse(request.values["ANALYSIS"], _composed(request), options=options)
+    tables.print_finding(finding)
+    print(f"The table and the figure are in {folder}")
+    return Answer(finding.as_data() | {"folder": str(folder)}, str(folder))
+
+
+def report(request: Request) -> Answer:
+    """The page of one run, or of several side by side."""
+    from suture.reporting import report
+
+    values = request.values
+    page = report(values["RUN"], values["--output"], interactive=not values["--still"])
+    print(f"The page is {page}")
+    return Answer({"page": str(page)}, str(page))
+
+
+def push(request: Request) -> Answer:
+    """A finished run on the hub."""
+    from suture.pipeline.pushing import push
+
+    values = request.values
+    address = push(values["RUN"], values["NAME"], private=bool(values["--private"]), revision=values["--revision"])
+    print(f"The model is at {address}")
+    return Answer({"address": address}, address)
+
+
+def reproduce(request: Request) -> Answer:
+    """The published figures, or a run beside them."""
+    from suture.cli import tables
+    from suture.pipeline.reproduce import compare, published
+
+    if run := request.values["--check"]:
+        compared = compare(run)
+        if not compared:
+            raise ConfigError(f"'{run}' is no run of a published figure. Remedy: suture reproduce lists the commands.")
+        tables.print_compared(compared)
+        lines = [f"{one.published.id}\t{one.found:.2f}\t{'within' if one.within else 'outside'}" for one in compared]
+        data = [asdict(one) | {"within": one.within} for one in compared]
+        return Answer(data, "\n".join(lines), 0 if all(one.within for one in compared) else 1)
+    tables.print_published(published())
+    lines = [f"{figure.id}\t{figure.command}" for figure in published()]
+    return Answer([asdict(figure) | {"command": figure.command} for figure in published()], "\n".join(lines))
+
+
+def methods(request: Request) -> Answer:
+    """Every method, or one with what its knobs may be."""
+    from suture.cli import tables
+    from suture.pipeline.methods import all_methods, find_method
+
+    if name := request.values["METHOD"]:
+        method = find_method(name)
+        tables.print_method(method)
+        return Answer(_method_data(method) | {"ranges": tables.ranges(method.knobs)}, method.name)
+    tables.print_methods(all_methods().values())
+    return Answer(list(map(_method_data, all_methods().values())), "\n".join(all_methods()))
+
+
+def _method_data(method: Any) -> dict[str, Any]:
+    data = {"name": method.name, "aliases": method.aliases, "paper": method.paper}
+    return data | {"summary": method.knobs.summary, "knobs": method.knobs.defaults}
+
+
+def pools(request: Request) -> Answer:
+    """The pools that ship."""
+    names = {group: shipped_pools(group) for group in ("modelpool", "taskpool")}
+    for group, shipped in names.items():
+        print("\n".join(f"{group}={name}" for name in shipped))
+    return Answer(names, "\n".join(name for shipped in names.values() for name in shipped))
+
+
+def zoo(request: Request) -> Answer:
+    """The zoos by name, all or some."""
+    from suture.zoo import inventory
+
+    zoos, named = inventory(), request.values["NAME"]
+    if named[:1] == ["build"]:
+        build = "python -m tools.zoo build NAME in a checkout of suture's repository"
+        raise ConfigError(f"suture zoo only lists the zoos. Remedy: {build}.")
+    for name in named:
+        if name not in zoos:
+            raise ConfigError(unknown_name("zoo", name, zoos))
+    lines = {name: zoos[name] for name in named or zoos}
+    for name, line in lines.items():
+        print(f"{name}  {line}")
+    return Answer(lines, "\n".join(lines))
+
+
+def demo(request: Request) -> Answer:
+    """The main job on the models that ship."""
+    from suture.cli import tables
+    from suture.pipeline.pipeline import demo
+
+    output = request.values["--output"]
+    result = demo(output)
+    tables.print_run(result)
+    return Answer(_as_data(result), str(result.folder))
+
+
+def completion(request: Request) -> None:
+    """A script for a shell, or how to install it."""
+    from suture.cli.completion import script
+
+    shell = request.values["SHELL"]
+    if shell is None:
+        return explain(request)
+    print(script(shell), end="")
+
+
+def explain(request: Request) -> None:
+    """The help: all verbs, or the one of the request."""
+    from suture.cli.help import overview, page
+    from suture.cli.verbs import VERBS
+
+    named = request.values.get("VERB")
+    verb = VERBS[named] if named else request.verb
+    print(overview(VERBS) if verb.name == "help" else page(verb))
+
+
+def version() -> Answer:
+    """The version of suture."""
+    from suture import __version__
+
+    print(f"suture {__version__}")
+    return Answer({"version": __version__}, __version__)
