@@ -27,7 +27,7 @@ FLOORS = (
     ("cli",),
 )
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
-HEAVY = {"transformers", "hydra", "omegaconf", "vl_convert", "sklearn", "pydantic", "rich", "huggingface_hub", "PIL"}
+HEAVY = {"torch", "numpy", "transformers", "hydra", "omegaconf", "vl_convert", "sklearn", "pydantic", "rich", "huggingface_hub", "PIL"}
 AT_HOME = {
     "hydra": ["pipeline/config.py"],
     "omegaconf": ["pipeline/config.py"],

@@ -131,7 +131,7 @@ def test_a_sweep_over_merges_and_repairs_is_one_table_and_is_not_run_twice(desk,
     monkeypatch.setattr(Clip, "decode", lambda *a, **k: pytest.fail("decoded"))
     capsys.readouterr()
     assert main(sweep) == 0
-    assert capsys.readouterr().out.count("holds the result of this very run already") == 4
+    assert capsys.readouterr().out.count("already holds the result of this run") == 4
 
 
 def test_a_sweep_over_the_number_of_inputs_draws_its_curve(desk):

@@ -203,7 +203,7 @@ def test_the_page_is_made_anew_from_a_finished_folder(desk, capsys):
 
 def test_what_is_no_run_is_refused(desk, capsys):
     assert "no report.json" in refused(capsys, ["report", "nowhere"])
-    assert "nothing to report on" in refused(capsys, ["report"])
+    assert "RUN is missing" in refused(capsys, ["report"])
     assert "'--output'" in refused(capsys, ["report", "--outptu=x", "y"])
     (desk.folder / "report.json").write_text("{}")
     assert "not what a run leaves" in refused(capsys, ["report", "."])
