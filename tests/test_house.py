@@ -27,7 +27,10 @@ FLOORS = (
     ("cli",),
 )
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
-HEAVY = {"torch", "numpy", "transformers", "hydra", "omegaconf", "vl_convert", "sklearn", "pydantic", "rich", "huggingface_hub", "PIL"}
+HEAVY = {
+    *("torch", "numpy", "transformers", "hydra", "omegaconf", "matplotlib", "vl_convert", "sklearn"),
+    *("pydantic", "rich", "huggingface_hub", "PIL"),
+}
 AT_HOME = {
     "hydra": ["pipeline/config.py"],
     "omegaconf": ["pipeline/config.py"],

@@ -55,8 +55,10 @@ def run(config: Mapping[str, Any] | Sequence[str] | None = None, /, **keywords: 
     if settings.reuse and _is_finished(settings.output, config, models):
         return RunResult(settings.output, unchanged=True)
     checked = preflight_of(models, settings)
+    if settings.dry_run:
+        return checked
     checked.refuse()
-    return checked if settings.dry_run else run_settings([settings], models, config, checked.notes)
+    return run_settings([settings], models, config, checked.notes)
 
 
 def run_settings(
@@ -75,6 +77,7 @@ def run_settings(
             repairs[merged[-1].label] = fits
             _save_repairs(fits, part)
         warnings = [line for result in merged if result.learned for line in result.learned.warnings]
+        warnings += [line for fits in repairs.values() for fitted in fits for line in fitted.warnings]
         scores = score(models, merged, repairs, inputs, context, reuse=first.reuse) if first.tasks else Scores()
         report = Report(
             f"{', '.join(result.label for result in merged)} of {len(models.experts)} models",

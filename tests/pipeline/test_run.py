@@ -1,0 +1,123 @@
+"""`suture.run` and its kin: the command line's verbs as calls, with the same results and nothing printed."""
+
+import json
+import shlex
+from dataclasses import replace
+
+import pytest
+import torch
+import yaml
+
+import suture
+from suture.adaptation.feature_norm import FeatureNorm
+from suture.checkpoints import open_checkpoint
+from suture.cli.main import main
+from suture.errors import ConfigError, SutureError
+from suture.pipeline import adamerging
+from suture.pipeline.context import Context
+
+
+def keywords(desk, **more):
+    """The pools as mappings, as a notebook has them."""
+    pools = {"modelpool": {"family": "clip", "models": desk.models}, "taskpool": {"tasks": desk.tasks}}
+    return {"method": "ties_merging", "output": "out", **pools, **more}
+
+
+def report_of(folder):
+    return json.loads((folder / "report.json").read_text())
+
+
+def test_a_run_from_keywords_equals_the_command_line_and_prints_nothing(desk, capsys):
+    result = suture.run(**keywords(desk, method={"name": "ties_merging", "threshold": 30}))
+    assert capsys.readouterr().out == ""
+    assert result.folder.name == "out"
+    assert [row.name for row in result.report.rows] == ["pretrained", "experts", "ties_merging"]
+    assert main(desk.words("method.threshold=30", "output=typed")) == 0
+    called, typed = report_of(result.folder), report_of(desk.folder / "typed")
+    assert called["rows"] == typed["rows"]
+    one, two = (dict(open_checkpoint(desk.folder / name / "model")) for name in ("out", "typed"))
+    assert all(torch.equal(one[name], two[name]) for name in two)
+
+
+def test_a_run_takes_words_and_dotted_keys(desk):
+    words = desk.words()[:3]
+    result = suture.run(words, output="somewhere else", **{"method.scaling_factor": 0.7})
+    assert result.folder.name == "somewhere else"
+    assert report_of(result.folder)["config"]["method"]["scaling_factor"] == 0.7
+
+
+def test_the_command_of_a_report_runs_again_as_it_stands(desk):
+    assert main(desk.words("method.scaling_factor=0.2", "repair=final", "repair.steps=3")) == 0
+    first = report_of(desk.folder / "out")
+    assert main([*shlex.split(first["command"])[1:], "overwrite=true"]) == 0
+    assert report_of(desk.folder / "out")["rows"] == first["rows"]
+
+
+def test_a_row_says_what_was_scored(desk):
+    assert main(desk.words("repair=final", "repair.steps=3", method="task_arithmetic")) == 0
+    rows = [
+        [row[key] for key in ("role", "merge", "repair", "routed")] for row in report_of(desk.folder / "out")["rows"]
+    ]
+    assert rows == [
+        ["pretrained", None, None, False],
+        ["experts", None, None, False],
+        ["merge", "task_arithmetic", None, False],
+        ["repair", "task_arithmetic", "final", False],
+        ["repair", "task_arithmetic", "final", True],
+    ]
+
+
+def test_the_old_name_of_the_group_means_the_same(desk):
+    groups = ("repair", "surgery")
+    results = [suture.run(desk.words(f"{group}=final", f"{group}.steps=3", f"output={group}")) for group in groups]
+    one, two = (report_of(result.folder) for result in results)
+    assert one["rows"] == two["rows"]
+    assert one["config"]["repair"] == two["config"]["repair"]
+    assert "surgery" not in two["config"]
+
+
+def test_a_dry_run_and_a_check_find_the_same_and_write_nothing(desk):
+    desk.replace("second", {k: t for k, t in desk.tensors("second").items() if not k.endswith("bias")})
+    found = suture.run(**keywords(desk, dry_run=True))
+    assert found.problems == suture.check(**keywords(desk)).problems
+    assert "bias" in found.problems[0]
+    assert not (desk.folder / "out").exists()
+    with pytest.raises(SutureError, match="bias"):
+        suture.run(**keywords(desk))
+
+
+def test_a_pool_is_scored_from_python(desk):
+    report = suture.evaluate_pool(**{key: value for key, value in keywords(desk).items() if key.endswith("pool")})
+    assert [row.role for row in report.rows] == ["pretrained", "experts"]
+
+
+def test_an_unknown_key_is_answered_with_the_nearest(desk):
+    with pytest.raises(ConfigError, match="Did you mean 'output'"):
+        suture.run(**keywords(desk), outputs="x")
+
+
+def test_features_that_drift_are_a_note_of_the_report(desk, monkeypatch, capsys):
+    norms = {"first": FeatureNorm(5.7, 3.1), "second": FeatureNorm(3.2, 3.1)}
+    monkeypatch.setattr(adamerging, "feature_norms", lambda *a, **k: norms)
+    assert main(desk.words("method.max_steps=2", "method.batch_size=4", method="adamerging")) == 0
+    data = report_of(desk.folder / "out")
+    assert any("Norm drift" in note and "'first'" in note for note in data["notes"])
+    assert data["learning"]["layer_wise_adamerging"]["feature_norms"]["first"] == {"merged": 5.7, "expert": 3.1}
+    assert "Norm drift" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("change", [{"precision": "bf16-mixed"}, {"devices": 2}], ids=["precision", "devices"])
+def test_another_precision_or_number_of_devices_is_other_work(tmp_path, monkeypatch, change):
+    monkeypatch.chdir(tmp_path)
+    context = Context(tmp_path, "inputs", {"accelerator": "cpu"})
+    other = replace(context, fabric={**context.fabric, **change})
+    assert context.resume("cache", {}).path != other.resume("cache", {}).path
+    assert context.resume("cache", {}).path == replace(context).resume("cache", {}).path
+
+
+def test_a_pool_of_one_s_own_is_named_as_it_was_typed(desk):
+    assert main(desk.words()) == 0
+    data = report_of(desk.folder / "out")
+    assert data["config"]["choices"]["modelpool"] == "pool.yaml"
+    assert "modelpool=pool.yaml" in data["command"]
+    assert yaml.safe_load((desk.folder / "out" / "config.yaml").read_text())["choices"]["taskpool"] == "tasks.yaml"
