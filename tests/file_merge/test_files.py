@@ -290,4 +290,4 @@ def test_the_words_of_the_command_line_reach_the_merge(llamas, tmp_path, capsys)
 def test_help_is_shown_and_lists_the_words(capsys):
     assert main(["merge", "--help"]) == 0
     shown = capsys.readouterr().out
-    assert all(word in shown for word in ("--plan", "--shard", "memory=", "models.math="))
+    assert all(word in shown for word in ("--plan", "--shard", "memory=", "models.NAME="))

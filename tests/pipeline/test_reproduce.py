@@ -65,4 +65,4 @@ def test_what_is_no_run_is_refused_in_one_line(tmp_path, capsys):
     with pytest.raises(ConfigError, match="holds no report"):
         compare(tmp_path)
     assert main(["reproduce", "--check", str(tmp_path)]) == 2
-    assert len(capsys.readouterr().err.strip().splitlines()) == 2
+    assert len(capsys.readouterr().err.strip().splitlines()) == 1

@@ -5,9 +5,10 @@ import json
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def cache_directory() -> Path:
@@ -18,7 +19,7 @@ def cache_directory() -> Path:
     return (Path(home) if home else Path.home() / ".cache") / "suture"
 
 
-def digest(tensors: Mapping[str, Tensor], files: Iterable[Path], *facts: object) -> str:
+def digest(tensors: Mapping[str, "Tensor"], files: Iterable[Path], *facts: object) -> str:
     """sha256 over tensor names, dtypes, shapes and bytes, file names and bytes, and anything JSON can say."""
     sha = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
     for name in sorted(tensors):
@@ -31,6 +32,8 @@ def digest(tensors: Mapping[str, Tensor], files: Iterable[Path], *facts: object)
     return sha.hexdigest()
 
 
-def raw_bytes(tensor: Tensor) -> memoryview:
+def raw_bytes(tensor: "Tensor") -> memoryview:
     """The bytes of a contiguous tensor on the CPU, without a copy."""
+    import torch
+
     return tensor.flatten().view(torch.uint8).numpy().data
