@@ -83,7 +83,7 @@ class OpenModels:
             threads=run.threads,
         )
         tasks = run.taskpool.tasks if run.taskpool else ()
-        found.problems[:0] = [problem for task in tasks for problem in self.family.problems(task)]
+        found.problems[:0] = dict.fromkeys(problem for task in tasks for problem in self.family.problems(task))
         if not self.base.specs:
             first, kind = next(iter(self.whole_base), "no tensor"), self.family.name
             remedy = "name another family in the pool, or merge files of any kind by suture merge."
