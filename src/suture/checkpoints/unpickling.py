@@ -36,7 +36,7 @@ _DAMAGE = (
 )
 _MOST_BYTES = 1 << 30
 _MOST_OPCODES = 5_000_000  # a checkpoint has about ten for each tensor
-_MOST_COPIED = 20_000_000  # entries of containers that are handed to calls, which may name one container many times
+_MOST_COPIED = 5_000_000  # entries of containers that are handed to calls, which may name one container many times
 _MAGIC_ATTRIBUTES = {
     "__call__",
     "__class__",
