@@ -44,21 +44,43 @@ def unknown_name(kind: str, name: str, known: Iterable) -> str:
 
 
 def shown(text: object) -> str:
-    """Text of unknown origin as one printable line of bounded length."""
-    line = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in str(text)[: _LONGEST + 1])
+    """Text of unknown origin as one printable line of bounded length.
+
+    >>> shown("a\\nb"), shown(10**5000)
+    ('a�b', 'int too long to show')
+    """
+    try:
+        whole = str(text)
+    except (ValueError, RecursionError):  # numbers of more than 4,300 digits, containers nested without end
+        whole = f"{type(text).__name__} too long to show"
+    line = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in whole[: _LONGEST + 1])
     return line if len(line) <= _LONGEST else line[:_LONGEST] + "…"
 
 
-def refusal(where: object, problem: str, remedy: str) -> CheckpointError:
-    """The error for a checkpoint that cannot be read: which one, what was found, what to do."""
-    return CheckpointError(f"'{shown(where)}' {shown(problem)}. Remedy: {remedy}.")
+def problem(where: object, found: str, remedy: str) -> str:
+    """One line for what is wrong with a file, a model or a value: which one, what was found, what to do.
+
+    >>> problem("base.pt", "is empty", "download it again")
+    "'base.pt' is empty. Remedy: download it again."
+    """
+    return f"'{shown(where)}' {shown(found)}. Remedy: {remedy}."
 
 
-def output_refusal(where: object, problem: str, remedy: str) -> OutputError:
-    """The error for a result that cannot be written: which one, why, what to do."""
-    return OutputError(f"'{shown(where)}' {shown(problem)}. Remedy: {remedy}.")
+def refusal(where: object, found: str, remedy: str) -> CheckpointError:
+    """The error for a checkpoint that cannot be read."""
+    return CheckpointError(problem(where, found, remedy))
 
 
-def one_line(error: Exception) -> str:
-    """What another library says, on one line and not too long."""
-    return " ".join(str(error).split())[:160]
+def output_refusal(where: object, found: str, remedy: str) -> OutputError:
+    """The error for a result that cannot be written."""
+    return OutputError(problem(where, found, remedy))
+
+
+def data_refusal(where: object, found: str, remedy: str) -> DataError:
+    """The error for a data set that cannot be read."""
+    return DataError(problem(where, found, remedy))
+
+
+def one_line(error: BaseException) -> str:
+    """What another library says, on one printable line of at most 160 characters."""
+    return shown(" ".join(str(error).split()))[:160]

@@ -193,7 +193,7 @@ def test_bad_input_is_one_line(words, shop, capsys):
     assert "'colour' has 2 templates; give one" in refused(capsys, words(colour={"templates": [TEMPLATE, TEMPLATE]}))
     assert "'colour' has 0 templates; give one" in refused(capsys, words(colour={"templates": []}))
     error = refused(capsys, words(colour={"templates": ["is {first} near"]}))
-    assert "template 'is {first} near' has no {second}; put {second} where that text goes" in error
+    assert "template 'is {first} near' has no {second}. Remedy: put {second} where that text goes" in error
     error = refused(capsys, words(colour={"classnames": ["blue one", "blue two"]}))
     assert "the class names 'blue one' and 'blue two' begin with the same token" in error
     assert "the class name 'violet' is no word of the tokenizer" in refused(

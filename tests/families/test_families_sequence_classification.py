@@ -263,7 +263,7 @@ def test_bad_input_is_one_line(texts, capsys):
         capsys, texts.words()
     )
     colour["text_columns"] = ["first", "third"]
-    assert "there is no column 'third' (found: first, second, label); name it under `text_columns`" in refused(
+    assert "there is no column 'third' (found: first, second, label). Remedy: name it under `text_columns`" in refused(
         capsys, texts.words()
     )
     colour["text_columns"] = columns

@@ -171,7 +171,7 @@ def test_both_splits_of_one_csv_are_kept_apart_in_the_cache(tmp_path):
 
 def test_a_split_that_is_missing_is_named_with_its_file(tmp_path):
     task = build(tmp_path, "svhn", made.svhn, "train")
-    assert only_problem(task).endswith("svhn' has no 'test_32x32.mat' for the test split; put it there.")
+    assert only_problem(task).endswith("svhn' has no 'test_32x32.mat' for the test split. Remedy: put it there.")
     pets = build(tmp_path, "oxford-iiit-pet", made.pets, "train")
     assert "has no 'annotations/test.txt' for the test split" in only_problem(pets)
 

@@ -4,7 +4,6 @@ The sums are made when they are read, tensor by tensor or slice by slice, so not
 factors stay available to whoever can work with them.
 """
 
-import json
 import math
 import os
 import re
@@ -16,8 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from suture.checkpoints.checkpoint import Checkpoint, Entry, Factors
-from suture.checkpoints.opening import Source, open_checkpoint
+from suture.checkpoints.adapter_configs import MERGE_FIRST, is_conv1d, rank_of, read_config, scale_of
+from suture.checkpoints.checkpoint import Checkpoint, Entry, Factors, TensorSpec
+from suture.checkpoints.opening import Source, check_text, open_checkpoint
+from suture.checkpoints.quantised import quantised_problem
+from suture.core.names import short
 from suture.errors import CheckpointError, refusal, shown
 from suture.storage.hub import download, is_hub_id
 
@@ -28,12 +30,29 @@ _FACTOR = re.compile(r"(?P<module>.+)\.lora_(?P<side>[AB])(?:\.[^.]+)?\.weight")
 Sides = dict[str, dict[str, str]]
 Naming = Callable[[Iterable[str]], Mapping[str, str]]
 _BLOCK = 1 << 16  # entries of B·A that are made at once
-_UNKNOWN = ("use_dora", "use_qalora", "lora_bias", "layer_replication", "megatron_config", "corda_config")
+#: Parts of the names of what `peft` stores beside the two factors, and what it is.
+_OTHERS = {
+    "lora_embedding_": "a factor of an embedding",
+    "lora_magnitude_vector": "the magnitudes of DoRA",
+    "lora_": "a part of LoRA that is not one of its two factors",
+    "trainable_tokens_delta": "rows of an embedding (trainable_token_indices)",
+    "hada_": "a factor of LoHa",
+    "lokr_": "a factor of LoKr",
+    "ia3_": "a vector of IA³",
+    "vera_": "a vector of VeRA",
+    "oft_": "a rotation of OFT",
+    "prompt_": "a prompt",
+}
 
 
 def is_adapter(source: Source) -> bool:
     """Whether a source is a folder that holds a LoRA adapter and no whole model."""
-    return isinstance(source, str | os.PathLike) and (Path(source) / _CONFIG).is_file()
+    if not isinstance(source, str | os.PathLike):
+        return False
+    try:
+        return (Path(source) / _CONFIG).is_file()
+    except OSError:  # no permission, a name too long: whoever opens it says so
+        return False
 
 
 def open_fine_tuned(
@@ -46,6 +65,7 @@ def open_fine_tuned(
     """
     if not (is_adapter(source) or (isinstance(source, str) and is_hub_id(source))):
         return open_checkpoint(source, label=label)
+    check_text(str(source), label)
     try:
         folder = Path(str(source)) if is_adapter(source) else download(str(source))
         if is_adapter(folder):
@@ -57,7 +77,7 @@ def open_fine_tuned(
 
 def adapter_files(folder: Path) -> tuple[Path, dict[str, Any]]:
     """The weights' file and the configuration of an adapter's folder; `CheckpointError` for what is no plain LoRA."""
-    config = _configuration(folder / _CONFIG)
+    config = read_config(folder / _CONFIG)
     file = next((folder / name for name in _WEIGHTS if (folder / name).is_file()), None)
     if file is None:
         raise refusal(folder, f"has no {_WEIGHTS[0]}", "copy or download the adapter again")
@@ -76,30 +96,21 @@ def module_and_side(stored: str) -> tuple[str, str] | None:
 
 
 def _open_adapter(folder: Path, base: Checkpoint, label: str, canonical_names: Naming | None) -> Checkpoint:
+    if problem := quantised_problem(base):
+        raise CheckpointError(problem)
     file, config = adapter_files(folder)
     weights = open_checkpoint(file)
     sides, replaced = _sorted_out(weights, base, folder, canonical_names)
-    made = lru_cache(maxsize=2)(lambda module: _factors(weights, sides[module], config, module))  # slices come in order
+    turned = _turned(base, weights, sides, config, folder)
+    factors = lru_cache(maxsize=2)(  # slices come in order
+        lambda module: _factors(weights, sides[module], config, turned[module])
+    )
     entries = {name: _untouched(base, name) for name in base}
-    for module, found in sides.items():
-        _check_factors(base, module, found, weights, config, folder)
-        entries[f"{module}.weight"] = _adapted(base, f"{module}.weight", partial(made, module))
+    for module in sides:
+        entries[f"{module}.weight"] = _adapted(base, f"{module}.weight", partial(factors, module))
     for name, stored in replaced.items():
         entries[name] = Entry(weights.specs[stored], lambda stored=stored: weights[stored])
     return Checkpoint(entries, label, files=(file,), directory=None)
-
-
-def _configuration(path: Path) -> dict[str, Any]:
-    try:
-        config = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError) as error:
-        raise refusal(path, f"cannot be read ({type(error).__name__})", "copy or download the adapter again") from error
-    if config.get("peft_type") != "LORA":
-        raise refusal(path, f"describes an adapter of type {config.get('peft_type')!r}", "merge it into its base first")
-    for key in _UNKNOWN:
-        if config.get(key):
-            raise refusal(path, f"asks for {key}, which is not plain LoRA", "merge it into its base first")
-    return config
 
 
 def _sorted_out(
@@ -108,53 +119,104 @@ def _sorted_out(
     """Module → side → stored name of each factor; and name in the base → stored name of what is replaced whole."""
     sides: Sides = {}
     replaced: dict[str, str] = {}
-    for stored in weights:
-        found = module_and_side(stored)
-        if found is None:
-            replaced[re.sub(r"\.(modules_to_save|base_layer)\b", "", stored.removeprefix(_PREFIX))] = stored
+    for name in weights:
+        module, side = module_and_side(name) or (None, "")
+        if module is None:
+            replaced[_replaced_name(name, folder)] = name
+        elif side in sides.setdefault(module, {}):
+            raise refusal(folder, f"has the factor {side} of '{shown(module)}' twice", "save one adapter by itself")
         else:
-            sides.setdefault(found[0], {})[found[1]] = stored
+            sides[module][side] = name
     if canonical_names is not None:
         in_base = _names_in_base([*(f"{module}.weight" for module in sides), *replaced], base, canonical_names)
-        sides = {in_base[f"{module}.weight"].removesuffix(".weight"): found for module, found in sides.items()}
+        sides = {in_base[f"{module}.weight"].removesuffix(".weight"): stored for module, stored in sides.items()}
         replaced = {in_base[name]: stored for name, stored in replaced.items()}
-    for name in (f"{module}.weight" for module in sides):
-        if name not in base:
-            raise refusal(folder, f"adapts '{shown(name)}', which the base lacks", "give the base it was trained on")
+    for module, stored in sides.items():
+        if f"{module}.weight" not in base:
+            problem = f"adapts '{shown(module)}.weight', which the base lacks"
+            raise refusal(folder, problem, "give the base it was trained on")
+        if set(stored) != {"A", "B"}:
+            problem = f"has only one of the two factors of '{shown(module)}.weight'"
+            raise refusal(folder, problem, "copy the adapter again")
     if not sides and not replaced:
         raise refusal(folder, "holds no weights", "copy or download the adapter again")
     return sides, replaced
 
 
+def _replaced_name(stored: str, folder: Path) -> str:
+    """The base's name of a tensor that an adapter holds whole; refuses what belongs to another kind of adapter."""
+    name = stored.removeprefix(_PREFIX)
+    for part, what in _OTHERS.items():
+        if any(each.startswith(part) for each in name.split(".")):
+            raise refusal(folder, f"holds '{shown(stored)}', {what}, which is not read", MERGE_FIRST)
+    return re.sub(r"\.(modules_to_save|base_layer)\b", "", name)
+
+
 def _names_in_base(names: Sequence[str], base: Checkpoint, canonical_names: Naming) -> dict[str, str]:
     """What the base calls the tensors that an adapter names; names that it has itself stay."""
-    told = {given: name for name, given in canonical_names(names).items()}
-    return {name: name if name in base else told.get(name, name) for name in names}
+    of_base = {given: name for name, given in canonical_names(names).items()}
+    return {name: name if name in base else of_base.get(name, name) for name in names}
 
 
-def _check_factors(
-    base: Checkpoint,
-    module: str,
-    found: Mapping[str, str],
-    weights: Checkpoint,
-    config: Mapping[str, Any],
-    folder: Path,
-) -> None:
-    name = f"{module}.weight"
-    if set(found) != {"A", "B"}:
-        raise refusal(folder, f"has only one of the two factors of '{shown(name)}'", "copy the adapter again")
-    spec, up, down = base.specs[name], weights.specs[found["B"]], weights.specs[found["A"]]
-    rows, columns = up.shape[0], math.prod(down.shape[1:])
-    wanted = (columns, rows) if config.get("fan_in_fan_out") else (rows, columns)
-    if up.shape[1] != down.shape[0] or wanted != (spec.shape[0], math.prod(spec.shape[1:])):
-        problem = f"has factors of shapes {up.shape} and {down.shape} for '{shown(name)}' of shape {spec.shape}"
+def _turned(
+    base: Checkpoint, weights: Checkpoint, sides: Sides, config: Mapping[str, Any], folder: Path
+) -> dict[str, bool]:
+    """Module → whether its weight is (in, out), as that of a Conv1D, and B·A has to be transposed.
+
+    `fan_in_fan_out` does not say: peft sets it anew for each module and stores what it was for the last. The shapes do,
+    but for square weights. Of those the base's configuration says; without one they are Linear, if nothing hints at a
+    Conv1D.
+    """
+    fits = {
+        module: _fits(base.specs[f"{module}.weight"], weights, stored, config, folder)
+        for module, stored in sides.items()
+    }
+    hint_at_conv1d = bool(config.get("fan_in_fan_out")) or (False, True) in fits.values()
+    turned = {}
+    for module, (straight, transposed) in fits.items():
+        known = is_conv1d(base.directory, module) if straight and transposed else transposed
+        if known is None and hint_at_conv1d:
+            problem = f"adapts the square '{shown(module)}.weight', which may be a Linear or a Conv1D"
+            raise refusal(folder, problem, "give the base as a model directory with its config.json")
+        turned[module] = bool(known)
+    return turned
+
+
+def _fits(
+    spec: TensorSpec, weights: Checkpoint, stored: Mapping[str, str], config: Mapping[str, Any], folder: Path
+) -> tuple[bool, bool]:
+    """Whether B·A has the shape of a weight, and whether its transpose has; refuses factors of which neither fits."""
+    up, down, module = weights.specs[stored["B"]], weights.specs[stored["A"]], _own_name(stored)
+    if not all(each.dtype.is_floating_point for each in (spec, up, down)):
+        problem = f"adapts '{shown(module)}' of {short(spec.dtype)} by {short(up.dtype)} and {short(down.dtype)}"
+        raise refusal(folder, problem, "give base and adapter in a floating-point dtype")
+    straight = transposed = False
+    if min(len(spec.shape), len(up.shape), len(down.shape)) >= 2 and up.shape[1] == down.shape[0]:
+        product = (up.shape[0], math.prod(down.shape[1:]))
+        straight = product == (spec.shape[0], math.prod(spec.shape[1:]))
+        transposed = product[::-1] == spec.shape
+    if not straight and not transposed:
+        problem = (
+            f"has factors of shapes {up.shape} and {down.shape} for '{shown(module)}.weight' of shape {spec.shape}"
+        )
         raise refusal(folder, problem, "give the base it was trained on")
+    if up.shape[1] != rank_of(config, module):
+        problem = (
+            f"has factors of rank {up.shape[1]} for '{shown(module)}', {rank_of(config, module)} in its configuration"
+        )
+        raise refusal(folder, problem, "copy or download weights and configuration together")
+    return straight, transposed
 
 
-def _factors(weights: Checkpoint, found: Mapping[str, str], config: Mapping[str, Any], module: str) -> Factors:
-    left, right = (weights[found[side]].flatten(1).float() for side in "BA")
-    left = left * scale_of(config, module)
-    return Factors(right.T.contiguous(), left.T.contiguous()) if config.get("fan_in_fan_out") else Factors(left, right)
+def _own_name(stored: Mapping[str, str]) -> str:
+    """What the adapter itself calls a module, which the patterns of its configuration go by."""
+    return (module_and_side(stored["A"]) or ("", ""))[0]
+
+
+def _factors(weights: Checkpoint, stored: Mapping[str, str], config: Mapping[str, Any], turned: bool) -> Factors:
+    left, right = (weights[stored[side]].flatten(1).float() for side in "BA")
+    left = left * scale_of(config, _own_name(stored))
+    return Factors(right.T.contiguous(), left.T.contiguous()) if turned else Factors(left, right)
 
 
 def _adapted(base: Checkpoint, name: str, factors: Callable[[], Factors]) -> Entry:
@@ -186,17 +248,3 @@ def _untouched(base: Checkpoint, name: str) -> Entry:
     columns = base.specs[name].numel // max(1, rows)
     identity = (id(base), base.aliases.get(name, name)) if name in {*base.aliases, *base.aliases.values()} else None
     return Entry(base.specs[name], lambda: base[name], identity, lambda: Factors.none(rows, columns))
-
-
-def scale_of(config: Mapping[str, Any], module: str) -> float:
-    """lora_alpha / r, or / √r with rank stabilisation; both may have a pattern of their own for some modules."""
-    rank = _patterned(config.get("rank_pattern"), module, config["r"])
-    alpha = _patterned(config.get("alpha_pattern"), module, config["lora_alpha"])
-    return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
-
-
-def _patterned(patterns: Mapping[str, float] | None, module: str, default: float) -> float:
-    for pattern, value in (patterns or {}).items():
-        if re.fullmatch(rf"(.*\.)?({pattern})", module):
-            return value
-    return default

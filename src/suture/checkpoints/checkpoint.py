@@ -35,6 +35,8 @@ DTYPES: dict[str, torch.dtype] = {
     code: getattr(torch, name) for code, name in _DTYPE_NAMES.items() if hasattr(torch, name)
 }
 SUPPORTED = frozenset(DTYPES.values())
+_MOST_BYTES = 2**63 - 1  # offsets within a tensor are signed numbers of 64 bits
+_MOST_DIMENSIONS = 64
 
 
 class TensorSpec(NamedTuple):
@@ -52,6 +54,13 @@ class TensorSpec(NamedTuple):
     def nbytes(self) -> int:
         """Size in bytes."""
         return self.numel * self.dtype.itemsize
+
+    @property
+    def addressable(self) -> bool:
+        """Whether a tensor of this shape can exist; even an empty one must have strides that fit in 64 bits."""
+        if len(self.shape) > _MOST_DIMENSIONS or any(size > _MOST_BYTES for size in self.shape):
+            return False
+        return math.prod(max(1, size) for size in self.shape) * self.dtype.itemsize <= _MOST_BYTES
 
 
 class Factors(NamedTuple):
@@ -109,6 +118,8 @@ class Checkpoint(Mapping[str, Tensor]):
     - `files`: the files that the tensors come from; empty for a module or a mapping.
     - `directory`: the model directory with its config and tokenizer, if there is one.
     - `metadata`: the text that was saved beside the tensors (safetensors only).
+    - `quantised`: the kind of quantisation that some of the tensors are stored in; None for plain weights.
+    - `prefix`: what all stored names began with, such as "module.", and the names here do not.
     """
 
     def __init__(
@@ -119,8 +130,11 @@ class Checkpoint(Mapping[str, Tensor]):
         files: tuple[Path, ...] = (),
         directory: Path | None = None,
         metadata: Mapping[str, str] | None = None,
+        quantised: str | None = None,
+        prefix: str = "",
     ):
         self.label, self.files, self.directory = label, files, directory
+        self.quantised, self.prefix = quantised, prefix
         self.metadata: Mapping[str, str] = MappingProxyType(dict(metadata or {}))
         self.specs: Mapping[str, TensorSpec] = MappingProxyType({name: e.spec for name, e in entries.items()})
         self.aliases: Mapping[str, str] = MappingProxyType(_aliases(entries))
@@ -174,8 +188,7 @@ class Checkpoint(Mapping[str, Tensor]):
         """The same checkpoint with some of its tensors only, under other names: new name → name here."""
         if self._entries is None:
             raise refusal(self.label, "is closed", "open it again")
-        entries = {new: self._entries[name] for new, name in names.items()}
-        return Checkpoint(entries, self.label, files=self.files, directory=self.directory, metadata=self.metadata)
+        return self._with({new: self._entries[name] for new, name in names.items()})
 
     def replaced(self, entries: Mapping[str, Entry]) -> "Checkpoint":
         """The same checkpoint with other tensors under some of its names, and under all names tied to them."""
@@ -185,14 +198,28 @@ class Checkpoint(Mapping[str, Tensor]):
             tied = [alias for alias, canonical in self.aliases.items() if canonical == first]
             for each in (first, *tied):
                 merged[each] = entry._replace(identity=("replaced", id(self), first)) if tied else entry
-        return Checkpoint(merged, self.label, files=self.files, directory=self.directory, metadata=self.metadata)
+        return self._with(merged)
 
     @classmethod
     def joined(cls, parts: Sequence["Checkpoint"], label: str) -> "Checkpoint":
         """One checkpoint with the tensors of several, which have no name in common; the directory is the first's."""
         entries = {name: entry for part in parts for name, entry in (part._entries or {}).items()}
         files = tuple(dict.fromkeys(file for part in parts for file in part.files))
-        return cls(entries, label, files=files, directory=next((p.directory for p in parts if p.directory), None))
+        directory = next((part.directory for part in parts if part.directory), None)
+        quantised = next((part.quantised for part in parts if part.quantised), None)
+        return cls(entries, label, files=files, directory=directory, quantised=quantised)
+
+    def _with(self, entries: Mapping[str, Entry]) -> "Checkpoint":
+        """The same checkpoint with other entries."""
+        return Checkpoint(
+            entries,
+            self.label,
+            files=self.files,
+            directory=self.directory,
+            metadata=self.metadata,
+            quantised=self.quantised,
+            prefix=self.prefix,
+        )
 
     def close(self) -> None:
         """Let go of the files. Names, specs and tensors already handed out stay usable."""

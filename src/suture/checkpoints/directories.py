@@ -1,12 +1,13 @@
 """Model directories as `transformers` saves them, with one weight file or with shards and their index."""
 
-import json
+import os
 from collections.abc import Mapping
 from pathlib import Path, PurePath
 from typing import Any
 
 from suture.checkpoints.checkpoint import Entry
 from suture.checkpoints.formats import SUFFIXES, read_entries
+from suture.checkpoints.json_files import is_text, read_object
 from suture.errors import refusal, shown
 
 INDEX_SUFFIX = ".index.json"
@@ -18,6 +19,10 @@ _USUAL = (
     "pytorch_model.bin.index.json",
 )
 _AGAIN = "copy or download the directory again"
+_COMPANIONS = (*SUFFIXES, ".json", ".txt", ".model", ".py", ".jinja", ".tiktoken")
+_LONGEST_NAME = 255  # bytes; no file system allows more
+#: Weights of other libraries, which are named where nothing else is there.
+_STRANGERS = (".gguf", ".ggml", ".h5", ".msgpack", ".onnx", ".npz", ".keras", ".tflite")
 
 
 def weight_file(directory: Path) -> Path:
@@ -25,11 +30,27 @@ def weight_file(directory: Path) -> Path:
     for name in _USUAL:
         if (directory / name).is_file():
             return directory / name
-    found = sorted(p for p in directory.iterdir() if p.suffix in SUFFIXES and p.is_file() and p.name[0] != ".")
-    if len(found) == 1:
-        return found[0]
-    problem = f"has several weight files ({', '.join(p.name for p in found[:4])})" if found else "has no weight file"
-    raise refusal(directory, f"{problem} and none is called {_USUAL[0]}", "give the file itself")
+    visible = sorted(path for path in directory.iterdir() if path.is_file() and path.name[0] != ".")
+    files = [path for path in visible if path.suffix in SUFFIXES]
+    if len(files) == 1:
+        return files[0]
+    strangers = [path.name for path in visible if path.suffix in _STRANGERS]
+    if files:
+        problem, remedy = f"has several weight files ({', '.join(p.name for p in files[:4])})", "give the file itself"
+    elif strangers:
+        problem = f"has no weight file that is read, only '{strangers[0]}',"
+        remedy = "give the model in safetensors or PyTorch files that this one was converted from"
+    else:
+        problem, remedy = "has no weight file", "give the file itself"
+    raise refusal(directory, f"{problem} and none is called {_USUAL[0]}", remedy)
+
+
+def check_links(directory: Path) -> None:
+    """Refuse a model directory in which a link leads nowhere; such a file would be missed after all the work."""
+    for path in sorted(directory.iterdir()):
+        if path.suffix in _COMPANIONS and path.is_symlink() and not path.exists():
+            problem = f"has the link '{path.name}', which leads to '{os.readlink(path)}', where no file is"
+            raise refusal(directory, problem, "copy or download that file, or remove the link")
 
 
 def read_sharded(index: Path) -> tuple[dict[str, Entry], tuple[Path, ...]]:
@@ -50,17 +71,19 @@ def read_sharded(index: Path) -> tuple[dict[str, Entry], tuple[Path, ...]]:
 
 
 def _weight_map(index: Path) -> dict[str, str]:
-    try:
-        found: Any = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise refusal(index, f"is no index of shards ({type(error).__name__}: {error})", _AGAIN) from error
-    if not isinstance(found, dict) or not found or not all(_file_name(file) for file in found.values()):
+    weight_map = read_object(index, _AGAIN).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map or not all(map(_is_file_name, weight_map.values())):
         raise refusal(index, "has a weight_map that does not lead from names to files beside it", _AGAIN)
-    return found
+    if name := next((name for name in weight_map if not is_text(name)), None):
+        raise refusal(index, f"has the name {shown(name)!r}, which is not valid Unicode", "rename the tensor")
+    return weight_map
 
 
-def _file_name(file: Any) -> bool:
-    return isinstance(file, str) and file not in ("", "..") and PurePath(file).name == file and "\\" not in file
+def _is_file_name(file: Any) -> bool:
+    """Whether a value is the name of a file in the same folder, and nothing that leads elsewhere."""
+    if not is_text(file) or file in ("", "..") or "\\" in file or "\0" in file:
+        return False
+    return PurePath(file).name == file and len(file.encode()) <= _LONGEST_NAME
 
 
 def _unlisted(index: Path, weight_map: Mapping[str, str], read: Mapping[str, Mapping[str, Entry]]) -> dict[str, Entry]:

@@ -16,7 +16,11 @@ _STRANGERS = [
         "is a git-lfs pointer, not the weights",
         "run `git lfs pull` in its repository",
     ),
-    (b"GGUF", "is a GGUF file, which is not read", "give a safetensors or PyTorch file"),
+    (
+        b"GGUF",
+        "is a GGUF file, which is not read: its weights are quantised, as a rule",
+        "give the model in safetensors or PyTorch files that it was converted from",
+    ),
     (b"\x89HDF", "is an HDF5 file, which is not read", "give a safetensors or PyTorch file"),
     (b"\x1f\x8b", "is compressed with gzip", "unpack it"),
     (b"\x93NUMPY", "is a NumPy array, not a checkpoint", "give a safetensors or PyTorch file"),
@@ -26,6 +30,9 @@ _STRANGERS = [
 def read_entries(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
     """The entries of a file and the text saved beside them; `CheckpointError` if it holds no weights."""
     try:
+        if not path.is_file():  # a pipe would keep its reader waiting, a device would have no end
+            kind = "a folder" if path.is_dir() else "no regular file"
+            raise refusal(path, f"is {kind}, not a file of weights", "give the file or model directory itself")
         with path.open("rb") as file:
             start = file.read(512)
         return _read(path, start)
@@ -57,4 +64,4 @@ def _stranger(path: Path, start: bytes) -> CheckpointError | None:
         return refusal(path, "starts with nothing but zeros: its download was not finished", _DOWNLOAD)
     if start.lstrip()[:1] == b"<" and b">" in start:
         return refusal(path, "is a web page, not the weights", _DOWNLOAD)
-    return next((refusal(path, *words) for magic, *words in _STRANGERS if start.startswith(magic)), None)
+    return next((refusal(path, *message) for magic, *message in _STRANGERS if start.startswith(magic)), None)

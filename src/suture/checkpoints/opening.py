@@ -6,10 +6,13 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from suture.checkpoints.checkpoint import Checkpoint
-from suture.checkpoints.directories import INDEX_SUFFIX, read_sharded, weight_file
+from suture.checkpoints.checkpoint import Checkpoint, Entry
+from suture.checkpoints.directories import INDEX_SUFFIX, check_links, read_sharded, weight_file
 from suture.checkpoints.formats import read_entries
+from suture.checkpoints.json_files import is_text
 from suture.checkpoints.live_tensors import mapping_entries, module_entries
+from suture.checkpoints.quantised import quantisation
+from suture.checkpoints.state_dicts import without_prefix
 from suture.errors import CheckpointError, refusal, shown
 from suture.storage.addresses import ZOO_ADDRESS, zoo_path
 from suture.storage.hub import download, is_hub_id
@@ -23,7 +26,7 @@ def open_checkpoint(source: Source, *, label: str | None = None, revision: str |
     `source` is a safetensors file, a PyTorch file, an index of shards, a model directory, a hub id
     ("org/name", with an optional `revision`), a "zoo:…" name, a module, a mapping name → tensor, or an open
     checkpoint, which is returned as it is. `label` is what messages call it. Nothing that a pickle asks to
-    run is run.
+    run is run. A prefix that DataParallel or torch.compile put before every name of a file is left out.
 
     Raises `CheckpointError`: missing, truncated, corrupt, no weights, or a pickle that asks to run code.
 
@@ -34,15 +37,28 @@ def open_checkpoint(source: Source, *, label: str | None = None, revision: str |
     if isinstance(source, Checkpoint):
         return source
     if isinstance(source, nn.Module):
-        label = label or "<module>"
-        return Checkpoint(module_entries(source, label), label)
+        return _in_memory(module_entries(source, label or "<module>"), label or "<module>")
     if isinstance(source, Mapping):
-        label = label or "<mapping>"
-        return Checkpoint(mapping_entries(source, label), label)
+        return _in_memory(mapping_entries(source, label or "<mapping>"), label or "<mapping>")
+    if not isinstance(source, str | os.PathLike):
+        problem = f"is an object of {type(source).__name__}, not a model"
+        raise refusal(label or shown(source), problem, "give a path, a hub id, a module or a mapping")
     try:
+        check_text(source, label)
         return _open_path(_locate(source, revision), label or str(source))
     except CheckpointError as error:
         raise CheckpointError(f"'{shown(label)}': {error}" if label else str(error)) from error
+
+
+def check_text(source: str | os.PathLike[str], label: str | None) -> None:
+    """Refuse names that cannot be written into a report or a configuration: bytes that are not UTF-8."""
+    for text in (label or "", os.fspath(source)):
+        if not is_text(text):
+            raise refusal(text, "is a name with bytes that are not UTF-8", "rename it")
+
+
+def _in_memory(entries: Mapping[str, Entry], label: str) -> Checkpoint:
+    return Checkpoint(entries, label, quantised=quantisation({name: entry.spec for name, entry in entries.items()}))
 
 
 def _locate(source: str | os.PathLike[str], revision: str | None) -> Path:
@@ -50,7 +66,10 @@ def _locate(source: str | os.PathLike[str], revision: str | None) -> Path:
     if isinstance(source, str) and source.startswith(ZOO_ADDRESS):
         return zoo_path(source)
     path = Path(source)
-    if not path.exists():
+    if not _exists(path):
+        if path.is_symlink():
+            remedy = "copy or download that file"
+            raise refusal(source, f"is a link to '{os.readlink(path)}', where no file is", remedy)
         if isinstance(source, str) and is_hub_id(source):
             return download(source, revision)
         raise refusal(source, "does not exist", "check the path, or give a hub id of the form org/name")
@@ -59,14 +78,37 @@ def _locate(source: str | os.PathLike[str], revision: str | None) -> Path:
     return path
 
 
+def _exists(path: Path) -> bool:
+    try:
+        path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except (OSError, ValueError) as error:  # no permission, a name too long, links in a circle, a zero byte
+        raise refusal(path, f"cannot be opened: {_reason(error)}", "check the path and its permissions") from error
+    return True
+
+
+def _reason(error: Exception) -> str:
+    return getattr(error, "strerror", None) or str(error)
+
+
 def _open_path(path: Path, label: str) -> Checkpoint:
-    directory = path if path.is_dir() else _model_directory(path.parent)
-    file = weight_file(path) if path.is_dir() else path
+    try:
+        directory = path if path.is_dir() else _model_directory(path.parent)
+        if directory is not None:
+            check_links(directory)
+        file = weight_file(path) if path.is_dir() else path
+    except OSError as error:
+        raise refusal(path, f"cannot be read: {_reason(error)}", "check the path and its permissions") from error
     if file.name.endswith(INDEX_SUFFIX):
-        entries, files = read_sharded(file)
-        return Checkpoint(entries, label, files=files, directory=directory)
-    entries, metadata = read_entries(file)
-    return Checkpoint(entries, label, files=(file,), directory=directory, metadata=metadata)
+        (entries, files), metadata = read_sharded(file), None
+    else:
+        (entries, metadata), files = read_entries(file), (file,)
+    entries, prefix = without_prefix(entries)
+    kind = quantisation({name: entry.spec for name, entry in entries.items()})
+    return Checkpoint(
+        entries, label, files=files, directory=directory, metadata=metadata, quantised=kind, prefix=prefix
+    )
 
 
 def _model_directory(folder: Path) -> Path | None:

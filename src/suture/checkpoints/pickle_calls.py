@@ -12,6 +12,8 @@ import torch
 
 from suture.errors import CheckpointError, refusal, shown
 
+_MOST_DIMENSIONS = 64
+_MOST_IN_A_KEY = 16  # parts of a tuple that is a key
 _TRUST = "use a copy saved as safetensors, or as a plain state dict, by someone you trust"
 _FROM_TYPE = ("torch._tensor._rebuild_from_type", "torch._tensor._rebuild_from_type_v2")
 _TORCH_LAYERS = ("torch.nn", "torch._C._nn")
@@ -54,9 +56,10 @@ class TensorRef:
     """A tensor of the file: a strided view of a storage, in entries of `dtype`."""
 
     def __init__(self, storage: StorageRef, offset: Any, shape: Any, stride: Any, dtype: torch.dtype | None = None):
+        if len(shape) > _MOST_DIMENSIONS or len(shape) != len(stride):
+            raise ValueError("a tensor with a shape that is none")
         numbers = [offset, *shape, *stride]
-        whole = all(type(n) is int and n >= 0 for n in numbers) and len(shape) == len(stride)
-        if not isinstance(storage, StorageRef) or not whole:
+        if not isinstance(storage, StorageRef) or not all(type(n) is int and 0 <= n < 2**63 for n in numbers):
             raise ValueError("a tensor without a storage, or with a shape that is none")
         self.storage, self.dtype = storage, dtype or storage.dtype
         self.offset = offset + storage.start
@@ -121,7 +124,7 @@ def storage(identifier: Any) -> Any:
         raise ValueError("a storage without a key")
     dtype = _STORAGES[named_type.qualname]
     start = view[1] if view else 0
-    if type(start) is not int or start < 0:
+    if type(start) is not int or not 0 <= start < 2**63:
         raise ValueError("a storage that starts nowhere")
     return StorageRef(key, dtype, start)
 
@@ -264,10 +267,17 @@ _SCALARS = (str, int, float, bytes, type(None), Name, Inert)
 
 
 def scalar_keys(values: Any) -> list[Any]:
-    """The values, checked to be fit for keys: hashing a tuple nested a million deep would crash Python."""
+    """The values, checked to be fit for keys.
+
+    Hashing a tuple nested a million deep would crash Python, and long tuples or numbers are hashed anew each time.
+    """
     values = list(values)
     for value in values:
         parts = value if type(value) is tuple else (value,)
-        if not all(isinstance(part, _SCALARS) for part in parts):
+        if len(parts) > _MOST_IN_A_KEY or not all(map(_is_scalar, parts)):
             raise ValueError(f"a {type(value).__name__} as a key")
     return values
+
+
+def _is_scalar(value: Any) -> bool:
+    return isinstance(value, _SCALARS) and not (isinstance(value, int) and value.bit_length() > 64)

@@ -1,4 +1,7 @@
-"""Safetensors files: 8 bytes of header length, a JSON header, then the tensors one after another."""
+"""Safetensors files: 8 bytes of header length, a JSON header, then the tensors one after another.
+
+https://huggingface.co/docs/safetensors#format
+"""
 
 import json
 from collections.abc import Mapping
@@ -9,6 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from suture.checkpoints.checkpoint import DTYPES, Entry, TensorSpec
+from suture.checkpoints.json_files import is_text
 from suture.errors import refusal, shown
 from suture.storage.mapped_file import MappedFile
 
@@ -66,6 +70,8 @@ def _metadata(path: Path, found: Any) -> dict[str, str]:
 
 def _location(path: Path, name: str, value: Any) -> tuple[TensorSpec, int]:
     """Spec and first byte of a tensor, counted from the end of the header."""
+    if not is_text(name):
+        raise refusal(path, f"has the name {shown(name)!r}, which is not valid Unicode", "rename the tensor")
     try:
         code, shape, (begin, end) = value["dtype"], value["shape"], value["data_offsets"]
     except (KeyError, TypeError, ValueError):
@@ -76,6 +82,8 @@ def _location(path: Path, name: str, value: Any) -> tuple[TensorSpec, int]:
     if not isinstance(shape, list) or not all(type(n) is int and n >= 0 for n in [*shape, begin, end]):
         raise refusal(path, f"gives {shown(name)!r} a shape or offsets that are no whole numbers", _AGAIN)
     spec = TensorSpec(tuple(shape), DTYPES[code])
+    if not spec.addressable or max(begin, end) >= 2**63:
+        raise refusal(path, f"gives {shown(name)!r} a shape or offsets larger than any tensor can have", _AGAIN)
     if end - begin != spec.nbytes:
         problem = f"keeps {end - begin} bytes for {shown(name)!r}, but {code} {shape} takes {spec.nbytes}"
         raise refusal(path, problem, _AGAIN)
@@ -101,10 +109,11 @@ def _read(file: MappedFile, begin: int, spec: TensorSpec) -> Tensor:
 def _tied_names(path: Path, metadata: Mapping[str, str], entries: Mapping[str, Entry]) -> dict[str, str]:
     """Tied names that the metadata speaks of: our own record, or that of `safetensors.torch.save_model`."""
     if ALIASES_KEY not in metadata:  # there each dropped name is a key; a dot tells it from other remarks
-        return {a: n for a, n in metadata.items() if a not in entries and n in entries and "." in a}
+        dropped = {a: n for a, n in metadata.items() if a not in entries and n in entries and "." in a}
+        return {alias: name for alias, name in dropped.items() if is_text(alias)}
     try:
         aliases = json.loads(metadata[ALIASES_KEY], object_pairs_hook=_unique)
-        if all(alias not in entries and name in entries for alias, name in aliases.items()):
+        if all(is_text(alias) and alias not in entries and name in entries for alias, name in aliases.items()):
             return aliases
     except (ValueError, RecursionError, AttributeError, TypeError):
         pass

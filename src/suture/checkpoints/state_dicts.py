@@ -3,11 +3,21 @@
 from collections.abc import Mapping
 from typing import Any
 
+from suture.checkpoints.checkpoint import Entry
+from suture.checkpoints.json_files import is_text
 from suture.checkpoints.pickle_calls import Inert, TensorRef, Unsupported
 from suture.errors import refusal, shown
 
-_WRAPPERS = ("state_dict", "model_state_dict", "model", "module")
-_MOST_NAMES = 200_000  # modules that hold each other in a tangle would give a name for every path through it
+#: The keys under which training scripts keep a model's weights.
+_WRAPPERS = (
+    *("state_dict", "model_state_dict", "model", "module", "net", "network", "params", "weights", "backbone"),
+    *("params_ema", "model_ema", "ema", "ema_model", "ema_state_dict", "state_dict_ema", "teacher", "student"),
+    *("generator", "discriminator"),
+)
+_PREFIXES = ("module.", "_orig_mod.")  # DataParallel and torch.compile hold the model as one part of their own
+_MOST_PARTS = 200_000  # modules that hold each other in a tangle would give a name for every path through it
+_LONGEST_NAME = 2000  # characters
+_KINDS_OF_PARTS = ("_parameters", "_buffers", "_modules")
 _STATE_DICT = "save the model's state_dict(), or better a safetensors file"
 
 
@@ -15,9 +25,9 @@ def weights(value: Any, where: object) -> Mapping[str, TensorRef]:
     """Name → tensor of the state dict that `value` is or holds.
 
     A wrapper's other entries (epoch, optimizer) are left aside; a flat dict must hold tensors and nothing
-    else.
+    else. Raises `CheckpointError`, also for a file with the weights of several models.
     """
-    inner, wrapped = _unwrap(value)
+    inner, wrapped = _unwrap(value, where)
     if _is_module(inner):
         found = _module_tensors(inner, where)
     elif isinstance(inner, dict):
@@ -29,20 +39,46 @@ def weights(value: Any, where: object) -> Mapping[str, TensorRef]:
     return _checked(found, where)
 
 
-def _unwrap(value: Any) -> tuple[Any, bool]:
+def without_prefix(entries: dict[str, Entry]) -> tuple[dict[str, Entry], str]:
+    """The entries without what DataParallel or torch.compile put before every name, and that prefix.
+
+    >>> without_prefix({"module._orig_mod.a": 1, "module._orig_mod.b": 2})
+    ({'a': 1, 'b': 2}, 'module._orig_mod.')
+    """
+    prefix = ""
+    while added := next((p for p in _PREFIXES if entries and all(n.startswith(p) and n != p for n in entries)), ""):
+        entries = {name.removeprefix(added): entry for name, entry in entries.items()}
+        prefix += added
+    return entries, prefix
+
+
+def _unwrap(value: Any, where: object) -> tuple[Any, bool]:
     wrapped = False
     for _ in range(4):
         value = _as_dict(value)
-        inner = next((w for w in _WRAPPERS if isinstance(value, dict) and _holds_weights(value.get(w))), None)
-        if inner is None:
+        keys = [key for key in _WRAPPERS if isinstance(value, dict) and _holds_weights(value.get(key))]
+        if len(keys) > 1:
+            names = ", ".join(map(repr, keys))
+            remedy = f"save the one you mean by itself: torch.save(torch.load(FILE)['{keys[0]}'], NEW)"
+            raise refusal(where, f"holds the weights of several models, under {names}", remedy)
+        if not keys:
             break
-        value, wrapped = value[inner], True
+        value, wrapped = value[keys[0]], True
     return value, wrapped
 
 
 def _holds_weights(value: Any) -> bool:
+    """Whether a value is a module, or a dict with a tensor in it or in a wrapper in it."""
     value = _as_dict(value)
-    return _is_module(value) or (isinstance(value, dict) and len(value) > 0)
+    if _is_module(value):
+        return True
+    if not isinstance(value, dict):
+        return False
+    inner = [_as_dict(value.get(key)) for key in _WRAPPERS]
+    return any(isinstance(v, TensorRef | Unsupported) for v in value.values()) or any(
+        _is_module(part) or (isinstance(part, dict) and any(isinstance(v, TensorRef) for v in part.values()))
+        for part in inner
+    )
 
 
 def _as_dict(value: Any) -> Any:
@@ -51,22 +87,23 @@ def _as_dict(value: Any) -> Any:
 
 
 def _is_module(value: Any) -> bool:
-    return isinstance(value, Inert) and all(
-        isinstance(value.state.get(part), dict) for part in ("_parameters", "_buffers", "_modules")
-    )
+    return isinstance(value, Inert) and all(isinstance(value.state.get(kind), dict) for kind in _KINDS_OF_PARTS)
 
 
 def _module_tensors(module: Inert, where: object) -> dict[str, Any]:
     """What `state_dict()` would give: parameters and persistent buffers of the module and those in it."""
     found: dict[str, Any] = {}
     waiting: list[tuple[str, Inert, frozenset[int]]] = [("", module, frozenset())]
+    parts = 0  # modules without a tensor count too: a tangle of those has paths without end and not one name
     while waiting:
         prefix, current, above = waiting.pop()
-        if id(current) in above or len(found) + len(waiting) > _MOST_NAMES:
+        transient = current.state.get("_non_persistent_buffers_set")
+        transient = transient if isinstance(transient, set) else frozenset()
+        parts += 1 + sum(map(len, (transient, *(current.state[kind] for kind in _KINDS_OF_PARTS))))
+        if id(current) in above or len(prefix) > _LONGEST_NAME or parts > _MOST_PARTS:
             raise refusal(where, "holds a module that contains itself or has too many parts", _STATE_DICT)
-        fleeting = current.state.get("_non_persistent_buffers_set") or ()
         for part in ("_parameters", "_buffers"):
-            own = {str(n): t for n, t in current.state[part].items() if t is not None and n not in fleeting}
+            own = {str(n): t for n, t in current.state[part].items() if t is not None and n not in transient}
             found.update({prefix + name: tensor for name, tensor in own.items()})
         inside = above | {id(current)}
         for name, child in current.state["_modules"].items():
@@ -79,11 +116,13 @@ def _module_tensors(module: Inert, where: object) -> dict[str, Any]:
 
 def _checked(found: Mapping[Any, Any], where: object) -> Mapping[str, TensorRef]:
     if not any(isinstance(tensor, TensorRef | Unsupported) for tensor in found.values()):
-        names = ", ".join(map(str, list(found)[:5])) or "nothing"
+        names = ", ".join(map(shown, list(found)[:5])) or "nothing"
         raise refusal(where, f"holds no tensors, only: {names}", _STATE_DICT)
     for name, tensor in found.items():
         if not isinstance(name, str):
             raise refusal(where, f"has the key {shown(name)}, which is {_kind(name)} and no name", _STATE_DICT)
+        if not is_text(name):
+            raise refusal(where, f"has the name {shown(name)!r}, which is not valid Unicode", "rename the tensor")
         if isinstance(tensor, Unsupported):
             raise refusal(where, f"holds {tensor.kind} under {shown(name)!r}", _STATE_DICT)
         if not isinstance(tensor, TensorRef):

@@ -5,7 +5,7 @@ The pickle is read as data (`unpickling`); tensors are views of the file.
 
 import struct
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from functools import partial
 from io import BytesIO
 from pathlib import Path
@@ -24,6 +24,7 @@ from suture.storage.mapped_file import MappedFile
 
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 _LEGACY_PROTOCOL = 1001
+_LARGEST_PICKLE = 1 << 30  # bytes
 _AGAIN = "copy or download it again"
 _PLAIN = "save it anew as safetensors or with torch.save(model.state_dict(), …)"
 
@@ -40,10 +41,10 @@ def read_torch_zip(path: Path) -> dict[str, Entry]:
     records = _zip_records(path)
     prefix = _archive_prefix(path, records)
     with path.open("rb") as file:
-        order = _bytes_of(file, records.get(f"{prefix}byteorder", Extent(0, 0))).strip()
+        order = _bytes_of(file, path, records.get(f"{prefix}byteorder", Extent(0, 0))).strip()
         if order not in (b"", b"little"):
             raise refusal(path, f"was written with the byte order {order!r}, not little", _PLAIN)
-        value = read_pickle(BytesIO(_bytes_of(file, records[f"{prefix}data.pkl"])), path)
+        value = read_pickle(BytesIO(_bytes_of(file, path, records[f"{prefix}data.pkl"])), path)
     storages = {
         name.removeprefix(f"{prefix}data/"): extent
         for name, extent in records.items()
@@ -72,7 +73,9 @@ def _zip_records(path: Path) -> dict[str, Extent]:
     try:
         with zipfile.ZipFile(path) as archive, path.open("rb") as file:
             listed = archive.infolist()
-            if len({info.filename for info in listed}) != len(listed):
+            names = {info.filename for info in listed}
+            _refuse_torchscript(path, names)
+            if len(names) != len(listed):
                 raise ValueError("it lists a record twice")
             return {info.filename: _record(file, info) for info in listed}
     except (
@@ -107,12 +110,19 @@ def _archive_prefix(path: Path, records: Mapping[str, Extent]) -> str:
     prefix = roots[0] if roots else ""
     if len(roots) != 1:
         raise refusal(path, "is a zip file, but not one that PyTorch saved", "give a safetensors or PyTorch file")
-    if f"{prefix}constants.pkl" in records or any(name.startswith(f"{prefix}code/") for name in records):
-        raise refusal(path, "is a TorchScript archive, which holds a program", _PLAIN)
     return prefix
 
 
-def _bytes_of(file: IO[bytes], extent: Extent) -> bytes:
+def _refuse_torchscript(path: Path, names: Collection[str]) -> None:
+    """Told by the names alone: such an archive may have records that PyTorch never writes for weights."""
+    if any(name.split("/")[1:2] in (["constants.pkl"], ["code"]) for name in names):
+        remedy = "if you trust it, save its weights: torch.save(torch.jit.load(FILE).state_dict(), NEW)"
+        raise refusal(path, "is a TorchScript archive, which holds a program and not only weights", remedy)
+
+
+def _bytes_of(file: IO[bytes], path: Path, extent: Extent) -> bytes:
+    if extent.nbytes > _LARGEST_PICKLE:
+        raise refusal(path, f"has a pickle of {extent.nbytes} bytes, too many for names and shapes", _PLAIN)
     file.seek(extent.begin)
     return file.read(extent.nbytes)
 
@@ -140,6 +150,8 @@ def _entries(path: Path, tensors: Mapping[str, TensorRef], storages: Mapping[str
 
 def _entry(file: MappedFile, name: str, tensor: TensorRef, storages: Mapping[str, Extent]) -> Entry:
     spec = TensorSpec(tensor.shape, tensor.dtype)
+    if not spec.addressable:
+        raise refusal(file.path, f"gives {shown(name)!r} a shape larger than any tensor can have", _PLAIN)
     if spec.dtype not in SUPPORTED:
         problem = f"holds a tensor of the unsupported dtype {short(spec.dtype)} under {shown(name)!r}"
         raise refusal(file.path, problem, "convert it to a floating-point, integer or bool dtype")

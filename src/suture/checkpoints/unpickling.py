@@ -2,12 +2,12 @@
 
 It keeps the stack, the marks and the memo of the pickle format (PEP 3154 and `pickletools`). Names stay
 names, objects become inert records, and each call goes through `pickle_calls`, which knows the few that
-rebuild tensors.
+rebuild tensors. What a pickle may cost is bounded: its bytes, its opcodes, and what its calls copy.
 """
 
 import pickletools
 import struct
-from typing import IO, Any
+from typing import IO, Any, cast
 
 from suture.checkpoints.pickle_calls import (
     Inert,
@@ -34,6 +34,9 @@ _DAMAGE = (
     ValueError,
     struct.error,
 )
+_MOST_BYTES = 1 << 30
+_MOST_OPCODES = 5_000_000  # a checkpoint has about ten for each tensor
+_MOST_COPIED = 5_000_000  # entries of containers that are handed to calls, which may name one container many times
 _MAGIC_ATTRIBUTES = {
     "__call__",
     "__class__",
@@ -81,9 +84,11 @@ def read_pickle(stream: IO[bytes], where: object, storages: dict[str, StorageRef
     """
     machine = _Machine(where, {} if storages is None else storages)
     try:
-        for opcode, argument, _ in pickletools.genops(stream):
+        for count, (opcode, argument, _) in enumerate(pickletools.genops(cast("IO[bytes]", _Bounded(stream)))):
             if opcode.name == "STOP":
                 return machine.stack.pop()
+            if count > _MOST_OPCODES:
+                raise ValueError(f"more than {_MOST_OPCODES} opcodes")
             machine.step(opcode.name, argument)
     except _DAMAGE as error:
         problem = f"is truncated, corrupt or no PyTorch file: its pickle holds {error or type(error).__name__}"
@@ -91,9 +96,32 @@ def read_pickle(stream: IO[bytes], where: object, storages: dict[str, StorageRef
     raise refusal(where, "holds a pickle without an end", "copy or download it again")
 
 
+class _Bounded:
+    """A stream of which only so many bytes are read."""
+
+    def __init__(self, stream: IO[bytes]):
+        self.stream, self.left = stream, _MOST_BYTES
+
+    def read(self, count: int) -> bytes:
+        """The next bytes; raises `ValueError` beyond the bound."""
+        self._take(count)
+        return self.stream.read(count)
+
+    def readline(self) -> bytes:
+        """The next line; raises `ValueError` beyond the bound."""
+        line = self.stream.readline(self.left + 1)
+        self._take(len(line))
+        return line
+
+    def _take(self, count: int) -> None:
+        self.left -= count
+        if self.left < 0:
+            raise ValueError(f"more than {_MOST_BYTES} bytes")
+
+
 class _Machine:
     def __init__(self, where: object, storages: dict[str, StorageRef]):
-        self.where, self.storages = where, storages
+        self.where, self.storages, self.copied = where, storages, 0
         self.stack: list[Any] = []
         self.marks: list[list[Any]] = []
         self.memo: dict[int, Any] = {}
@@ -225,11 +253,11 @@ class _Machine:
 
     def _newobj(self, _: None) -> None:
         cls, arguments = self._pop_many(2)
-        self.stack.append(instantiate(self.where, cls, _checked(arguments)))
+        self.stack.append(instantiate(self.where, cls, self._checked(arguments)))
 
     def _newobj_ex(self, _: None) -> None:
         cls, arguments, keywords = self._pop_many(3)
-        made = instantiate(self.where, cls, _checked(arguments))
+        made = instantiate(self.where, cls, self._checked(arguments))
         if isinstance(made, Inert):
             made.state["__keywords__"] = keywords
         self.stack.append(made)
@@ -245,10 +273,16 @@ class _Machine:
 
     def _call(self, function: Any, arguments: Any) -> None:
         if str(function) in ("copyreg.__newobj__", "copyreg.__newobj_ex__") and isinstance(function, Name):
-            cls, *rest = _checked(arguments)
+            cls, *rest = self._checked(arguments)
             self.stack.append(instantiate(self.where, cls, tuple(rest)))
         else:
-            self.stack.append(call(self.where, function, _checked(arguments)))
+            self.stack.append(call(self.where, function, self._checked(arguments)))
+
+    def _checked(self, arguments: Any) -> tuple:
+        if not isinstance(arguments, tuple):
+            raise TypeError("arguments that are no tuple")
+        self._count_copies((arguments, *arguments))
+        return arguments
 
     def _build(self, _: None) -> None:
         target, state = self._pop_many(2)
@@ -266,10 +300,17 @@ class _Machine:
     def _keep_state(self, target: Inert, state: Any) -> None:
         if not isinstance(state, dict):
             return
-        taken = [key for key in state if isinstance(key, str) and key in _MAGIC_ATTRIBUTES]
+        taken = sorted(_MAGIC_ATTRIBUTES & state.keys())
         if taken:
             raise refused_request(self.where, f"to replace '{taken[0]}' of '{target.name}'")
+        self._count_copies((state,))
         target.state.update(state)
+
+    def _count_copies(self, values: tuple) -> None:
+        """Keep account of what calls copy: a pickle of 1 MB could ask for the same long list a million times."""
+        self.copied += sum(len(value) for value in values if hasattr(value, "__len__"))
+        if self.copied > _MOST_COPIED:
+            raise ValueError(f"calls that copy more than {_MOST_COPIED} entries")
 
     def _binpersid(self, _: None) -> None:
         (identifier,) = self._pop_many(1)
@@ -280,9 +321,3 @@ class _Machine:
 
     def _persid(self, identifier: str) -> None:
         raise ValueError("a persistent id that is text")
-
-
-def _checked(arguments: Any) -> tuple:
-    if not isinstance(arguments, tuple):
-        raise TypeError("arguments that are no tuple")
-    return arguments

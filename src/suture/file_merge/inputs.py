@@ -76,7 +76,8 @@ def open_inputs(recipe: Recipe) -> Inputs:
     models = {name: open_fine_tuned(model, base, label=name) for name, model in recipe.models.items()}
     fitted = fit(base, models, recipe.vocabulary)
     inputs = Inputs(fitted.base, fitted.models, {BASE: base, **models}, fitted.config, fitted.tokenizer)
-    problems = compatibility(inputs.base, inputs.models, frozen=recipe.frozen, mixed_dtypes=recipe.mixed_dtypes)
+    how = {"frozen": recipe.frozen, "mixed_dtypes": recipe.mixed_dtypes, "by_row": recipe.vocabulary != "refuse"}
+    problems = compatibility(inputs.base, inputs.models, **how)
     if problems:
         more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
         raise IncompatibleModels(problems[0] + more)

@@ -4,7 +4,10 @@ import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from suture.checkpoints import Checkpoint, Source, TensorSpec, open_checkpoint, open_fine_tuned
-from suture.errors import ConfigError, shown
+from suture.checkpoints.quantised import quantised_problem
+from suture.checkpoints.spellings import spelling_problem
+from suture.checkpoints.tokenizers import mixed_tokens
+from suture.errors import CheckpointError, ConfigError, shown
 
 _LISTED = 5  # problems of one kind that are listed for one model before the rest is counted
 #: Parts of the names of embeddings and heads, which have a row for each token.
@@ -17,12 +20,15 @@ def compatibility(
     *,
     frozen: Sequence[str] = (),
     mixed_dtypes: bool = False,
+    by_row: bool = False,
+    pool: bool = False,
 ) -> list[str]:
     """Every reason why the models cannot be merged, one line each; an empty list if they can.
 
     `base` and `models` are whatever `merge` takes; raises `CheckpointError` for one that cannot be opened. Integer and
     bool tensors are taken from the base, so they may be missing or differ. `frozen` names are not compared.
-    `mixed_dtypes` lets floating-point dtypes differ from the base's.
+    `mixed_dtypes` lets floating-point dtypes differ from the base's. `by_row` lets rows of embeddings be different
+    tokens. `pool` says that the models are those of a pool, whose keys are then named as remedies.
     """
     if not models:
         return ["There is no model to merge. Remedy: give at least one fine-tuned model beside the base."]
@@ -30,10 +36,15 @@ def compatibility(
     problems = [
         f"'{name}' is to be left at the base, but the base has no such tensor." for name in _unknown(base, frozen)
     ]
+    if unmergeable := _files_problems(base, opened, frozen, by_row):
+        return problems + unmergeable
     for label, model in opened.items():
+        if spelling := spelling_problem(label, merged_names(base, frozen), base.specs, model.specs):
+            problems.append(spelling)
+            continue
         problems += _some(_missing(base, model, label, frozen), label)
         problems += _some(_extra(base, model, label), label)
-        problems += _some(_different(base, model, label, frozen, mixed_dtypes), label)
+        problems += _some(_different(base, model, label, frozen, mixed_dtypes, pool), label)
         problems += _some(_untied(base, model, label), label)
     return problems
 
@@ -54,6 +65,26 @@ def merged_names(base: Checkpoint, frozen: Sequence[str] = ()) -> list[str]:
     """The tensors that a merge works on, sorted: floating point, not frozen, the first of those tied together."""
     left_out = {*frozen, *base.aliases}
     return sorted(n for n, spec in base.specs.items() if spec.dtype.is_floating_point and n not in left_out)
+
+
+def _files_problems(
+    base: Checkpoint, models: Mapping[str, Checkpoint], frozen: Sequence[str], by_row: bool
+) -> list[str]:
+    """What forbids a merge whatever the names and shapes: quantised weights, and rows of different tokens."""
+    try:
+        problems = [problem for each in (base, *models.values()) if (problem := quantised_problem(each))]
+        tables = [base.specs[name].shape for name in merged_names(base, frozen) if _is_vocabulary(name, base)]
+        if not problems and tables and not by_row:
+            problems = mixed_tokens(base, models, max(shape[0] for shape in tables))
+    except CheckpointError as error:
+        return [str(error)]
+    return problems
+
+
+def _is_vocabulary(name: str, base: Checkpoint) -> bool:
+    """Whether a tensor has a row for each token: an embedding or a head, not of positions or patches."""
+    other = any(part in name for part in ("position", "patch", "token_type"))
+    return not other and len(base.specs[name].shape) == 2 and any(part in name for part in VOCABULARY)
 
 
 def _unknown(base: Checkpoint, frozen: Sequence[str]) -> list[str]:
@@ -79,14 +110,14 @@ def _extra(base: Checkpoint, model: Checkpoint, label: str) -> Iterator[str]:
 
 
 def _different(
-    base: Checkpoint, model: Checkpoint, label: str, frozen: Sequence[str], mixed_dtypes: bool
+    base: Checkpoint, model: Checkpoint, label: str, frozen: Sequence[str], mixed_dtypes: bool, pool: bool
 ) -> Iterator[str]:
     for name in merged_names(base, frozen):
         if name not in model:
             continue
         expected, spec = base.specs[name], spec_of(model, name)
         if spec.shape != expected.shape:
-            yield _shape_problem(name, label, spec, expected)
+            yield _shape_problem(name, label, spec, expected, pool)
         elif spec.dtype != expected.dtype and not (mixed_dtypes and spec.dtype.is_floating_point):
             yield (
                 f"'{name}' is {_short(spec.dtype)} in '{label}' but {_short(expected.dtype)} in the base. "
@@ -94,13 +125,14 @@ def _different(
             )
 
 
-def _shape_problem(name: str, label: str, spec: TensorSpec, expected: TensorSpec) -> str:
+def _shape_problem(name: str, label: str, spec: TensorSpec, expected: TensorSpec, pool: bool) -> str:
     vocabulary = any(part in name for part in VOCABULARY)
     if vocabulary and spec.shape[1:] == expected.shape[1:]:
+        at_base = "; or leave the tensor at the base by naming it under `frozen` in the pool" if pool else ""
         return (
             f"'{name}' has {spec.shape[0]} rows in '{label}' but {expected.shape[0]} in the base: the vocabularies "
             f"differ. Remedy: suture merge … vocabulary=base, crop, pad or union; resize that model's embeddings to "
-            f"{expected.shape[0]} rows; or leave the tensor at the base by naming it under `frozen` in the pool."
+            f"{expected.shape[0]} rows{at_base}."
         )
     return (
         f"'{name}' has shape {tuple(spec.shape)} in '{label}' but {tuple(expected.shape)} in the base. "

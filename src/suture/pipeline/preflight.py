@@ -58,12 +58,17 @@ def preflight(
 ) -> Preflight:
     """Check models, tasks and disk, from headers and a few samples of each tensor; nothing slow, nothing written."""
     found = Preflight()
-    found.problems += compatibility(base, models, frozen=frozen, mixed_dtypes=mixed_dtypes)
+    found.problems += compatibility(base, models, frozen=frozen, mixed_dtypes=mixed_dtypes, pool=True)
     if method is not None and (problem := method.check_number(len(models))):
         found.problems.append(problem)
     names = merged_names(base, frozen)
     found.problems += non_finite_samples({PRETRAINED: base, **models}, names)
     found.notes += _batch_norm_notes(base, models, names)
+    found.notes += [
+        f"'{label}' has the prefix '{model.prefix}' before all of its names, which is left out."
+        for label, model in {"_pretrained_": base, **models}.items()
+        if model.prefix
+    ]
     _measure(found, base, models, names, method, knobs, threads)
     if bytes_written is not None:
         found.bytes_written = bytes_written
@@ -101,7 +106,7 @@ def preflight_of(models: Models, settings: Settings) -> Preflight:
         bytes_written=sum(spec.nbytes for spec in models.whole_base.specs.values()),
         threads=settings.threads,
     )
-    checked.problems[:0] = [problem for task in settings.tasks for problem in models.family.problems(task)]
+    checked.problems[:0] = dict.fromkeys(line for task in settings.tasks for line in models.family.problems(task))
     if not models.base.specs:
         first, kind = next(iter(models.whole_base), "no tensor"), models.family.name
         remedy = "name another family in the pool, or merge files of any kind by suture merge."

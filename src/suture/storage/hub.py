@@ -15,6 +15,7 @@ from suture.errors import CheckpointError, DataError, OutputError, SutureError
 Kind = Literal["model", "dataset"]
 
 _ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w./-]+)?")
+_LONGEST_ID = 200  # letters; the hub allows 96 for each part, and a branch may follow
 _COMPANIONS = ["*.json", "*.txt", "*.model"]
 _NOT_AN_ID = (".safetensors", ".pt", ".pth", ".bin", ".ckpt", ".pickle", ".pkl", ".json", ".yaml")
 _ERRORS: dict[Kind, type[SutureError]] = {"model": CheckpointError, "dataset": DataError}
@@ -22,7 +23,8 @@ _ERRORS: dict[Kind, type[SutureError]] = {"model": CheckpointError, "dataset": D
 
 def is_hub_id(text: str) -> bool:
     """Whether "org/name" can be a hub id and not a local path that happens to be missing."""
-    return bool(_ID.fullmatch(text)) and not text.endswith(_NOT_AN_ID) and not Path(text).parent.is_dir()
+    fits = len(text) <= _LONGEST_ID and _ID.fullmatch(text) is not None and not text.endswith(_NOT_AN_ID)
+    return fits and not Path(text).parent.is_dir()
 
 
 def is_offline() -> bool:

@@ -6,13 +6,15 @@ tasks of the published benchmarks, whose words are data.
 
 import importlib
 import pkgutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from difflib import get_close_matches
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from suture.errors import ConfigError, DataError, SutureError
+from suture.errors import ConfigError, DataError, SutureError, one_line, problem, shown
 from suture.storage import hub
 from suture.storage.addresses import ZOO_ADDRESS, zoo_path
 from suture.tasks import layouts
@@ -30,8 +32,9 @@ def load(task: Task, split: Split) -> Images | Texts:
     if _is_on_hub(task):
         hub.download_dataset(task.source, task.subset)
         _refuse(check(task, split))  # once more, now that there is something to look at
-    folder, source = _source(_folder(task), split, task)
-    return source.load(folder, split, task)
+    with _reading(task):
+        folder, source = _source(_folder(task), split, task)
+        return source.load(folder, split, task)
 
 
 def check(task: Task, split: Split) -> list[str]:
@@ -46,8 +49,9 @@ def notes(task: Task, split: Split) -> list[str]:
     """What a reader should know of a task that is in order: data not there yet, or not as many as published."""
     if _is_on_hub(task) and hub.cached_dataset(task.source) is None:
         return [f"Task {task.name!r}: '{task.source}' will be downloaded from the hub."]
-    folder, source = _source(_folder(task), split, task)
-    count = source.count(folder, split, task)
+    with _reading(task):
+        folder, source = _source(_folder(task), split, task)
+        count = source.count(folder, split, task)
     if split != "test" or count is None or not task.test_samples or count in task.test_samples:
         return []
     published = " or ".join(f"{size:,}" for size in task.test_samples)
@@ -81,16 +85,16 @@ def _wording_problems(task: Task) -> list[str]:
     names = task.classnames
     problems = []
     if task.labels is not None and len(task.labels) != len(names):
-        problems.append(f"it has {len(names)} class names but {len(task.labels)} labels; list one for each.")
+        problems.append(f"it has {len(names)} class names but {len(task.labels)} labels. Remedy: list one for each.")
     if not names:
-        problems.append("it has no class names; list them in label order under `classnames`.")
+        problems.append("it has no class names. Remedy: list them in label order under `classnames`.")
     problems += [
-        f"class name {n!r} is of type {type(n).__name__}, wanted text; put it in quotes."
+        f"class name {n!r} is of type {type(n).__name__}, wanted text. Remedy: put it in quotes."
         for n in names
         if not isinstance(n, str)
     ]
     problems += [
-        f"class name {n!r} is listed {names.count(n)} times; names must differ."
+        f"class name {n!r} is listed {names.count(n)} times. Remedy: give each class a name of its own."
         for n in dict.fromkeys(names)
         if names.count(n) > 1
     ]
@@ -99,10 +103,10 @@ def _wording_problems(task: Task) -> list[str]:
 
 def _template_problems(template: str, task: Task) -> list[str]:
     if task.text_columns is None:
-        wanted = [] if "{}" in template else ["{}; put {} where the class name goes."]
+        wanted = [] if "{}" in template else ["{}. Remedy: put {} where the class name goes."]
     else:
         places = ["{" + column + "}" for column in task.text_columns]
-        wanted = [f"{place}; put {place} where that text goes." for place in places if place not in template]
+        wanted = [f"{place}. Remedy: put {place} where that text goes." for place in places if place not in template]
     return [f"template {template!r} has no {place}" for place in wanted]
 
 
@@ -114,8 +118,28 @@ def _data_problems(task: Task, split: Split) -> list[str]:
         return source.problems(folder, split, task)
     except SutureError as error:
         return [str(error)]
-    except OSError as error:
-        return [f"'{error.filename}' cannot be read ({error.strerror}); check the permissions."]
+    except Exception as error:
+        return [_unreadable(task, error)]
+
+
+@contextmanager
+def _reading(task: Task) -> Iterator[None]:
+    """Whatever a reader raises as a `DataError` of one line."""
+    try:
+        yield
+    except SutureError:
+        raise
+    except Exception as error:
+        raise DataError(f"Task {task.name!r}: {_unreadable(task, error)}") from error
+
+
+def _unreadable(task: Task, error: Exception) -> str:
+    """A line for what a reader did not foresee: the libraries for each format have errors of their own."""
+    if isinstance(error, OSError) and error.strerror:
+        where = error.filename or task.source
+        return problem(where, f"cannot be read ({error.strerror})", "check the path and its permissions")
+    reason = f"{type(error).__name__}: {one_line(error)}"
+    return problem(task.source, f"cannot be read ({reason})", "check that it is the data set that the task names")
 
 
 def _folder(task: Task) -> Path:
@@ -129,11 +153,15 @@ def _folder(task: Task) -> Path:
     siblings = [p.name for p in folder.parent.iterdir() if p.is_dir()] if folder.parent.is_dir() else []
     near = get_close_matches(folder.name, siblings, n=1, cutoff=0.5)
     hint = f" Did you mean '{folder.parent / near[0]}'?" if near else ""
-    raise DataError(f"data folder '{folder}' does not exist.{hint} Put the data there or change the task's source.")
+    remedy = "put the data there or change the task's source"
+    raise DataError(f"data folder '{shown(folder)}' does not exist.{hint} Remedy: {remedy}.")
 
 
 def _is_on_hub(task: Task) -> bool:
-    return not Path(task.source).expanduser().is_dir() and hub.is_hub_id(task.source)
+    try:
+        return not Path(task.source).expanduser().is_dir() and hub.is_hub_id(task.source)
+    except (OSError, RuntimeError, ValueError):  # a name that is too long, ~ of nobody: it is no folder, and no id
+        return False
 
 
 def _source(folder: Path, split: Split, task: Task) -> tuple[Path, Source]:
@@ -148,4 +176,5 @@ def _source(folder: Path, split: Split, task: Task) -> tuple[Path, Source]:
         return found
     wanted = " or ".join([*layouts.wanted(split, task), *(source.wanted for source in fitting)])
     there = sorted(p.name for p in folder.iterdir())[:4]
-    raise DataError(f"'{folder}' holds {', '.join(there) or 'nothing'}; wanted {wanted}.")
+    there = shown(", ".join(there) or "nothing")
+    raise DataError(f"'{shown(folder)}' holds {there}; wanted {wanted}. Remedy: put one of these there.")

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from torch import Tensor
 
-from suture.errors import DataError
+from suture.errors import DataError, data_refusal
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -115,7 +115,8 @@ class Texts:
             wrong = next((i for i, text in enumerate(found[-1]) if not isinstance(text, str)), None)
             if wrong is not None:
                 kind = type(found[-1][wrong]).__name__
-                raise DataError(f"Row {start + wrong} has no text in column '{name}' but a {kind}; remove or fill it.")
+                where = f"Row {start + wrong} has no text in column '{name}' but a {kind}"
+                raise DataError(f"{where}. Remedy: remove or fill it.")
         return found
 
     def prompts(self, start: int, stop: int) -> list[str]:
@@ -156,9 +157,12 @@ class Source:
 
 
 def files_identity(paths: Sequence[Path]) -> str:
-    """A digest of where files are, their sizes and when they were written."""
+    """A digest of where files are, their sizes and when they were written; raises `DataError` for one that is gone."""
     sha = hashlib.sha256()
     for path in paths:
-        stat = path.stat()
+        try:
+            stat = path.stat()
+        except OSError as error:  # a link that leads nowhere or to itself
+            raise data_refusal(path, f"cannot be read: {error.strerror}", "replace or remove it") from error
         sha.update(f"{path}\0{stat.st_size}\0{stat.st_mtime_ns}\0".encode())
     return sha.hexdigest()

@@ -1,8 +1,10 @@
-"""Names and numbers of classes, held against a task's: accuracy under another order is that of a shuffled head."""
+"""Names and numbers of classes, compared with a task's: accuracy under another order is that of a shuffled head."""
 
 import re
 from collections.abc import Sequence
 from difflib import get_close_matches
+
+from suture.errors import problem, shown
 
 _SHOWN = 5
 
@@ -16,6 +18,19 @@ def plain(name: object) -> str:
     return re.sub(r"[^a-z0-9]", "", str(name).lower()) or str(name)
 
 
+def whole_number(value: object) -> int | None:
+    """A label as a number; None for what is none: text, a missing value, a fraction.
+
+    >>> whole_number(3), whole_number("3"), whole_number(3.0), whole_number(0.7), whole_number(None)
+    (3, 3, 3, None, None)
+    """
+    if isinstance(value, float):
+        return int(value) if value.is_integer() else None
+    if isinstance(value, str):
+        return int(value) if re.fullmatch(r"-?[0-9]{1,18}", value) else None
+    return int(value) if isinstance(value, int) else None
+
+
 def places(*names: Sequence[str]) -> dict[str, int]:
     """The label of every plain name; several sequences are several ways of naming the same classes."""
     return {plain(name): label for sequence in names for label, name in enumerate(sequence)}
@@ -24,15 +39,16 @@ def places(*names: Sequence[str]) -> dict[str, int]:
 def misnamed(found: Sequence[str], wanted: Sequence[str], where: object) -> list[str]:
     """A problem where the names cannot be in this order; names that only differ in wording are let pass."""
     if len(found) != len(wanted):
-        return [f"'{where}' has {len(found)} classes but there are {len(wanted)} class names."]
+        found_and_wanted = f"has {len(found)} classes but there are {len(wanted)} class names"
+        return [problem(where, found_and_wanted, "list one name for every class, in the order of the labels")]
     known = places(wanted)
     for label, name in enumerate(found):
         place = known.get(plain(name), label)
         if place != label:
-            return [
-                f"label {label} of '{where}' is {name!r}, but the class names have {wanted[label]!r} there and "
-                f"{name!r} at {place}; list them in the order of the labels."
-            ]
+            names = (
+                f"is {shown(name)!r}, but the class names have {wanted[label]!r} there and {shown(name)!r} at {place}"
+            )
+            return [f"label {label} of {problem(where, names, 'list them in the order of the labels')}"]
     return []
 
 
@@ -43,15 +59,11 @@ def misnumbered(
     end, last = len(classnames) - 1, highest if last is None else last
     if lowest < 0 or highest > end:
         found = f"down to {lowest}" if lowest < 0 else f"up to {highest}"
-        return [
-            f"'{where}' has labels {found} but there are {len(classnames)} class names (labels 0 to {end}); list a "
-            "name for every label."
-        ]
+        labels = f"has labels {found} but there are {len(classnames)} class names (labels 0 to {end})"
+        return [problem(where, labels, "list a name for every label")]
     if 0 <= last < end:
-        return [
-            f"there are {len(classnames)} class names but the labels in '{where}' end at {last}; list a name for "
-            "every label and no more."
-        ]
+        labels = f"has labels that end at {last} but there are {len(classnames)} class names"
+        return [problem(where, labels, "list a name for every label and no more")]
     return []
 
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from suture.core.head import Head
 from suture.core.progress import Track, untracked
-from suture.errors import ConfigError
+from suture.errors import ConfigError, SutureError
 from suture.tasks.base import Images, Task, Texts
 
 if TYPE_CHECKING:
@@ -127,12 +127,20 @@ class Family(ABC):
     def problems(self, task: Task) -> list[str]:
         """What of a task does not fit this family or its models, one line each; from words and headers alone."""
         if (task.text_columns is not None) == (self.reads == "texts"):
-            return []
+            return self._reader_problems()
         found, remedy = (
             ("no text_columns", "name them") if self.reads == "texts" else ("text_columns", "leave them out")
         )
         reads = f"family={self.name} reads {self.reads}"
         return [f"Task {task.name!r} has {found}, but {reads}. Remedy: {remedy}, or choose another family."]
+
+    def _reader_problems(self) -> list[str]:
+        """What of the tokenizer's settings does not fit the model."""
+        try:
+            _ = self.reader if self.reads == "texts" else None
+        except SutureError as error:
+            return [str(error)]
+        return []
 
     @abstractmethod
     def head(self, task: Task, track: Track = untracked) -> Head:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from suture.core.progress import Track
-from suture.errors import CheckpointError, ConfigError, one_line
+from suture.errors import CheckpointError, ConfigError, one_line, shown
 from suture.families.shared.pictures import quiet
 from suture.tasks.base import Texts
 
@@ -31,7 +31,7 @@ class TextReader:
         self.max_length = _max_length(settings.get("max_length"), self.tokenizer, positions)
         self.padding = settings.get("padding", "batch")
         if self.padding not in ("batch", "max_length"):
-            raise ConfigError(f"modelpool.padding={self.padding!r}: wanted batch or max_length.")
+            raise ConfigError(f"modelpool.padding={shown(self.padding)!r}: wanted batch or max_length.")
         self.recipe = self._recipe()  # now: a tokenizer's state changes when it is used
 
     def tokens(self, texts: Texts, track: Track, description: str) -> dict[str, Tensor]:
@@ -93,7 +93,7 @@ def _max_length(asked: Any, tokenizer: Any, positions: int | None) -> int:
     if asked is None:
         return min(most, _LONGEST)
     if not isinstance(asked, int) or isinstance(asked, bool) or asked < 1:
-        raise ConfigError(f"modelpool.max_length={asked!r}: wanted a number of tokens.")
+        raise ConfigError(f"modelpool.max_length={shown(asked)!r}: wanted a number of tokens.")
     if positions is not None and asked > positions:
         raise ConfigError(f"modelpool.max_length={asked}, but the model has {positions} positions. Remedy: give less.")
     return asked

@@ -9,14 +9,17 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from suture.errors import DataError
+from suture.errors import DataError, data_refusal, problem, shown
 from suture.tasks.base import Images, Split, Task, files_identity
-from suture.tasks.class_names import misnamed, misnumbered
+from suture.tasks.class_names import misnamed, misnumbered, whole_number
 from suture.tasks.layouts import stored
 from suture.tasks.layouts.stored import Address, Choices
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+
+_AGAIN = "fetch it again"
+_MOST_LABELS = 1_000_000_000
 
 
 @dataclass(frozen=True)
@@ -64,9 +67,10 @@ class Arrays:
         except DataError as error:
             return [str(error)]
         if shape[0] != len(numbers):
-            return [f"'{images}' has {shape[0]} images but '{labels.paths[0].name}' has {len(numbers)} labels."]
+            counts = f"has {shape[0]} images but '{labels.paths[0].name}' has {len(numbers)} labels"
+            return [problem(images, counts, _AGAIN)]
         if not prod(shape):
-            return [f"'{images}' is empty: its images have shape {shape}."]
+            return [problem(images, f"is empty: its images have shape {shape}", _AGAIN)]
         return found or misnumbered(int(numbers.min()), int(numbers.max()), task.classnames, labels)
 
     def _addresses(self, folder: Path, split: Split) -> tuple[Address, Address]:
@@ -76,9 +80,12 @@ class Arrays:
         )
 
     def _labels(self, labels: Address) -> np.ndarray:
-        found = np.ravel(stored.read(labels))
-        meant = np.array([self.renamed.get(number, number) for number in found.tolist()], np.int64)
-        return meant - self.first_label
+        array = stored.read(labels)
+        if prod(array.shape) > _MOST_LABELS:
+            raise data_refusal(labels, f"has more than {_MOST_LABELS:,} labels", _AGAIN)
+        values = np.ravel(array).tolist()
+        numbers = [_label(value, labels) for value in values]
+        return np.array([self.renamed.get(number, number) for number in numbers], np.int64) - self.first_label
 
     def _shape(self, images: Address) -> tuple[int, ...]:
         """(N, H, W) or (N, H, W, 3), from the header."""
@@ -86,10 +93,10 @@ class Arrays:
         if self.shape:
             number, rest = divmod(prod(found), prod(self.shape))
             if rest:
-                raise DataError(f"'{images}' holds {prod(found)} bytes, no whole number of images; fetch it again.")
+                raise data_refusal(images, f"holds {prod(found)} bytes, no whole number of images", _AGAIN)
             found = (number, *self.shape)
         if len(found) != len(self.axes):
-            raise DataError(f"'{images}' has images of shape {found}, wanted axes {self.axes}.")
+            raise data_refusal(images, f"has images of shape {found}, wanted axes {self.axes}", _AGAIN)
         return tuple(found[axis] for axis in self._order)
 
     @property
@@ -99,10 +106,17 @@ class Arrays:
     def _pixels(self, images: Address) -> "np.ndarray | ArrayPictures":
         found = stored.read(images)
         if found.dtype != np.uint8:
-            raise DataError(f"'{images}' has images of {found.dtype}, wanted uint8.")
+            raise data_refusal(images, f"has images of {found.dtype}, wanted uint8", _AGAIN)
         if not isinstance(found, np.ndarray):
             return ArrayPictures(found)
         return (found.reshape(-1, *self.shape) if self.shape else found).transpose(self._order)
+
+
+def _label(value: Any, labels: Address) -> int:
+    number = whole_number(value)
+    if number is None or abs(number) > _MOST_LABELS:
+        raise data_refusal(labels, f"has the label {shown(value)}, which is no class", _AGAIN)
+    return number
 
 
 class ArrayPictures(Sequence):

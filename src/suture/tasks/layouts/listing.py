@@ -13,12 +13,14 @@ from typing import Any, NamedTuple
 
 import torch
 
-from suture.errors import DataError
+from suture.errors import DataError, data_refusal, problem, shown
 from suture.tasks.base import Images, Split, Task, files_identity
-from suture.tasks.class_names import misnamed, misnumbered, nearest, places, plain, shortened
+from suture.tasks.class_names import misnamed, misnumbered, nearest, places, plain, shortened, whole_number
 from suture.tasks.layouts import stored
 from suture.tasks.layouts.stored import Choices
 from suture.tasks.sources.image_folder import PictureFiles
+
+_AGAIN = "fetch it again"
 
 
 class Entry(NamedTuple):
@@ -77,7 +79,7 @@ class Listing:
         except DataError as error:
             return [str(error)]
         if not entries:
-            return [f"'{index}' lists no picture; fetch it again."]
+            return [problem(index, "lists no picture", _AGAIN)]
         return found or self._unfit(entries, task, str(index)) or _missing(entries, str(index))
 
     def _entries(self, folder: Path, split: Split, task: Task) -> list[Entry]:
@@ -98,13 +100,13 @@ class Listing:
         if self.line is not None:
             found = re.fullmatch(self.line, row["line"])
             if found is None:
-                raise DataError(
-                    f"line {number} of '{index}' is {row['line']!r}, which is not of its form; fetch it again."
-                )
+                where = f"is {shown(row['line'])!r}, which is not of its form"
+                raise DataError(f"line {number} of {problem(index, where, _AGAIN)}")
             return row | found.groupdict()
         missing = [column for column in (self.columns or {}).values() if row.get(column) is None]
         if missing:
-            raise DataError(f"'{index}' has no {missing[0]!r} (found: {', '.join(map(str, row))}); it has no labels.")
+            there = f"has no {missing[0]!r} (found: {', '.join(map(str, row))}); it has no labels"
+            raise data_refusal(index, there, _AGAIN)
         return row | {key: row[column] for key, column in (self.columns or {}).items()}
 
     def _labels(
@@ -113,27 +115,37 @@ class Listing:
         told: list[Any] = [row.get("label") for row in rows]
         if self.label_of is not None:
             by_number = [row["line"] for row in stored.rows(stored.required(folder, self.label_of, split))]
-            told = [by_number[row["line"] - 1] for row in rows]
+            lines = [_number(row["line"], index) for row in rows]
+            if wrong := next((line for line in lines if not 1 <= line <= len(by_number)), None):
+                raise data_refusal(index, f"lists number {wrong}, but there are {len(by_number)} labels", _AGAIN)
+            told = [by_number[line - 1] for line in lines]
         if self.first_label is not None:
-            return [int(label) - self.first_label for label in told]
+            return [_number(label, index) - self.first_label for label in told]
         told, known = [self.renamed.get(name, name) for name in told], places(task.classnames, task.own_names)
         if unknown := next((label for label in told if plain(label) not in known), None):
             hint = nearest(unknown, task.classnames)
-            raise DataError(f"class {unknown!r} of '{index}' is not among the class names{hint}; add or remove it.")
+            listed = f"lists the class {shown(unknown)!r}, which is not among the class names{hint}"
+            raise data_refusal(index, listed, "add or remove it")
         return [known[plain(label)] for label in told]
 
     def _unfit(self, entries: Sequence[Entry], task: Task, index: str) -> list[str]:
         counts = Counter(entry.label for entry in entries)
         if self.first_label is None:
             absent = [name for label, name in enumerate(task.classnames) if not counts[label]]
-            return shortened(
-                [f"class {name!r} has no picture in '{index}'; add some or leave the class out." for name in absent]
-            )
+            remedy = "add some or leave the class out"
+            return shortened([problem(index, f"has no picture of the class {name!r}", remedy) for name in absent])
         if found := misnumbered(min(counts), max(counts), task.classnames, index):
             return found
         told = {entry.label: entry.name for entry in entries if entry.name}
         by_label = [told.get(label, name) for label, name in enumerate(task.own_names)]
         return misnamed(by_label, task.own_names, index)
+
+
+def _number(value: Any, index: stored.Address) -> int:
+    number = whole_number(value)
+    if number is None:
+        raise data_refusal(index, f"has {shown(value)!r} where a whole number was wanted", _AGAIN)
+    return number
 
 
 def _path(folder: Path, template: str, row: Mapping[str, Any]) -> Path:
@@ -148,4 +160,4 @@ def _missing(entries: Sequence[Entry], index: str) -> list[str]:
     if not gone:
         return []
     more = f" (and {len(gone) - 1:,} more of {len(entries):,})" if len(gone) > 1 else ""
-    return [f"'{gone[0]}'{more} is missing, but '{index}' lists it; fetch the pictures again."]
+    return [f"'{shown(gone[0])}'{more} is missing, but '{shown(index)}' lists it. Remedy: fetch the pictures again."]

@@ -12,7 +12,7 @@ import numpy as np
 
 from suture.checkpoints.pickle_calls import Inert
 from suture.checkpoints.unpickling import read_pickle
-from suture.errors import CheckpointError, DataError
+from suture.errors import CheckpointError, DataError, data_refusal, shown
 
 _NUMBERS = {"b1", "u1", "u2", "u4", "u8", "i1", "i2", "i4", "i8", "f2", "f4", "f8"}
 
@@ -23,10 +23,11 @@ def read_pickled(path: Path) -> dict[str, Any]:
         with path.open("rb") as file:
             found = read_pickle(file, path)
     except CheckpointError as error:
-        reason = str(error).partition(" Remedy:")[0].removeprefix(f"'{path}' ")
-        raise DataError(f"'{path}' {reason} Fetch it again from where its authors publish it.") from None
+        reason = str(error).partition(" Remedy:")[0]
+        raise DataError(f"{reason} Remedy: fetch it again from where its authors publish it.") from None
     if not isinstance(found, dict):
-        raise DataError(f"'{path}' holds a pickled {type(found).__name__}, wanted a mapping of arrays; fetch it again.")
+        problem = f"holds a pickled {type(found).__name__}, wanted a mapping of arrays"
+        raise data_refusal(path, problem, "fetch it again")
     return {_text(key): value for key, value in found.items()}
 
 
@@ -39,7 +40,7 @@ def as_array(value: Any) -> np.ndarray:
     _, shape, dtype, fortran, data = value.built
     kind = dtype.arguments[0]
     if kind not in _NUMBERS or dtype.built[1] not in ("|", "<", ">", "="):
-        raise ValueError(f"an array of {kind}")
+        raise ValueError(f"an array of {shown(kind)}")
     data = data.encode("latin1") if isinstance(data, str) else data
     if not all(type(n) is int and n >= 0 for n in shape) or len(data) != math.prod(shape) * int(kind[1:]):
         raise ValueError(f"{len(data)} bytes for an array of shape {shape}")

@@ -5,6 +5,7 @@ address stands for several files, one after another; `FILE:NAME[COLUMN=VALUE,…
 """
 
 import csv
+import math
 import os
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -14,13 +15,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from suture.errors import DataError
+from suture.errors import DataError, data_refusal, one_line
 from suture.tasks.base import Split
 from suture.tasks.layouts.pickled import as_array, read_pickled
 from suture.tasks.sources.idx import checked_header, read_idx
 from suture.tasks.sources.image_folder import SUFFIXES
 
 Choices = str | Sequence[str]
+_MOST_ENTRIES = 1 << 32  # of an array that is unpacked into memory
 
 
 class Address(NamedTuple):
@@ -48,7 +50,7 @@ def required(folder: Path, choices: Choices, split: Split) -> Address:
     """The same; raises `DataError` where none is there."""
     if found := find(folder, choices):
         return found
-    raise DataError(f"'{folder}' has no {shown(choices)} for the {split} split; put it there.")
+    raise data_refusal(folder, f"has no {shown(choices)} for the {split} split", "put it there")
 
 
 def shown(choices: Choices) -> str:
@@ -121,12 +123,12 @@ def _reading(path: Path, name: str) -> Iterator[None]:
     except DataError:
         raise
     except ImportError as error:
-        raise DataError(f"reading '{path}' takes {error.name}: pip install 'suture[data]'.") from None
+        raise data_refusal(path, f"takes {error.name} to be read", "pip install 'suture[data]'") from None
     except KeyError:
-        raise DataError(f"'{path}' has no '{name}'; it is another file than its name says.") from None
+        raise data_refusal(path, f"has no '{name}'; it is another file than its name says", "fetch it again") from None
     except Exception as error:  # each format's library has errors of its own
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise DataError(f"'{path}' cannot be read ({reason}); fetch it again.") from error
+        reason = one_line(error) or type(error).__name__
+        raise data_refusal(path, f"cannot be read ({reason})", "fetch it again") from error
 
 
 def _is_there(path: Path) -> bool:
@@ -178,6 +180,8 @@ def _csv_shape(path: Path, name: str) -> tuple[int, ...]:
 def _mat_read(path: Path, name: str) -> np.ndarray:
     from scipy.io import loadmat
 
+    if math.prod(_mat_shape(path, name)) > _MOST_ENTRIES:
+        raise ValueError(f"more than {_MOST_ENTRIES} values")
     return loadmat(path, variable_names=[name])[name]
 
 

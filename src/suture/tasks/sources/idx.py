@@ -14,12 +14,14 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from suture.errors import DataError
+from suture.errors import DataError, data_refusal, one_line, problem
 from suture.tasks.base import SPLITS, Images, Source, Split, Task, files_identity
 from suture.tasks.class_names import misnumbered
 
 _PREFIXES: dict[Split, str] = {"train": "train", "test": "t10k|test"}
 _UBYTE = 0x08
+_MOST_COMPRESSED = 1 << 30  # bytes; a compressed file is read into memory, others are mapped
+_AGAIN = "fetch it again"
 
 
 class Header(NamedTuple):
@@ -38,8 +40,10 @@ def read_idx(path: Path) -> np.ndarray:
     """The array of one IDX file, uint8, memory-mapped unless compressed; raises `DataError`."""
     header = checked_header(path)
     if path.suffix != ".gz":
+        if not math.prod(header.shape):
+            return np.empty(header.shape, np.uint8)
         return np.memmap(path, np.uint8, "r", header.offset, header.shape)
-    data = _read(path)
+    data = _read(path, header.nbytes + 1)
     if len(data) != header.nbytes:
         raise DataError(_wrong_size(path, header, len(data)))
     return np.frombuffer(data, np.uint8, offset=header.offset).reshape(header.shape)
@@ -48,8 +52,8 @@ def read_idx(path: Path) -> np.ndarray:
 def checked_header(path: Path) -> Header:
     """The header of a file that is as long as it says; raises `DataError` for any other."""
     header = read_header(path)
-    if problem := _size_problem(path, header):
-        raise DataError(problem)
+    if wrong := _size_problem(path, header):
+        raise DataError(wrong)
     return header
 
 
@@ -57,14 +61,12 @@ def read_header(path: Path) -> Header:
     """The header alone; raises `DataError` when the file is not IDX of unsigned bytes."""
     start = _read(path, 4)
     if len(start) < 4 or start[:2] != b"\0\0" or start[2] != _UBYTE or not 1 <= start[3] <= 4:
-        raise DataError(
-            f"'{path}' starts with {start.hex(' ') or 'nothing'}, wanted 00 00 08 and the number of axes "
-            f"(IDX of unsigned bytes); fetch it again."
-        )
+        wanted = "wanted 00 00 08 and the number of axes (IDX of unsigned bytes)"
+        raise data_refusal(path, f"starts with {start.hex(' ') or 'nothing'}, {wanted}", _AGAIN)
     offset = 4 + 4 * start[3]
     sizes = _read(path, offset)[4:]
     if len(sizes) < 4 * start[3]:
-        raise DataError(f"'{path}' ends inside its header; fetch it again.")
+        raise data_refusal(path, "ends inside its header", _AGAIN)
     return Header(tuple(int(n) for n in np.frombuffer(sizes, ">u4")), offset)
 
 
@@ -88,7 +90,7 @@ def _problems(folder: Path, split: Split, task: Task) -> list[str]:
         headers = [read_header(path) for path in paths]
     except DataError as error:
         return [str(error)]
-    cut = [problem for problem in map(_size_problem, paths, headers) if problem]
+    cut = [line for line in map(_size_problem, paths, headers) if line]
     return cut or [*_shape_problems(paths, headers), *_label_problems(folder, split, task.classnames)]
 
 
@@ -96,13 +98,14 @@ def _shape_problems(paths: tuple[Path, Path], headers: list[Header]) -> list[str
     images, labels = (header.shape for header in headers)
     problems = []
     if len(images) != 3 and not (len(images) == 4 and images[3] == 3):
-        problems.append(f"'{paths[0]}' has shape {images}, wanted (N, H, W) or (N, H, W, 3).")
+        problems.append(problem(paths[0], f"has shape {images}, wanted (N, H, W) or (N, H, W, 3)", _AGAIN))
     if len(labels) != 1:
-        problems.append(f"'{paths[1]}' has shape {labels}, wanted (N,).")
+        problems.append(problem(paths[1], f"has shape {labels}, wanted (N,)", _AGAIN))
     elif images[0] != labels[0]:
-        problems.append(f"'{paths[0]}' has {images[0]} images but '{paths[1].name}' has {labels[0]} labels.")
+        counts = f"has {images[0]} images but '{paths[1].name}' has {labels[0]} labels"
+        problems.append(problem(paths[0], counts, _AGAIN))
     if math.prod(images) == 0:
-        problems.append(f"'{paths[0]}' is empty: it announces shape {images}.")
+        problems.append(problem(paths[0], f"is empty: it announces shape {images}", _AGAIN))
     return problems
 
 
@@ -133,10 +136,14 @@ def _file(folder: Path, split: Split, what: str) -> Path:
     if path := _find(folder, split, what):
         return path
     name = f"{_PREFIXES[split].split('|')[0]}-{what}-idx{3 if what == 'images' else 1}-ubyte"
-    raise DataError(f"'{folder}' has no {what} of the {split} split; wanted '{name}' or '{name}.gz'.")
+    missing = f"has no {what} of the {split} split; wanted '{name}' or '{name}.gz'"
+    raise data_refusal(folder, missing, "put it there")
 
 
 def _size_problem(path: Path, header: Header) -> str | None:
+    if path.suffix == ".gz" and header.nbytes > _MOST_COMPRESSED:
+        shape = " × ".join(map(str, header.shape))
+        return problem(path, f"announces {shape} values, too many to unpack into memory", "unpack it with gunzip")
     found = path.stat().st_size if path.suffix != ".gz" else _uncompressed_size(path)
     return None if found == header.nbytes else _wrong_size(path, header, found)
 
@@ -144,10 +151,8 @@ def _size_problem(path: Path, header: Header) -> str | None:
 def _wrong_size(path: Path, header: Header, found: int) -> str:
     state = "cut short" if found < header.nbytes else "damaged"
     shape = " × ".join(map(str, header.shape))
-    return (
-        f"'{path}' announces {shape} values ({header.nbytes} bytes) but holds {found} bytes; it is {state}, "
-        f"fetch it again."
-    )
+    sizes = f"announces {shape} values ({header.nbytes} bytes) but holds {found} bytes; it is {state}"
+    return problem(path, sizes, _AGAIN)
 
 
 def _uncompressed_size(path: Path) -> int:
@@ -157,12 +162,14 @@ def _uncompressed_size(path: Path) -> int:
         return int.from_bytes(file.read(4), "little")
 
 
-def _read(path: Path, count: int = -1) -> bytes:
+def _read(path: Path, count: int) -> bytes:
     try:
+        if not path.is_file():
+            raise data_refusal(path, "is no regular file", "replace or remove it")
         with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
             return file.read(count)
     except (OSError, EOFError, zlib.error) as error:
-        raise DataError(f"'{path}' cannot be read ({error}); fetch it again.") from error
+        raise data_refusal(path, f"cannot be read ({one_line(error)})", _AGAIN) from error
 
 
 SOURCE = Source("IDX files (train-images-idx3-ubyte, ...)", _found, _load, _problems, _count)

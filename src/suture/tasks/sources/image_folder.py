@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from suture.errors import DataError
+from suture.errors import DataError, data_refusal, problem, shown
 from suture.tasks.base import SPLITS, Images, Source, Split, Task, files_identity
 from suture.tasks.class_names import nearest, shortened
+from suture.tasks.decoding import decoded
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -32,15 +33,7 @@ class PictureFiles(Sequence):
         return len(self.paths)
 
     def __getitem__(self, index: int) -> "Image":
-        from PIL import Image
-
-        path = self.paths[index]
-        try:
-            with Image.open(path) as image:
-                return image.convert("RGB")
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-            reason = str(error).replace("\n", " ")
-            raise DataError(f"'{path}' cannot be decoded ({reason}); replace or remove it.") from error
+        return decoded(self.paths[index], self.paths[index])
 
 
 def _found(folder: Path) -> bool:
@@ -70,15 +63,24 @@ def _problems(folder: Path, split: Split, task: Task) -> list[str]:
     wanted = {_key(name): name for name in task.own_names}
     missing = [name for key, name in wanted.items() if key not in folders]
     extra = [path.name for key, path in folders.items() if key not in wanted]
+    inside = f"in '{shown(root)}'"
     problems = [
-        f"class {n!r} has no folder in '{root}'{nearest(n, extra)}; rename the folder or the class." for n in missing
+        f"class {n!r} has no folder {inside}{nearest(n, extra)}. Remedy: rename the folder or the class."
+        for n in missing
     ]
     problems += [
-        f"folder {n!r} in '{root}' is not among the class names{nearest(n, missing)}; add or remove it." for n in extra
+        f"folder {shown(n)!r} {inside} is not among the class names{nearest(n, missing)}. Remedy: add or remove it."
+        for n in extra
     ]
-    empty = [folders[key] for key in wanted if key in folders and not _picture_files(folders[key])]
-    problems += [f"'{path}' holds no image ({', '.join(SUFFIXES)})." for path in empty]
-    return shortened(problems)
+    return shortened(problems + [line for key in wanted if key in folders for line in _picture_problems(folders[key])])
+
+
+def _picture_problems(folder: Path) -> list[str]:
+    """A folder without pictures, and names of pictures that are links to nowhere, pipes or folders."""
+    files = _picture_files(folder)
+    if not files:
+        return [problem(folder, f"holds no image ({', '.join(SUFFIXES)})", "put its pictures there")]
+    return [problem(path, "is no regular file", "replace or remove it") for path in files if not path.is_file()]
 
 
 def _find_split(folder: Path, names: Sequence[str]) -> Path | None:
@@ -90,7 +92,7 @@ def _split_folder(folder: Path, split: Split, task: Task) -> Path:
     if path := _find_split(folder, accepted):
         return path
     names = " or ".join(f"'{name}'" for name in accepted)
-    raise DataError(f"'{folder}' has no folder {names} for the {split} split.")
+    raise data_refusal(folder, f"has no folder {names} for the {split} split", "put the pictures there")
 
 
 def _class_folders(root: Path) -> dict[str, Path]:

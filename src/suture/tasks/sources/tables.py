@@ -18,15 +18,18 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from suture.errors import DataError
+from suture.errors import DataError, data_refusal, one_line, shown
 from suture.tasks.base import Images, Source, Split, Task, Texts
-from suture.tasks.class_names import misnamed, places, plain
+from suture.tasks.class_names import misnamed, places, plain, whole_number
+from suture.tasks.decoding import decoded
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
 _SAVED = ("dataset_dict.json", "state.json")
 _STORED = ("*.parquet", "*.arrow", "*.tar", "*.csv", "*.tsv", "*.jsonl")
+_AGAIN = "fetch it again"
+_LARGEST_LOOKED_AT = 500_000_000  # bytes of a text file that a check reads for its labels
 _OTHER_SPLITS: dict[Split, tuple[str, ...]] = {"train": (), "test": ("validation", "valid", "val")}
 
 
@@ -34,19 +37,20 @@ class TablePictures(Sequence):
     """The pictures of one column, decoded as RGB each time they are asked for."""
 
     def __init__(self, table: Any, column: str):
-        self.table, self.column = table.select_columns([column]), column
+        from datasets import Image
+
+        self.table, self.column = table.select_columns([column]).cast_column(column, Image(decode=False)), column
 
     def __len__(self) -> int:
         return len(self.table)
 
     def __getitem__(self, index: int) -> "Image":
-        try:
-            return self.table[index][self.column].convert("RGB")
-        except (OSError, SyntaxError, ValueError) as error:
-            reason = " ".join(str(error).split())
-            raise DataError(
-                f"Picture {index} of '{self.table.info.dataset_name}' cannot be decoded ({reason})."
-            ) from None
+        name = f"picture {index} of {self.table.info.dataset_name}"
+        stored = self.table[index][self.column] or {}
+        content, path = stored.get("bytes"), stored.get("path")
+        if content is None and path is None:
+            raise data_refusal(name, "is missing", "fill or remove that row")
+        return decoded(Path(str(path)) if content is None else content, name, turned=True)
 
 
 def _found(folder: Path) -> bool:
@@ -57,10 +61,9 @@ def _load(folder: Path, split: Split, task: Task) -> Images | Texts:
     with _library():
         table = _saved(folder, split, task) if _is_saved(folder) else _stored(folder, split, task)
     contents, label = _columns(table.features, task)
-    labels = torch.tensor(_numbers(table.with_format(None)[label], task))
-    if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < len(task.classnames):
-        found = f"from {int(labels.min())} to {int(labels.max())}"
-        raise DataError(f"'{folder}' has labels {found} but there are {len(task.classnames)} class names.")
+    if task.text_columns is None:
+        _check_pictures(table.features, contents[0], folder)
+    labels = torch.tensor(_numbers(table.with_format(None)[label], task, folder), dtype=torch.int64)
     names = _names(table.features[label])
     if task.text_columns is None:
         return Images(TablePictures(table, contents[0]), labels, names, table._fingerprint)
@@ -75,11 +78,17 @@ def _problems(folder: Path, split: Split, task: Task) -> list[str]:
             features = _features(folder, split, task)
         if features is None:
             return []
-        _, label = _columns(features, task)
+        contents, label = _columns(features, task)
+        if task.text_columns is None and features[contents[0]] is not None:
+            _check_pictures(features, contents[0], folder)
+        names = _names(features[label])
+        if names is not None:
+            return misnamed(names, task.own_names, folder)
+        with _library():
+            _numbers(_labels_alone(folder, split, task, label), task, folder)
     except DataError as error:
         return [str(error)]
-    names = _names(features[label])
-    return [] if names is None else misnamed(names, task.own_names, folder)
+    return []
 
 
 def _count(folder: Path, split: Split, task: Task) -> int | None:
@@ -108,7 +117,36 @@ def _features(folder: Path, split: Split, task: Task) -> Any:
     try:
         return Features.from_arrow_schema(parquet.read_schema(first))
     except (ArrowException, OSError, ValueError) as error:
-        raise DataError(f"'{first}' cannot be read ({_one_line(error)}); fetch it again.") from None
+        raise data_refusal(first, f"cannot be read ({one_line(error)})", _AGAIN) from error
+
+
+def _labels_alone(folder: Path, split: Split, task: Task, label: str) -> Sequence[Any]:
+    """The labels of a split without its contents; of kinds of file that would have to be unpacked for them, none."""
+    if _is_saved(folder):
+        return _saved(folder, split, task).with_format(None)[label]
+    data_files = _builder(folder, task).config.data_files
+    files = [Path(str(file)) for file in data_files[_split_name(data_files, split, task, folder)]]
+    return [value for file in files for value in _labels_of(file, label)]
+
+
+def _labels_of(file: Path, label: str) -> Sequence[Any]:
+    from pyarrow import ArrowException, parquet
+
+    try:
+        if file.suffix == ".parquet":
+            return parquet.read_table(file, columns=[label]).column(label).to_pylist()
+        if file.suffix not in (".csv", ".tsv", ".jsonl") or file.stat().st_size > _LARGEST_LOOKED_AT:
+            return []
+        with file.open(encoding="utf-8", newline="") as stream:
+            if file.suffix == ".jsonl":
+                return [json.loads(line).get(label) for line in stream if line.strip()]
+            texts = [row.get(label) for row in csv.DictReader(stream, delimiter="\t" if file.suffix == ".tsv" else ",")]
+    except (ArrowException, AttributeError, KeyError, OSError, RecursionError, ValueError, csv.Error) as error:
+        raise data_refusal(file, f"cannot be read ({one_line(error)})", _AGAIN) from error
+    try:
+        return [float(text or "nan") for text in texts]  # what the library takes for numbers, it reads as such
+    except ValueError:
+        return []
 
 
 def _header(file: Path) -> Any:
@@ -121,9 +159,12 @@ def _header(file: Path) -> Any:
             if file.suffix != ".jsonl":
                 return dict.fromkeys(line)
             opened.seek(0)
-            return dict.fromkeys(json.loads(opened.readline() or "{}"))
-    except (OSError, ValueError, csv.Error) as error:
-        raise DataError(f"'{file}' cannot be read ({_one_line(error)}); fetch it again.") from None
+            first = json.loads(opened.readline() or "{}")
+    except (OSError, RecursionError, ValueError, csv.Error) as error:
+        raise data_refusal(file, f"cannot be read ({one_line(error)})", _AGAIN) from error
+    if not isinstance(first, dict):
+        raise data_refusal(file, f"has {shown(first)} in its first line, wanted an object with names", _AGAIN)
+    return dict.fromkeys(first)
 
 
 def _is_saved(folder: Path) -> bool:
@@ -133,8 +174,11 @@ def _is_saved(folder: Path) -> bool:
 def _saved(folder: Path, split: Split, task: Task) -> Any:
     from datasets import DatasetDict, load_from_disk
 
-    found = load_from_disk(folder)
-    return found[_split_name(found, split, task, folder)] if isinstance(found, DatasetDict) else found
+    try:
+        saved = load_from_disk(folder)
+    except Exception as error:  # as below
+        raise data_refusal(folder, f"cannot be read ({type(error).__name__}: {one_line(error)})", _AGAIN) from error
+    return saved[_split_name(saved, split, task, folder)] if isinstance(saved, DatasetDict) else saved
 
 
 def _stored(folder: Path, split: Split, task: Task) -> Any:
@@ -149,8 +193,8 @@ def _stored(folder: Path, split: Split, task: Task) -> Any:
         builder.download_and_prepare()
         return builder.as_dataset(name)
     except Exception as error:  # the library wraps whatever happened in classes of its own
-        reason = _one_line(error.__cause__ or error)
-        raise DataError(f"'{folder}' cannot be read ({type(error).__name__}: {reason}); fetch it again.") from error
+        reason = f"{type(error).__name__}: {one_line(error.__cause__ or error)}"
+        raise data_refusal(folder, f"cannot be read ({reason})", _AGAIN) from error
 
 
 def _builder(folder: Path, task: Task) -> Any:
@@ -160,9 +204,8 @@ def _builder(folder: Path, task: Task) -> Any:
     try:
         return load_dataset_builder(str(folder.absolute()), name=name, data_dir=data_dir)
     except Exception as error:  # as above
-        raise DataError(
-            f"'{folder}' is no data set that `datasets` can read ({' '.join(str(error).split())})."
-        ) from error
+        problem = f"is no data set that `datasets` can read ({one_line(error)})"
+        raise data_refusal(folder, problem, _AGAIN) from error
 
 
 def _subset(folder: Path, subset: str | None) -> tuple[str | None, str | None]:
@@ -180,7 +223,8 @@ def _split_name(splits: Any, split: Split, task: Task, folder: Path) -> str:
     wanted = [task.splits[split]] if split in task.splits else [split, *_OTHER_SPLITS[split]]
     if name := next((name for name in wanted if name in splits), None):
         return name
-    raise DataError(f"'{folder}' has no {split} split (found: {', '.join(map(str, splits)) or 'none'}).")
+    found = f"has no {split} split (found: {', '.join(map(str, splits)) or 'none'})"
+    raise data_refusal(folder, found, "name it under `splits` in the task, or put it there")
 
 
 def _columns(features: Any, task: Task) -> tuple[tuple[str, ...], str]:
@@ -196,7 +240,8 @@ def _columns(features: Any, task: Task) -> tuple[tuple[str, ...], str]:
     key = "text_columns" if task.text_columns else "image_column"
     for name, told in [*((name, key) for name in contents), (label, "label_column")]:
         if name not in features:
-            raise DataError(f"there is no column '{name}' (found: {', '.join(features)}); name it under `{told}`.")
+            found = shown(", ".join(map(str, features)))
+            raise DataError(f"there is no column '{name}' (found: {found}). Remedy: name it under `{told}`.")
     return contents, label
 
 
@@ -204,20 +249,33 @@ def _names(feature: Any) -> tuple[str, ...] | None:
     return tuple(feature.names) if getattr(feature, "names", None) else None
 
 
-def _numbers(column: Any, task: Task) -> list[int]:
-    """Labels as numbers; text is looked up among the class names."""
-    labels = list(column)
-    if not labels or not isinstance(labels[0], str):
-        return [int(label) for label in labels]
-    known = places(task.own_names)
-    unknown = next((label for label in labels if plain(label) not in known), None)
-    if unknown is not None:
-        raise DataError(f"Task {task.name!r}: label {unknown!r} is not among the class names.")
-    return [known[plain(label)] for label in labels]
+def _check_pictures(features: Any, column: str, folder: Path) -> None:
+    """Refuse a column of something else than pictures: the library's own, bytes, or a struct with bytes."""
+    from datasets import Image
+
+    kind = features[column]
+    plain = getattr(kind, "dtype", None) in ("binary", "large_binary")
+    if not isinstance(kind, Image) and not plain and not (isinstance(kind, dict) and {"bytes", "path"} == kind.keys()):
+        found = f"has {shown(kind)} in column '{column}', not pictures"
+        raise data_refusal(folder, found, "name the column of pictures under `image_column`")
 
 
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())
+def _numbers(column: Any, task: Task, folder: Path) -> list[int]:
+    """Labels as numbers, each that of a class; text is looked up among the class names."""
+    labels, known = list(column), places(task.own_names)
+    named = any(isinstance(label, str) for label in labels)
+    numbers = []
+    for row, label in enumerate(labels):
+        number = known.get(plain(label)) if named and isinstance(label, str) else whole_number(label)
+        if number is None:
+            what = "is not among the class names" if isinstance(label, str) else "is no whole number"
+            found = f"has the label {shown(label)!r} in row {row}, which {what}"
+            raise data_refusal(folder, found, "give every row the name or the number of a class")
+        if not 0 <= number < len(task.classnames):
+            found = f"has the label {number} in row {row} but there are {len(task.classnames)} class names"
+            raise data_refusal(folder, found, "list a name for every label")
+        numbers.append(number)
+    return numbers
 
 
 @contextmanager
@@ -226,7 +284,7 @@ def _library():
     try:
         import datasets
     except ImportError:
-        raise DataError("reading it takes the `datasets` library: pip install 'suture[data]'.") from None
+        raise DataError("reading it takes the `datasets` library. Remedy: pip install 'suture[data]'.") from None
     shown = datasets.utils.logging.is_progress_bar_enabled()
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()
