@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from suture.checkpoints.json_files import read_object
+from suture.checkpoints.json_files import model_config, read_object
 from suture.errors import refusal, shown
 
 MERGE_FIRST = "merge it into its base first: PeftModel.from_pretrained(BASE, ADAPTER).merge_and_unload()"
@@ -62,9 +62,7 @@ def rank_of(config: Mapping[str, Any], module: str) -> int:
 
 def is_conv1d(directory: Path | None, module: str) -> bool | None:
     """Whether a module of the model in a directory is a Conv1D; None where no configuration tells."""
-    if directory is None:
-        return None
-    config = read_object(directory / "config.json", "copy or download the directory again")
+    config = model_config(directory)
     parts = [config, *(part for part in config.values() if isinstance(part, dict))]
     kinds = {str(part["model_type"]) for part in parts if "model_type" in part}
     if not kinds or config.get("auto_map"):  # a model with code of its own may use whatever it likes

@@ -1,12 +1,13 @@
-"""Do these models fit together? Answered from headers alone: names, shapes, dtypes, ties, vocabularies."""
+"""Compatibility of models, from headers alone: names, shapes, dtypes, ties, vocabularies."""
 
+import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
-from suture.checkpoints import Checkpoint, TensorSpec
+from suture.checkpoints import Checkpoint, Source, TensorSpec, open_checkpoint, open_fine_tuned
 from suture.checkpoints.quantised import quantised_problem
 from suture.checkpoints.spellings import spelling_problem
 from suture.checkpoints.tokenizers import mixed_tokens
-from suture.errors import CheckpointError
+from suture.errors import CheckpointError, ConfigError, shown
 
 _LISTED = 5  # problems of one kind that are listed for one model before the rest is counted
 #: Parts of the names of embeddings and heads, which have a row for each token.
@@ -14,8 +15,8 @@ VOCABULARY = ("embed", "lm_head", "wte", "shared.weight", "output.weight")
 
 
 def compatibility(
-    base: Checkpoint,
-    models: Mapping[str, Checkpoint],
+    base: Source,
+    models: Mapping[str, Source] | Sequence[Source],
     *,
     frozen: Sequence[str] = (),
     mixed_dtypes: bool = False,
@@ -24,18 +25,20 @@ def compatibility(
 ) -> list[str]:
     """Every reason why the models cannot be merged, one line each; an empty list if they can.
 
-    Integer and bool tensors are taken from the base, so they may be missing or differ. `frozen` names are not compared.
+    `base` and `models` are whatever `merge` takes; raises `CheckpointError` for one that cannot be opened. Integer and
+    bool tensors are taken from the base, so they may be missing or differ. `frozen` names are not compared.
     `mixed_dtypes` lets floating-point dtypes differ from the base's. `by_row` lets rows of embeddings be different
     tokens. `pool` says that the models are those of a pool, whose keys are then named as remedies.
     """
     if not models:
         return ["There is no model to merge. Remedy: give at least one fine-tuned model beside the base."]
+    base, opened = open_models(base, models)
     problems = [
         f"'{name}' is to be left at the base, but the base has no such tensor." for name in _unknown(base, frozen)
     ]
-    if unmergeable := _files_problems(base, models, frozen, by_row):
+    if unmergeable := _files_problems(base, opened, frozen, by_row):
         return problems + unmergeable
-    for label, model in models.items():
+    for label, model in opened.items():
         if spelling := spelling_problem(label, merged_names(base, frozen), base.specs, model.specs):
             problems.append(spelling)
             continue
@@ -44,6 +47,18 @@ def compatibility(
         problems += _some(_different(base, model, label, frozen, mixed_dtypes, pool), label)
         problems += _some(_untied(base, model, label), label)
     return problems
+
+
+def open_models(
+    base: Source, models: Mapping[str, Source] | Sequence[Source]
+) -> tuple[Checkpoint, dict[str, Checkpoint]]:
+    """The base and its fine-tuned models, opened; those of a sequence are named model_1, model_2, …."""
+    if isinstance(models, str | os.PathLike):
+        raise ConfigError(f"models is the one path '{shown(models)}'. Remedy: give a list, or a mapping name → model.")
+    if not isinstance(models, Mapping):
+        models = {f"model_{number}": model for number, model in enumerate(models, start=1)}
+    opened = open_checkpoint(base)
+    return opened, {name: open_fine_tuned(model, opened, label=name) for name, model in models.items()}
 
 
 def merged_names(base: Checkpoint, frozen: Sequence[str] = ()) -> list[str]:
@@ -100,27 +115,27 @@ def _different(
     for name in merged_names(base, frozen):
         if name not in model:
             continue
-        wanted, found = base.specs[name], spec_of(model, name)
-        if found.shape != wanted.shape:
-            yield _shape_problem(name, label, found, wanted, pool)
-        elif found.dtype != wanted.dtype and not (mixed_dtypes and found.dtype.is_floating_point):
+        expected, spec = base.specs[name], spec_of(model, name)
+        if spec.shape != expected.shape:
+            yield _shape_problem(name, label, spec, expected, pool)
+        elif spec.dtype != expected.dtype and not (mixed_dtypes and spec.dtype.is_floating_point):
             yield (
-                f"'{name}' is {_short(found.dtype)} in '{label}' but {_short(wanted.dtype)} in the base. "
+                f"'{name}' is {_short(spec.dtype)} in '{label}' but {_short(expected.dtype)} in the base. "
                 "Remedy: convert one of them, or allow it with mixed_dtypes=true."
             )
 
 
-def _shape_problem(name: str, label: str, found: TensorSpec, wanted: TensorSpec, pool: bool) -> str:
+def _shape_problem(name: str, label: str, spec: TensorSpec, expected: TensorSpec, pool: bool) -> str:
     vocabulary = any(part in name for part in VOCABULARY)
-    if vocabulary and found.shape[1:] == wanted.shape[1:]:
+    if vocabulary and spec.shape[1:] == expected.shape[1:]:
         at_base = "; or leave the tensor at the base by naming it under `frozen` in the pool" if pool else ""
         return (
-            f"'{name}' has {found.shape[0]} rows in '{label}' but {wanted.shape[0]} in the base: the vocabularies "
+            f"'{name}' has {spec.shape[0]} rows in '{label}' but {expected.shape[0]} in the base: the vocabularies "
             f"differ. Remedy: suture merge … vocabulary=base, crop, pad or union; resize that model's embeddings to "
-            f"{wanted.shape[0]} rows{at_base}."
+            f"{expected.shape[0]} rows{at_base}."
         )
     return (
-        f"'{name}' has shape {tuple(found.shape)} in '{label}' but {tuple(wanted.shape)} in the base. "
+        f"'{name}' has shape {tuple(spec.shape)} in '{label}' but {tuple(expected.shape)} in the base. "
         "Remedy: merge models of one architecture."
     )
 
