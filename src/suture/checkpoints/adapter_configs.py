@@ -67,7 +67,12 @@ def is_conv1d(directory: Path | None, module: str) -> bool | None:
     kinds = {str(part["model_type"]) for part in parts if "model_type" in part}
     if not kinds or config.get("auto_map"):  # a model with code of its own may use whatever it likes
         return None
-    return bool(kinds & _WITH_CONV1D) and module.rpartition(".")[2] in _CONV1D
+    return bool(kinds & _WITH_CONV1D) and may_be_conv1d(module)
+
+
+def may_be_conv1d(module: str) -> bool:
+    """Whether a module has the name of one that is a Conv1D in some architectures."""
+    return module.rpartition(".")[2] in _CONV1D
 
 
 def _patterned(patterns: Mapping[str, float] | None, module: str, default: float) -> float:
