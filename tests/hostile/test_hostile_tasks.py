@@ -363,3 +363,14 @@ def test_a_folder_that_is_removed_between_check_and_load(tmp_path, monkeypatch):
 
     monkeypatch.setattr(tasks, "check", and_remove)
     assert tried(lambda: tasks.load(task, "test"), tmp_path / "set" / "train") is not None
+
+
+@pytest.mark.parametrize("name", ["test.csv", "test.jsonl", "test.parquet", "test-0.tar", "test.arrow", "README.md"])
+@pytest.mark.parametrize("kind", ["pipe", "loop", "dangling", "device", "folder", "empty"])
+def test_what_stands_for_a_table(name, kind, tmp_path):
+    if name == "README.md":
+        (tmp_path / "test.csv").write_text("text,label\na,0\n")
+    (tmp_path / name).write_bytes(b"")
+    awkward(tmp_path / name, kind)
+    problems, line = tried_task(Task("pets", str(tmp_path), NAMES, text_columns=("text",)), tmp_path)
+    assert name == "README.md" or line is not None
