@@ -96,6 +96,12 @@ def _entry(begin: int, end: int, shape=(2,), dtype="F32") -> dict:
         ({"__metadata__": {"aliases": "[]"}, "a": _entry(0, 8)}, 8, "corrupt record of tied names"),
         ({"__metadata__": {"aliases": '{"b":"c"}'}, "a": _entry(0, 8)}, 8, "corrupt record of tied names"),
         ({"a\n\x1b[31m": _entry(0, 4)}, 4, "keeps 4 bytes"),
+        ({"a": _entry(0, 8, shape=(10**4000, 10**4000))}, 8, "larger than any tensor can have"),
+        ({"a": _entry(0, 0, shape=(0, 2**63))}, 0, "larger than any tensor can have"),
+        ({"a": _entry(0, 0, shape=(0, 2**40, 2**40))}, 0, "larger than any tensor can have"),
+        ({"a": _entry(2**64, 2**64 + 8)}, 8, "larger than any tensor can have"),
+        ({"a": _entry(0, 8, shape=(True, 2))}, 8, "no whole numbers"),
+        ({"\ud800": _entry(0, 8)}, 8, "which is not valid Unicode"),
     ],
 )
 def test_a_safetensors_header_that_lies_is_refused(header, size, message, tmp_path):
@@ -153,7 +159,7 @@ def test_a_tensor_that_its_shard_lacks_is_named(saved):
     assert "lacks '9.weight', which 'model.safetensors.index.json' says it holds" in _refused(saved)
 
 
-@pytest.mark.parametrize("file", ["../x.safetensors", "/etc/passwd", "..", "", 3, "a\\b"])
+@pytest.mark.parametrize("file", ["../x.safetensors", "/etc/passwd", "..", "", 3, "a\\b", "a" * 5000, "a\0b", "\ud800"])
 def test_a_shard_outside_its_directory_is_refused(file, saved):
     _index(saved, {"0.weight": file})
     assert "does not lead from names to files beside it" in _refused(saved)

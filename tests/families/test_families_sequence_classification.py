@@ -256,6 +256,26 @@ def cut(path, out, *left_out):
     return str(out)
 
 
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ({"max_length": 9999}, "max_length=9999, but the model has 32 positions"),
+        ({"max_length": "long"}, "max_length='long': wanted a number of tokens"),
+        ({"padding": "left"}, "padding='left': wanted batch or max_length"),
+    ],
+)
+def test_a_check_says_of_the_tokenizers_settings_what_a_run_would(texts, setting, message, capsys):
+    texts.pool |= setting
+    assert main(["check", *texts.words()]) == 2
+    assert capsys.readouterr().out.count(message) == 1
+
+
+def test_a_check_says_that_there_is_a_class_name_too_few(texts, capsys):
+    texts.tasks["colour"]["classnames"] = ["blue"]
+    assert main(["check", *texts.words()]) == 2
+    assert "has the label 1 in row" in capsys.readouterr().out
+
+
 def test_bad_input_is_one_line(texts, capsys):
     colour = texts.tasks["colour"]
     columns = colour.pop("text_columns")

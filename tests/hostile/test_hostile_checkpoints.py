@@ -7,12 +7,16 @@ import pickletools
 import random
 import struct
 import zipfile
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 import safetensors.torch
 import torch
 from checkpoint_files import refused, safetensors_bytes, small_model, torch_zip
 from hostile import VALUES, cases, damaged, mutated, tried
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import suture
 from suture.checkpoints import open_checkpoint, open_fine_tuned
@@ -57,6 +61,40 @@ def test_indexes_of_shards(number, tmp_path):
     index_file = tmp_path / "model.safetensors.index.json"
     index_file.write_bytes(damaged(dice, content) if dice.random() < 0.3 else content)
     tried(lambda: read(tmp_path), tmp_path)
+
+
+CONFIG = {
+    **{"peft_type": "LORA", "r": 2, "lora_alpha": 4, "use_rslora": False, "fan_in_fan_out": False, "bias": "none"},
+    **{"rank_pattern": {"first": 2}, "alpha_pattern": {"first": 7}, "init_lora_weights": True, "modules_to_save": None},
+    **{"target_modules": ["first"], "layers_to_transform": None, "use_dora": False, "target_parameters": None},
+    **{"alora_invocation_tokens": None, "trainable_token_indices": None, "layer_replication": None},
+}
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20) | st.sampled_from(["F32", "dtype"]),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4),
+    max_leaves=12,
+)
+FIXED = settings(max_examples=80, derandomize=True, deadline=None, database=None)
+
+
+@FIXED
+@given(JSON, JSON, JSON)
+def test_any_json_in_the_place_of_a_tensor(dtype, shape, offsets):
+    with TemporaryDirectory() as folder:
+        content = {"w": {"dtype": dtype, "shape": shape, "data_offsets": offsets}, "v": dtype}
+        (Path(folder) / "x.safetensors").write_bytes(safetensors_bytes(content, bytes(8)))
+        assert tried(lambda: read(Path(folder) / "x.safetensors"), Path(folder)) is not None
+
+
+@FIXED
+@given(st.dictionaries(st.sampled_from([*CONFIG, "new"]), JSON, max_size=3))
+def test_any_json_in_the_configuration_of_an_adapter(changes):
+    with TemporaryDirectory() as folder:
+        tensors = {f"base_model.model.h.lora_{side}.weight": torch.ones(2, 2) for side in "AB"}
+        safetensors.torch.save_file(tensors, Path(folder) / "adapter_model.safetensors")
+        (Path(folder) / "adapter_config.json").write_text(json.dumps(CONFIG | changes))
+        base = open_checkpoint({"h.weight": torch.zeros(2, 2)})
+        tried(lambda: dict(open_fine_tuned(folder, base)), Path(folder))
 
 
 OPCODES = [code.code.encode("latin1") for code in pickletools.opcodes]
@@ -163,12 +201,6 @@ def test_pickles_that_ask_for_endless_work(bomb, tmp_path):
     assert tried(lambda: read(tmp_path / "x.pt"), tmp_path) is not None
 
 
-CONFIG = {
-    **{"peft_type": "LORA", "r": 2, "lora_alpha": 4, "use_rslora": False, "fan_in_fan_out": False, "bias": "none"},
-    **{"rank_pattern": {"first": 2}, "alpha_pattern": {"first": 7}, "init_lora_weights": True, "modules_to_save": None},
-    **{"target_modules": ["first"], "layers_to_transform": None, "use_dora": False, "target_parameters": None},
-    **{"alora_invocation_tokens": None, "trainable_token_indices": None, "layer_replication": None},
-}
 PARTS = (
     *("lora_A.weight", "lora_B.weight", "lora_A.default.weight", "lora_B.bias", "lora_embedding_A", "weight", "bias"),
     *("lora_magnitude_vector", "token_adapter.trainable_tokens_delta", "hada_w1_a", "lokr_w1", "ia3_l"),

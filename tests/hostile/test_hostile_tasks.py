@@ -18,7 +18,7 @@ from hostile import VALUES, assert_one_line, cases, damaged, listing, mutated, t
 from PIL import Image
 
 from suture import tasks
-from suture.errors import DataError
+from suture.errors import ConfigError, DataError
 from suture.tasks import Task
 
 datasets = pytest.importorskip("datasets")
@@ -363,3 +363,34 @@ def test_a_folder_that_is_removed_between_check_and_load(tmp_path, monkeypatch):
 
     monkeypatch.setattr(tasks, "check", and_remove)
     assert tried(lambda: tasks.load(task, "test"), tmp_path / "set" / "train") is not None
+
+
+@pytest.mark.parametrize("name", ["test.csv", "test.jsonl", "test.parquet", "test-0.tar", "test.arrow", "README.md"])
+@pytest.mark.parametrize("kind", ["pipe", "loop", "dangling", "device", "folder", "empty"])
+def test_what_stands_for_a_table(name, kind, tmp_path):
+    if name == "README.md":
+        (tmp_path / "test.csv").write_text("text,label\na,0\n")
+    (tmp_path / name).write_bytes(b"")
+    awkward(tmp_path / name, kind)
+    _, line = tried_task(Task("pets", str(tmp_path), NAMES, text_columns=("text",)), tmp_path)
+    assert name == "README.md" or line is not None
+
+
+@pytest.mark.parametrize(
+    "field",
+    ["classnames", "templates", "labels", "text_columns", "test_samples", "layouts", "splits", "subset", "source"],
+)
+@pytest.mark.parametrize("value", [0.7, 5, True, {"a": 1}, [[1]], [0.7], object()])
+def test_tasks_made_of_something_else(field, value, tmp_path):
+    idx_folder(tmp_path)
+
+    def task() -> Task:
+        return Task("pets", **{"source": str(tmp_path), "classnames": NAMES, field: value})
+
+    with watched():
+        try:
+            problems = tasks.check(task(), "test")
+        except ConfigError as error:
+            problems = [str(error)]
+    for problem in problems:
+        assert_one_line(problem)

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from suture.checkpoints.json_files import read_object
+from suture.checkpoints.json_files import model_config, read_object
 from suture.errors import refusal, shown
 
 MERGE_FIRST = "merge it into its base first: PeftModel.from_pretrained(BASE, ADAPTER).merge_and_unload()"
@@ -62,14 +62,17 @@ def rank_of(config: Mapping[str, Any], module: str) -> int:
 
 def is_conv1d(directory: Path | None, module: str) -> bool | None:
     """Whether a module of the model in a directory is a Conv1D; None where no configuration tells."""
-    if directory is None:
-        return None
-    config = read_object(directory / "config.json", "copy or download the directory again")
+    config = model_config(directory)
     parts = [config, *(part for part in config.values() if isinstance(part, dict))]
     kinds = {str(part["model_type"]) for part in parts if "model_type" in part}
     if not kinds or config.get("auto_map"):  # a model with code of its own may use whatever it likes
         return None
-    return bool(kinds & _WITH_CONV1D) and module.rpartition(".")[2] in _CONV1D
+    return bool(kinds & _WITH_CONV1D) and may_be_conv1d(module)
+
+
+def may_be_conv1d(module: str) -> bool:
+    """Whether a module has the name of one that is a Conv1D in some architectures."""
+    return module.rpartition(".")[2] in _CONV1D
 
 
 def _patterned(patterns: Mapping[str, float] | None, module: str, default: float) -> float:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from suture.checkpoints.adapter_configs import MERGE_FIRST, is_conv1d, rank_of, read_config, scale_of
+from suture.checkpoints.adapter_configs import MERGE_FIRST, is_conv1d, may_be_conv1d, rank_of, read_config, scale_of
 from suture.checkpoints.checkpoint import Checkpoint, Entry, Factors, TensorSpec
 from suture.checkpoints.opening import Source, check_text, open_checkpoint
 from suture.checkpoints.quantised import quantised_problem
@@ -171,7 +171,7 @@ def _turned(
         module: _fits(base.specs[f"{module}.weight"], weights, stored, config, folder)
         for module, stored in sides.items()
     }
-    hint_at_conv1d = bool(config.get("fan_in_fan_out")) or (False, True) in fits.values()
+    hint_at_conv1d = config.get("fan_in_fan_out") or (False, True) in fits.values() or any(map(may_be_conv1d, fits))
     turned = {}
     for module, (straight, transposed) in fits.items():
         known = is_conv1d(base.directory, module) if straight and transposed else transposed

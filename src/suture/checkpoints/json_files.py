@@ -27,6 +27,13 @@ def read_object(path: Path, remedy: str, *, largest: int = _LARGEST) -> dict[str
     return content
 
 
+def model_config(directory: Path | None) -> dict[str, Any]:
+    """The config.json of a model directory, empty where there is none; raises `CheckpointError` for a damaged one."""
+    if directory is None or not os.path.lexists(directory / "config.json"):
+        return {}
+    return read_object(directory / "config.json", "copy or download the directory again")
+
+
 def is_text(value: object) -> bool:
     """Whether a value is text that can be written as UTF-8: JSON and pickles can spell half of a surrogate pair."""
     return isinstance(value, str) and not any("\ud800" <= character <= "\udfff" for character in value)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from suture.checkpoints.checkpoint import Checkpoint, TensorSpec
-from suture.checkpoints.json_files import read_object
+from suture.checkpoints.json_files import model_config
 from suture.errors import problem, shown
 
 _PLAIN = "give the model in float32, bfloat16 or float16; transformers makes it of most by `model.dequantize()`"
@@ -51,9 +51,10 @@ def quantisation(specs: Mapping[str, TensorSpec]) -> str | None:
     >>> quantisation({"h.weight": TensorSpec((2, 2), torch.int8), "h.SCB": TensorSpec((2,), torch.float32)})
     "8-bit weights of bitsandbytes, such as 'h.SCB'"
     """
-    for name, spec in specs.items():
-        if kind := _kind(name, spec, specs):
-            return f"{kind}, such as '{shown(name)}'"
+    for kind_of in (_format, _scaled):
+        for name in specs:
+            if kind := kind_of(name, specs):
+                return f"{kind}, such as '{shown(name)}'"
     return None
 
 
@@ -61,10 +62,7 @@ def quantised_problem(checkpoint: Checkpoint) -> str | None:
     """Why a checkpoint cannot be merged, if it is quantised: by its tensors, or by its config.json."""
     if checkpoint.quantised:
         return problem(checkpoint.label, f"holds {checkpoint.quantised}", _PLAIN)
-    if checkpoint.directory is None:
-        return None
-    config = read_object(checkpoint.directory / "config.json", "copy or download the directory again")
-    settings: Any = config.get("quantization_config")
+    settings: Any = model_config(checkpoint.directory).get("quantization_config")
     if not settings:
         return None
     method = settings.get("quant_method") if isinstance(settings, dict) else None
@@ -73,18 +71,20 @@ def quantised_problem(checkpoint: Checkpoint) -> str | None:
     return problem(checkpoint.label, f"is quantised{kind}, as the quantization_config in its config.json says", remedy)
 
 
-def _kind(name: str, spec: TensorSpec, specs: Mapping[str, TensorSpec]) -> str | None:
+def _format(name: str, specs: Mapping[str, TensorSpec]) -> str | None:
+    """The format that stores a tensor of this name beside its codes."""
     if ".quant_state." in name:
         return "4-bit weights of bitsandbytes"
-    for ending, kind in _FORMATS.items():
-        if name.endswith(ending) and (ending != ".weight_scale_inv" or spec.dtype.is_floating_point):
-            return kind
-    if name.endswith("_blocks") and name.removesuffix("_blocks") + "_scales" in specs and spec.dtype == torch.uint8:
-        return "4-bit weights of MXFP4"
+    if name.endswith("_blocks") and f"{name.removesuffix('_blocks')}_scales" in specs:
+        return "4-bit weights of MXFP4" if specs[name].dtype == torch.uint8 else None
+    return next((kind for ending, kind in _FORMATS.items() if name.endswith(ending)), None)
+
+
+def _scaled(name: str, specs: Mapping[str, TensorSpec]) -> str | None:
+    """Any other format: a scale that lies beside codes."""
     module, _, last = name.rpartition(".")
-    if last in _SCALES and any(_is_code(specs.get(f"{module}.{part}" if module else part)) for part in _CODED):
-        return "codes with scales"
-    return None
+    beside = [f"{module}.{part}" if module else part for part in _CODED]
+    return "codes with scales" if last in _SCALES and any(_is_code(specs.get(each)) for each in beside) else None
 
 
 def _is_code(spec: TensorSpec | None) -> bool:

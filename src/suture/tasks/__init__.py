@@ -89,13 +89,13 @@ def _wording_problems(task: Task) -> list[str]:
     if not names:
         problems.append("it has no class names. Remedy: list them in label order under `classnames`.")
     problems += [
-        f"class name {n!r} is of type {type(n).__name__}, wanted text. Remedy: put it in quotes."
+        f"class name {shown(n)} is of type {type(n).__name__}, wanted text. Remedy: put it in quotes."
         for n in names
         if not isinstance(n, str)
     ]
     problems += [
         f"class name {n!r} is listed {names.count(n)} times. Remedy: give each class a name of its own."
-        for n in dict.fromkeys(names)
+        for n in dict.fromkeys(name for name in names if isinstance(name, str))
         if names.count(n) > 1
     ]
     return problems + [p for template in task.templates for p in _template_problems(str(template), task)]

@@ -5,18 +5,34 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 import numpy as np
 from torch import Tensor
 
-from suture.errors import DataError, data_refusal
+from suture.errors import ConfigError, DataError, data_refusal, shown
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
 Split = Literal["train", "test"]
 SPLITS: tuple[Split, ...] = ("train", "test")
+
+#: The fields of a task that are lists, and the kind of their parts; names of classes are looked at by `check`.
+_LISTS = {
+    "classnames": object,
+    "templates": str,
+    "labels": object,
+    "text_columns": str,
+    "test_samples": int,
+    "layouts": Mapping,
+}
+_KINDS = {object: "names", str: "texts", int: "numbers", Mapping: "layouts"}
+
+
+def _is_list(value: Any) -> bool:
+    """Whether a value is a list, a tuple, or such a sequence of another library; a mapping is none."""
+    return isinstance(value, Sequence) and not isinstance(value, bytes)
 
 
 @dataclass(frozen=True)
@@ -45,10 +61,22 @@ class Task:
     layouts: tuple[Mapping[str, Any], ...] = ()
 
     def __post_init__(self):
-        for name in ("classnames", "templates", "labels", "text_columns", "test_samples", "layouts"):
+        for name, kind in _LISTS.items():
             value = getattr(self, name)
             value = [value] if isinstance(value, str) else value
+            if value is not None and not (_is_list(value) and all(isinstance(each, kind) for each in value)):
+                self._refuse(name, f"a list of {_KINDS[kind]}")
             object.__setattr__(self, name, None if value is None else tuple(value))
+        for name in ("source", "subset", "image_column", "label_column"):
+            if not isinstance(getattr(self, name), str | None):
+                self._refuse(name, "a text")
+        if not isinstance(self.splits, Mapping) or not all(isinstance(each, str) for each in self.splits.values()):
+            self._refuse("splits", "a mapping of texts, such as {test: validation}")
+
+    def _refuse(self, name: str, wanted: str) -> NoReturn:
+        """Raise the `ConfigError` for a field of another kind than wanted."""
+        found = f"Task {self.name!r}: {name} is {shown(getattr(self, name))}"
+        raise ConfigError(f"{found}. Remedy: give {wanted}.")
 
     @property
     def own_names(self) -> tuple[str, ...]:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from suture.errors import DataError, data_refusal, problem, shown
+from suture.errors import DataError, data_refusal, one_line, problem, shown
 from suture.tasks.base import Images, Split, Task, files_identity
 from suture.tasks.class_names import misnamed, misnumbered, whole_number
 from suture.tasks.layouts import stored
@@ -131,4 +131,9 @@ class ArrayPictures(Sequence):
     def __getitem__(self, index: int) -> "Image":
         from PIL import Image
 
-        return Image.fromarray(self.array[index]).convert("RGB")
+        try:
+            pixels = self.array[index]
+        except Exception as error:  # the file's own library reads only now
+            problem = f"cannot be read at image {index} ({one_line(error)})"
+            raise data_refusal(getattr(self.array.file, "filename", "the array"), problem, _AGAIN) from error
+        return Image.fromarray(pixels).convert("RGB")

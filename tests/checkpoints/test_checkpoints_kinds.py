@@ -1,0 +1,203 @@
+"""Checkpoints of other kinds are called by their names: quantised, wrapped, prefixed, of another library."""
+
+import json
+
+import pytest
+import safetensors.torch
+import torch
+from checkpoint_files import assert_same, refused, small_model
+from torch import nn
+
+import suture
+from suture.checkpoints import open_checkpoint
+from suture.errors import CheckpointError, IncompatibleModels, SutureError
+
+CODES = {"h.weight": torch.ones(4, 2, dtype=torch.int8)}
+PACKED = torch.ones(8, 1, dtype=torch.uint8)
+QUANTISED = {
+    "8-bit weights of bitsandbytes": CODES | {"h.SCB": torch.ones(4)},
+    "4-bit weights of bitsandbytes": {
+        "h.weight": PACKED,
+        "h.weight.absmax": torch.ones(2),
+        "h.weight.quant_state.bitsandbytes__nf4": PACKED.clone(),
+    },
+    "4-bit weights of GPTQ or AWQ": {
+        "h.qweight": torch.ones(2, 2, dtype=torch.int32),
+        "h.qzeros": torch.ones(1, 1, dtype=torch.int32),
+        "h.scales": torch.ones(1, 2, dtype=torch.float16),
+    },
+    "codes with scales": {"h.weight": torch.ones(4, 4).to(torch.float8_e4m3fn), "h.weight_scale": torch.ones(1)},
+    "8-bit floating-point weights with scales": {
+        "h.weight": torch.ones(4, 4).to(torch.float8_e4m3fn),
+        "h.weight_scale_inv": torch.ones(1, 1),
+    },
+    "4-bit weights of MXFP4": {"e.gate_blocks": PACKED, "e.gate_scales": PACKED.clone()},
+    "packed weights of compressed-tensors": {"h.weight_packed": PACKED.int(), "h.weight_scale": torch.ones(1)},
+    "weights of HQQ": {"h.W_q": PACKED, "h.scale": torch.ones(1)},
+}
+
+
+@pytest.mark.parametrize("kind", QUANTISED)
+def test_quantised_models_open_but_are_not_merged(kind, tmp_path):
+    safetensors.torch.save_file(QUANTISED[kind], tmp_path / "x.safetensors")
+    assert kind in (open_checkpoint(tmp_path / "x.safetensors").quantised or "")
+    for base, model in ((tmp_path / "x.safetensors", QUANTISED[kind]), (QUANTISED[kind], tmp_path / "x.safetensors")):
+        line = refused(suture.merge, base, {"m": model}, "simple_average", kind=IncompatibleModels)
+        assert kind in line
+        assert "model.dequantize()" in line
+
+
+def test_what_is_kept_of_a_quantised_model_is_still_quantised():
+    opened = open_checkpoint(QUANTISED["8-bit weights of bitsandbytes"])
+    assert opened.select({"h.weight": "h.weight"}).quantised == opened.quantised
+
+
+def test_plain_models_are_not_taken_for_quantised_ones():
+    model = {
+        "scale": torch.ones(1),
+        "norm.scale": torch.ones(2),
+        "n.weight": torch.ones(2),
+        "ids": torch.ones(2).long(),
+    }
+    assert open_checkpoint(model).quantised is None
+
+
+def model_directory(folder, config=None, tokens=("a", "b", "c"), **more):
+    folder.mkdir()
+    tensors = {"embed.weight": torch.ones(len(tokens) + 1, 2), "h.weight": torch.ones(2, 2)}
+    safetensors.torch.save_file(tensors, folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps(config or {"model_type": "llama"}))
+    vocabulary = {"model": {"vocab": {token: row for row, token in enumerate(tokens)}}, **more}
+    (folder / "tokenizer.json").write_text(json.dumps(vocabulary))
+    return folder
+
+
+def test_a_directory_whose_configuration_says_quantised_is_not_merged(tmp_path):
+    config = {"model_type": "llama", "quantization_config": {"quant_method": "fp8"}}
+    base, model = model_directory(tmp_path / "base", config), model_directory(tmp_path / "model")
+    line = refused(suture.merge, base, [model], "simple_average", kind=IncompatibleModels)
+    assert "is quantised by fp8" in line
+    assert "remove quantization_config" in line
+
+
+@pytest.mark.parametrize("content", [b"[]", b"null", b"", b"\xff", b"[" * 100_000, b'{"a": ' + b"9" * 5000 + b"}"])
+def test_a_configuration_that_is_no_object_is_refused_before_the_merge(content, tmp_path):
+    base, model = model_directory(tmp_path / "base"), model_directory(tmp_path / "model")
+    (base / "config.json").write_bytes(content)
+    assert "config.json" in refused(suture.merge, base, [model], "simple_average", kind=SutureError)
+
+
+def test_rows_of_different_tokens_are_not_mixed(tmp_path):
+    base = model_directory(tmp_path / "base")
+    other = model_directory(tmp_path / "other", tokens=("a", "z", "c"))
+    line = refused(suture.merge, base, {"m": other}, "simple_average", kind=IncompatibleModels)
+    assert "'m' has the token 'z' in row 1, where the base has 'b'" in line
+    assert "vocabulary=union" in line
+
+
+def test_rows_that_two_models_use_for_different_new_tokens_are_not_mixed(tmp_path):
+    models = {
+        name: model_directory(tmp_path / name, added_tokens=[{"id": 3, "content": f"<{name}>"}]) for name in ("m", "n")
+    }
+    base = model_directory(tmp_path / "base")
+    suture.merge(base, {"m": models["m"]}, "simple_average")
+    line = refused(suture.merge, base, models, "simple_average", kind=IncompatibleModels)
+    assert "'n' has the token '<n>' in row 3, where m has '<m>'" in line
+
+
+def test_reserved_tokens_may_be_given_a_meaning(tmp_path):
+    base = model_directory(tmp_path / "base", tokens=("a", "<|reserved_special_token_0|>"))
+    model = model_directory(tmp_path / "model", tokens=("a", "<|im_start|>"))
+    assert suture.compatibility(open_checkpoint(base), {"m": open_checkpoint(model)}) == []
+
+
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod."])
+@pytest.mark.parametrize("kind", ["safetensors", "pt"])
+def test_what_data_parallel_and_compile_put_before_all_names_is_left_out(prefix, kind, tmp_path):
+    state = small_model().state_dict()
+    wrapped = {prefix + name: tensor for name, tensor in state.items()}
+    save = safetensors.torch.save_file if kind == "safetensors" else torch.save
+    save(wrapped, tmp_path / f"x.{kind}")
+    opened = open_checkpoint(tmp_path / f"x.{kind}")
+    assert_same(opened, state)
+    assert opened.prefix == prefix
+
+
+def test_a_prefix_of_some_names_only_stays(tmp_path):
+    torch.save({"module.a": torch.ones(1), "b": torch.ones(1)}, tmp_path / "x.pt")
+    assert set(open_checkpoint(tmp_path / "x.pt")) == {"module.a", "b"}
+
+
+@pytest.mark.parametrize("prefix", ["bert.", "module.", "_orig_mod.", "model.text."])
+def test_models_that_differ_by_a_prefix_are_told_so(prefix):
+    state = dict(small_model().state_dict())
+    wrapped = {prefix + name: tensor for name, tensor in state.items()} | {"head.weight": torch.ones(2, 2)}
+    line = refused(suture.merge, state, {"m": wrapped}, "simple_average", kind=IncompatibleModels)
+    assert f"'m' has the prefix '{prefix}'" in line
+    line = refused(suture.merge, wrapped, {"m": state}, "simple_average", kind=IncompatibleModels)
+    assert f"has no prefix '{prefix}' before its names, which the base has" in line
+
+
+def test_weight_normalisation_is_named():
+    plain, old, new = (nn.Sequential(nn.Linear(3, 2)) for _ in range(3))
+    nn.utils.parametrizations.weight_norm(new[0])
+    weight = old[0].weight.detach()
+    stored = {"0.bias": old[0].bias.detach(), "0.weight_g": weight.norm(dim=1, keepdim=True), "0.weight_v": weight}
+    for model in (stored, new):
+        for base, tuned in ((plain, model), (model, plain)):
+            line = refused(suture.merge, base, {"m": tuned}, "simple_average", kind=IncompatibleModels)
+            assert "'0.weight' is stored as a direction and a length (weight_norm)" in line
+
+
+@pytest.mark.parametrize("wrapper", ["net", "params", "params_ema", "teacher", "ema", "state_dict", "module"])
+def test_the_one_state_dict_in_a_file_is_found_under_the_usual_keys(wrapper, tmp_path):
+    state = small_model().state_dict()
+    torch.save({wrapper: state, "epoch": 3, "optimizer": {"state": {0: {"step": torch.ones(1)}}}}, tmp_path / "x.pt")
+    assert_same(open_checkpoint(tmp_path / "x.pt"), state)
+
+
+@pytest.mark.parametrize("wrappers", [("params", "params_ema"), ("student", "teacher"), ("model", "model_ema")])
+def test_a_file_of_several_models_is_refused_with_their_keys(wrappers, tmp_path):
+    torch.save({name: small_model().state_dict() for name in wrappers}, tmp_path / "x.pt")
+    line = refused(open_checkpoint, tmp_path / "x.pt", kind=CheckpointError)
+    assert all(repr(name) in line for name in wrappers)
+    key = line.partition("torch.load(FILE)['")[2].partition("']")[0]
+    torch.save(torch.load(tmp_path / "x.pt", weights_only=True)[key], tmp_path / "y.pt")
+    assert_same(open_checkpoint(tmp_path / "y.pt"), small_model().state_dict())
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_torchscript_archive_is_named_and_its_remedy_works(tmp_path):
+    torch.jit.save(torch.jit.trace(small_model().eval(), torch.ones(2, 3)), tmp_path / "x.pt")
+    assert "is a TorchScript archive" in refused(open_checkpoint, tmp_path / "x.pt", kind=CheckpointError)
+    torch.save(torch.jit.load(tmp_path / "x.pt").state_dict(), tmp_path / "y.pt")
+    assert set(small_model().state_dict()) >= set(open_checkpoint(tmp_path / "y.pt"))
+
+
+@pytest.mark.parametrize("name", ["x.gguf", "tf_model.h5", "flax_model.msgpack", "model.onnx"])
+def test_a_folder_of_another_librarys_weights_names_them(name, tmp_path):
+    (tmp_path / name).write_bytes(b"GGUF")
+    assert f"only '{name}'" in refused(open_checkpoint, tmp_path, kind=CheckpointError)
+
+
+def test_a_tangle_of_modules_without_a_tensor_is_refused(tmp_path):
+    model: nn.Module = nn.ReLU()
+    for _ in range(40):
+        model = nn.ModuleDict({"a": model, "b": model})
+    torch.save(model, tmp_path / "x.pt")
+    assert (tmp_path / "x.pt").stat().st_size < 50_000
+    assert "too many parts" in refused(open_checkpoint, tmp_path / "x.pt", kind=CheckpointError)
+
+
+def test_links_that_lead_nowhere_are_found_when_a_directory_is_opened(tmp_path):
+    folder = model_directory(tmp_path / "model")
+    (folder / "merges.txt").symlink_to("gone.txt")
+    line = refused(open_checkpoint, folder, kind=CheckpointError)
+    assert "has the link 'merges.txt', which leads to 'gone.txt'" in line
+
+
+def test_remedies_name_only_what_their_door_has():
+    base, model = {"embed.weight": torch.ones(3, 2)}, {"embed.weight": torch.ones(4, 2)}
+    assert "frozen" not in refused(suture.merge, base, {"m": model}, "simple_average", kind=IncompatibleModels)
+    opened = open_checkpoint(base), {"m": open_checkpoint(model)}
+    assert "under `frozen` in the pool" in suture.compatibility(*opened, pool=True)[0]
