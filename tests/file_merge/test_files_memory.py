@@ -18,7 +18,7 @@ SEVERAL = {
     "ties_merging": [{}, {"scope": "tensor", "merge_func": "mean", "weights": [1.0, 0.5]}],
 }
 PROGRAM = """
-import gc, json, sys, threading, time
+import gc, json, shutil, sys, threading, time
 from pathlib import Path
 import suture
 folder, work, ceiling = Path(sys.argv[1]), json.loads(sys.argv[2]), int(sys.argv[3])
@@ -32,7 +32,7 @@ def watch():
     while not done:
         peak[0] = max(peak[0], status("RssAnon") - before)
         time.sleep(0.002)
-watcher = threading.Thread(target=watch); watcher.start()
+watcher = threading.Thread(target=watch, daemon=True); watcher.start()
 models = sorted(folder.glob("model_*"))
 for i, (method, knobs) in enumerate(work):
     peak[0] = 0
@@ -40,7 +40,7 @@ for i, (method, knobs) in enumerate(work):
     suture.merge_files(folder / "base.safetensors", models[:count], method, folder / f"out{i}", memory=ceiling,
                        threads=2, **knobs)
     peaks[f"{method} {knobs}"] = peak[0]
-    suture.checkpoints.writing.shutil.rmtree(folder / f"out{i}")
+    shutil.rmtree(folder / f"out{i}")
 done.append(1); watcher.join()
 print(json.dumps(peaks))
 """

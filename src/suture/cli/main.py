@@ -1,6 +1,7 @@
 """The command line. It adds no feature: every verb is one call that Python has too."""
 
 import json
+import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
@@ -186,10 +187,11 @@ def _merge(arguments: list[str]) -> Answer | None:
     shard, words = _option("--shard", words)
     device, words = _option("--device", words)
     words += ["plan=true"] * plan + ([f"shard={shard}"] if shard else []) + ([f"device={device}"] if device else [])
-    result = merge_configured(config.compose_merging(words))
-    if isinstance(result, Path):
-        return Answer({"output": str(result), "finished": result.is_dir()}, str(result))
-    return Answer(asdict(result) | {"seconds": result.seconds}, str(result))
+    result = merge_configured(config.compose_merging(words), shlex.join(["suture", *sys.argv[1:]]))
+    print(*(f"note: {note}" for note in result.notes), result, sep="\n")
+    if result.plan is None:
+        return Answer({"output": str(result.output), "finished": result.finished}, str(result.output))
+    return Answer(asdict(result.plan) | {"seconds": result.plan.seconds}, str(result.plan))
 
 
 def _analyse(arguments: list[str]) -> Answer:

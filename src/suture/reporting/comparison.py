@@ -9,6 +9,7 @@ from suture.reporting.charts import REFERENCES
 from suture.reporting.page import page
 from suture.reporting.run_folder import Finished, read, read_all
 from suture.reporting.sweep import curves_of, told
+from suture.storage.atomic import write_text
 
 _OF_A_MODEL = ("learning", "objective", "scatter", "explained")
 
@@ -22,7 +23,7 @@ def compare(folders: Sequence[Path], output: str | Path | None, *, interactive: 
     shown = read(folders[0]) if single else compared(read_all(folders))
     if not path.parent.is_dir():
         raise ConfigError(f"'{path.parent}' is no folder. Remedy: make it, or choose another --output.")
-    path.write_text(page(shown, interactive=interactive), "utf-8")
+    write_text(path, page(shown, interactive=interactive))
     return path
 
 

@@ -5,10 +5,10 @@ would be 4.5 MB. Charts are plain JSON, so a page without it is the same page wi
 """
 
 import contextlib
-import os
 from importlib.metadata import version
 
-from suture.storage.atomic import partial_path
+from suture.errors import OutputError
+from suture.storage.atomic import write_text
 from suture.storage.cache import cache_directory
 
 _ENTRY = "window.vegaEmbed = vegaEmbed;"
@@ -24,9 +24,6 @@ def runtime() -> str | None:
     if path.is_file():
         return path.read_text("utf-8")
     script = vl_convert.javascript_bundle(_ENTRY).replace("</script", "<\\/script").replace("<!--", "<\\!--")
-    with contextlib.suppress(OSError):  # a cache that cannot be written costs seconds, not the page
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = partial_path(path)
-        partial.write_text(script, "utf-8")
-        os.replace(partial, path)
+    with contextlib.suppress(OutputError):  # a cache that cannot be written costs seconds, not the page
+        write_text(path, script)
     return script
