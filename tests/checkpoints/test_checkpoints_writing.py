@@ -5,7 +5,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 
 import pytest
 import safetensors
@@ -16,7 +15,6 @@ from torch import nn
 
 from suture.checkpoints import TensorSpec, allocate_checkpoint, open_checkpoint, save_checkpoint
 from suture.errors import CheckpointError, OutputError
-from suture.storage.atomic import new_directory
 
 
 def test_what_is_saved_comes_back(tmp_path):
@@ -163,27 +161,7 @@ def test_a_kill_midway_leaves_the_old_result_and_a_hidden_leftover(tmp_path):
     assert leftover.startswith(".")
     assert leftover.endswith(".partial")
     save_checkpoint({"w": torch.ones(2)}, path)
-    assert (tmp_path / leftover).exists(), "it might be a file that another computer has just begun"
-    make_old(tmp_path / leftover)
-    save_checkpoint({"w": torch.ones(2)}, path)
     assert os.listdir(tmp_path) == ["model.safetensors"]
-
-
-def test_the_folder_of_a_killed_run_is_removed_by_the_next_one_of_its_name(tmp_path):
-    leftover = tmp_path / f".run[1].{2**22 + 1}-0123abcd.partial"
-    for folder in (leftover, tmp_path / ".run1.7-0123abcd.partial"):
-        (folder / "model").mkdir(parents=True)
-        make_old(folder)
-    with new_directory(tmp_path / "run[1]") as folder:
-        assert not leftover.exists()
-        make_old(folder)
-        with new_directory(tmp_path / "run[1]"):
-            assert folder.exists(), "somebody works on it"
-    assert sorted(os.listdir(tmp_path)) == [".run1.7-0123abcd.partial", "run[1]"]
-
-
-def make_old(path):
-    os.utime(path, (time.time() - 3600,) * 2)
 
 
 @pytest.mark.parametrize("path", ["folder", "file.txt/x.safetensors"])
@@ -192,58 +170,6 @@ def test_a_path_that_cannot_be_written_is_refused(path, tmp_path):
     (tmp_path / "file.txt").write_text("")
     refused(save_checkpoint, {"w": torch.ones(2)}, tmp_path / path, kind=OutputError)
     assert sorted(os.listdir(tmp_path)) == ["file.txt", "folder"]
-
-
-def test_a_new_directory_gets_its_name_when_it_is_complete(tmp_path):
-    with new_directory(tmp_path / "runs" / "one") as folder:
-        (folder / "sub").mkdir()
-        (folder / "sub" / "report.json").write_text("{}")
-        assert not (tmp_path / "runs" / "one").exists()
-    assert (tmp_path / "runs" / "one" / "sub" / "report.json").read_text() == "{}"
-    assert os.listdir(tmp_path / "runs") == ["one"]
-
-
-def test_a_new_directory_is_removed_with_its_parents_on_error(tmp_path):
-    with pytest.raises(IsADirectoryError), new_directory(tmp_path / "runs" / "one") as folder:
-        folder.write_text("a folder cannot be written to")
-    assert os.listdir(tmp_path) == []
-
-
-def _write(path, text, **options) -> None:
-    with new_directory(path, **options) as folder:
-        (folder / "report.txt").write_text(text)
-
-
-def test_a_directory_with_something_in_it_is_refused_unless_allowed(tmp_path):
-    (tmp_path / "run").mkdir()
-    _write(tmp_path / "run", "first")
-    line = refused(_write, tmp_path / "run", "second", kind=OutputError)
-    assert "already exists and is not empty" in line
-    assert (tmp_path / "run" / "report.txt").read_text() == "first"
-    _write(tmp_path / "run", "third", overwrite=True)
-    assert (tmp_path / "run" / "report.txt").read_text() == "third"
-    assert os.listdir(tmp_path) == ["run"]
-
-
-def test_overwriting_works_where_directories_cannot_be_swapped_in_one_step(tmp_path, monkeypatch):
-    monkeypatch.setattr("suture.storage.atomic._exchange", lambda one, other: False)
-    _write(tmp_path / "run", "first")
-    _write(tmp_path / "run", "second", overwrite=True)
-    assert (tmp_path / "run" / "report.txt").read_text() == "second"
-    assert os.listdir(tmp_path) == ["run"]
-
-
-def test_an_error_while_overwriting_keeps_the_old_directory(tmp_path):
-    _write(tmp_path / "run", "old")
-    with pytest.raises(RuntimeError), new_directory(tmp_path / "run", overwrite=True):
-        raise RuntimeError
-    assert (tmp_path / "run" / "report.txt").read_text() == "old"
-    assert os.listdir(tmp_path) == ["run"]
-
-
-def test_a_directory_in_place_of_a_file_is_refused(tmp_path):
-    (tmp_path / "run").write_text("")
-    assert "is a file, not a directory" in refused(_write, tmp_path / "run", "x", kind=OutputError)
 
 
 def test_the_saved_module_loads_into_a_module(tmp_path):

@@ -32,7 +32,7 @@ def watch():
     while not done:
         peak[0] = max(peak[0], status("RssAnon") - before)
         time.sleep(0.002)
-watcher = threading.Thread(target=watch); watcher.start()
+watcher = threading.Thread(target=watch, daemon=True); watcher.start()
 models = sorted(folder.glob("model_*"))
 for i, (method, knobs) in enumerate(work):
     peak[0] = 0

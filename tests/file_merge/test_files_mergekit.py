@@ -196,13 +196,13 @@ def test_every_method_computes_what_mergekit_does_with_the_same_random_numbers(t
     told = {"merge_method": case["method"], "models": parts, "parameters": case["shared"]}
     told |= {"base_model": f"{tmp_path}/base.safetensors"} if case["base"] else {}
     (tmp_path / "config.yml").write_text(yaml.safe_dump(told))
-    translation = mergekit.read(tmp_path / "config.yml")
-    method, rules = suture.get_method(translation.method), translation.rules(list(base))
+    translation = mergekit.translate(tmp_path / "config.yml")
+    method, knobs = suture.get_method(translation.method), translation.tensor_knobs(list(base))
     for key, tensor in base.items():
         rows = torch.stack([model[key] - (tensor if method.operand == "deltas" else 0) for model in models.values()])
         place = {"place": Place(key, list(models))} if method.wants_place else {}
         seed = {"seed": case["seed"]} if "seed" in case else {}
-        merged = method.function(tensor, rows, **place, **{**rules.knobs_of(key), **seed})
+        merged = method.function(tensor, rows, **place, **{**knobs.knobs_of(key), **seed})
         torch.testing.assert_close(merged, tensors[f"merged/{key}"], rtol=0, atol=1e-6)
 
 

@@ -82,9 +82,9 @@ def working_folder(tmp_path):
 def test_what_another_process_has_in_the_making_is_left_for_last(tmp_path, dies):
     folder, made = working_folder(tmp_path), []
 
-    def make(name, path):
+    def make(name):
         made.append(name)
-        path.write_text("mine")
+        return b"mine"
 
     with open(folder.path / "a.lock", "w") as held:
         fcntl.flock(held, fcntl.LOCK_EX)

@@ -188,7 +188,7 @@ def watch():
     while not done:
         peak[0] = max(peak[0], anonymous() - before)
         time.sleep(0.002)
-watcher = threading.Thread(target=watch); watcher.start()
+watcher = threading.Thread(target=watch, daemon=True); watcher.start()
 with allocate_checkpoint(base.specs, folder / "out.safetensors") as out:
     merge(base, sorted(folder.glob("model_*")), "ties_merging", out=out)
 done.append(1); watcher.join()

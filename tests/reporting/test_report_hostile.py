@@ -123,7 +123,7 @@ def test_what_cannot_be_read_or_written_is_refused(tmp_path, monkeypatch, capsys
     monkeypatch.chdir(tmp_path)
     run = left(tmp_path / "run", DATA, POINTS)
     (tmp_path / "page").mkdir()
-    assert "cannot be written" in refused(capsys, ["report", "run", "--output=page"])
+    assert "is a directory, not a file" in refused(capsys, ["report", "run", "--output=page"])
     with pytest.raises(OutputError):
         report([run], tmp_path / "page")
     (run / "figures.json").unlink()

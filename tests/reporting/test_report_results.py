@@ -96,7 +96,17 @@ def test_what_cannot_be_reported_is_refused_before_anything_is_written(own, tmp_
     assert list(tmp_path.iterdir()) == []
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "precious").write_text("mine")
+    for overwrite in (False, True):
+        with pytest.raises(OutputError):
+            suture.report({"base": module}, "mine", tasks=tasks, overwrite=overwrite)
+    assert (tmp_path / "mine" / "precious").read_text() == "mine"
+
+
+def test_a_report_replaces_only_a_report(own, tmp_path):
+    module, _, _, tasks = own
+    page = suture.report({"base": module}, "mine", tasks=tasks)
+    page.with_name("notes.txt").write_text("of the first report")
     with pytest.raises(OutputError):
         suture.report({"base": module}, "mine", tasks=tasks)
-    suture.report({"base": module}, "mine", tasks=tasks, overwrite=True)
-    assert not (tmp_path / "mine" / "precious").exists()
+    assert suture.report({"base": module}, "mine", tasks=tasks, overwrite=True) == page
+    assert not page.with_name("notes.txt").exists()

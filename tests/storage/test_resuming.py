@@ -1,12 +1,10 @@
 """The state file of a loop: whole or absent, and only for the same work."""
 
-import os
-import time
-
 import pytest
 import torch
 
 from suture.errors import CheckpointError, ConfigError
+from suture.storage.atomic import lock
 from suture.storage.resume import Resume
 
 
@@ -26,10 +24,20 @@ def test_the_state_of_other_work_is_refused(tmp_path):
         Resume(tmp_path / "state.pt", {"lr": 0.2}).load()
 
 
-def test_a_damaged_state_is_refused(tmp_path):
-    (tmp_path / "state.pt").write_bytes(b"PK not really")
+@pytest.mark.parametrize("content", [b"", b"PK not really"])
+def test_a_damaged_state_is_named_and_set_aside(tmp_path, caplog, content):
+    (tmp_path / "state.pt").write_bytes(content)
+    assert Resume(tmp_path / "state.pt", {}).load() is None
+    assert "state.pt' cannot be read" in caplog.text
+    assert [path.name for path in tmp_path.iterdir()] == ["state.pt.unreadable"]
+    assert (tmp_path / "state.pt.unreadable").read_bytes() == content
+
+
+def test_a_file_that_holds_something_else_is_refused_and_stays(tmp_path):
+    torch.save({"weight": torch.ones(2)}, tmp_path / "model.pt")
     with pytest.raises(CheckpointError, match="holds no state to resume from"):
-        Resume(tmp_path / "state.pt", {}).load()
+        Resume(tmp_path / "model.pt", {}).load()
+    assert (tmp_path / "model.pt").exists()
 
 
 def test_saving_waits_for_its_time(tmp_path):
@@ -39,8 +47,9 @@ def test_saving_waits_for_its_time(tmp_path):
 
 def test_what_a_kill_left_is_removed(tmp_path):
     Resume(tmp_path / "state.pt", {}).save({"step": 1})
-    for name, age in (("old", 3600), ("new", 0)):
+    for name in ("dead", "alive"):
         (tmp_path / f".state.pt.{name}.partial").write_bytes(b"half")
-        os.utime(tmp_path / f".state.pt.{name}.partial", (time.time() - age,) * 2)
-    assert Resume(tmp_path / "state.pt", {}).load() == {"step": 1}
-    assert {path.name for path in tmp_path.iterdir()} == {"state.pt", ".state.pt.new.partial"}
+    with (tmp_path / ".state.pt.alive.partial").open() as file:
+        assert lock(file.fileno())
+        assert Resume(tmp_path / "state.pt", {}).load() == {"step": 1}
+    assert {path.name for path in tmp_path.iterdir()} == {"state.pt", ".state.pt.alive.partial"}

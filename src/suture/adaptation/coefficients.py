@@ -21,7 +21,7 @@ from torch import Tensor
 
 from suture.checkpoints import open_checkpoint, save_checkpoint
 from suture.errors import ConfigError, unknown_name
-from suture.storage.atomic import new_file
+from suture.storage.atomic import write_bytes
 
 Granularity = str | Sequence[str] | Mapping[str, str]
 
@@ -127,8 +127,7 @@ def save_coefficients(coefficients: Coefficients, path: str | os.PathLike[str]) 
         np.save(buffer, values.numpy())
     else:
         raise _unknown_suffix(path)
-    with new_file(path, buffer.getbuffer().nbytes) as descriptor, os.fdopen(os.dup(descriptor), "wb") as file:
-        file.write(buffer.getbuffer())
+    write_bytes(path, buffer.getbuffer())
 
 
 def load_coefficients(source: Any, arrangement: Layout) -> Tensor:

@@ -1,4 +1,4 @@
-"""What went into a run: versions, and the sha256 of every input file, remembered between runs."""
+"""Provenance of a result: versions, and the sha256 of every input file, remembered between runs."""
 
 import contextlib
 import hashlib
@@ -16,8 +16,8 @@ from torch import Tensor
 
 from suture.checkpoints.checkpoint import Checkpoint
 from suture.core.names import short
-from suture.errors import refusal
-from suture.storage.atomic import partial_path
+from suture.errors import OutputError, refusal
+from suture.storage.atomic import write_text
 from suture.storage.cache import cache_directory
 
 PROVENANCE = "suture_merge.json"  # beside the weights of a merge of files
@@ -40,16 +40,19 @@ def file_sha256(path: str | os.PathLike[str]) -> str:
     """The sha256 of a file in hex, from the cache if path, size and time of change are those of before."""
     path = Path(path).absolute()
     try:
-        state = path.stat()
-        known = _known().get(str(path))
-        if isinstance(known, list) and known[:2] == [state.st_size, state.st_mtime_ns]:
-            return known[2]
+        state = _state(path)
+        match _known().get(str(path)):
+            case [size, changed, str(digest)] if [size, changed] == state:
+                return digest
         with path.open("rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
+        unchanged = _state(path) == state
     except OSError as error:
         raise refusal(path, f"cannot be read: {error.strerror or error}", "check that it still exists") from error
-    if time.time_ns() - state.st_mtime_ns > _SETTLED:
-        _remember(str(path), [state.st_size, state.st_mtime_ns, digest])
+    if not unchanged:
+        raise refusal(path, "changed while it was read", "leave it alone while it is in use, and run again")
+    if time.time_ns() - state[1] > _SETTLED:
+        _remember(str(path), [*state, digest])
     return digest
 
 
@@ -61,6 +64,12 @@ def content_hash(tensors: Mapping[str, Tensor]) -> str:
         digest.update(json.dumps([name, short(tensor.dtype), list(tensor.shape)]).encode())
         digest.update(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
+
+
+def _state(path: Path) -> list[int]:
+    """Size in bytes and time of the last change in ns."""
+    state = path.stat()
+    return [state.st_size, state.st_mtime_ns]
 
 
 def _fingerprint(checkpoint: Checkpoint) -> dict[str, Any]:
@@ -83,19 +92,12 @@ def _cache_file() -> Path:
 def _known() -> dict[str, Any]:
     try:
         known = json.loads(_cache_file().read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return known if isinstance(known, dict) else {}
 
 
 def _remember(path: str, entry: list[Any]) -> None:
     """Add to the cache; a cache that cannot be written costs time, not the run."""
-    file = _cache_file()
-    partial = partial_path(file)
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_text(json.dumps(_known() | {path: entry}), encoding="utf-8")
-        os.replace(partial, file)
-    except OSError:
-        with contextlib.suppress(OSError):
-            partial.unlink()
+    with contextlib.suppress(OutputError):
+        write_text(_cache_file(), json.dumps(_known() | {path: entry}))

@@ -1,4 +1,4 @@
-"""Write results so that a kill at any moment leaves the old file or the whole new one, never a part of it."""
+"""Writing checkpoints: the new file appears whole, or the old one stays."""
 
 import json
 import mmap
@@ -15,11 +15,10 @@ from suture.checkpoints.opening import Source, open_checkpoint
 from suture.checkpoints.safetensors_files import ALIASES_KEY
 from suture.core.names import short
 from suture.errors import output_refusal, shown
-from suture.storage.atomic import disk_errors, new_file
+from suture.storage.atomic import disk_errors, new_file, write_at
 
 _CODES = {dtype: code for code, dtype in DTYPES.items()}
 _ALIGNMENT = 64
-_STALE = 60.0  # seconds
 
 
 def save_checkpoint(tensors: Source, path: str | os.PathLike[str], metadata: Mapping[str, str] | None = None) -> None:
@@ -62,7 +61,7 @@ def allocate_checkpoint(
     size = len(header) + sum(spec.nbytes for spec in stored.values())
     with new_file(path, size) as descriptor:
         with disk_errors(path):
-            os.pwrite(descriptor, header, 0)
+            write_at(descriptor, memoryview(header), 0)
             mapping = mmap.mmap(descriptor, size)
         tensors = {name: _view(mapping, offsets[name], spec) for name, spec in stored.items()}
         yield tensors | {alias: tensors[name] for alias, name in aliases.items()}

@@ -3,7 +3,6 @@
 import json
 from collections.abc import Mapping
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 from suture.cli.grammar import Request, shipped_pools
@@ -90,12 +89,10 @@ def merge(request: Request) -> Answer:
 
     check_overrides([word for word in request.words if not _is_path(word)], request.verb.configuration)
     result = merge_configured(config.compose_merging(request.words))
-    if not isinstance(result, Path):
-        print(result)
-        return Answer(asdict(result) | {"seconds": result.seconds}, str(result))
-    finished = result.is_dir()
-    print(f"The merged model is in {result}" if finished else f"This share is done; {result} waits for the others.")
-    return Answer({"output": str(result), "finished": finished}, str(result))
+    print(*(f"note: {note}" for note in result.notes), result, sep="\n")
+    if result.plan is None:
+        return Answer({"output": str(result.output), "finished": result.finished}, str(result.output))
+    return Answer(asdict(result.plan) | {"seconds": result.plan.seconds}, str(result.plan))
 
 
 def _is_path(word: str) -> bool:

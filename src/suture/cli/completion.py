@@ -55,11 +55,11 @@ def _spellings(options: Iterable[Option]) -> list[str]:
 
 def _values_of_keys() -> Iterator[tuple[str, tuple[str, ...]]]:
     """The values of every key that has a closed list of them."""
-    from suture.core.fabric import _LOGGERS, PRECISIONS
-    from suture.file_merge.options import _DTYPES, VOCABULARY
+    from suture.core.fabric import LOGGERS, PRECISIONS
+    from suture.file_merge.options import DTYPES, VOCABULARY
 
-    yield from {"fabric.precision=": PRECISIONS, "fabric.loggers.kind=": _LOGGERS}.items()
-    yield from {"dtype=": _DTYPES, "vocabulary=": VOCABULARY}.items()
+    yield from {"fabric.precision=": PRECISIONS, "fabric.loggers.kind=": LOGGERS}.items()
+    yield from {"dtype=": DTYPES, "vocabulary=": VOCABULARY}.items()
     yield from ((f"{group}=", shipped_pools(group)) for group in ("modelpool", "taskpool"))
     for key in (key for verb in VERBS.values() for key in verb.all_keys):
         if values := tuple(key.values()):

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 _KEYS = ("accelerator", "devices", "strategy", "precision", "num_nodes", "loggers")
-_LOGGERS = ("csv", "tensorboard", "mlflow", "wandb", "none")
+LOGGERS = ("csv", "tensorboard", "mlflow", "wandb", "none")
 PRECISIONS = ("32-true", "bf16-mixed")
 
 
@@ -83,8 +83,8 @@ def check_fabric(config: Mapping[str, Any]) -> None:
     precision, kind = _precision(config), _logger_kind(config)
     if precision not in PRECISIONS:
         raise ConfigError(unknown_name("fabric.precision", precision, PRECISIONS))
-    if kind not in _LOGGERS:
-        raise ConfigError(unknown_name("fabric.loggers.kind", kind, _LOGGERS))
+    if kind not in LOGGERS:
+        raise ConfigError(unknown_name("fabric.loggers.kind", kind, LOGGERS))
 
 
 def make_logger(config: Mapping[str, Any], folder: Path):

@@ -7,7 +7,7 @@ held in memory instead.
 
 import logging
 import math
-import os
+import mmap
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypeVar
@@ -20,7 +20,7 @@ from suture.core.batches import Inputs
 from suture.core.progress import Track, untracked
 from suture.errors import CheckpointError, OutputError
 from suture.families.shared.base import Family
-from suture.storage.atomic import partial_path
+from suture.storage.atomic import new_file
 from suture.storage.cache import cache_directory, digest
 from suture.storage.mapped_file import MappedFile
 from suture.tasks.base import Images, Texts
@@ -69,7 +69,7 @@ def _decoded(family: Family, images: Images, track: Track, description: str) -> 
     if not path.is_file() or path.stat().st_size != math.prod(shape):
         try:
             _fill(path, shape, lambda pixels: family.decode(images, track, description, pixels))
-        except OSError as error:
+        except OutputError as error:
             log.warning("Decoded inputs are held in memory, not in %s: %s", path.parent, error)
             return family.decode(images, track, description)
     return MappedFile(path).tensor(0, math.prod(shape), torch.uint8).view(shape)
@@ -77,12 +77,6 @@ def _decoded(family: Family, images: Images, track: Track, description: str) -> 
 
 def _fill(path: Path, shape: Sequence[int], write: Callable[[Tensor], T]) -> None:
     """Let `write` fill a mapped file that gets its name when it is whole; its space is reserved first."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = partial_path(path)
-    try:
-        with partial.open("wb") as file:
-            os.posix_fallocate(file.fileno(), 0, math.prod(shape))
-        write(torch.from_file(str(partial), shared=True, size=math.prod(shape), dtype=torch.uint8).view(tuple(shape)))
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    size = math.prod(shape)
+    with new_file(path, size) as descriptor:
+        write(torch.frombuffer(mmap.mmap(descriptor, size), dtype=torch.uint8).view(tuple(shape)))

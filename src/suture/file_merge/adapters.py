@@ -16,10 +16,11 @@ from torch import Tensor
 
 from suture.checkpoints import Checkpoint, open_checkpoint, provenance, save_checkpoint
 from suture.checkpoints.adapters import adapter_files, factor_name, module_and_side, scale_of
+from suture.checkpoints.provenance import PROVENANCE
 from suture.errors import ConfigError, IncompatibleModels
 from suture.merging.registry import MergeMethod
 from suture.merging.streams import one_each
-from suture.storage.atomic import new_directory
+from suture.storage.atomic import check_replaceable, new_directory
 
 _LINEAR = ("task_arithmetic", "simple_average")
 Pair = tuple[Float[Tensor, "rows rank"], Float[Tensor, "rank columns"]]
@@ -47,6 +48,7 @@ def merge_adapters(
     `rank` cuts the result; without it the result is exact. Raises `ConfigError` for a method that is not linear and
     `IncompatibleModels` for adapters that hold more than factors, or whose modules have other shapes.
     """
+    check_replaceable(output, overwrite, inputs=models.values())
     adapters = [_open(Path(path), name) for name, path in models.items()]
     factors = _factors(method, method.knobs.validate(knobs), len(adapters))
     modules = sorted({module for adapter in adapters for module in adapter.modules})
@@ -57,12 +59,12 @@ def merge_adapters(
         )
         tensors |= {factor_name(module, "A"): down, factor_name(module, "B"): up}
         ranks[module] = up.shape[1]
-    with new_directory(output, overwrite=overwrite) as folder:
+    with new_directory(output, overwrite=overwrite, inputs=models.values()) as folder:
         save_checkpoint(tensors, folder / "adapter_model.safetensors")
-        config = _configured([adapter.config for adapter in adapters], ranks)
+        config = _merged_config([adapter.config for adapter in adapters], ranks)
         (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n", "utf-8")
         origin = provenance({adapter.weights.label: adapter.weights for adapter in adapters})
-        (folder / "suture_merge.json").write_text(json.dumps(origin, indent=2) + "\n", "utf-8")
+        (folder / PROVENANCE).write_text(json.dumps(origin, indent=2) + "\n", "utf-8")
 
 
 def _open(folder: Path, name: str) -> Adapter:
@@ -118,7 +120,7 @@ def _cut(up: Float[Tensor, "rows whole"], down: Float[Tensor, "whole columns"], 
     return (q_up @ left[:, :rank] * roots).float(), (roots[:, None] * right[:rank] @ q_down.T).float()
 
 
-def _configured(configs: Sequence[Mapping[str, Any]], ranks: Mapping[str, int]) -> dict[str, Any]:
+def _merged_config(configs: Sequence[Mapping[str, Any]], ranks: Mapping[str, int]) -> dict[str, Any]:
     """A configuration under which every module is scaled by 1."""
     if len({bool(config.get("fan_in_fan_out")) for config in configs}) > 1:
         raise IncompatibleModels("fan_in_fan_out differs between the adapters. Remedy: merge adapters of one base.")

@@ -1,5 +1,6 @@
 """The inputs of a merge of files: opened, made to fit one another where that was asked for, and checked."""
 
+import json
 import threading
 from collections.abc import Mapping
 from contextlib import suppress
@@ -10,48 +11,74 @@ from typing import Any
 
 from suture.checkpoints import Checkpoint, content_hash, open_checkpoint, open_fine_tuned, provenance
 from suture.checkpoints.adapters import is_adapter
-from suture.errors import IncompatibleModels, SutureError
-from suture.file_merge.options import Recipe
+from suture.errors import PRETRAINED, IncompatibleModels, SutureError, refusal
+from suture.file_merge.options import MergeOptions
 from suture.file_merge.vocabulary import fit
 from suture.merging.compatibility import compatibility
-
-BASE = "_pretrained_"
 
 
 @dataclass
 class Inputs:
-    """Base and models as they are merged; `opened` are all of them as they are on disk."""
+    """Base and models as they are merged.
+
+    `opened` are all of them as they are on disk, `config` the configuration that goes with the result, if there is one,
+    and `tokenizer` the text of its tokenizer where the vocabulary is a new one.
+    """
 
     base: Checkpoint
     models: Mapping[str, Checkpoint]
     opened: Mapping[str, Checkpoint]
-    config: Mapping[str, Any] = field(default_factory=dict)
+    config: Mapping[str, Any] | None = None
     tokenizer: str | None = None
+    _states: dict[Path, list[int]] = field(default_factory=dict)
     _hashing: threading.Thread | None = None
     _provenance: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self):
+        self._states = {file: _state(file) for c in self.opened.values() for file in c.files}
 
     @property
     def directory(self) -> Path | None:
         """The model directory whose configuration and tokenizer go with the result: the base's, or the first."""
-        return next((c.directory for c in self.opened.values() if c.directory is not None), None)
+        return _directory(self.opened)
+
+    @property
+    def paths(self) -> list[Path]:
+        """The files and directories that the models come from."""
+        directories = [c.directory for c in self.opened.values() if c.directory is not None]
+        return [*directories, *self._states]
 
     def let_go(self) -> None:
         """Forget the pages of the files that were read; what is read again comes from the system's cache."""
         for checkpoint in self.opened.values():
             checkpoint.let_go()
 
-    def work(self, recipe: Recipe) -> dict[str, Any]:
+    def check_unchanged(self) -> None:
+        """Refuse inputs that were written to or replaced since they were opened (`CheckpointError`)."""
+        for file, state in self._states.items():
+            if _state(file) != state:
+                problem = "changed while it was merged, so that the result would be of neither version"
+                raise refusal(file, problem, "leave it alone during the merge, and merge again")
+
+    def work(self, options: MergeOptions) -> dict[str, Any]:
         """All that decides the result, and nothing else."""
+        device = options.device.partition(":")[0]
         return {
-            "inputs": {label: _identity(checkpoint) for label, checkpoint in self.opened.items()},
-            "method": recipe.method.name,
-            "settings": _plain(recipe.translation.told if recipe.translation else recipe.settings),
-            "dtype": str(recipe.dtype).removeprefix("torch.") if recipe.dtype else None,
-            "shard_size": recipe.shard_size,
-            "vocabulary": recipe.vocabulary,
-            "allow_non_finite": list(recipe.allow_non_finite),
+            "inputs": {label: self._identity(checkpoint) for label, checkpoint in self.opened.items()},
+            "method": options.method.name,
+            "settings": _plain(options.translation.content if options.translation else options.knobs),
+            "dtype": str(options.dtype).removeprefix("torch.") if options.dtype else None,
+            "shard_size": options.shard_size,
+            "vocabulary": options.vocabulary,
+            "allow_non_finite": list(options.allow_non_finite),
             "suture": version("suture"),
-        } | ({} if recipe.device == "cpu" else {"device": recipe.device.partition(":")[0]})  # another rounding of sums
+        } | ({} if device == "cpu" else {"device": device})  # a device rounds sums otherwise
+
+    def _identity(self, checkpoint: Checkpoint) -> Any:
+        """Files by path, size and time of change; what is in memory by its content."""
+        if not checkpoint.files:
+            return content_hash(checkpoint)
+        return [[str(file.absolute()), *self._states[file][:2]] for file in checkpoint.files]
 
     def hash_beside(self) -> None:
         """Begin to hash the input files on a thread of its own."""
@@ -70,14 +97,22 @@ class Inputs:
         return self._provenance or provenance(self.opened)
 
 
-def open_inputs(recipe: Recipe) -> Inputs:
+def open_inputs(options: MergeOptions) -> Inputs:
     """Open all, from headers alone; raises `CheckpointError`, and `IncompatibleModels` for what does not fit."""
-    base = open_checkpoint(_not_an_adapter(recipe.base), label=BASE)
-    models = {name: open_fine_tuned(model, base, label=name) for name, model in recipe.models.items()}
-    fitted = fit(base, models, recipe.vocabulary)
-    inputs = Inputs(fitted.base, fitted.models, {BASE: base, **models}, fitted.config, fitted.tokenizer)
-    how = {"frozen": recipe.frozen, "mixed_dtypes": recipe.mixed_dtypes, "by_row": recipe.vocabulary != "refuse"}
-    problems = compatibility(inputs.base, inputs.models, **how)
+    base = open_checkpoint(_not_an_adapter(options.base), label=PRETRAINED)
+    models = {name: open_fine_tuned(model, base, label=name) for name, model in options.models.items()}
+    opened = {PRETRAINED: base, **models}
+    config = _read_config(_directory(opened))
+    fitted = fit(base, models, options.vocabulary)
+    config = None if config is None else {**config, **fitted.config}
+    inputs = Inputs(fitted.base, fitted.models, opened, config, fitted.tokenizer)
+    problems = compatibility(
+        inputs.base,
+        inputs.models,
+        frozen=options.frozen,
+        mixed_dtypes=options.mixed_dtypes,
+        by_row=options.vocabulary != "refuse",
+    )
     if problems:
         more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
         raise IncompatibleModels(problems[0] + more)
@@ -90,12 +125,33 @@ def _not_an_adapter(base: Any) -> Any:
     return base
 
 
-def _identity(checkpoint: Checkpoint) -> Any:
-    """Files by path, size and time of change; what is in memory by its content."""
-    if not checkpoint.files:
-        return content_hash(checkpoint)
-    states = [(str(path.absolute()), path.stat()) for path in checkpoint.files]
-    return [[path, state.st_size, state.st_mtime_ns] for path, state in states]
+def _directory(opened: Mapping[str, Checkpoint]) -> Path | None:
+    return next((c.directory for c in opened.values() if c.directory is not None), None)
+
+
+def _read_config(directory: Path | None) -> dict[str, Any] | None:
+    """A model directory's config.json; raises `CheckpointError` for one that does not hold a configuration."""
+    if directory is None or not (path := directory / "config.json").exists():
+        return None
+    remedy = "download it again, or give the weights' file from a folder without it"
+    try:
+        config = json.loads(path.read_text("utf-8"))
+    except OSError as error:
+        raise refusal(path, f"cannot be read: {error.strerror or error}", remedy) from None
+    except (ValueError, RecursionError):
+        raise refusal(path, "is not valid JSON", remedy) from None
+    if not isinstance(config, dict):
+        raise refusal(path, f"holds {type(config).__name__}, not a configuration", remedy)
+    return config
+
+
+def _state(file: Path) -> list[int]:
+    """Size, time of change in ns, and the file's number on its disk."""
+    try:
+        state = file.stat()
+    except OSError as error:
+        raise refusal(file, f"cannot be read: {error.strerror or error}", "check that it still exists") from None
+    return [state.st_size, state.st_mtime_ns, state.st_ino]
 
 
 def _plain(value: Any) -> Any:

@@ -1,8 +1,8 @@
-"""Merge files: tensor by tensor from the mapped inputs into the shards of a working folder, until all is there."""
+"""One process of a file merge: tensor by tensor from the mapped inputs into the working folder, until all is there."""
 
+import json
 import math
-import threading
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -16,197 +16,237 @@ from suture.core.progress import bar
 from suture.errors import ConfigError
 from suture.file_merge.adapters import merge_adapters
 from suture.file_merge.inputs import Inputs, open_inputs
-from suture.file_merge.layout import Shard, index, index_path, shards
-from suture.file_merge.options import Recipe
-from suture.file_merge.output import already_there, write_companions
+from suture.file_merge.layout import Shard, index_path, index_text, split_into_shards
+from suture.file_merge.options import MergeOptions
+from suture.file_merge.output import write_companions
 from suture.file_merge.sharing import SharedStream
-from suture.file_merge.tensor_knobs import Rules
-from suture.file_merge.workspace import Digests, Finished, WorkingFolder, bytes_of
+from suture.file_merge.tensor_knobs import TensorKnobs
+from suture.file_merge.workspace import Digests, TensorRecord, WorkingFolder, bytes_of, damaged, recorded_work
 from suture.merging.merge import Merging
 from suture.merging.methods.ties_merging import TiesStatistic
 from suture.merging.overflow import refuse_overflow
 from suture.merging.task_vectors import Piece, TaskVectors, chunk_for, memory_of
+from suture.storage.atomic import check_replaceable
 
 _WIDER = "choose a wider dtype or smaller coefficients, or allow it by name with allow_non_finite=[NAME]"
 
 
 @dataclass
 class Job:
-    """One merge of files by one process: what it was told, and its opened inputs."""
+    """One merge of files by one process: its options, and what is opened for it when it is asked for."""
 
-    recipe: Recipe
+    options: MergeOptions
     _digests: dict[str, Digests] = field(default_factory=dict)
-    _lock: Any = field(default_factory=threading.Lock)
 
     @cached_property
     def inputs(self) -> Inputs:
         """The opened models, made to fit one another."""
-        return open_inputs(self.recipe)
+        return open_inputs(self.options)
 
     @cached_property
     def vectors(self) -> TaskVectors:
         """The opened models, with threads and slices that keep the memory's ceiling."""
-        recipe = self.recipe
+        options = self.options
         count = len(self.inputs.models)
-        threads, chunk = chunk_for(recipe.memory, recipe.method, count, recipe.threads, recipe.device)
-        return TaskVectors(self.inputs.base, self.inputs.models, recipe.frozen, threads, chunk, recipe.device)
+        threads, chunk = chunk_for(options.memory, options.method, count, options.threads, options.device)
+        return TaskVectors(self.inputs.base, self.inputs.models, options.frozen, threads, chunk, options.device)
 
     @cached_property
-    def settings(self) -> Rules:
+    def knobs(self) -> TensorKnobs:
         """The knobs of every tensor."""
-        return self.recipe.rules(self.vectors.names)
+        return self.options.tensor_knobs(self.vectors.names)
 
     @cached_property
     def specs(self) -> dict[str, TensorSpec]:
         """Shape and dtype of every tensor of the result but the tied ones."""
-        dtype = self.recipe.dtype
-        convert = lambda spec: spec._replace(dtype=dtype) if dtype and spec.dtype.is_floating_point else spec
-        return {name: convert(spec) for name, spec in self.vectors.specs.items()}
+        return {name: self._converted(spec) for name, spec in self.vectors.specs.items()}
+
+    def _converted(self, spec: TensorSpec) -> TensorSpec:
+        dtype = self.options.dtype
+        return spec._replace(dtype=dtype) if dtype and spec.dtype.is_floating_point else spec
 
     @cached_property
     def shards(self) -> list[Shard]:
         """The files of the result."""
-        return shards(self.specs, self.inputs.base.aliases, self.recipe.shard_size)
+        return split_into_shards(self.specs, self.inputs.base.aliases, self.options.shard_size)
 
     @cached_property
     def folder(self) -> WorkingFolder:
         """Where the result is made."""
-        return WorkingFolder(self.recipe.output, self.shards, self.recipe.part)
+        return WorkingFolder(self.options.output, self.shards, self.options.part)
 
     @cached_property
     def merging(self) -> Merging:
         """The method, writing into the folder."""
-        allowed = self.recipe.may_be_non_finite
-        return Merging(self.vectors, self.recipe.method, self.settings.knobs_of, self._write, allowed)
+        allowed = self.options.may_be_non_finite
+        return Merging(self.vectors, self.options.method, self.knobs.knobs_of, self._write, allowed)
 
     def run(self) -> bool:
         """Merge what is left of this process's share, and publish if nothing is missing; whether it is published."""
-        if self.recipe.adapters:
+        if self.options.adapters:
             return self._merge_adapters()
-        work = self.inputs.work(self.recipe)
-        if already_there(self.recipe, work):
+        work = self.inputs.work(self.options)
+        if self._already_there(work):
             return True
         self._check()
-        if self.recipe.part[0] == 1:
+        if self.options.part[0] == 1:
             self.inputs.hash_beside()
         with self.folder.open(work), self.vectors.workers():
             self._merge_share()
-            self.folder.sync()
+            self.inputs.check_unchanged()
+            self.folder.record_synced()
             with suppress(FileNotFoundError), self.folder.alone():
                 if self.folder.model.exists():
                     return self._finish(work)
-        return not self.folder.path.exists() and self.recipe.output.exists()  # another process has published it
+        return not self.folder.path.exists() and self.options.output.exists()  # another process has published it
+
+    def _already_there(self, work: Mapping[str, Any]) -> bool:
+        """Whether the output is the result of this very merge; `OutputError` if it may not be replaced."""
+        if recorded_work(self.options.output) == _as_json(work):
+            if self.folder.path.exists():  # a kill after the result got its name
+                self.folder.discard()
+            return True
+        check_replaceable(self.options.output, self.options.overwrite, inputs=self.inputs.paths)
+        return False
 
     def _merge_adapters(self) -> bool:
-        recipe = self.recipe
-        paths = {name: str(source) for name, source in recipe.models.items()}
-        options = {"rank": recipe.rank, "overwrite": recipe.overwrite}
-        merge_adapters(paths, recipe.method, recipe.settings, recipe.output, **options)
+        options = self.options
+        paths = {name: str(source) for name, source in options.models.items()}
+        choices = {"rank": options.rank, "overwrite": options.overwrite}
+        merge_adapters(paths, options.method, options.knobs, options.output, **choices)
         return True
 
     def share(self) -> list[str]:
         """The tensors of this process: every n-th by size, so that the shares take about the same time."""
-        i, n = self.recipe.part
+        i, n = self.options.part
         return sorted(self.specs, key=lambda name: (-self.specs[name].nbytes, name))[i - 1 :: n]
 
     def _check(self) -> None:
-        method, vectors = self.recipe.method, self.vectors
+        method, vectors = self.options.method, self.vectors
         if problem := method.check_number(len(self.inputs.models)):
             raise ConfigError(problem)
         widest = max(map(vectors.row_width, vectors.names), default=0) if method.whole_rows else 0
         if widest > vectors.chunk:
             least = math.ceil(memory_of(method, len(vectors.models), 1, widest) / 1e6)
             raise ConfigError(
-                f"memory={self.recipe.memory} is too little for rows of {widest} entries. "
+                f"memory={self.options.memory} is too little for rows of {widest} entries. "
                 f"Remedy: give {least}MB or more."
             )
-        self.settings.check()
+        self.knobs.check()
 
     def _merge_share(self) -> None:
+        """Merge what no process has finished, and read back all tensors of the share."""
         share = set(self.share())
-        finished, sure = self.folder.finished()
-        doubtful = [name for name in finished if name in share - sure]
-        whole = {name for name in doubtful if self.folder.is_whole(finished[name])}
-        for name in whole:
-            self.folder.record(finished[name])
-        left = [name for name in self.folder.places if name in share - sure - whole]
+        records, synced = self.folder.records()
+        earlier = [record for name, record in records.items() if name in share]
+        intact = {record.name for record, whole in self._read_back(earlier) if whole}
+        for name in intact - synced:
+            self.folder.record(records[name])
+        left = [name for name in self.folder.locations if name in share - intact]
         if any(name in self.vectors.names for name in left):
             self._gather()
         with bar("merging", len(left)) as advance:
+            written = []
             for name in left:
-                self._merge_one(name)
+                written.append(self._merge_one(name))
                 advance(1)
+        self.folder.sync_files()
+        self._verify(written)
+
+    def _read_back(self, records: Iterable[TensorRecord]) -> Iterable[tuple[TensorRecord, bool]]:
+        """Each record, and whether the tensor in the file is the one that was written."""
+        with self.vectors.workers() as pool:
+            records = list(records)
+            return zip(records, list(pool.map(self.folder.is_intact, records)), strict=True)
+
+    def _verify(self, records: Iterable[TensorRecord]) -> None:
+        for record, whole in self._read_back(records):
+            if not whole:
+                raise damaged(self.folder.model / self.folder.locations[record.name].file, f"'{record.name}'")
 
     def _gather(self) -> None:
-        """What the method must know of the whole model: as it was found before, or anew."""
+        """What the method must know of the whole model: as it was saved before, or anew."""
         if not self.merging.whole_model():
             return
-        if known := self.folder.statistic():
-            thresholds = torch.tensor(known["thresholds"], dtype=getattr(torch, known["dtype"]))
-            self.merging.statistic = TiesStatistic(thresholds, known["majority"])
+        if saved := self.folder.statistic():
+            thresholds = torch.tensor(saved["thresholds"], dtype=getattr(torch, saved["dtype"]))
+            self.merging.statistic = TiesStatistic(thresholds, saved["majority"])
             return
-        alone = self.recipe.part[1] == 1
-        self.merging.gather(None if alone else SharedStream(self.vectors, self.recipe.method.operand, self.folder))
-        found = self.merging.statistic
-        dtype = str(found.thresholds.dtype).removeprefix("torch.")
+        alone = self.options.part[1] == 1
+        self.merging.gather(None if alone else SharedStream(self.vectors, self.options.method.operand, self.folder))
+        statistic = self.merging.statistic
+        dtype = str(statistic.thresholds.dtype).removeprefix("torch.")
         self.folder.save_statistic(
-            {"thresholds": found.thresholds.tolist(), "dtype": dtype, "majority": found.majority}
+            {"thresholds": statistic.thresholds.tolist(), "dtype": dtype, "majority": statistic.majority}
         )
 
-    def _merge_one(self, name: str) -> None:
+    def _merge_one(self, name: str) -> TensorRecord:
         self._digests[name] = Digests()
-        pieces = self.vectors.pieces(name, rows=self.recipe.method.whole_rows)
+        pieces = self.vectors.pieces(name, rows=self.options.method.whole_rows)
+        votes = None
         if name in self.vectors.names:
             votes = self.merging.tensor(name)
         else:
-            votes = None
-            self._keep(pieces)
+            self._copy_from_base(pieces)
         unit = pieces[0].stop if pieces else 1
-        finished = Finished(name, unit, self._digests.pop(name).hexdigest())
+        record = TensorRecord(name, unit, self._digests.pop(name).hexdigest())
         if votes is not None:
-            finished = replace(finished, votes=votes.count, waiting=[piece.start for piece in votes.waiting])
+            record = replace(record, votes=votes.count, waiting=[piece.start for piece in votes.waiting])
         self.folder.start_writing_out(name)
-        self.folder.record(finished)
+        self.folder.record(record)
         self.inputs.let_go()
+        return record
 
-    def _keep(self, pieces: Sequence[Piece]) -> None:
+    def _copy_from_base(self, pieces: Sequence[Piece]) -> None:
         for piece in pieces:
             self._write(piece, self.inputs.base.flat(piece.name)[piece.start : piece.stop])
 
     def _write(self, piece: Piece, merged: Tensor) -> None:
         """Convert, check and write some entries; called on several threads."""
         part = merged.to(self.specs[piece.name].dtype)
-        if part.dtype.is_floating_point and not self.recipe.may_be_non_finite(piece.name):
+        if part.dtype.is_floating_point and not self.options.may_be_non_finite(piece.name):
             refuse_overflow(piece.name, merged, part, start=piece.start, remedy=_WIDER)
         data = bytes_of(part.cpu())
         self.folder.write(piece.name, piece.start, data)
-        if piece.name in self._digests:
-            digests = self._digests[piece.name]
-            digests.add(piece.start, data)
+        self._digests[piece.name].add(piece.start, data)
 
-    def _finish(self, work: dict[str, Any]) -> bool:
+    def _finish(self, work: Mapping[str, Any]) -> bool:
         """Settle what waited for all tensors, then publish; False if another process has still to do its share."""
-        finished, sure = self.folder.finished()
-        if set(finished) != set(self.specs) or not set(finished) <= sure:
+        records, synced = self.folder.records()
+        if set(records) != set(self.specs) or not set(records) <= synced:
             return False
-        self._settle(finished)
+        self._settle(records)
         if len(self.shards) > 1:
-            index_path(self.folder.model).write_text(index(self.shards), "utf-8")
-        write_companions(self.folder.model, self.recipe, self.inputs, self.specs, work)
-        self.folder.publish(self.recipe.overwrite)
+            index_path(self.folder.model).write_text(index_text(self.shards), "utf-8")
+        write_companions(self.folder.model, self.options, self.inputs, self.specs, work)
+        self.folder.check_headers()
+        self.inputs.check_unchanged()
+        self.folder.publish(self.options.overwrite, self.inputs.paths)
         return True
 
-    def _settle(self, finished: dict[str, Finished]) -> None:
-        waiting = [found for found in finished.values() if found.waiting]
+    def _settle(self, records: Mapping[str, TensorRecord]) -> None:
+        """Merge anew the slices whose columns cancel, now that the votes of all tensors are counted."""
+        waiting = [record for record in records.values() if record.waiting]
         if not waiting:
             return
         self._gather()
-        self.merging.settle(sum(found.votes for found in finished.values()))
-        for found in waiting:
-            numel = self.specs[found.name].numel
-            pieces = [Piece(found.name, start, min(start + found.unit, numel)) for start in found.waiting]
-            if self.merging.again(pieces):
-                self.inputs.let_go()
-            digest = self.folder.digest(found.name, found.unit)
-            self.folder.record(replace(found, sha256=digest, waiting=()))
-        self.folder.sync()
+        self.merging.settle(sum(record.votes for record in records.values()))
+        settled = [self._settle_one(record) for record in waiting]
+        self.folder.sync_files()
+        self._verify(settled)
+        self.folder.record_synced()
+
+    def _settle_one(self, record: TensorRecord) -> TensorRecord:
+        numel = self.specs[record.name].numel
+        pieces = [Piece(record.name, start, min(start + record.unit, numel)) for start in record.waiting]
+        digests = self._digests[record.name] = self.folder.digests(record.name, record.unit)
+        if self.merging.again(pieces):
+            self.inputs.let_go()
+        del self._digests[record.name]
+        settled = replace(record, sha256=digests.hexdigest(), waiting=())
+        self.folder.record(settled)
+        return settled
+
+
+def _as_json(work: Mapping[str, Any]) -> Any:
+    return json.loads(json.dumps(work))

@@ -1,4 +1,4 @@
-"""Where every tensor of the result lies: shards of a bounded size, and their index."""
+"""Layout of the result: shards of a bounded size, and their index."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -12,8 +12,8 @@ from suture.checkpoints.writing import safetensors_header
 _NAME = "model"
 
 
-class Place(NamedTuple):
-    """A tensor of the result: its file, its first byte there, its shape and dtype."""
+class Location(NamedTuple):
+    """Where a tensor of the result lies: its file, its first byte there, its shape and dtype."""
 
     file: str
     begin: int
@@ -26,47 +26,52 @@ class Shard(NamedTuple):
     file: str
     header: bytes
     size: int
-    places: Mapping[str, Place]
+    locations: Mapping[str, Location]
 
 
-def shards(specs: Mapping[str, TensorSpec], aliases: Mapping[str, str], shard_size: int) -> list[Shard]:
+def split_into_shards(specs: Mapping[str, TensorSpec], aliases: Mapping[str, str], shard_size: int) -> list[Shard]:
     """The files of a checkpoint, each at most `shard_size` bytes of tensors unless one tensor is larger.
 
     One file is called model.safetensors; several model-00001-of-0000N.safetensors.
     """
     groups: list[list[str]] = [[]]
     size = 0
-    for name in sorted(specs, key=_in_order):
+    for name in sorted(specs, key=_sort_key):
         if groups[-1] and size + specs[name].nbytes > shard_size:
             groups.append([])
             size = 0
         groups[-1].append(name)
         size += specs[name].nbytes
-    count = len(groups)
-    file = lambda i: f"{_NAME}-{i:05d}-of-{count:05d}.safetensors" if count > 1 else f"{_NAME}.safetensors"
-    return [_shard(file(i), {n: specs[n] for n in names}, aliases) for i, names in enumerate(groups, start=1)]
+    return [
+        _shard(_file_name(i, len(groups)), {name: specs[name] for name in names}, aliases)
+        for i, names in enumerate(groups, start=1)
+    ]
 
 
-def index(found: Sequence[Shard]) -> str:
+def index_text(shards: Sequence[Shard]) -> str:
     """The text of model.safetensors.index.json."""
-    places = {name: place for shard in found for name, place in shard.places.items()}
-    total = sum(place.spec.nbytes for place in places.values())
-    weight_map = {name: places[name].file for name in sorted(places, key=_in_order)}
+    locations = {name: location for shard in shards for name, location in shard.locations.items()}
+    total = sum(location.spec.nbytes for location in locations.values())
+    weight_map = {name: locations[name].file for name in sorted(locations, key=_sort_key)}
     return json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=2) + "\n"
 
 
 def index_path(folder: Path) -> Path:
-    """The index's place in a model directory."""
+    """The path of the index in a model directory."""
     return folder / f"{_NAME}.safetensors{INDEX_SUFFIX}"
+
+
+def _file_name(i: int, count: int) -> str:
+    return f"{_NAME}-{i:05d}-of-{count:05d}.safetensors" if count > 1 else f"{_NAME}.safetensors"
 
 
 def _shard(file: str, specs: Mapping[str, TensorSpec], aliases: Mapping[str, str]) -> Shard:
     tied = {alias: name for alias, name in aliases.items() if name in specs}
     header, begins = safetensors_header(specs, Path(file), {"format": "pt"}, tied)
-    places = {name: Place(file, begins[name], spec) for name, spec in specs.items()}
-    return Shard(file, header, len(header) + sum(spec.nbytes for spec in specs.values()), places)
+    locations = {name: Location(file, begins[name], spec) for name, spec in specs.items()}
+    return Shard(file, header, len(header) + sum(spec.nbytes for spec in specs.values()), locations)
 
 
-def _in_order(name: str) -> list[tuple[int, str]]:
+def _sort_key(name: str) -> list[tuple[int, str]]:
     """Layer 2 before layer 10."""
-    return [(int(part), "") if part.isdecimal() else (-1, part) for part in name.split(".")]
+    return [(int(part), "") if part.isdecimal() and len(part) < 20 else (-1, part) for part in name.split(".")]

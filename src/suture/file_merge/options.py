@@ -1,36 +1,43 @@
-"""What a merge of files is told, checked for what can be checked without opening one."""
+"""Options of a file merge, checked for all that can be checked before a file is opened."""
 
+import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from suture.checkpoints import Source
 from suture.checkpoints.adapters import is_adapter
-from suture.errors import ConfigError, unknown_name
-from suture.file_merge.tensor_knobs import Rules, settings
+from suture.errors import ConfigError, shown, unknown_name
+from suture.file_merge.tensor_knobs import TensorKnobs, tensor_knobs
 from suture.merging.registry import MergeMethod, get_method
 
+if TYPE_CHECKING:
+    from suture.file_merge.mergekit.translation import Translation
+
 VOCABULARY = ("refuse", "base", "crop", "pad", "union")
-_DTYPES = ("bfloat16", "float16", "float32", "float64")
-_DIGITS = 30  # of a size
+DTYPES = ("bfloat16", "float16", "float32", "float64")
 _MOST_THREADS = 4096
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
 
 @dataclass(frozen=True)
-class Recipe:
-    """Which models are merged, how, and where the result goes. `settings` are the method's knobs, see `Settings`."""
+class MergeOptions:
+    """Which models are merged, how, and where the result goes.
+
+    `knobs` are the method's, as they were given (see `tensor_knobs`), `part` is (i, n) for the i-th of n shares, and
+    `command` is the command line to record, if there was one.
+    """
 
     base: Source | None
     models: Mapping[str, Source]
     method: MergeMethod
     output: Path
-    settings: Mapping[str, Any] = field(default_factory=dict)
+    knobs: Mapping[str, Any] = field(default_factory=dict)
     dtype: torch.dtype | None = None
     shard_size: int = 5 * 10**9
     memory: int = 300 * 10**6
@@ -42,63 +49,14 @@ class Recipe:
     mixed_dtypes: bool = False
     overwrite: bool = False
     rank: int | None = None
-    translation: Any = None
+    translation: "Translation | None" = None
+    command: str | None = None
 
-    @classmethod
-    def of(
-        cls,
-        base: Source | None,
-        models: Mapping[str, Source] | Sequence[Source],
-        method: str,
-        output: str | Path,
-        *,
-        settings: Mapping[str, Any],
-        dtype: torch.dtype | str | None = None,
-        shard_size: int | str = "5GB",
-        memory: int | str = "300MB",
-        device: str = "cpu",
-        shard: str | None = None,
-        vocabulary: str = "refuse",
-        allow_non_finite: Sequence[str] | str = (),
-        **rest: Any,
-    ) -> "Recipe":
-        """Read what people write; raises `ConfigError` for the first value that does not fit."""
-        if not isinstance(models, Mapping):
-            models = {f"model_{i}": model for i, model in enumerate(models, start=1)}
-        if not models:
-            raise ConfigError("There is no model to merge. Remedy: give models.NAME=PATH at least once.")
-        chosen = get_method(method)
-        only_adapters = base is None and all(map(is_adapter, models.values()))
-        if not only_adapters:
-            base, models = _with_base(base, models, chosen)
-            _no_rank(rest.get("rank"))
-        for key, least in (("threads", 0), ("rank", 1)):
-            told = rest.get(key)
-            if told is not None and (not isinstance(told, int) or isinstance(told, bool) or told < least):
-                raise ConfigError(f"{key}={told!r}: wanted a whole number, {least} or more.")
-        if (rest.get("threads") or 0) > _MOST_THREADS:
-            raise ConfigError(f"threads={rest['threads']}: wanted at most {_MOST_THREADS}.")
-        if vocabulary not in VOCABULARY:
-            raise ConfigError(unknown_name("vocabulary", vocabulary, VOCABULARY))
-        return cls(
-            base=base,
-            models=models,
-            method=chosen,
-            output=Path(output),
-            settings=settings,
-            dtype=_dtype(dtype),
-            shard_size=size("shard_size", shard_size),
-            memory=size("memory", memory),
-            device=_device(device),
-            part=_part(shard),
-            vocabulary=vocabulary,
-            allow_non_finite=_patterns(allow_non_finite),
-            **rest,
-        )
-
-    def rules(self, names: Sequence[str]) -> Rules:
+    def tensor_knobs(self, names: Sequence[str]) -> TensorKnobs:
         """The knobs of every tensor."""
-        return self.translation.rules(names) if self.translation else settings(self.method, self.settings, names)
+        if self.translation is not None:
+            return self.translation.tensor_knobs(names)
+        return tensor_knobs(self.method, self.knobs, names)
 
     @property
     def adapters(self) -> bool:
@@ -107,36 +65,86 @@ class Recipe:
 
     @property
     def frozen(self) -> Sequence[str]:
-        """The tensors that stay at the base."""
-        return tuple(self.settings.get("remove_keys", ()))
+        """Patterns of the tensors that stay at the base."""
+        return tuple(self.knobs.get("remove_keys") or ())
 
     def may_be_non_finite(self, name: str) -> bool:
         """Whether NaN and Inf are allowed in a tensor."""
         return any(fnmatchcase(name, pattern) for pattern in self.allow_non_finite)
 
 
-def size(key: str, told: int | str) -> int:
+def read_options(
+    base: Source | None,
+    models: Mapping[str, Source] | Sequence[Source],
+    method: str,
+    output: str | Path,
+    *,
+    knobs: Mapping[str, Any],
+    dtype: torch.dtype | str | None = None,
+    shard_size: int | str = "5GB",
+    memory: int | str = "300MB",
+    threads: int = 0,
+    device: str = "cpu",
+    shard: str | None = None,
+    vocabulary: str = "refuse",
+    allow_non_finite: Sequence[str] | str = (),
+    rank: int | None = None,
+    **rest: Any,
+) -> MergeOptions:
+    """Options from what people write; raises `ConfigError` for the first value that does not fit."""
+    chosen = get_method(method)
+    base, models = _sources(base, models, chosen, rank)
+    if vocabulary not in VOCABULARY:
+        raise ConfigError(unknown_name("vocabulary", shown(vocabulary), VOCABULARY))
+    _names("method.remove_keys", knobs.get("remove_keys"))
+    for key in ("mixed_dtypes", "overwrite"):
+        if not isinstance(rest.get(key, False), bool):
+            raise ConfigError(f"{key}={shown(rest[key])}: wanted true or false.")
+    return MergeOptions(
+        base=base,
+        models=models,
+        method=chosen,
+        output=_output(output),
+        knobs=knobs,
+        dtype=_dtype(dtype),
+        shard_size=parse_size("shard_size", shard_size),
+        memory=parse_size("memory", memory),
+        threads=_whole_number("threads", threads, 0, _MOST_THREADS),
+        device=_device(device),
+        part=_part(shard),
+        vocabulary=vocabulary,
+        allow_non_finite=_names("allow_non_finite", allow_non_finite),
+        rank=None if rank is None else _whole_number("rank", rank, 1, 2**31),
+        **rest,
+    )
+
+
+def parse_size(key: str, value: int | str) -> int:
     """A number of bytes from a number or a text such as 5GB (10⁹) or 512MB.
 
-    >>> size("shard_size", "1.5GB")
+    >>> parse_size("shard_size", "1.5GB")
     1500000000
     """
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?B|)\s*", str(told).upper())
-    if match is None or len(match[1]) > _DIGITS or float(match[1]) * _UNITS[match[2]] < 1:
-        raise ConfigError(f"{key}={told!r} is no size. Remedy: give a number of bytes, or one with kB, MB, GB or TB.")
+    match = re.fullmatch(r"\s*([0-9]{1,15}(?:\.[0-9]{1,15})?)\s*([KMGT]?B|)\s*", str(value).upper()[:40])
+    if match is None or float(match[1]) * _UNITS[match[2]] < 1:
+        problem = f"{key}={shown(repr(value))} is no size"
+        raise ConfigError(f"{problem}. Remedy: give a number of bytes, or one with kB, MB, GB or TB.")
     return int(float(match[1]) * _UNITS[match[2]])
 
 
-def _patterns(value: Any) -> tuple[str, ...]:
-    patterns = (value,) if isinstance(value, str) else value
-    if not isinstance(patterns, list | tuple) or not all(isinstance(pattern, str) for pattern in patterns):
-        raise ConfigError(f"allow_non_finite={value!r}: wanted names of tensors, such as ['*.running_var'].")
-    return tuple(patterns)
-
-
-def _no_rank(rank: int | None) -> None:
+def _sources(
+    base: Source | None, models: Any, method: MergeMethod, rank: int | None
+) -> tuple[Source | None, Mapping[str, Source]]:
+    """Base and models by name; no base where all models are adapters that become one adapter."""
+    if isinstance(models, Sequence) and not isinstance(models, str):
+        models = {f"model_{i}": model for i, model in enumerate(models, start=1)}
+    if not isinstance(models, Mapping) or not models:
+        raise ConfigError("There is no model to merge. Remedy: give models.NAME=PATH at least once.")
+    if base is None and all(map(is_adapter, models.values())):
+        return None, models
     if rank is not None:
         raise ConfigError(f"rank={rank} is for merging adapters into one adapter. Remedy: leave out rank, or the base.")
+    return _with_base(base, models, method)
 
 
 def _with_base(
@@ -152,28 +160,50 @@ def _with_base(
     return models[names[0]], {name: models[name] for name in rest}
 
 
-def _dtype(told: torch.dtype | str | None) -> torch.dtype | None:
-    name = str(told).removeprefix("torch.")
-    if told is None:
+def _output(value: Any) -> Path:
+    if not isinstance(value, str | os.PathLike) or not str(value):
+        raise ConfigError(f"output={shown(value)}: wanted the path of a folder for the merged model.")
+    return Path(value)
+
+
+def _whole_number(key: str, value: Any, least: int, most: int) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
+        text = shown(repr(value)) if not isinstance(value, int) or abs(value) < 10**30 else "…"
+        raise ConfigError(f"{key}={text}: wanted a whole number from {least} to {most}.")
+    return value
+
+
+def _names(key: str, value: Any) -> tuple[str, ...]:
+    """A list of names or patterns; one alone may stand for a list."""
+    names = [value] if isinstance(value, str) else value or ()
+    if not isinstance(names, Sequence) or not all(isinstance(name, str) for name in names):
+        raise ConfigError(f"{key}={shown(value)}: wanted a list of names.")
+    return tuple(names)
+
+
+def _dtype(value: torch.dtype | str | None) -> torch.dtype | None:
+    name = shown(value).removeprefix("torch.")
+    if value is None:
         return None
-    if name not in _DTYPES:
-        raise ConfigError(unknown_name("dtype", name, _DTYPES))
+    if name not in DTYPES:
+        raise ConfigError(unknown_name("dtype", name, DTYPES))
     return getattr(torch, name)
 
 
-def _device(told: str) -> str:
-    """`cpu`, `cuda` or `cuda:N`, if this PyTorch finds it."""
-    kind, _, number = str(told).partition(":")
-    if kind not in ("cpu", "cuda") or (number and not number.isdecimal()) or (kind == "cpu" and number):
-        raise ConfigError(f"device={told}: wanted cpu, cuda or cuda:N.")
-    found = torch.cuda.device_count() if kind == "cuda" else 1
-    if int(number or 0) >= found:
-        raise ConfigError(f"device={told}: PyTorch {torch.__version__} finds {found} CUDA devices. Remedy: device=cpu.")
-    return str(told)
+def _device(value: str) -> str:
+    """`cpu`, `cuda` or `cuda:N`, if this PyTorch has it."""
+    match = re.fullmatch(r"cpu|cuda(?::([0-9]{1,4}))?", str(value)[:40])
+    if match is None:
+        raise ConfigError(f"device={shown(value)}: wanted cpu, cuda or cuda:N.")
+    available = torch.cuda.device_count() if match[0] != "cpu" else 1
+    if int(match[1] or 0) >= available:
+        problem = f"device={value}: PyTorch {torch.__version__} finds {available} CUDA devices"
+        raise ConfigError(f"{problem}. Remedy: device=cpu.")
+    return str(value)
 
 
-def _part(told: str | None) -> tuple[int, int]:
-    match = re.fullmatch(r"(\d+)/(\d+)", str(told or "1/1"))
+def _part(shard: str | None) -> tuple[int, int]:
+    match = re.fullmatch(r"([0-9]{1,6})/([0-9]{1,6})", str(shard or "1/1")[:40])
     if match is None or not 1 <= int(match[1]) <= int(match[2]):
-        raise ConfigError(f"shard={told}: wanted i/n with 1 ≤ i ≤ n, such as 2/4.")
+        raise ConfigError(f"shard={shown(shard)}: wanted i/n with 1 ≤ i ≤ n, such as 2/4.")
     return int(match[1]), int(match[2])

@@ -1,23 +1,22 @@
-"""What a merge of files will take: bytes, passes, memory, and the time on this machine, from short measurements."""
+"""The plan of a file merge: bytes, passes, memory, and the time on this machine, from short measurements."""
 
 import os
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from io import FileIO
 from pathlib import Path
 
 from torch import Tensor
 
-from suture.checkpoints import open_checkpoint
+from suture.checkpoints import Checkpoint, open_checkpoint
 from suture.core.names import in_bytes
 from suture.file_merge.job import Job
 from suture.file_merge.workspace import Digests, bytes_of
 from suture.merging.compatibility import spec_of
 from suture.merging.merge import Merging
 from suture.merging.task_vectors import Piece, TaskVectors, memory_of
-from suture.storage.atomic import disk_errors, partial_path
+from suture.storage.atomic import disk_errors, scratch_file, write_at
 
 _PROBE = 1 << 26  # bytes that are read and written to measure the disk
 _PIECES = 24  # slices that are merged to measure the method
@@ -58,18 +57,21 @@ class Plan:
         return "\n".join(lines)
 
 
-def plan(job: Job) -> Plan:
+def make_plan(job: Job) -> Plan:
     """Measure disk and method for about a second each, and say what the share of a job will take.
 
     A probe is written beside the output and removed. Nothing is merged.
     """
     share = set(job.share())
     vectors, whole = job.vectors, job.merging.whole_model()
-    models = list(job.inputs.models.values())
-    read = lambda names: sum(spec_of(m, n).nbytes for m in [job.inputs.base, *models] for n in names if n in m)
+    models = [job.inputs.base, *job.inputs.models.values()]
+
+    def read(names: Iterable[str]) -> int:
+        return sum(spec_of(model, name).nbytes for model in models for name in names if name in model)
+
     merged = [name for name in vectors.names if name in share]
-    before = job.recipe.method.times_read(job.settings.knobs_of(vectors.names[0])) - 1 if whole else 0
-    gathered = before * read(vectors.names) // job.recipe.part[1]  # the processes share it
+    before = job.options.method.times_read(job.knobs.knobs_of(vectors.names[0])) - 1 if whole else 0
+    gathered = before * read(vectors.names) // job.options.part[1]  # the processes share it
     return Plan(
         tensors=len(share),
         parameters=sum(job.specs[name].numel for name in share),
@@ -77,10 +79,10 @@ def plan(job: Job) -> Plan:
         passes=1 + before,
         bytes_read=read(merged) + gathered,
         bytes_written=sum(job.specs[name].nbytes for name in share),
-        memory=memory_of(job.recipe.method, len(models), vectors.threads, vectors.chunk),
+        memory=memory_of(job.options.method, len(models) - 1, vectors.threads, vectors.chunk),
         threads=vectors.number_of_threads,
         read_speed=_read_speed([path for c in job.inputs.opened.values() for path in c.files]),
-        write_speed=_write_speed(job.recipe.output),
+        write_speed=_write_speed(job.options.output),
         compute_speed=_compute_speed(job),
     )
 
@@ -101,33 +103,33 @@ def _read_speed(files: list[Path]) -> float:
 
 
 def _write_speed(output: Path) -> float:
-    data = os.urandom(1 << 20)
-    with _probe(output) as file:
+    data = memoryview(os.urandom(1 << 20))
+    with _probe(output) as descriptor:
 
         def write() -> None:
-            for _ in range(_PROBE >> 20):
-                file.write(data)
-            os.fsync(file.fileno())
+            for offset in range(0, _PROBE, 1 << 20):
+                write_at(descriptor, data, offset)
+            os.fsync(descriptor)
 
         return _PROBE / _timed(write)
 
 
 def _compute_speed(job: Job) -> float:
     """Bytes of inputs a second, with the files in memory: a few slices of the largest tensor, hashed and written."""
-    vectors, method = job.vectors, job.recipe.method
+    vectors, method = job.vectors, job.options.method
     if not vectors.names:
         return float("inf")
     name = max(vectors.names, key=lambda name: vectors.base.specs[name].numel)
     pieces = vectors.pieces(name, rows=method.whole_rows)[:_PIECES]
     dtype = job.specs[name].dtype
-    with _probe(job.recipe.output) as file:
+    with _probe(job.options.output) as descriptor:
 
         def take(piece: Piece, merged: Tensor) -> None:
             data = bytes_of(merged.to(dtype).cpu())
             Digests().add(piece.start, data)
-            os.pwrite(file.fileno(), data, piece.start * dtype.itemsize)
+            write_at(descriptor, data, piece.start * dtype.itemsize)
 
-        merging = Merging(_few(vectors, name, pieces[-1].stop), method, job.settings.knobs_of, take)
+        merging = Merging(_few(vectors, name, pieces[-1].stop), method, job.knobs.knobs_of, take)
         with merging.vectors.workers():
             merging.tensor(name)
             job.inputs.let_go()  # so that pages are mapped anew, as they are for each tensor
@@ -140,21 +142,20 @@ def _few(vectors: TaskVectors, name: str, count: int) -> TaskVectors:
     """The first entries of one tensor as models of their own, still mapped."""
     width = vectors.row_width(name)
     shape = (-1, width) if count % width == 0 else (count,)
-    take = lambda checkpoint: open_checkpoint({name: checkpoint.flat(name)[:count].view(shape)})
-    return replace(vectors, base=take(vectors.base), models={k: take(m) for k, m in vectors.models.items()}, frozen=())
+
+    def first_entries(checkpoint: Checkpoint) -> Checkpoint:
+        return open_checkpoint({name: checkpoint.flat(name)[:count].view(shape)})
+
+    models = {label: first_entries(model) for label, model in vectors.models.items()}
+    return replace(vectors, base=first_entries(vectors.base), models=models, frozen=())
 
 
 @contextmanager
-def _probe(output: Path) -> Iterator[FileIO]:
-    """A file beside the output that is removed again."""
+def _probe(output: Path) -> Iterator[int]:
+    """A descriptor of a file on the output's disk, which is removed again."""
     folder = next(folder for folder in output.absolute().parents if folder.exists())
-    path = partial_path(folder / "probe")
-    try:
-        with disk_errors(output), path.open("wb", buffering=0) as file:
-            yield file
-    finally:
-        with suppress(OSError):
-            path.unlink()
+    with disk_errors(output), scratch_file(folder) as descriptor:
+        yield descriptor
 
 
 def _timed(function: Callable[[], object]) -> float:

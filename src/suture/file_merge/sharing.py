@@ -1,7 +1,7 @@
-"""A pass over the whole model that the processes of one merge share: each block of tensors is counted once."""
+"""One pass over the whole model for all processes of a merge: each block of tensors is counted once."""
 
+import io
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 import numpy as np
 from torch import Tensor
@@ -31,16 +31,25 @@ class SharedStream(RowStream):
         self.rounds += 1
         blocks = {f"count-{self.rounds}-{i}.npz": names for i, names in enumerate(self.blocks)}
 
-        def count(name: str, path: Path) -> None:
+        def count(name: str) -> bytes:
             for total in totals:
                 total[:] = 0
             RowStream(self.vectors, blocks[name], self.operand).each(function)
-            with path.open("wb") as file:
-                np.savez_compressed(file, *totals)
+            buffer = io.BytesIO()
+            np.savez_compressed(buffer, *totals)
+            return buffer.getvalue()
 
-        paths = self.folder.once(list(blocks), count)
+        self.folder.once(list(blocks), count)
+        counts = [self._load(name, count) for name in blocks]
         for i, total in enumerate(totals):
-            total[:] = 0
-            for path in paths:
-                with np.load(path) as counted:
-                    total += counted[f"arr_{i}"]
+            total[:] = sum(block[i] for block in counts)
+
+    def _load(self, name: str, count: Callable[[str], bytes]) -> list[np.ndarray]:
+        """One block's counts. A file that cannot be read is set aside, and its block counted anew."""
+        (path,) = self.folder.once([name], count)
+        try:
+            with np.load(path) as arrays:
+                return [arrays[key] for key in arrays]
+        except Exception:  # a damaged file fails in many ways
+            self.folder.set_aside(path)
+            return self._load(name, count)

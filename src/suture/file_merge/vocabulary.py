@@ -21,10 +21,10 @@ from torch import Tensor
 
 from suture.checkpoints import Checkpoint
 from suture.checkpoints.checkpoint import Entry
-from suture.errors import CheckpointError
+from suture.errors import CheckpointError, refusal
 from suture.merging.compatibility import VOCABULARY, spec_of
 
-Rows = np.ndarray  # (target row,) the row of a model, −1 where it has none
+RowMap = np.ndarray  # (target row,) the row of a model, −1 where it has none
 
 
 class Fitted(NamedTuple):
@@ -43,13 +43,13 @@ def fit(base: Checkpoint, models: Mapping[str, Checkpoint], choice: str) -> Fitt
         return Fitted(base, models, {})
     counts = [spec_of(c, names[0]).shape[0] for c in (base, *models.values())]
     if choice == "union":
-        maps, text = _by_token(base, models, counts[0])
+        maps, text = _by_token(base, models, counts)
     else:
         target = {"base": counts[0], "crop": min(counts), "pad": max(counts)}[choice]
         maps, text = [_first(count, target) for count in counts], None
-    parts = {name: _Table(name, base, list(models.values()), maps) for name in names}
+    tables = {name: _Table(name, base, list(models.values()), maps) for name in names}
     fitted = [
-        checkpoint.replaced({name: table.entry(i, checkpoint) for name, table in parts.items() if name in checkpoint})
+        checkpoint.replaced({name: table.entry(i, checkpoint) for name, table in tables.items() if name in checkpoint})
         for i, checkpoint in enumerate((base, *models.values()))
     ]
     return Fitted(fitted[0], dict(zip(models, fitted[1:], strict=True)), {"vocab_size": len(maps[0])}, text)
@@ -57,7 +57,7 @@ def fit(base: Checkpoint, models: Mapping[str, Checkpoint], choice: str) -> Fitt
 
 def vocabulary_tensors(base: Checkpoint, models: Mapping[str, Checkpoint], *, differing: bool) -> list[str]:
     """Embeddings and heads; with `differing` only if some model has another number of rows."""
-    found = [
+    names = [
         name
         for name, spec in base.specs.items()
         if name not in base.aliases
@@ -67,15 +67,17 @@ def vocabulary_tensors(base: Checkpoint, models: Mapping[str, Checkpoint], *, di
         and any(part in name for part in VOCABULARY)
         and all(name in m and spec_of(m, name).shape[1:] == spec.shape[1:] for m in models.values())
     ]
-    rows = {spec_of(c, name).shape[0] for name in found for c in (base, *models.values())}
-    return found if len(rows) > 1 or not differing else []
+    rows = {spec_of(c, name).shape[0] for name in names for c in (base, *models.values())}
+    return names if len(rows) > 1 or not differing else []
 
 
 class _Table:
     """One embedding or head in all models: what fills a row that one of them lacks."""
 
-    def __init__(self, name: str, base: Checkpoint, models: Sequence[Checkpoint], maps: Sequence[Rows]):
-        self.name, self.all, self.maps = name, [base, *models], maps
+    def __init__(self, name: str, base: Checkpoint, models: Sequence[Checkpoint], maps: Sequence[RowMap]):
+        self.name = name
+        self.all = [base, *models]
+        self.maps = maps
         spec = base.specs[name]
         self.shape = (len(maps[0]), *spec.shape[1:])
         self.width = int(np.prod(spec.shape[1:], dtype=np.int64))
@@ -90,8 +92,8 @@ class _Table:
         """Entries start … stop of the i-th model's tensor."""
         first, last = start // self.width, -(-stop // self.width)
         dtype = spec_of(self.all[i], self.name).dtype
-        found = [self._run(i, a, b).to(dtype) for a, b in _runs(self.maps[i][first:last], first)]
-        rows = torch.cat(found) if found else torch.empty(0, dtype=dtype)
+        runs = [self._run(i, a, b).to(dtype) for a, b in _runs(self.maps[i][first:last], first)]
+        rows = torch.cat(runs) if runs else torch.empty(0, dtype=dtype)
         return rows[start - first * self.width : stop - first * self.width]
 
     def _run(self, i: int, first: int, last: int) -> Tensor:
@@ -112,7 +114,7 @@ class _Table:
         return torch.stack(rows).mean(0) if rows else torch.zeros(self.width, dtype=torch.float64)
 
 
-def _runs(rows: Rows, offset: int) -> Iterator[tuple[int, int]]:
+def _runs(rows: RowMap, offset: int) -> Iterator[tuple[int, int]]:
     """Where rows follow one another, or are all lacking."""
     if not len(rows):
         return
@@ -123,36 +125,54 @@ def _runs(rows: Rows, offset: int) -> Iterator[tuple[int, int]]:
         yield start + offset, stop + offset
 
 
-def _first(count: int, target: int) -> Rows:
+def _first(count: int, target: int) -> RowMap:
     rows = np.arange(target)
     return np.where(rows < count, rows, -1)
 
 
-def _by_token(base: Checkpoint, models: Mapping[str, Checkpoint], base_rows: int) -> tuple[list[Rows], str | None]:
+def _by_token(
+    base: Checkpoint, models: Mapping[str, Checkpoint], counts: Sequence[int]
+) -> tuple[list[RowMap], str | None]:
     """Where each model has each token's row, and the base's tokenizer with the tokens that only models have."""
-    own = _tokens(base)
-    told = {name: own if model.directory is None else _tokens(model) for name, model in models.items()}
+    base_rows = counts[0]
+    own = _tokens(base, base_rows)
+    known = [
+        own if model.directory is None else _tokens(model, rows)
+        for model, rows in zip(models.values(), counts[1:], strict=True)
+    ]
     ids = dict(own)
-    for tokens in told.values():
+    following = max(ids.values(), default=-1) + 1
+    for tokens in known:
         for token in sorted(tokens.keys() - ids.keys(), key=tokens.__getitem__):
-            ids[token] = max(ids.values(), default=-1) + 1
-    target = max(base_rows, max(ids.values(), default=-1) + 1)
-    maps = [np.full(target, -1) for _ in (base, *told)]
+            ids[token] = following
+            following += 1
+    target = max(base_rows, following)
+    maps = [np.full(target, -1) for _ in (base, *known)]
     maps[0][:base_rows] = np.arange(base_rows)
     added = [token for token in ids if token not in own]
     maps[0][[ids[token] for token in added]] = -1
-    for rows, tokens in zip(maps[1:], told.values(), strict=True):
+    for rows, tokens in zip(maps[1:], known, strict=True):
         for token, row in tokens.items():
             rows[ids[token]] = row
     return maps, _with_tokens(base, added, ids) if added else None
 
 
-def _tokens(checkpoint: Checkpoint) -> dict[str, int]:
-    found = _tokenizer(checkpoint)
-    vocabulary = found.get("model", {}).get("vocab", {})
-    if isinstance(vocabulary, list):  # Unigram: pairs of token and score
-        vocabulary = {token: number for number, (token, _) in enumerate(vocabulary)}
-    return {**vocabulary, **{token["content"]: token["id"] for token in found.get("added_tokens", [])}}
+def _tokens(checkpoint: Checkpoint, rows: int) -> dict[str, int]:
+    """Token → row of a model with so many rows; raises `CheckpointError` for a file that holds something else."""
+    tokenizer = _tokenizer(checkpoint)
+    try:
+        vocabulary = tokenizer.get("model", {}).get("vocab", {})
+        if isinstance(vocabulary, list):  # Unigram: pairs of token and score
+            vocabulary = {token: number for number, (token, _) in enumerate(vocabulary)}
+        tokens = {**vocabulary, **{token["content"]: token["id"] for token in tokenizer.get("added_tokens", [])}}
+    except (AttributeError, KeyError, TypeError, ValueError):
+        raise _no_tokenizer(checkpoint) from None
+    if not all(isinstance(token, str) and type(row) is int and row >= 0 for token, row in tokens.items()):
+        raise _no_tokenizer(checkpoint)
+    if tokens and max(tokens.values()) >= rows:
+        problem = f"has a tokenizer.json for {max(tokens.values()) + 1} rows, and weights of {rows}"
+        raise refusal(checkpoint.label, problem, "put the tokenizer of these weights beside them")
+    return tokens
 
 
 def _tokenizer(checkpoint: Checkpoint) -> dict[str, Any]:
@@ -160,19 +180,24 @@ def _tokenizer(checkpoint: Checkpoint) -> dict[str, Any]:
     try:
         if checkpoint.directory is None:
             raise FileNotFoundError
-        return json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError):
-        raise CheckpointError(
-            f"'{checkpoint.label}' has no tokenizer.json that can be read, so its rows have no tokens. "
-            "Remedy: put it beside the weights, or choose vocabulary=base, crop or pad."
-        ) from None
+        tokenizer = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError, RecursionError):
+        raise _no_tokenizer(checkpoint) from None
+    if not isinstance(tokenizer, dict):
+        raise _no_tokenizer(checkpoint)
+    return tokenizer
+
+
+def _no_tokenizer(checkpoint: Checkpoint) -> CheckpointError:
+    problem = "has no tokenizer.json that can be read, so its rows have no tokens"
+    return refusal(checkpoint.label, problem, "put it beside the weights, or choose vocabulary=base, crop or pad")
 
 
 def _with_tokens(base: Checkpoint, added: Sequence[str], ids: Mapping[str, int]) -> str:
-    found = _tokenizer(base)
+    tokenizer = _tokenizer(base)
     plain = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": False}
-    found["added_tokens"] = [
-        *found.get("added_tokens", []),
+    tokenizer["added_tokens"] = [
+        *tokenizer.get("added_tokens", []),
         *({"id": ids[token], "content": token, **plain} for token in added),
     ]
-    return json.dumps(found, ensure_ascii=False, indent=2)
+    return json.dumps(tokenizer, ensure_ascii=False, indent=2)

@@ -1,37 +1,54 @@
 """The hidden folder beside a result in which it is made: the shards, and a manifest of what is finished.
 
-    .NAME.merging/work.json      what is merged, how: only the same work goes on in it
+    .NAME.merging/work.json      what is merged and how: only the same work resumes in the folder
     .NAME.merging/i-of-n.jsonl   one line for each tensor that a process has finished, with a hash
     .NAME.merging/count-r-b.npz  what several processes count together over the whole model, block by block
     .NAME.merging/model/         the result; it becomes NAME in one step when nothing is missing
 
-A line counts at once for whoever is killed and goes on. For a power cut, which may lose what was written, a line counts
-only if a later line of the same file says that all before it has reached the disk; others are checked by their hashes.
+After a kill, what a line names is there; after a power cut it may not be. So whoever resumes reads it back. A line that
+says "synced" is written when all that the lines before it name has reached the disk and was read back.
 """
 
 import hashlib
 import json
+import logging
 import os
 import shutil
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from suture.errors import OutputError, output_refusal
-from suture.file_merge.layout import Place, Shard
-from suture.storage.atomic import allocate, disk_errors, held, lock, put_in_place, sync_directory
+from suture.checkpoints.provenance import PROVENANCE
+from suture.errors import OutputError, SutureError, output_refusal
+from suture.file_merge.layout import Location, Shard
+from suture.storage.atomic import (
+    allocate,
+    check_replaceable,
+    disk_errors,
+    held,
+    lock,
+    put_in_place,
+    set_aside,
+    sync_directory,
+    sync_tree,
+    write_at,
+    write_bytes,
+    write_text,
+)
 
-_GO_ON = "free some space, or move the folder to another disk; the same command then goes on where it stopped"
+_RESUME = "free some space, or move the folder to another disk; the same command then goes on where it stopped"
+_WORK = "work.json"
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Finished:
+class TensorRecord:
     """A tensor that is written: its votes and waiting slices (see `suture.merge.Votes`), and a hash of its bytes.
 
     `sha256` is that of the checksums (CRC-32) of its slices of `unit` entries each.
@@ -50,7 +67,7 @@ class Digests:
     def __init__(self):
         self.parts: dict[int, bytes] = {}
 
-    def add(self, start: int, data) -> None:
+    def add(self, start: int, data: bytes | memoryview) -> None:
         """Take the bytes of the slice that starts at an entry."""
         self.parts[start] = zlib.crc32(data).to_bytes(4, "little")
 
@@ -61,17 +78,19 @@ class Digests:
 
 @dataclass
 class WorkingFolder:
-    """The place where one result is made, by one process or by several at once."""
+    """The folder in which one result is made, by one process or by several at once."""
 
     output: Path
     shards: Sequence[Shard]
     part: tuple[int, int] = (1, 1)
-    places: dict[str, Place] = field(init=False)
+    locations: dict[str, Location] = field(init=False)
     _files: dict[str, int] = field(default_factory=dict)
     _manifest: int = -1
+    _ours: bool = False
+    _new_parents: list[Path] = field(default_factory=list)
 
     def __post_init__(self):
-        self.places = {name: place for shard in self.shards for name, place in shard.places.items()}
+        self.locations = {name: location for shard in self.shards for name, location in shard.locations.items()}
 
     @property
     def path(self) -> Path:
@@ -85,110 +104,162 @@ class WorkingFolder:
 
     @contextmanager
     def open(self, work: Mapping[str, Any]) -> Iterator[None]:
-        """Begin or go on: the shards at their full size, so that a full disk shows now, and this process's manifest."""
-        with disk_errors(self.path, _GO_ON):
-            self.model.mkdir(parents=True, exist_ok=True)
-            self._claim(work)
+        """Begin or resume: the shards at their full size, so that a full disk shows now, and this process's manifest.
+
+        If the block raises before a tensor is finished, or because the merge is refused, the folder is removed.
+        """
+        with disk_errors(self.path, _RESUME):
             try:
-                with self.alone():
-                    for shard in self.shards:
-                        self._files[shard.file] = self._allocated(shard)
+                self._enter(work)
                 yield
+            except BaseException as error:
+                self._leave()
+                if self._ours and self._useless_after(error):
+                    self.discard()
+                raise
             finally:
-                for descriptor in [*self._files.values(), self._manifest]:
-                    if descriptor >= 0:
-                        os.close(descriptor)
-                self._files, self._manifest = {}, -1
+                self._leave()
+
+    def _enter(self, work: Mapping[str, Any]) -> None:
+        self._ours = not self.path.exists()
+        self._new_parents = [folder for folder in self.path.parents if not folder.exists()]
+        self.model.mkdir(parents=True, exist_ok=True)
+        with self.alone():
+            self._claim(work)
+            self._ours = True
+            self.model.mkdir(exist_ok=True)
+            for shard in self.shards:
+                self._files[shard.file] = self._open_shard(shard)
+            sync_directory(self.model)
+            sync_directory(self.path)
+            sync_directory(self.path.parent)
+
+    def _leave(self) -> None:
+        for descriptor in [*self._files.values(), self._manifest]:
+            if descriptor >= 0:
+                os.close(descriptor)
+        self._files = {}
+        self._manifest = -1
+
+    def _useless_after(self, error: BaseException) -> bool:
+        """Whether nothing in the folder helps the next merge."""
+        refused = isinstance(error, SutureError) and not isinstance(error, OutputError)
+        counted = any(self.path.glob("count-*.npz")) or (self.path / "statistic.json").exists()
+        return refused or not (counted or self.records()[0])
 
     def _claim(self, work: Mapping[str, Any]) -> None:
-        told, file = json.dumps(work, indent=1, sort_keys=True), self.path / "work.json"
+        """Write down the work, or see that the folder is of the same, and lock the manifest of this share."""
+        text = json.dumps(work, indent=1, sort_keys=True)
+        file = self.path / _WORK
         if not file.exists():
-            partial = file.with_suffix(f".{os.getpid()}")
-            partial.write_text(told, "utf-8")
-            os.replace(partial, file)
-        found = file.read_text("utf-8")
-        if found != told:
-            raise OutputError(f"'{self.path}' holds the beginning of another merge: {_difference(found, work)}.")
+            self._clear()
+            write_text(file, text)
+        elif (found := _read_json(file)) != json.loads(text):
+            if found is not None and found != recorded_work(self.output):
+                raise OutputError(f"'{self.path}' holds the beginning of another merge: {_difference(found, work)}.")
+            if found is None:
+                log.warning("'%s' cannot be read; the merge begins anew.", file)
+            self._clear()
+            write_text(file, text)
         i, n = self.part
-        flags = os.O_RDWR | os.O_CREAT | os.O_APPEND
-        self._manifest = os.open(self.path / f"{i}-of-{n}.jsonl", flags, 0o666)
+        self._manifest = os.open(self.path / f"{i}-of-{n}.jsonl", os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
         if lock(self._manifest) is False:
             problem = f"is being worked on by another process as {i}/{n}"
             raise output_refusal(self.path, problem, "wait for it, or give this one another shard")
-        if (
-            os.fstat(self._manifest).st_size
-            and os.pread(self._manifest, 1, os.fstat(self._manifest).st_size - 1) != b"\n"
-        ):
-            os.write(self._manifest, b"\n")  # a kill in the middle of a line
+        size = os.fstat(self._manifest).st_size
+        if size and os.pread(self._manifest, 1, size - 1) != b"\n":
+            self._append_bytes(b"\n")  # a kill in the middle of a line
 
-    def _allocated(self, shard: Shard) -> int:
+    def _clear(self) -> None:
+        """Forget what other work, or work that is not known, has left; its shards are written over."""
+        for entry in self.path.iterdir():
+            if entry.suffix in (".jsonl", ".npz") or entry.name == "statistic.json":
+                entry.unlink()
+
+    def _open_shard(self, shard: Shard) -> int:
+        """A shard at its full size, with its header. A kill may have come before either."""
         descriptor = os.open(self.model / shard.file, os.O_RDWR | os.O_CREAT, 0o666)
-        if os.fstat(descriptor).st_size < shard.size:
+        if os.fstat(descriptor).st_size != shard.size:
+            os.ftruncate(descriptor, min(shard.size, os.fstat(descriptor).st_size))
             allocate(descriptor, shard.size)
-            os.pwrite(descriptor, shard.header, 0)
+        if os.pread(descriptor, len(shard.header), 0) != shard.header:
+            write_at(descriptor, memoryview(shard.header), 0)
         return descriptor
 
     def write(self, name: str, start: int, data: memoryview) -> None:
         """Put bytes at an entry of a tensor."""
-        place = self.places[name]
-        at, descriptor = place.begin + start * place.spec.dtype.itemsize, self._files[place.file]
-        while len(data):
-            written = os.pwrite(descriptor, data, at)
-            data, at = data[written:], at + written
+        location = self.locations[name]
+        write_at(self._files[location.file], data, location.begin + start * location.spec.dtype.itemsize)
 
     def read(self, name: str, start: int, stop: int) -> bytes:
         """The bytes between two entries of a tensor."""
-        place = self.places[name]
-        size = place.spec.dtype.itemsize
-        return os.pread(self._files[place.file], (stop - start) * size, place.begin + start * size)
+        location = self.locations[name]
+        size = location.spec.dtype.itemsize
+        return os.pread(self._files[location.file], (stop - start) * size, location.begin + start * size)
 
     def start_writing_out(self, name: str) -> None:
         """Have the disk begin with a tensor that is finished, instead of leaving all to the end."""
-        place = self.places[name]
+        location = self.locations[name]
         if hasattr(os, "posix_fadvise"):
-            os.posix_fadvise(self._files[place.file], place.begin, place.spec.nbytes, os.POSIX_FADV_DONTNEED)
+            descriptor = self._files[location.file]
+            os.posix_fadvise(descriptor, location.begin, location.spec.nbytes, os.POSIX_FADV_DONTNEED)
 
-    def record(self, finished: Finished) -> None:
+    def record(self, record: TensorRecord) -> None:
         """Note that a tensor is written."""
-        self._append(vars(finished))
+        self._append(asdict(record))
 
-    def sync(self) -> None:
-        """Make all that is finished last through a power cut, and note that it does."""
+    def sync_files(self) -> None:
+        """Make all that is written last through a power cut."""
         for descriptor in self._files.values():
             os.fsync(descriptor)
-        sync_directory(self.model)
+
+    def record_synced(self) -> None:
+        """Note that all that was recorded has reached the disk and was read back."""
         self._append({"synced": True})
         os.fsync(self._manifest)
 
     def _append(self, line: Mapping[str, Any]) -> None:
-        os.write(self._manifest, (json.dumps(line, sort_keys=True) + "\n").encode())
+        self._append_bytes((json.dumps(line, sort_keys=True) + "\n").encode())
 
-    def finished(self) -> tuple[dict[str, Finished], set[str]]:
-        """All tensors that some process has written, and the names of those that are sure to be on the disk."""
-        found: dict[str, Finished] = {}
-        sure: set[str] = set()
+    def _append_bytes(self, data: bytes) -> None:
+        while data:
+            data = data[os.write(self._manifest, data) :]
+
+    def records(self) -> tuple[dict[str, TensorRecord], set[str]]:
+        """All tensors that some process has written, and the names of those that are noted as synced."""
+        records: dict[str, TensorRecord] = {}
+        synced: set[str] = set()
         for manifest in sorted(self.path.glob("*-of-*.jsonl")):
             fresh: set[str] = set()
             for line in _lines(manifest):
-                if line.get("synced"):
-                    sure |= fresh
+                if line.get("synced") is True:
+                    synced |= fresh
                     fresh = set()
-                elif line.get("name") in self.places:
-                    found[line["name"]] = Finished(**line)
-                    sure.discard(line["name"])
-                    fresh.add(line["name"])
-        return found, sure
+                elif (record := _record(line)) and record.name in self.locations:
+                    records[record.name] = record
+                    synced.discard(record.name)
+                    fresh.add(record.name)
+        return records, synced
 
-    def is_whole(self, finished: Finished) -> bool:
-        """Whether the bytes of a tensor are those that were written."""
-        return self.digest(finished.name, finished.unit) == finished.sha256
+    def is_intact(self, record: TensorRecord) -> bool:
+        """Whether the bytes of a tensor, read back, are those that were written."""
+        return self.digests(record.name, record.unit).hexdigest() == record.sha256
 
-    def digest(self, name: str, unit: int) -> str:
-        """The hash of a tensor as it is in its file now."""
-        digests, numel = Digests(), self.places[name].spec.numel
-        for start in range(0, numel, unit):
+    def digests(self, name: str, unit: int) -> Digests:
+        """The checksums of a tensor as it is in its file now."""
+        digests = Digests()
+        numel = self.locations[name].spec.numel
+        for start in range(0, numel, max(1, unit)):
             digests.add(start, self.read(name, start, min(start + unit, numel)))
-        return digests.hexdigest()
+        return digests
+
+    def check_headers(self) -> None:
+        """Read back the size and header of every shard; raises `OutputError`."""
+        for shard in self.shards:
+            descriptor = self._files[shard.file]
+            size = os.fstat(descriptor).st_size
+            if size != shard.size or os.pread(descriptor, len(shard.header), 0) != shard.header:
+                raise damaged(self.model / shard.file, "its header")
 
     @contextmanager
     def alone(self) -> Iterator[None]:
@@ -202,11 +273,11 @@ class WorkingFolder:
         with held(os.open(self.path / file, os.O_RDWR | os.O_CREAT, 0o666), wait=wait) as got:
             yield got is not False
 
-    def once(self, names: Sequence[str], make: Callable[[str, Path], None]) -> list[Path]:
+    def once(self, names: Sequence[str], make: Callable[[str], bytes]) -> list[Path]:
         """The files of these names, each made by one of the processes that ask for it; returns when all are there.
 
-        `make(name, path)` writes a file, which gets its name when it is whole. Who finds one in the making goes on with
-        the next, and comes back in the end: to wait for it, or to make it if the other process has died.
+        `make(name)` gives a file's content. A process that finds one in the making goes on with the next, and comes
+        back in the end: to wait for it, or to make it if the other process has died.
         """
         paths = [self.path / name for name in names]
         for wait in (False, True):
@@ -215,33 +286,63 @@ class WorkingFolder:
                     continue
                 with self._holding(f"{path.name}.lock", wait=wait) as mine:
                     if mine and not path.exists():
-                        partial = path.with_name(f"{os.getpid()}-{path.name}")
-                        make(path.name, partial)
-                        os.replace(partial, path)
+                        write_bytes(path, make(path.name))
         return paths
 
     def save_statistic(self, statistic: Mapping[str, Any]) -> None:
-        """Keep what was gathered over the whole model: it need not be gathered again."""
-        partial = self.path / f"statistic.{os.getpid()}"
-        partial.write_text(json.dumps(statistic), "utf-8")
-        os.replace(partial, self.path / "statistic.json")
+        """Save what was gathered over the whole model: it need not be gathered again."""
+        write_text(self.path / "statistic.json", json.dumps(statistic))
 
     def statistic(self) -> dict[str, Any] | None:
-        """What `save_statistic` kept."""
+        """What `save_statistic` saved. A file that cannot be read is set aside, with a warning."""
         file = self.path / "statistic.json"
-        return json.loads(file.read_text("utf-8")) if file.exists() else None
+        if not file.exists():
+            return None
+        content = _read_json(file)
+        if isinstance(content, dict) and content.keys() == {"thresholds", "dtype", "majority"}:
+            return content
+        self.set_aside(file)
+        return None
 
-    def publish(self, overwrite: bool) -> None:
+    def set_aside(self, file: Path) -> None:
+        """Put a state file that cannot be read out of the way, and say so."""
+        log.warning("'%s' cannot be read and is now '%s'; it is made anew.", file, set_aside(file))
+
+    def publish(self, overwrite: bool, inputs: Iterable[Path]) -> None:
         """Give the result its name, in one step, and remove the rest."""
-        with disk_errors(self.output, _GO_ON):
-            for file in self.model.iterdir():
-                descriptor = os.open(file, os.O_RDONLY)
-                os.fsync(descriptor)
-                os.close(descriptor)
-            sync_directory(self.model)
-            put_in_place(self.model, self.output.absolute(), overwrite)
+        with disk_errors(self.output, _RESUME):
+            sync_tree(self.model)
+            check_replaceable(self.output, overwrite, inputs=inputs)
+            put_in_place(self.model, self.output.absolute())
             sync_directory(self.output.absolute().parent)
+        self.discard()
+
+    def discard(self) -> None:
+        """Remove the folder, unless another process works in it."""
+        if any(map(self._locked_by_another, self.path.glob("*-of-*.jsonl"))):
+            return
         shutil.rmtree(self.path, ignore_errors=True)
+        for folder in self._new_parents:
+            with suppress(OSError):
+                folder.rmdir()
+
+    def _locked_by_another(self, manifest: Path) -> bool:
+        with suppress(OSError), held(os.open(manifest, os.O_RDWR)) as got:
+            own = self._manifest >= 0 and os.path.samestat(os.fstat(self._manifest), manifest.stat())
+            return got is False and not own
+        return False
+
+
+def recorded_work(folder: Path) -> Any:
+    """What a result says that it was merged from and how; None for what is no result of a merge."""
+    record = _read_json(folder / PROVENANCE)
+    return record.get("work") if isinstance(record, dict) else None
+
+
+def damaged(path: Path, part: str) -> OutputError:
+    """The error for bytes that are read back other than they were written."""
+    problem = f"was changed after it was written: {part} is not as it was merged"
+    return output_refusal(path, problem, "check the disk and who else writes there; the same command mends it")
 
 
 def bytes_of(tensor: Tensor) -> memoryview:
@@ -251,17 +352,30 @@ def bytes_of(tensor: Tensor) -> memoryview:
 
 
 def _lines(manifest: Path) -> Iterator[dict[str, Any]]:
-    for line in manifest.read_bytes().splitlines():
-        try:
-            yield json.loads(line)
-        except ValueError:  # a kill in the middle of a line
-            continue
+    """The lines that are whole; a kill or a power cut may have torn some."""
+    for text in manifest.read_bytes().splitlines():
+        with suppress(ValueError, RecursionError):
+            line = json.loads(text)
+            if isinstance(line, dict):
+                yield line
 
 
-def _difference(found: str, work: Mapping[str, Any]) -> str:
+def _record(line: Mapping[str, Any]) -> TensorRecord | None:
+    match line:
+        case {"name": str(), "unit": int(), "sha256": str(), "votes": int(), "waiting": list(), **rest} if not rest:
+            return TensorRecord(**line)
+    return None
+
+
+def _read_json(path: Path) -> Any:
+    """The content of a file; None where there is none that can be read."""
     try:
-        before = json.loads(found)
-    except ValueError:
-        before = {}
+        return json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return None
+
+
+def _difference(found: Any, work: Mapping[str, Any]) -> str:
+    before = found if isinstance(found, dict) else {}
     keys = sorted(key for key in {*before, *work} if before.get(key) != json.loads(json.dumps(work.get(key))))
-    return f"{', '.join(keys)} differ. Remedy: give the same words, or remove that folder"
+    return f"{', '.join(keys)} differ. Remedy: give the same arguments, or remove that folder"

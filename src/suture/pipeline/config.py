@@ -150,7 +150,7 @@ def compose_merging(argv: Sequence[str]) -> dict[str, Any]:
     with _one_line_errors(), hydra.initialize_config_module("suture.pipeline.conf", version_base="1.3"):
         config = _plain(hydra.compose("merging", overrides=words))
     models = {key.removeprefix("models."): value for key, value in paths.items() if key.startswith("models.")}
-    del config["command"]
+    config["command"] = shlex.join(["suture", "merge", *argv])
     return config | {key: paths.get(key) for key in ("base", "output", "mergekit")} | {"models": models}
 
 

@@ -53,6 +53,11 @@ class Models:
             if name not in tasks
         ]
 
+    @property
+    def files(self) -> list[Path]:
+        """The files that the models are read from."""
+        return [path for model in (self.whole_base, *self.experts.values()) for path in model.files]
+
     @cached_property
     def provenance(self) -> dict[str, Any]:
         """Versions, and the hashes of all files that were read."""

@@ -66,7 +66,8 @@ def run_settings(
 ) -> RunResult:
     """Merge by one or several methods of one pool. The folder appears when all is there."""
     first, profile = runs[0], Profile()
-    with new_directory(first.output, overwrite=first.overwrite) as folder, _encodings(folder) as encodings:
+    target = new_directory(first.output, overwrite=first.overwrite, inputs=_read_from(models, first))
+    with target as folder, _encodings(folder) as encodings:
         context, inputs = prepare(first, models, folder, profile, encodings)
         merged, repairs = [], {}
         for settings in runs:
@@ -175,7 +176,9 @@ def evaluate_pool(
     preflight_of(models, settings).refuse()
     one_more = {} if model is None else {Path(model).name: models.mergeable(open_checkpoint(model))}
     written = matrix and config["output"]
-    with new_directory(settings.output, overwrite=settings.overwrite) if written else nullcontext() as folder:
+    inputs_of = _read_from(models, settings)
+    target = new_directory(settings.output, overwrite=settings.overwrite, inputs=inputs_of)
+    with target if written else nullcontext() as folder:
         context, inputs = prepare(settings, models, folder or settings.output, Profile())
         scores = score(models, [], {}, inputs, context)
         rows = [score_model(name, checkpoint, models, inputs, context) for name, checkpoint in one_more.items()]
@@ -198,6 +201,12 @@ def _merge_into(folder: Path, settings: Settings, models: Models, inputs: SplitI
     if merged.learned is not None:
         merged.learned.save(folder, also_as=settings.method.knobs.get("save_merging_weights"))
     return replace(merged, tensors=dict(models.mergeable(open_checkpoint(folder / "model"))))
+
+
+def _read_from(models: Models, settings: Settings) -> list[Path]:
+    """The files and folders that a run reads, which its output must not replace."""
+    sources = [Path(task.source).expanduser() for task in settings.tasks]
+    return [*models.files, *(source for source in sources if source.exists())]
 
 
 @contextmanager

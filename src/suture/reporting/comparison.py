@@ -8,7 +8,7 @@ from suture.errors import ConfigError
 from suture.reporting.page import page
 from suture.reporting.run_folder import Finished, is_reference, read, read_all
 from suture.reporting.sweep import curves_of, knobs_that_differ
-from suture.storage.atomic import disk_errors
+from suture.storage.atomic import write_text
 
 _OF_A_MODEL = ("learning", "objective", "scatter", "explained")
 
@@ -22,9 +22,7 @@ def compare(folders: Sequence[Path], output: str | Path | None, *, interactive: 
     shown = read(folders[0]) if single else compared(read_all(folders))
     if not path.parent.is_dir():
         raise ConfigError(f"'{path.parent}' is no folder. Remedy: make it, or choose another --output.")
-    whole = page(shown, interactive=interactive)
-    with disk_errors(path, "choose another --output"):
-        path.write_text(whole, "utf-8")
+    write_text(path, page(shown, interactive=interactive))
     return path
 
 

@@ -4,13 +4,13 @@ All of it comes from `vl-convert-python`, which holds Vega-Lite and a JavaScript
 """
 
 import contextlib
-import os
 import re
 from importlib.metadata import version
 from pathlib import Path
 
+from suture.errors import OutputError
 from suture.reporting.chart import Chart
-from suture.storage.atomic import partial_path
+from suture.storage.atomic import write_text
 from suture.storage.cache import cache_directory
 
 _SCALE = 1.5  # pixels of a PNG for one of the specification
@@ -43,9 +43,6 @@ def runtime() -> str:
     if path.is_file():
         return path.read_text("utf-8")
     script = vl_convert.javascript_bundle(_ENTRY).replace("</script", "<\\/script").replace("<!--", "<\\!--")
-    with contextlib.suppress(OSError):  # a cache that cannot be written costs seconds, not the page
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = partial_path(path)
-        partial.write_text(script, "utf-8")
-        os.replace(partial, path)
+    with contextlib.suppress(OutputError):  # a cache that cannot be written costs seconds, not the page
+        write_text(path, script)
     return script

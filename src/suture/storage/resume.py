@@ -1,6 +1,7 @@
-"""Where a long loop left off: one file, replaced whole, that only the same work takes up again."""
+"""The state of a long loop: one file, replaced whole, from which only the same work resumes."""
 
 import io
+import logging
 import os
 import time
 from collections.abc import Mapping
@@ -10,7 +11,9 @@ from typing import Any
 import torch
 
 from suture.errors import CheckpointError, ConfigError
-from suture.storage.atomic import new_file, remove_leftovers
+from suture.storage.atomic import disk_errors, remove_leftovers, set_aside, write_bytes
+
+log = logging.getLogger(__name__)
 
 
 class Resume:
@@ -32,24 +35,41 @@ class Resume:
         self._saved = time.monotonic()
 
     def load(self) -> dict[str, Any] | None:
-        """The last state saved; None if there is none. Raises `ConfigError` if it belongs to other work."""
+        """The last state saved; None if there is none.
+
+        A file that is torn is set aside under another name, with a warning, and the loop begins anew. Raises
+        `ConfigError` for the state of other work and `CheckpointError` for a file that holds something else.
+        """
         remove_leftovers(self.path)
         if not self.path.exists():
             return None
+        content = self._read()
+        if content is None:
+            return None
+        if not isinstance(content, dict) or not all(isinstance(content.get(key), dict) for key in ("work", "state")):
+            raise CheckpointError(f"'{self.path}' holds no state to resume from. Remedy: name another file.")
+        self._check_work(content["work"])
+        return content["state"]
+
+    def _read(self) -> Any:
         try:
-            content = torch.load(self.path, map_location="cpu", weights_only=True)
-            found, state = content["work"], content["state"]
-        except Exception as error:  # a damaged file fails in any way it likes
-            raise CheckpointError(
-                f"'{self.path}' holds no state to resume from ({type(error).__name__}). Remedy: remove it."
-            ) from None
-        for key in self.work | found:
-            if self.work.get(key) != found.get(key):
+            return torch.load(self.path, map_location="cpu", weights_only=True)
+        except Exception as error:  # a damaged file fails in many ways
+            if not self.writable:
+                return None
+            with disk_errors(self.path):
+                aside = set_aside(self.path)
+            reason = type(error).__name__
+            log.warning("'%s' cannot be read (%s) and is now '%s'; the loop begins anew.", self.path, reason, aside)
+            return None
+
+    def _check_work(self, saved: Mapping[str, Any]) -> None:
+        for key in {**self.work, **saved}:
+            if self.work.get(key) != saved.get(key):
                 raise ConfigError(
-                    f"'{self.path}' was left by other work: {key} was {found.get(key)!r} and is now "
+                    f"'{self.path}' was left by other work: {key} was {saved.get(key)!r} and is now "
                     f"{self.work.get(key)!r}. Remedy: remove it or name another file."
                 )
-        return state
 
     def read_only(self) -> "Resume":
         """The same state for another process of the same loop, which takes it up but never saves."""
@@ -67,6 +87,5 @@ class Resume:
             return
         buffer = io.BytesIO()
         torch.save({"work": self.work, "state": dict(state)}, buffer)
-        with new_file(self.path, buffer.getbuffer().nbytes) as descriptor, os.fdopen(os.dup(descriptor), "wb") as file:
-            file.write(buffer.getbuffer())
+        write_bytes(self.path, buffer.getbuffer())
         self._saved = time.monotonic()

@@ -6,8 +6,6 @@ https://arxiv.org/abs/2103.00020, section 3.1.4.
 
 import hashlib
 import logging
-import os
-import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -16,7 +14,8 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from suture.core.progress import Track, untracked
-from suture.errors import DataError
+from suture.errors import DataError, OutputError
+from suture.storage.atomic import write_bytes
 from suture.storage.cache import raw_bytes
 from suture.tasks.base import Task
 
@@ -75,21 +74,13 @@ def _read(path: Path) -> Tensor | None:
 
 
 def _write(path: Path, head: Tensor) -> None:
-    """Atomic: a reader sees all or nothing. A cache that cannot be written costs time, not the run."""
+    """A cache that cannot be written costs time, not the run."""
     from safetensors.torch import save
 
     data = save({"head": head.contiguous()}, {"sha256": _sha256(head)})
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        try:
-            with os.fdopen(handle, "wb") as file:
-                file.write(data)
-            os.replace(temporary, path)
-        except BaseException:
-            Path(temporary).unlink(missing_ok=True)
-            raise
-    except OSError as error:
+        write_bytes(path, data)
+    except OutputError as error:
         log.warning("The head is not cached: %s", error)
 
 

@@ -112,7 +112,7 @@ def _multislerp(get: Get, labels: Sequence[str]) -> dict[str, Any]:
 
 def _numbers(*defaults: tuple[str, float]) -> Callable[[Get, Sequence[str]], dict[str, Any]]:
     """Knobs that have the parameters' names and kinds."""
-    return lambda get, labels: {name: type(told)(get(name, default=told)) for name, told in defaults}
+    return lambda get, labels: {name: type(default)(get(name, default=default)) for name, default in defaults}
 
 
 def _model_stock(get: Get, labels: Sequence[str]) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 from suture.checkpoints import Checkpoint
 from suture.errors import ConfigError
 
-_LAYER = re.compile(r"(?:^|\.)(\d+)\.")
+_LAYER = re.compile(r"(?:^|\.)(\d{1,9})\.")
 _FIRST = ("embed", "embd", "wte", "wpe")  # what comes before the layers; everything else outside them comes after
 _REST = ("text_decoder", "shared", "default")  # modules whose tensors do not bear their name
 _COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
@@ -31,26 +31,26 @@ class Origin(NamedTuple):
 
 def layer_of(name: str) -> int | None:
     """The number of the layer that a tensor belongs to."""
-    found = _LAYER.search(name)
-    return int(found[1]) if found else None
+    match = _LAYER.search(name)
+    return int(match[1]) if match else None
 
 
 def count_layers(names: Iterable[str]) -> int:
     """Layers of a model; `ConfigError` unless they are one stack."""
     stacks: dict[str, int] = {}
     for name in names:
-        if found := _LAYER.search(name):
-            stack = name[: found.start(1)]
-            stacks[stack] = max(stacks.get(stack, 0), int(found[1]) + 1)
+        if match := _LAYER.search(name):
+            stack = name[: match.start(1)]
+            stacks[stack] = max(stacks.get(stack, 0), int(match[1]) + 1)
     if len(stacks) != 1:
-        told = ", ".join(sorted(stacks)) or "no layers"
-        raise ConfigError(f"Slices need a model with one stack of layers; found {told}. Remedy: merge whole models.")
+        problem = f"Slices need a model with one stack of layers; found {', '.join(sorted(stacks)) or 'no layers'}"
+        raise ConfigError(f"{problem}. Remedy: merge whole models.")
     return next(iter(stacks.values()))
 
 
 def origins(slices: Sequence[Slice]) -> dict[str, Origin]:
     """Every tensor of the model that the slices make, one behind the other, and where it comes from."""
-    found: dict[str, Origin] = {}
+    result: dict[str, Origin] = {}
     offset = 0
     for number, (model, start, stop) in enumerate(slices):
         layers = count_layers(model)
@@ -60,12 +60,12 @@ def origins(slices: Sequence[Slice]) -> dict[str, Origin]:
             layer = layer_of(name)
             if layer is None:
                 if number == (0 if any(part in name for part in _FIRST) else len(slices) - 1):
-                    found[name] = Origin(number, name, 0.0)
+                    result[name] = Origin(number, name, 0.0)
             elif start <= layer < stop:
                 depth = (layer - start) / (stop - start - 1) if stop - start > 1 else 1.0
-                found[_renumbered(name, layer - start + offset)] = Origin(number, name, depth)
+                result[_renumbered(name, layer - start + offset)] = Origin(number, name, depth)
         offset += stop - start
-    return found
+    return result
 
 
 def assemble(slices: Sequence[Slice], label: str) -> Checkpoint:
@@ -94,20 +94,20 @@ def module_of(tensors: Iterable[str], modules: Sequence[str]) -> dict[str, int]:
     module, and for a module without tensors.
     """
     rest = next((number for number, name in enumerate(modules) if name in _REST), None)
-    found: dict[str, int] = {}
+    module_numbers: dict[str, int] = {}
     for tensor in tensors:
         named = (modules.index(part) for part in tensor.split(".") if part in modules)
         number = next(named, rest)
         if number is None:
             raise ConfigError(f"'{tensor}' belongs to none of the modules {', '.join(modules)}.")
-        found[tensor] = number
+        module_numbers[tensor] = number
     for number, name in enumerate(modules):
-        if number not in found.values():
+        if number not in module_numbers.values():
             raise ConfigError(f"No tensor has {name!r} in its name. Remedy: leave out modules.")
-    return found
+    return module_numbers
 
 
 def _renumbered(name: str, layer: int) -> str:
-    found = _LAYER.search(name)
-    assert found is not None
-    return f"{name[: found.start(1)]}{layer}{name[found.end(1) :]}"
+    match = _LAYER.search(name)
+    assert match is not None
+    return f"{name[: match.start(1)]}{layer}{name[match.end(1) :]}"

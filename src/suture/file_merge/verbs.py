@@ -1,0 +1,157 @@
+"""The public calls: merge files, plan a merge, merge what a mergekit file describes."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from suture.checkpoints import Source
+from suture.errors import ConfigError
+from suture.file_merge.job import Job
+from suture.file_merge.mergekit.translation import translate
+from suture.file_merge.options import MergeOptions, read_options
+from suture.file_merge.plan import Plan, make_plan
+from suture.merging.registry import methods
+
+
+@dataclass(frozen=True)
+class ConfiguredMerge:
+    """What came of a configured merge.
+
+    `finished` says whether the result is in `output`; it is not where only a plan was asked for, or where other shares
+    are still to be done. `notes` say what differs from mergekit.
+    """
+
+    output: Path
+    part: tuple[int, int]
+    finished: bool
+    notes: Sequence[str] = ()
+    plan: Plan | None = None
+
+    def __str__(self) -> str:
+        if self.plan is not None:
+            return str(self.plan)
+        if self.finished:
+            return f"The merged model is in {self.output}"
+        return f"Share {self.part[0]}/{self.part[1]} of {self.output} is done; others are not."
+
+
+def merge_files(
+    base: Source | None,
+    models: Mapping[str, Source] | Sequence[Source],
+    method: str,
+    output: str | Path,
+    *,
+    dtype: torch.dtype | str | None = None,
+    shard_size: int | str = "5GB",
+    memory: int | str = "300MB",
+    threads: int = 0,
+    device: str = "cpu",
+    shard: str | None = None,
+    vocabulary: str = "refuse",
+    allow_non_finite: Sequence[str] = (),
+    mixed_dtypes: bool = False,
+    overwrite: bool = False,
+    rank: int | None = None,
+    **knobs: Any,
+) -> Path:
+    """Merge checkpoints into a model directory that `transformers` loads; returns its path.
+
+    `base` and `models` are whatever `open_checkpoint` takes, or LoRA adapters' folders; `base` may be None for methods
+    without task vectors, and where all models are adapters: these make one adapter, exactly or cut to `rank`. `knobs`
+    are the method's own; each may be a value, a gradient over the layers (a list of numbers) or a list of
+    `{"filter": part of a tensor's name, "value": …}`. Arithmetic is in float32, in float64 for float64 tensors.
+
+    `dtype` is that of the result (by default the base's), `shard_size` the most that one file holds, `memory` the most
+    that the merge holds beside what the system caches of files, whatever the size of the models, and `device` is where
+    slices are merged: cpu, cuda or cuda:N. `shard="i/n"` does the i-th of n shares; the process that finds all shares
+    done publishes the result, after every tensor was read back. A merge that was killed resumes with bit-identical
+    results when it is called again. Raises `SutureError` in one line for whatever does not fit.
+
+    >>> import tempfile, torch
+    >>> out = Path(tempfile.mkdtemp()) / "merged"
+    >>> base, tuned = {"w": torch.zeros(2)}, {"w": torch.ones(2)}
+    >>> path = merge_files(base, {"one": tuned}, "task_arithmetic", out, scaling_factor=0.5)
+    >>> sorted(file.name for file in path.iterdir())
+    ['README.md', 'model.safetensors', 'suture_merge.json']
+    """
+    options = read_options(
+        base,
+        models,
+        method,
+        output,
+        knobs=knobs,
+        dtype=dtype,
+        shard_size=shard_size,
+        memory=memory,
+        threads=threads,
+        device=device,
+        shard=shard,
+        vocabulary=vocabulary,
+        allow_non_finite=allow_non_finite,
+        mixed_dtypes=mixed_dtypes,
+        overwrite=overwrite,
+        rank=rank,
+    )
+    Job(options).run()
+    return options.output
+
+
+def plan_files(
+    base: Source | None,
+    models: Mapping[str, Source] | Sequence[Source],
+    method: str,
+    output: str | Path,
+    **options: Any,
+) -> Plan:
+    """What `merge_files` with the same arguments would read, write and hold, and how long it would take here.
+
+    Disk and method are measured for a moment; a probe is written beside the output and removed.
+    """
+    names = {field.name for field in fields(MergeOptions)} | {"shard"}
+    own = {key: value for key, value in options.items() if key in names}
+    knobs = {key: value for key, value in options.items() if key not in names}
+    return make_plan(Job(read_options(base, models, method, output, knobs=knobs, **own)))
+
+
+def merge_mergekit(config: str | Path, output: str | Path, **options: Any) -> Path:
+    """Merge what a mergekit YAML file describes; `options` are those of `merge_files` but for models and method."""
+    translated = _translated(config, {"output": output, **options})
+    Job(translated).run()
+    return translated.output
+
+
+def merge_configured(config: Mapping[str, Any]) -> ConfiguredMerge:
+    """One merge, or its plan, from the configuration of a command line."""
+    options = _configured(config)
+    job = Job(options)
+    notes = tuple(options.translation.notes) if options.translation else ()
+    if config["plan"]:
+        return ConfiguredMerge(options.output, options.part, False, notes, make_plan(job))
+    return ConfiguredMerge(options.output, options.part, job.run(), notes)
+
+
+def _configured(config: Mapping[str, Any]) -> MergeOptions:
+    arguments = {key: value for key, value in config.items() if key not in ("mergekit", "method", "plan", "seed")}
+    if not arguments["output"]:
+        raise ConfigError("Missing argument: output=…, the folder for the merged model.")
+    if config["mergekit"]:
+        if arguments.pop("base") or arguments.pop("models") or config.get("method"):
+            raise ConfigError("mergekit=… names base, models and method itself. Remedy: leave those arguments out.")
+        return _translated(config["mergekit"], arguments)
+    method = config.get("method")
+    if not isinstance(method, Mapping) or not method.get("name"):
+        raise ConfigError(f"Missing argument: method=…. Known: {', '.join(methods())}.")
+    knobs = {key: value for key, value in method.items() if key != "name"}
+    return read_options(method=method["name"], knobs=knobs, **arguments)
+
+
+def _translated(config: str | Path, arguments: Mapping[str, Any]) -> MergeOptions:
+    """The options of a mergekit file; arguments beside it go before what the file says."""
+    file = translate(config)
+    given = {key: value for key, value in arguments.items() if value is not None}
+    given |= {"dtype": given.get("dtype") or file.dtype, "mixed_dtypes": True}
+    given |= {"vocabulary": file.vocabulary if given.get("vocabulary", "refuse") == "refuse" else given["vocabulary"]}
+    return read_options(file.base, file.models, file.method, knobs={}, translation=file, **given)
