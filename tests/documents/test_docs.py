@@ -1,4 +1,4 @@
-"""The documentation's words are tried: its Python runs, its commands compose, and the site builds without a warning."""
+"""The documentation is tried: its Python runs, its commands compose, and the site builds without a warning."""
 
 import importlib.util
 import re
@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import small_zoo
 
+import suture
 from suture.cli.main import main
 from suture.cli.verbs import VERBS
 from suture.merging.registry import methods
@@ -23,7 +24,7 @@ PAGES = sorted((ROOT / "docs").glob("*.md"))
 BLOCKS = [
     (page.name, block)
     for page in PAGES
-    if page.name != "tutorial.md"  # whose blocks build on each other: test_tutorial.py
+    if page.name not in ("tutorial.md", "extending.md")  # test_tutorial.py, and below
     for block in re.findall(r"```python\n(.*?)```", page.read_text(), re.S)
 ]
 WORDS = [*(page for page in PAGES if page.name != "benchmarks.md"), ROOT / "README.md"]  # there are printed tables
@@ -35,7 +36,7 @@ COMMANDS = list({line: (name, line) for name, line in LINES if "…" not in line
 
 def kind(line):
     """The verb, the analysis, the method and the repair of a command."""
-    return tuple(word for word in line.split() if "=" not in word or re.match(r"(method|surgery|matrix)=", word))
+    return tuple(word for word in line.split() if "=" not in word or re.match(r"(method|repair|surgery|matrix)=", word))
 
 
 #: Commands of each kind that are run as they stand, but made short; others like them are only composed.
@@ -50,6 +51,15 @@ ON_THE_ZOO = {
 def test_python_in_the_docs_runs(page, block, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     exec(compile(block, page, "exec"), {})
+
+
+def test_the_extensions_in_the_docs_run(tmp_path):
+    """In a process of their own, as they register a method and a repair."""
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "extending.md").read_text("utf-8"), re.S)
+    command = [sys.executable, "-c", "\n".join(blocks)]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert len(blocks) == 2
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize(("page", "line"), COMMANDS)
@@ -111,13 +121,20 @@ def pages():
 
 
 def test_every_method_and_repair_has_its_formula_cost_and_knobs(pages):
-    told = {name: pages.method_page(method) for name, method in all_methods().items()}
-    told |= {f"repair={kind}": pages.repair_page(kind) for kind in repair_kinds()}
-    assert set(told) == set(pages.FORMULAS)
-    for name, page in told.items():
-        assert "## What it costs" in page, name
-        assert "## Knobs" in page or "no knobs" in page, name
-        assert f"    {pages.FORMULAS[name].splitlines()[0]}" in page, name
+    made = {name: pages.method_page(method) for name, method in all_methods().items()}
+    made |= {f"repair={kind}": pages.repair_page(kind) for kind in repair_kinds()}
+    assert all("## Knobs" in page or "no knobs" in page for page in made.values())
+    for name, formula in pages.FORMULAS.items():
+        assert "## What it costs" in made[name], name
+        assert f"    {formula.splitlines()[0]}" in made[name], name
+
+
+def test_every_public_name_has_an_entry_in_the_reference():
+    entries = set(re.findall(r"^::: (\S+)$", (ROOT / "docs" / "api.md").read_text("utf-8"), re.M))
+    public = {name: getattr(suture, name) for name in suture.__all__ if name != "__version__"}
+    missing = [name for name, item in public.items() if f"{item.__module__}.{item.__qualname__}" not in entries]
+    missing = [name for name in missing if public[name].__module__ not in entries]  # or the whole module has one
+    assert missing == []
 
 
 def test_methods_are_shown_beside_the_published_results(pages):
