@@ -106,8 +106,8 @@ _COST_OF_LEARNING = """Each step takes a forward and a backward pass of every ta
 memory holds the task vectors (half of it with `vectors_dtype=bfloat16`, none with `stream_vectors=true`), the base, the
 merged weights and one gradient."""
 _COST_OF_REPAIRS = {
-    "final": "Each input that a step uses passes once through the merged model and once through its expert, forward only.",
-    "deep": "Each input passes once through its expert; each step takes a forward and a backward pass of the merged model.",
+    "final": "Each input that a step uses passes once through merged model and expert, forward only.",
+    "deep": "Each input passes once through its expert; each step is a forward and a backward pass of the merged model.",
     "online": "Each input passes once through the merged model and once through its expert, forward only.",
     "blend": "Each input passes once through the merged model and every expert, forward only. All run at inference.",
 }
@@ -141,7 +141,7 @@ def _references(name: str) -> Iterator[str]:
         return
     yield "## Reference"
     if knobs_of is None:
-        yield f"The tests reproduce {len(cases)} whole trajectories of `tests/golden` (`{cases[0]}` and those after it)."
+        yield f"The tests reproduce {len(cases)} whole trajectories of `tests/golden` (`{cases[0]}` and later)."
         return
     compared = {case: _compared(name, case, knobs_of(index[case])) for case in cases}
     largest = max((ours - theirs).abs().max().item() for _, _, ours, theirs in compared.values())
