@@ -107,7 +107,7 @@ memory holds the task vectors (half of it with `vectors_dtype=bfloat16`, none wi
 merged weights and one gradient."""
 _COST_OF_REPAIRS = {
     "final": "Each input that a step uses passes once through merged model and expert, forward only.",
-    "deep": "Each input passes once through its expert; each step is a forward and a backward pass of the merged model.",
+    "deep": "Each input passes once through its expert; a step is a forward and a backward pass of the merged model.",
     "online": "Each input passes once through the merged model and once through its expert, forward only.",
     "blend": "Each input passes once through the merged model and every expert, forward only. All run at inference.",
 }
