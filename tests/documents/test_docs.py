@@ -28,9 +28,9 @@ BLOCKS = [
     if page.name not in ("tutorial.md", "extending.md")  # test_tutorial.py, and below
     for block in re.findall(r"```python\n(.*?)```", page.read_text(), re.S)
 ]
-WORDS = [*(page for page in PAGES if page.name != "benchmarks.md"), ROOT / "README.md"]  # there are printed tables
+PROSE = [*(page for page in PAGES if page.name != "benchmarks.md"), ROOT / "README.md"]  # there are printed tables
 LINES = [
-    (page.name, line) for page in WORDS for line in re.findall(r"^    suture (.*)$", page.read_text("utf-8"), re.M)
+    (page.name, line) for page in PROSE for line in re.findall(r"^    suture (.*)$", page.read_text("utf-8"), re.M)
 ]
 COMMANDS = list({line: (name, line) for name, line in LINES if "…" not in line}.values())
 
@@ -65,25 +65,25 @@ def test_the_extensions_in_the_docs_run(tmp_path):
 
 @pytest.mark.parametrize(("page", "line"), COMMANDS)
 def test_commands_in_the_docs_are_known(page, line):
-    words = shlex.split(re.sub(r" [>#].*", "", line))
-    verb = words.pop(0) if words and "=" not in words[0] and not words[0].startswith("-") else "run"
-    words = [word for word in words if not word.startswith("--")]
+    arguments = shlex.split(re.sub(r" [>#].*", "", line))
+    verb = arguments.pop(0) if arguments and "=" not in arguments[0] and not arguments[0].startswith("-") else "run"
+    arguments = [word for word in arguments if not word.startswith("--")]
     if verb == "merge":
-        config.compose_merging(words)
+        config.compose_merging(arguments)
     elif verb in ("run", "check", "evaluate", "analyse"):
         own = ("points=", "models=", "threshold=", "scope=", "model=", "matrix=", "-m")
-        words = words[verb == "analyse" :]
+        arguments = arguments[verb == "analyse" :]
         if "real3" not in line and "mine.yaml" not in line:
-            composed(word for word in words if not word.startswith(own))
+            composed(word for word in arguments if not word.startswith(own))
     else:
         assert verb in VERBS
 
 
-def composed(words):
-    """Compose and check the first of the runs that the words ask for."""
-    words = [re.sub(r"=([^\[{]*?),.*", r"=\1", word) for word in words]
-    default = [] if any(word.startswith("method=") for word in words) else ["method=simple_average"]
-    Settings.from_config(config.compose([*default, *words]))
+def composed(arguments):
+    """Compose and check the first of the runs that the arguments ask for."""
+    arguments = [re.sub(r"=([^\[{]*?),.*", r"=\1", word) for word in arguments]
+    default = [] if any(word.startswith("method=") for word in arguments) else ["method=simple_average"]
+    Settings.from_config(config.compose([*default, *arguments]))
 
 
 @pytest.fixture(scope="module")
@@ -144,6 +144,6 @@ def test_methods_are_shown_beside_the_published_results(pages):
     shown = [name for name, method in methods().items() if "| published |" in pages.method_page(method)]
     assert shown == ["breadcrumbs", "model_stock", "sce", "simple_average", "slerp", "task_arithmetic", "ties_merging"]
     for name in shown:
-        found = re.search(r"largest difference of an entry is ([\d.e+-]+\d)", pages.method_page(methods()[name]))
-        assert float(found[1]) < 1e-6, name
+        difference = re.search(r"largest difference of an entry is ([\d.e+-]+\d)", pages.method_page(methods()[name]))
+        assert float(difference[1]) < 1e-6, name
     assert "| C-ties | 72.2 |" in pages.method_page(methods()["ties_merging"])
