@@ -1,7 +1,7 @@
-"""For the documentation: a page for each method and each repair, generated from signatures, docstrings and references.
+"""Documentation pages of methods and repairs, made from signatures, docstrings, formulas and reference vectors.
 
-Formulas are in `formulas.yaml`. All figures are computed or read where they are kept: the reference vectors of
-`tests/golden`, and suture's own list of published figures.
+Formulas are in `formulas.yaml`; a method without one gets a page all the same. Figures are computed from the reference
+vectors of `tests/golden`, or read from suture's list of published figures.
 """
 
 import inspect
@@ -28,7 +28,7 @@ from suture.repairs import get_repair_kind, repair_kinds
 ROOT = Path(__file__).parent.parent
 GOLDEN = ROOT / "tests" / "golden"
 FORMULAS: dict[str, str] = yaml.safe_load((ROOT / "docs" / "formulas.yaml").read_text("utf-8"))
-MODELS, THREADS = 8, 2  # that the memory of a merge is told for
+MODELS, THREADS = 8, 2  # of the merge whose memory a page states
 _SHOWN = 4  # entries of a reference case
 
 
@@ -36,8 +36,9 @@ def on_files(files, config):
     """Add methods.md and a page for each method and repair to the site."""
     methods = {f"methods/{name.replace('/', '_')}.md": method for name, method in all_methods().items()}
     repairs = {f"repairs/{kind}.md": kind for kind in repair_kinds()}
-    lines = [f"- [`{method.name}`]({page}): {method.knobs.summary}" for page, method in methods.items()]
-    index = ["# Methods", "\n".join(lines), "## Repairs", "After any method, `repair=KIND`:"]
+    lines = [f"| [`{m.name}`]({page}) | [paper]({m.paper}) | {m.knobs.summary} |" for page, m in methods.items()]
+    index = ["# Methods", "\n".join(["| name | | what it does |", "|---|---|---|", *lines]), "## Repairs"]
+    index += ["A repair follows any method: `repair=KIND`."]
     index += ["\n".join(f"- [`{k}`]({page}): {get_repair_kind(k).knobs.summary}" for page, k in repairs.items())]
     files.append(File.generated(config, "methods.md", content="\n\n".join(index) + "\n"))
     for page, method in methods.items():
@@ -48,7 +49,7 @@ def on_files(files, config):
 
 
 def method_page(method: MergeMethod | LearnedMethod) -> str:
-    """What it does, its formula, what it costs, its knobs, a small case, and what it is held against."""
+    """Description, formula, cost, knobs, a small case, reference results and published figures."""
     aliases = f"Also: {', '.join(f'`{alias}`' for alias in method.aliases)}." if method.aliases else ""
     static = isinstance(method, MergeMethod)
     line = f"    suture method={method.name} modelpool=glyphs8 taskpool=glyphs8"
@@ -62,18 +63,13 @@ def method_page(method: MergeMethod | LearnedMethod) -> str:
 
 
 def repair_page(kind: str) -> str:
-    """The same of a repair."""
+    """Description, formula, cost, knobs, references and published figures of a repair."""
     defaults = {knob: value for knob, value in Repair.defaults(kind).items() if knob != "kind"}
     chosen = get_repair_kind(kind)
     line = f"    suture method=task_arithmetic repair={kind} modelpool=glyphs8 taskpool=glyphs8"
     parts = [f"# repair={kind}", _described(chosen.function), f"Paper: <{chosen.paper}>"]
-    parts += [
-        _formula(f"repair={kind}"),
-        "## What it costs",
-        _COST_OF_REPAIRS[kind],
-        _table("repair", defaults),
-        line,
-    ]
+    cost = f"## What it costs\n\n{_COST_OF_REPAIRS[kind]}" if kind in _COST_OF_REPAIRS else ""
+    parts += [_formula(f"repair={kind}"), cost, _table("repair", defaults), line]
     parts += [*_references(f"repair={kind}"), *_table_of_figures(f"repair={kind}")]
     return "\n\n".join(filter(None, parts)) + "\n"
 
@@ -83,6 +79,8 @@ def _described(function: Callable) -> str:
 
 
 def _formula(name: str) -> str:
+    if name not in FORMULAS:
+        return ""
     lines = "\n".join(f"    {line}" for line in FORMULAS[name].strip().splitlines())
     legend = "θ₀: the pretrained weights. θ_t: those fine-tuned for task t. τ_t = θ_t − θ₀."
     return f"{lines}\n\n{'' if '=' in name else legend}".strip("\n")
@@ -104,20 +102,20 @@ def _cost(method: MergeMethod) -> str:
     return f"{passes} At most {held} beside the result, with {models} and {THREADS} threads, whatever their size."
 
 
-_COST_OF_LEARNING = """A forward and a backward pass of every task's batch at each step. Beside the activations: the
-task vectors (in half the memory with `vectors_dtype=bfloat16`, in none with `stream_vectors=true`), the base, the
+_COST_OF_LEARNING = """Each step takes a forward and a backward pass of every task's batch. Beside the activations,
+memory holds the task vectors (half of it with `vectors_dtype=bfloat16`, none with `stream_vectors=true`), the base, the
 merged weights and one gradient."""
 _COST_OF_REPAIRS = {
-    "final": "Each input that a step uses, once through the merged model and once through its expert, forward only.",
-    "deep": "Each input once through its expert; at each step a forward and a backward pass through the merged model.",
-    "online": "Each input once through the merged model and once through its expert, forward only.",
-    "blend": "Each input once through the merged model and all experts, forward only; all of them run at inference.",
+    "final": "Each input that a step uses passes once through merged model and expert, forward only.",
+    "deep": "Each input passes once through its expert; a step is a forward and a backward pass of the merged model.",
+    "online": "Each input passes once through the merged model and once through its expert, forward only.",
+    "blend": "Each input passes once through the merged model and every expert, forward only. All run at inference.",
 }
 
 
 def _table(group: str, defaults: Mapping[str, Any]) -> str:
     lines = [f"| `{group}.{knob}` | `{_word(value)}` |" for knob, value in defaults.items()]
-    return "## Knobs\n\n| knob | default |\n|---|---|\n" + "\n".join(lines) if lines else "It has no knobs."
+    return "## Knobs\n\n| knob | default |\n|---|---|\n" + "\n".join(lines) if lines else "This method has no knobs."
 
 
 def _word(value: Any) -> str:
@@ -135,7 +133,7 @@ def _by_hand(function: Callable) -> Iterator[str]:
 
 
 def _references(name: str) -> Iterator[str]:
-    """What suture gives on the reference vectors beside what the published implementation gave."""
+    """Results on the reference vectors, beside those of the published implementation."""
     prefix, knobs_of = _REFERENCES.get(name, ("", None))
     index = json.loads((GOLDEN / "index.json").read_text("utf-8"))
     cases = sorted(case for case in index if prefix and re.match(prefix, case))
@@ -143,17 +141,17 @@ def _references(name: str) -> Iterator[str]:
         return
     yield "## Reference"
     if knobs_of is None:
-        yield f"{len(cases)} whole trajectories in `tests/golden` (`{cases[0]}` and on) are reproduced by the tests."
+        yield f"The tests reproduce {len(cases)} whole trajectories of `tests/golden` (`{cases[0]}` and later)."
         return
-    found = {case: _compared(name, case, knobs_of(index[case])) for case in cases}
-    largest = max((ours - theirs).abs().max().item() for _, _, ours, theirs in found.values())
+    compared = {case: _compared(name, case, knobs_of(index[case])) for case in cases}
+    largest = max((ours - theirs).abs().max().item() for _, _, ours, theirs in compared.values())
     sources = " and ".join(sorted({" ".join(index[case]["source"].split(";")[0].split()[:2]) for case in cases}))
     yield (
         f"{len(cases)} reference case{'s' * (len(cases) > 1)} of {sources}; "
         f"the largest difference of an entry is {largest:.1e}. "
-        f"The first entries of `{cases[0]}`, with {_told(knobs_of(index[cases[0]]))}:"
+        f"The first entries of `{cases[0]}`, with {_knobs(knobs_of(index[cases[0]]))}:"
     )
-    base, models, ours, theirs = found[cases[0]]
+    base, models, ours, theirs = compared[cases[0]]
     rows = {"base": base, **models, "published": theirs, "suture": ours}
     lines = [
         f"| {row} | {' | '.join(f'{value:.4f}' for value in values[:_SHOWN].tolist())} |"
@@ -169,12 +167,12 @@ def _compared(name: str, case: str, knobs: Mapping[str, Any]):
     labels = sorted({key.split("/")[0] for key in tensors if key.startswith("model_")})
     models = {label: part(f"{label}/") for label in labels}
     base = part("base/") or models[labels[0]]  # an average has none
-    merged, wanted = suture.merge(base, models, name, **knobs), part("merged/")
+    merged, published_result = suture.merge(base, models, name, **knobs), part("merged/")
     flat = lambda state: torch.cat([state[key].flatten() for key in sorted(base)])
-    return flat(base), {label: flat(model) for label, model in models.items()}, flat(merged), flat(wanted)
+    return flat(base), {label: flat(model) for label, model in models.items()}, flat(merged), flat(published_result)
 
 
-def _told(knobs: Mapping[str, Any]) -> str:
+def _knobs(knobs: Mapping[str, Any]) -> str:
     return ", ".join(f"`{knob}={value}`" for knob, value in knobs.items()) or "defaults"
 
 
@@ -210,11 +208,13 @@ def _figures(method: MergeMethod | LearnedMethod) -> Iterator[str]:
 
 
 def _table_of_figures(*words: str) -> Iterator[str]:
-    """The published figures of the runs that have one of these words."""
-    found = [one for one in published() if set(words) & set(one.words) and one.row not in ("pretrained", "experts")]
-    if found:
-        yield "## Published\n\nMean accuracies in %, on checkpoints of two families that are never compared (" + (
-            "[which](../published.md)): what was published, not what was measured here."
+    """The published figures of the runs with one of these arguments; `surgery=` stands for `repair=` there."""
+    arguments = lambda figure: {re.sub("^surgery", "repair", word) for word in figure.words}
+    figures = [one for one in published() if set(words) & arguments(one) and one.row not in ("pretrained", "experts")]
+    if figures:
+        yield (
+            "## Published\n\nMean accuracies in % as published, not measured here. They are of two families of "
+            "[checkpoints](../published.md#two-families-of-checkpoints), which must not be compared with each other."
         )
-        lines = [f"| {one.id} | {one.mean:.1f} | `{one.command}` |" for one in found]
+        lines = [f"| {one.id} | {one.mean:.1f} | `{one.command}` |" for one in figures]
         yield "\n".join(["| | mean | run |", "|---|---:|---|", *lines])

@@ -13,21 +13,21 @@ _LINK = re.compile(r"\]\((\w+)\.md\)")
 
 
 def notebook(text: str) -> dict[str, Any]:
-    """A notebook without outputs: a cell for each block of Python or of commands, and for the words between them."""
+    """A notebook without outputs: a cell for each block of Python or of commands, and for the text between them."""
     about = {"kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"}}
     return {"cells": list(_cells(text)), "metadata": about, "nbformat": 4, "nbformat_minor": 5}
 
 
 def _cells(text: str) -> Iterator[dict[str, Any]]:
     at = number = 0
-    for found in [*_CODE.finditer(text), None]:
-        words = text[at : found.start() if found else None].strip()
-        if words:
-            yield _cell("markdown", _LINK.sub(r"](../docs/\1.md)", words), number)
+    for block in [*_CODE.finditer(text), None]:
+        prose = text[at : block.start() if block else None].strip()
+        if prose:
+            yield _cell("markdown", _LINK.sub(r"](../docs/\1.md)", prose), number)
             number += 1
-        if found:
-            at = found.end()
-            python, commands = found.groups()
+        if block:
+            at = block.end()
+            python, commands = block.groups()
             yield _cell("code", python or re.sub(r"^    ", "!", commands, flags=re.M), number)
             number += 1
 

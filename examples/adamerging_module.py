@@ -1,12 +1,17 @@
-"""AdaMerging on a module of one's own: two fine-tunes, unlabelled inputs, coefficients learned layer by layer."""
+"""AdaMerging on your own module: two fine-tunes, unlabelled inputs, coefficients learned layer by layer."""
 
 import torch
 from torch import nn
 
 import suture
 
+
+def build() -> nn.Module:
+    """Inputs (batch, 8) → logits (batch, 4)."""
+    return nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4))
+
+
 torch.manual_seed(0)
-build = lambda: nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4))
 base = build()
 experts = {}
 for name in ("one", "two"):

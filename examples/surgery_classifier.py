@@ -1,4 +1,4 @@
-"""Surgery on a BERT-like classifier: a small transformer encoder of tokens, merged, then repaired after every block."""
+"""Repair of a BERT-like classifier: a small transformer encoder, merged, then repaired after every block."""
 
 import torch
 from torch import nn
@@ -12,8 +12,9 @@ class Classifier(nn.Module):
     def __init__(self):
         super().__init__()
         self.tokens = nn.Embedding(100, 32)
-        block = lambda: nn.TransformerEncoderLayer(32, 4, 64, dropout=0.0, batch_first=True)
-        self.blocks = nn.ModuleList([block() for _ in range(2)])
+        self.blocks = nn.ModuleList(
+            nn.TransformerEncoderLayer(32, 4, 64, dropout=0.0, batch_first=True) for _ in range(2)
+        )
 
     def forward(self, ids):
         hidden = self.tokens(ids)

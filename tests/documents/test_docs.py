@@ -1,15 +1,17 @@
-"""The documentation's words are tried: its Python runs, its commands compose, and the site builds without a warning."""
+"""The documentation is tried: its Python runs, its commands compose, and the site builds without a warning."""
 
 import importlib.util
 import re
 import shlex
 import subprocess
 import sys
+from inspect import ismodule
 from pathlib import Path
 
 import pytest
 import small_zoo
 
+import suture
 from suture.cli.main import main
 from suture.cli.verbs import VERBS
 from suture.merging.registry import methods
@@ -23,19 +25,19 @@ PAGES = sorted((ROOT / "docs").glob("*.md"))
 BLOCKS = [
     (page.name, block)
     for page in PAGES
-    if page.name != "tutorial.md"  # whose blocks build on each other: test_tutorial.py
+    if page.name not in ("tutorial.md", "extending.md")  # test_tutorial.py, and below
     for block in re.findall(r"```python\n(.*?)```", page.read_text(), re.S)
 ]
-WORDS = [*(page for page in PAGES if page.name != "benchmarks.md"), ROOT / "README.md"]  # there are printed tables
+PROSE = [*(page for page in PAGES if page.name != "benchmarks.md"), ROOT / "README.md"]  # there are printed tables
 LINES = [
-    (page.name, line) for page in WORDS for line in re.findall(r"^    suture (.*)$", page.read_text("utf-8"), re.M)
+    (page.name, line) for page in PROSE for line in re.findall(r"^    suture (.*)$", page.read_text("utf-8"), re.M)
 ]
 COMMANDS = list({line: (name, line) for name, line in LINES if "…" not in line}.values())
 
 
 def kind(line):
     """The verb, the analysis, the method and the repair of a command."""
-    return tuple(word for word in line.split() if "=" not in word or re.match(r"(method|surgery|matrix)=", word))
+    return tuple(word for word in line.split() if "=" not in word or re.match(r"(method|repair|surgery|matrix)=", word))
 
 
 #: Commands of each kind that are run as they stand, but made short; others like them are only composed.
@@ -52,27 +54,36 @@ def test_python_in_the_docs_runs(page, block, tmp_path, monkeypatch):
     exec(compile(block, page, "exec"), {})
 
 
+def test_the_extensions_in_the_docs_run(tmp_path):
+    """In a process of their own, as they register a method and a repair."""
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "extending.md").read_text("utf-8"), re.S)
+    command = [sys.executable, "-c", "\n".join(blocks)]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert len(blocks) == 2
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.mark.parametrize(("page", "line"), COMMANDS)
 def test_commands_in_the_docs_are_known(page, line):
-    words = shlex.split(re.sub(r" [>#].*", "", line))
-    verb = words.pop(0) if words and "=" not in words[0] and not words[0].startswith("-") else "run"
-    words = [word for word in words if not word.startswith("--")]
+    arguments = shlex.split(re.sub(r" [>#].*", "", line))
+    verb = arguments.pop(0) if arguments and "=" not in arguments[0] and not arguments[0].startswith("-") else "run"
+    arguments = [word for word in arguments if not word.startswith("--")]
     if verb == "merge":
-        config.compose_merging(words)
+        config.compose_merging(arguments)
     elif verb in ("run", "check", "evaluate", "analyse"):
         own = ("points=", "models=", "threshold=", "scope=", "model=", "matrix=", "-m")
-        words = words[verb == "analyse" :]
+        arguments = arguments[verb == "analyse" :]
         if "real3" not in line and "mine.yaml" not in line:
-            composed(word for word in words if not word.startswith(own))
+            composed(word for word in arguments if not word.startswith(own))
     else:
         assert verb in VERBS
 
 
-def composed(words):
-    """Compose and check the first of the runs that the words ask for."""
-    words = [re.sub(r"=([^\[{]*?),.*", r"=\1", word) for word in words]
-    default = [] if any(word.startswith("method=") for word in words) else ["method=simple_average"]
-    Settings.from_config(config.compose([*default, *words]))
+def composed(arguments):
+    """Compose and check the first of the runs that the arguments ask for."""
+    arguments = [re.sub(r"=([^\[{]*?),.*", r"=\1", word) for word in arguments]
+    default = [] if any(word.startswith("method=") for word in arguments) else ["method=simple_average"]
+    Settings.from_config(config.compose([*default, *arguments]))
 
 
 @pytest.fixture(scope="module")
@@ -111,19 +122,28 @@ def pages():
 
 
 def test_every_method_and_repair_has_its_formula_cost_and_knobs(pages):
-    told = {name: pages.method_page(method) for name, method in all_methods().items()}
-    told |= {f"repair={kind}": pages.repair_page(kind) for kind in repair_kinds()}
-    assert set(told) == set(pages.FORMULAS)
-    for name, page in told.items():
-        assert "## What it costs" in page, name
-        assert "## Knobs" in page or "no knobs" in page, name
-        assert f"    {pages.FORMULAS[name].splitlines()[0]}" in page, name
+    made = {name: pages.method_page(method) for name, method in all_methods().items()}
+    made |= {f"repair={kind}": pages.repair_page(kind) for kind in repair_kinds()}
+    assert all("## Knobs" in page or "no knobs" in page for page in made.values())
+    for name, formula in pages.FORMULAS.items():
+        assert "## What it costs" in made[name], name
+        assert f"    {formula.splitlines()[0]}" in made[name], name
+
+
+def test_every_public_name_has_an_entry_in_the_reference():
+    entries = set(re.findall(r"^::: (\S+)$", (ROOT / "docs" / "api.md").read_text("utf-8"), re.M))
+    for name in set(suture.__all__) - {"__version__"}:
+        public = getattr(suture, name)
+        paths = (
+            [public.__name__] if ismodule(public) else [f"{public.__module__}.{public.__qualname__}", public.__module__]
+        )
+        assert entries & set(paths), name
 
 
 def test_methods_are_shown_beside_the_published_results(pages):
     shown = [name for name, method in methods().items() if "| published |" in pages.method_page(method)]
     assert shown == ["breadcrumbs", "model_stock", "sce", "simple_average", "slerp", "task_arithmetic", "ties_merging"]
     for name in shown:
-        found = re.search(r"largest difference of an entry is ([\d.e+-]+\d)", pages.method_page(methods()[name]))
-        assert float(found[1]) < 1e-6, name
+        difference = re.search(r"largest difference of an entry is ([\d.e+-]+\d)", pages.method_page(methods()[name]))
+        assert float(difference[1]) < 1e-6, name
     assert "| C-ties | 72.2 |" in pages.method_page(methods()["ties_merging"])

@@ -1,4 +1,4 @@
-"""The README's words are tried: its Python runs, and its commands are ones that the command line knows."""
+"""The README is tried: its Python runs, and its commands are ones that the command line knows."""
 
 import re
 import shlex
@@ -21,10 +21,10 @@ def test_python_in_the_readme_runs(block, tmp_path, monkeypatch):
     exec(compile(block, "README.md", "exec"), {})
 
 
-@pytest.mark.parametrize(("multirun", "words"), COMMANDS)
-def test_commands_in_the_readme_compose(multirun, words):
-    words = [re.sub(r",.*", "", word) if multirun else word for word in shlex.split(words)]
-    composed = config.compose(words)
+@pytest.mark.parametrize(("multirun", "arguments"), COMMANDS)
+def test_commands_in_the_readme_compose(multirun, arguments):
+    arguments = [re.sub(r",.*", "", word) if multirun else word for word in shlex.split(arguments)]
+    composed = config.compose(arguments)
     Settings.from_config(composed)
     assert composed["modelpool"]["models"]["_pretrained_"] in BASES
 

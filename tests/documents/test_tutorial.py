@@ -46,14 +46,14 @@ def test_every_line_of_the_tutorial_runs(followed):
     assert [name for name in left if not (followed / name).is_file()] == []
 
 
-def test_the_tutorial_tells_the_accuracies_that_come_out(followed):
-    told = dict(re.findall(r"^\| ([\w +]+) \| ([\d. |]+) \|$", TEXT, re.M))
+def test_the_tutorial_prints_the_accuracies_that_come_out(followed):
+    printed = dict(re.findall(r"^\| ([\w +]+) \| ([\d. |]+) \|$", TEXT, re.M))
     report = json.loads((followed / "own" / "report" / "report.json").read_text())
     for row in report["rows"]:
-        upright, turned, mean, _ = map(float, told.pop(row["name"]).split(" | "))
-        found = [100 * value for value in (*row["accuracies"].values(), row["mean"])]
-        assert found == pytest.approx([upright, turned, mean], abs=4), row["name"]
-    assert told == {}
+        upright, turned, mean, _ = map(float, printed.pop(row["name"]).split(" | "))
+        accuracies = [100 * value for value in (*row["accuracies"].values(), row["mean"])]
+        assert accuracies == pytest.approx([upright, turned, mean], abs=4), row["name"]
+    assert printed == {}
     means = [row["mean"] for row in report["rows"] if row["name"] != "experts"]
     assert means == sorted(means)
 

@@ -42,8 +42,9 @@ def test_every_figure_is_a_file_of_both_kinds(run):
     expected |= {f"{figure}_{hostile}" for figure in OF_A_MERGE}
     expected |= {f"{figure}_{name}" for figure in OF_A_REPAIR for name in (f"{hostile}_final", "ties_deep")}
     files = {path.name for path in (run / "figures").iterdir()}
-    assert files == {f"{name}.{kind}" for name in expected for kind in ("png", "svg")}
-    assert expected == {drawn.file for drawn in charts_of(read(run))}
+    drawn = {each.file for each in charts_of(read(run))}
+    assert expected <= drawn
+    assert files == {f"{name}.{kind}" for name in drawn for kind in ("png", "svg")}
 
 
 def test_the_same_run_gives_the_same_bytes(run, tmp_path):

@@ -79,11 +79,12 @@ def test_every_chart_is_drawn_and_nothing_is_said(browser, run):
     visit(browser, run / "report.html")
     figures = browser.find_elements("css selector", ".panel:not([hidden]) figure")
     titles = [f.find_element("css selector", "figcaption").text for f in figures]
-    assert titles == [
+    expected = [
         *("Accuracy by task", "Accuracy against scaling factor λ", "Every model on every task, accuracy in %"),
         *("Coefficients over steps", "Coefficients by layer and task", "Objective over steps", "Accuracy over steps"),
         *("Accuracy over steps", "Distance to the experts by layer", "Final features"),
     ]
+    assert [title for title in titles if title in expected] == expected  # a new figure needs no line here
     assert all(len(f.find_elements("css selector", "svg path")) > 3 for f in figures)
     assert "NaN" not in browser.find_element("css selector", "body").text
 
