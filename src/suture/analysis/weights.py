@@ -13,7 +13,7 @@ from torch import Tensor
 
 from suture.analysis.finding import Finding
 from suture.checkpoints import Source
-from suture.core.names import natural
+from suture.core.names import sort_key
 from suture.merging.methods.ties_merging import THRESHOLD, trim_thresholds
 from suture.merging.streams import inner_products, total
 from suture.merging.task_vectors import TaskVectors, open_task_vectors
@@ -56,7 +56,7 @@ def layers(base: Source, models: Models, *, frozen: Sequence[str] = ()) -> Findi
     (0.5, 0.5)
     """
     vectors = open_task_vectors(base, models, frozen=frozen)
-    names = sorted(vectors.names, key=natural)
+    names = sorted(vectors.names, key=sort_key)
     sums = torch.stack([total(vectors.stream([name]), _moments) for name in names])
     count = len(vectors.models)
     squares, (own, conflict, net, mass) = sums[:, :count], sums[:, count:].T
@@ -92,7 +92,7 @@ def trimming(
     vectors = open_task_vectors(base, models, frozen=frozen)
     knobs = {"threshold": threshold, "scope": scope}
     whole = trim_thresholds(vectors.stream(), **knobs).thresholds if scope == "model" else None
-    names, sums = sorted(vectors.names, key=natural), []
+    names, sums = sorted(vectors.names, key=sort_key), []
     for name in names:
         stream = vectors.stream([name])
         least = trim_thresholds(stream, **knobs).thresholds if whole is None else whole

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from suture.core.names import natural
+from suture.core.names import sort_key
 from suture.reporting.chart import (
     PALETTE,
     Chart,
@@ -67,7 +67,7 @@ def by_layer(run: Finished, name: str) -> Chart | None:
     spec = heat_map(
         rows,
         names_across("task", tasks),
-        names_down("layer", sorted(layers, key=natural), "(narrow ? 29 : 60)", labelFontSize=8),
+        names_down("layer", sorted(layers, key=sort_key), "(narrow ? 29 : 60)", labelFontSize=8),
         {
             "scale": {"scheme": "redblue", "reverse": True, "domain": [middle - reach, middle + reach]},
             "legend": {"orient": "top", "title": "coefficient", "format": ".3~f", "gradientLength": 180},
