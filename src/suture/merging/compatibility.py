@@ -4,9 +4,10 @@ import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from suture.checkpoints import Checkpoint, Source, TensorSpec, open_checkpoint, open_fine_tuned
+from suture.core.names import short
 from suture.errors import ConfigError, shown
 
-_LISTED = 5  # problems of one kind that are listed for one model before the rest is counted
+_LISTED = 5  # problems of one kind that are listed for a model; any more are only counted
 #: Parts of the names of embeddings and heads, which have a row for each token.
 VOCABULARY = ("embed", "lm_head", "wte", "shared.weight", "output.weight")
 
@@ -20,9 +21,9 @@ def compatibility(
 ) -> list[str]:
     """Every reason why the models cannot be merged, one line each; an empty list if they can.
 
-    `base` and `models` are whatever `merge` takes; raises `CheckpointError` for one that cannot be opened. Integer and
-    bool tensors are taken from the base, so they may be missing or differ. `frozen` names are not compared.
-    `mixed_dtypes` lets floating-point dtypes differ from the base's.
+    `base` and `models` are as for `merge`. Integer and bool tensors are taken from the base, so they may be missing or
+    differ. Tensors named in `frozen` are not compared. `mixed_dtypes` allows floating-point dtypes other than the
+    base's. Raises `CheckpointError` for a model that cannot be opened.
     """
     if not models:
         return ["There is no model to merge. Remedy: give at least one fine-tuned model beside the base."]
@@ -31,10 +32,10 @@ def compatibility(
         f"'{name}' is to be left at the base, but the base has no such tensor." for name in _unknown(base, frozen)
     ]
     for label, model in opened.items():
-        problems += _some(_missing(base, model, label, frozen), label)
-        problems += _some(_extra(base, model, label), label)
-        problems += _some(_different(base, model, label, frozen, mixed_dtypes), label)
-        problems += _some(_untied(base, model, label), label)
+        problems += _first_few(_missing(base, model, label, frozen), label)
+        problems += _first_few(_extra(base, model, label), label)
+        problems += _first_few(_different(base, model, label, frozen, mixed_dtypes), label)
+        problems += _first_few(_untied(base, model, label), label)
     return problems
 
 
@@ -51,7 +52,7 @@ def open_models(
 
 
 def merged_names(base: Checkpoint, frozen: Sequence[str] = ()) -> list[str]:
-    """The tensors that a merge works on, sorted: floating point, not frozen, the first of those tied together."""
+    """Names of the tensors that are merged, sorted: floating point, not frozen, and the first of each tied group."""
     left_out = {*frozen, *base.aliases}
     return sorted(n for n, spec in base.specs.items() if spec.dtype.is_floating_point and n not in left_out)
 
@@ -89,7 +90,7 @@ def _different(
             yield _shape_problem(name, label, spec, expected)
         elif spec.dtype != expected.dtype and not (mixed_dtypes and spec.dtype.is_floating_point):
             yield (
-                f"'{name}' is {_short(spec.dtype)} in '{label}' but {_short(expected.dtype)} in the base. "
+                f"'{name}' is {short(spec.dtype)} in '{label}' but {short(expected.dtype)} in the base. "
                 "Remedy: convert one of them, or allow it with mixed_dtypes=true."
             )
 
@@ -118,19 +119,15 @@ def _untied(base: Checkpoint, model: Checkpoint, label: str) -> Iterator[str]:
 
 
 def spec_of(checkpoint: Checkpoint, name: str) -> TensorSpec:
-    """Shape and dtype of a tensor, by its own name or by one it is tied to."""
+    """Shape and dtype of a tensor, by its own name or a tied one."""
     return checkpoint.specs[checkpoint.aliases.get(name, name)]
 
 
 def _describe(spec: TensorSpec) -> str:
-    return f"{_short(spec.dtype)} {tuple(spec.shape)}"
+    return f"{short(spec.dtype)} {tuple(spec.shape)}"
 
 
-def _short(dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
-def _some(problems: Iterable[str], label: str) -> list[str]:
+def _first_few(problems: Iterable[str], label: str) -> list[str]:
     lines = list(problems)
     rest = len(lines) - _LISTED
     return lines if rest <= 0 else [*lines[:_LISTED], f"… and {rest} more of this kind in '{label}'."]
