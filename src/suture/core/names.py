@@ -6,7 +6,7 @@ import re
 def sort_key(name: str) -> list[tuple[int, str]]:
     """Sort key that reads digits as numbers: layers.2 comes before layers.10.
 
-    >>> sorted(["layers.10.bias", "layers.2.bias", "embed"], key=natural)
+    >>> sorted(["layers.10.bias", "layers.2.bias", "embed"], key=sort_key)
     ['embed', 'layers.2.bias', 'layers.10.bias']
     """
     return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", name)]

@@ -27,11 +27,11 @@ def compatibility(
     """
     if not models:
         return ["There is no model to merge. Remedy: give at least one fine-tuned model beside the base."]
-    base, opened = open_models(base, models)
+    base, checkpoints = open_models(base, models)
     problems = [
         f"'{name}' is to be left at the base, but the base has no such tensor." for name in _unknown(base, frozen)
     ]
-    for label, model in opened.items():
+    for label, model in checkpoints.items():
         problems += _first_few(_missing(base, model, label, frozen), label)
         problems += _first_few(_extra(base, model, label), label)
         problems += _first_few(_different(base, model, label, frozen, mixed_dtypes), label)
@@ -47,8 +47,8 @@ def open_models(
         raise ConfigError(f"models is the one path '{shown(models)}'. Remedy: give a list, or a mapping name → model.")
     if not isinstance(models, Mapping):
         models = {f"model_{number}": model for number, model in enumerate(models, start=1)}
-    opened = open_checkpoint(base)
-    return opened, {name: open_fine_tuned(model, opened, label=name) for name, model in models.items()}
+    base = open_checkpoint(base)
+    return base, {name: open_fine_tuned(model, base, label=name) for name, model in models.items()}
 
 
 def merged_names(base: Checkpoint, frozen: Sequence[str] = ()) -> list[str]:

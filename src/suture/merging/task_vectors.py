@@ -218,9 +218,8 @@ def open_task_vectors(
     threads: int = 0,
 ) -> TaskVectors:
     """The opened models; raises `IncompatibleModels` if their headers show that they do not fit together."""
-    opened_base, opened = open_models(base, models)
-    vectors = TaskVectors(opened_base, opened, frozen, threads)
-    problems = compatibility(vectors.base, opened, frozen=frozen, mixed_dtypes=mixed_dtypes)
+    vectors = TaskVectors(*open_models(base, models), frozen, threads)
+    problems = compatibility(vectors.base, vectors.models, frozen=frozen, mixed_dtypes=mixed_dtypes)
     if problems:
         more = f" (and {len(problems) - 1} more; `suture check` lists them)" if len(problems) > 1 else ""
         raise IncompatibleModels(problems[0] + more)
