@@ -159,7 +159,7 @@ def adapt(
             loss = team.sum(network.backward(work))  # ∂L/∂θ, turned into ⟨∂L/∂θ, τ⟩ tensor by tensor
             gradient = team.sum(model.gradient())
             if not loss.isfinite():
-                where = f"at step {trajectory.step}; check the inputs, or lower lr={chosen.lr}."
+                where = f"at step {trajectory.step}. Remedy: check the inputs, or lower lr={chosen.lr}."
                 raise DataError(f"The objective is {loss.item()} {where}")
             with profile("optimizer step"):
                 optimizer.zero_grad()
@@ -219,4 +219,6 @@ def _endless(task: str, batches: Iterable[Any], start: int) -> Iterator[Any]:
             else:
                 yield batch
         if number == 0:
-            raise DataError(f"The inputs of task {task!r} ran out; give more, or a list or loader that starts over.")
+            raise DataError(
+                f"The inputs of task {task!r} ran out. Remedy: give more, or a list or loader that starts over."
+            )

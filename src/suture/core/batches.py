@@ -32,7 +32,8 @@ class ShuffledBatches:
             raise ConfigError(f"batch_size={batch_size}: wanted 1 or more.")
         if size(inputs) == 0:
             raise DataError(f"Task {name!r} has no inputs.")
-        self.inputs, self.batch_size, self.seed, self.name = inputs, batch_size, seed, name
+        self.inputs, self.batch_size = inputs, batch_size
+        self.seed, self.name = seed, name
         self._order = lru_cache(maxsize=2)(self._shuffled)
 
     def __getitem__(self, step: int) -> Inputs:
@@ -115,12 +116,14 @@ def call(module: Any, inputs: Any) -> Tensor:
     A mapping is passed as keyword arguments. Raises `ConfigError` if the output is neither, or the batch is a tuple.
     """
     if isinstance(inputs, tuple | list):
-        raise ConfigError("A batch is a tuple; give forward=lambda module, batch: module(batch[0]), or inputs alone.")
+        raise ConfigError(
+            "A batch is a tuple. Remedy: give forward=lambda module, batch: module(batch[0]), or inputs alone."
+        )
     output = module(**inputs) if isinstance(inputs, Mapping) else module(inputs)
     tensor = output if isinstance(output, Tensor) else getattr(output, "logits", None)
     if not isinstance(tensor, Tensor):
         kind = type(output).__name__
-        raise ConfigError(f"The module gives a {kind}, not a tensor; give forward=lambda module, inputs: …")
+        raise ConfigError(f"The module gives a {kind}, not a tensor. Remedy: give forward=lambda module, inputs: …")
     return tensor
 
 

@@ -105,7 +105,7 @@ def evaluate_row(name: str, model: Model | Mapping[str, Model], tasks: Mapping[s
 
 def _correct(task: TaskInputs, logits: Tensor, labels: Tensor) -> Tensor:
     if not torch.isfinite(logits).all():
-        raise CheckpointError(f"The model's output on task {task.name!r} is not finite; check its weights.")
+        raise CheckpointError(f"The model's output on task {task.name!r} is not finite. Remedy: check its weights.")
     if int(labels.max()) >= logits.shape[-1]:
         raise DataError(
             f"Task {task.name!r} has labels up to {int(labels.max())} but the model only knows "

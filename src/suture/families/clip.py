@@ -176,7 +176,7 @@ class Clip(Family):
         """The model's tokenizer; raises `CheckpointError` when it does not belong to the text tower."""
         files = "tokenizer.json, or vocab.json and merges.txt"
         if not any((self.directory / name).is_file() for name in ("tokenizer.json", "vocab.json")):
-            raise CheckpointError(f"'{self.directory}' has no usable {files}; put back the model's tokenizer.")
+            raise CheckpointError(f"'{self.directory}' has no usable {files}. Remedy: put back the model's tokenizer.")
         with quiet():
             from transformers import AutoTokenizer
 
@@ -236,7 +236,7 @@ def _check_tokenizer(tokenizer: Any, config: Any, directory: Path) -> None:
     if config.eos_token_id not in (2, tokenizer.eos_token_id):
         raise CheckpointError(
             f"The tokenizer of '{directory}' ends texts with token {tokenizer.eos_token_id} but the text "
-            f"tower looks for {config.eos_token_id}; correct eos_token_id in config.json."
+            f"tower looks for {config.eos_token_id}. Remedy: correct eos_token_id in config.json."
         )
 
 

@@ -20,6 +20,7 @@ from suture.core.head import Head
 from suture.core.progress import Track, untracked
 from suture.errors import CheckpointError, ConfigError, unknown_name
 from suture.families.shared.base import Encoder, Family
+from suture.families.shared.models import copy_into
 from suture.families.shared.pictures import PictureReader, Standardise, quiet
 from suture.families.shared.zero_shot import cached, without_templates, zero_shot_head
 from suture.storage.cache import digest
@@ -53,16 +54,7 @@ class OpenClipEncoder(Encoder):
 
     def load(self, state: Mapping[str, Tensor]) -> "OpenClipEncoder":
         """Copy in the weights of another model of this architecture; raises `CheckpointError` if they do not fit."""
-        stored, label = OpenClip.canonical_names(state), getattr(state, "label", "the model")
-        parameters = dict(self.named_parameters())
-        for name, parameter in parameters.items():
-            if name not in stored:
-                raise CheckpointError(f"'{name}' is missing from '{label}'; wanted a CLIP of the base's architecture.")
-            if (shape := state[stored[name]].shape) != parameter.shape:
-                raise CheckpointError(f"'{name}' has shape {tuple(shape)}, not {tuple(parameter.shape)}, in '{label}'.")
-        with torch.no_grad():
-            for name, parameter in parameters.items():
-                parameter.copy_(state[stored[name]])
+        copy_into(self, state, OpenClip.canonical_names)
         return self
 
 

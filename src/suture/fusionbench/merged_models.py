@@ -53,7 +53,8 @@ class _MergedModel(nn.Module):
         strict: bool = True,
     ):
         super().__init__()
-        self.clamp_weights, self.tie_weights, self.strict = clamp_weights, tie_weights, strict
+        self.clamp_weights = clamp_weights
+        self.tie_weights, self.strict = tie_weights, strict
         self.merge_weight = nn.Parameter(weight.clone())
         self.pretrained_model = copy.deepcopy(pretrained_model).requires_grad_(False)
         base = dict(pretrained_model.named_parameters())

@@ -44,7 +44,9 @@ def reestimate_statistics(
     {'running_mean': tensor([3.]), 'running_var': tensor([7.])}
     """
     if isinstance(batches, Iterator):
-        raise ConfigError("The batches can be read only once, but every layer needs them; give a list of batches.")
+        raise ConfigError(
+            "The batches can be read only once, but every layer needs them. Remedy: give a list of batches."
+        )
     module = copy.deepcopy(module).eval()
     layers = {name: layer for name, layer in module.named_modules() if _has_statistics(layer)}
     if not layers:
@@ -126,7 +128,9 @@ def _measure(module: nn.Module, name: str, layer: Any, batches: Iterable[Any], r
 
 def _call(module: nn.Module, batch: Any) -> Any:
     if isinstance(batch, tuple | list):
-        raise ConfigError("A batch is a tuple; give forward=lambda module, batch: module(batch[0]), or inputs alone.")
+        raise ConfigError(
+            "A batch is a tuple. Remedy: give forward=lambda module, batch: module(batch[0]), or inputs alone."
+        )
     return module(**batch) if isinstance(batch, Mapping) else module(batch)
 
 

@@ -69,7 +69,8 @@ class Derived:
     """A stream with a function applied to each chunk's rows: (task, entries) → (any, entries)."""
 
     def __init__(self, stream: DeltaStream, function: Callable[[Tensor], Tensor]):
-        self.stream, self.function, self.num_entries = stream, function, stream.num_entries
+        self.stream, self.function = stream, function
+        self.num_entries = stream.num_entries
 
     def sample(self, num_entries: int) -> Tensor:
         return self.function(self.stream.sample(num_entries))

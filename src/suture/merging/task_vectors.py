@@ -159,7 +159,8 @@ class RowStream:
     """
 
     def __init__(self, vectors: TaskVectors, names: Sequence[str], operand: str = "deltas", *, rows: bool = False):
-        self.vectors, self.names, self.operand, self.rows = vectors, names, operand, rows
+        self.vectors, self.names = vectors, names
+        self.operand, self.rows = operand, rows
         self.num_entries = sum(vectors.base.specs[name].numel for name in names)
 
     def each(self, function: Callable[[Float[Tensor, " chunk"], Float[Tensor, "task chunk"]], None]) -> None:

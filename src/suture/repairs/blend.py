@@ -74,7 +74,9 @@ def _fit(problem: Problem, weights: Tensor, encoders: list[Tensor], order: Order
         target = torch.stack([task[:, expert] for task, expert in zip(z, own, strict=True)])
         losses = (torch.einsum("te,tbed->tbd", weights, z) - target).abs().mean((1, 2))
         if not losses.isfinite().all():
-            raise DataError(f"The blend's loss is {losses.sum().item()} at step {step}; check the inputs, or lower lr.")
+            raise DataError(
+                f"The blend's loss is {losses.sum().item()} at step {step}. Remedy: check the inputs, or lower lr."
+            )
         adam.zero_grad()
         losses.sum().backward()
         adam.step()

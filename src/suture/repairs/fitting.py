@@ -136,7 +136,7 @@ def descend(
             values = descent.step(*(partial(losses, step) for step in range(start, stop)))
         if not values.isfinite().all():
             total = values.sum().item()
-            raise DataError(f"The repair's loss is {total} at step {start}; check the inputs, or lower lr.")
+            raise DataError(f"The repair's loss is {total} at step {start}. Remedy: check the inputs, or lower lr.")
         history.extend(values)
         if resume is not None and (resume.due() or stop == steps):
             resume.save({**descent.state(), "losses": torch.stack(history)})

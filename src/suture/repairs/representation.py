@@ -140,14 +140,15 @@ def _repaired_rows(
 def _repaired_means(
     model: SurgeryModel, task: str, network: Network, compared: tuple[Block, ...], batch: Any
 ) -> Tensor:
-    layers, shown, repairs = layers_of(network.blocks), set(layers_of(compared)), model.repair_at
+    layers, compared_layers = layers_of(network.blocks), set(layers_of(compared))
+    repairs = model.repair_at
     inputs = to_device(batch, network.device)
     means: list[Tensor] = []
 
     def visit(i: int, rows: Tensor) -> Tensor:
         repair = repairs.get(layers[i])
         corrected = rows if repair is None else repair(rows, model.which(task))
-        if layers[i] in shown:
+        if layers[i] in compared_layers:
             means.append(position_mean(corrected, inputs))
         return corrected
 

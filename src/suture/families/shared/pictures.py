@@ -26,7 +26,8 @@ class PictureReader:
     """
 
     def __init__(self, processor: Any, shape: tuple[int, ...], label: str):
-        self.processor, self.shape, self.label = processor, shape, label
+        self.processor, self.shape = processor, shape
+        self.label = label
 
     def decode(self, images: Images, track: Track, description: str, out: Tensor | None = None) -> Tensor:
         """All images, resized and cropped: uint8 (N, *shape), written into `out` if given."""
@@ -67,7 +68,7 @@ class PictureReader:
         if wrong := [tuple(x.shape) for x in images if tuple(x.shape) != self.shape]:
             raise CheckpointError(
                 f"The processor of '{self.label}' makes images of shape {wrong[0]}, the model "
-                f"wants {self.shape}; correct its size or crop_size."
+                f"wants {self.shape}. Remedy: correct its size or crop_size."
             )
         return torch.stack(images)
 

@@ -84,7 +84,7 @@ def _tokenizer(directory: Path) -> Any:
         except Exception as error:  # a damaged file can raise anything
             raise CheckpointError(f"'{directory}' has no usable tokenizer: {one_line(error)}") from error
     if tokenizer.pad_token_id is None:
-        raise CheckpointError(f"The tokenizer of '{directory}' has no token to pad with; give it a pad_token.")
+        raise CheckpointError(f"The tokenizer of '{directory}' has no token to pad with. Remedy: give it a pad_token.")
     tokenizer.padding_side = "right"
     return tokenizer
 
