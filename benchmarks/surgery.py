@@ -69,9 +69,9 @@ class Problem:
             Block(f"vision_model.encoder.layers.{i}", layer.layer_norm1.bias.numel()) for i, layer in enumerate(layers)
         ]
 
-    def pairs(self, places: list[tuple[str, int]]) -> dict[str, list[list[nn.Parameter]]]:
-        """A D and a U for each task and place, from the start that suture takes."""
-        stacks = [SurgeryModules(list(self.experts), dim, RANK, place=place) for place, dim in places]
+    def pairs(self, layers: list[tuple[str, int]]) -> dict[str, list[list[nn.Parameter]]]:
+        """A D and a U for each task and layer, from the start that suture takes."""
+        stacks = [SurgeryModules(list(self.experts), dim, RANK, layer=layer) for layer, dim in layers]
         return {
             task: [[nn.Parameter(p[t].detach().clone()) for p in (s.down, s.up)] for s in stacks]
             for t, task in enumerate(self.experts)

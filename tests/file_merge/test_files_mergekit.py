@@ -15,7 +15,7 @@ from suture.checkpoints import open_checkpoint
 from suture.cli.main import main
 from suture.errors import ConfigError
 from suture.file_merge.mergekit import translation as mergekit
-from suture.merging.counter_random import Place
+from suture.merging.counter_random import SlicePosition
 
 
 @pytest.fixture(scope="module")
@@ -200,9 +200,9 @@ def test_every_method_computes_what_mergekit_does_with_the_same_random_numbers(t
     method, knobs = suture.get_method(translation.method), translation.tensor_knobs(list(base))
     for key, tensor in base.items():
         rows = torch.stack([model[key] - (tensor if method.operand == "deltas" else 0) for model in models.values()])
-        place = {"place": Place(key, list(models))} if method.wants_place else {}
+        position = {"position": SlicePosition(key, list(models))} if method.takes_position else {}
         seed = {"seed": case["seed"]} if "seed" in case else {}
-        merged = method.function(tensor, rows, **place, **{**knobs.knobs_of(key), **seed})
+        merged = method.function(tensor, rows, **position, **{**knobs.knobs_of(key), **seed})
         torch.testing.assert_close(merged, tensors[f"merged/{key}"], rtol=0, atol=1e-6)
 
 

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from suture import merge, open_checkpoint, preflight
 from suture.errors import ConfigError
-from suture.merging.counter_random import Place, uniforms
+from suture.merging.counter_random import SlicePosition, uniforms
 from suture.merging.registry import get_method, methods
 
 METHODS = list(methods().values())
@@ -16,15 +16,15 @@ NOT_LINEAR = {*ON_A_SPHERE, "nearswap"}  # in the size of the deltas
 one_id = {"ids": lambda method: method.name}
 every_method = pytest.mark.parametrize("method", METHODS, **one_id)
 every_linear_method = pytest.mark.parametrize("method", [m for m in METHODS if m.name not in NOT_LINEAR], **one_id)
-every_random_method = pytest.mark.parametrize("method", [m for m in METHODS if m.wants_place], **one_id)
+every_random_method = pytest.mark.parametrize("method", [m for m in METHODS if m.takes_position], **one_id)
 
 
 def run(method, base, deltas, models="abcd", **knobs):
     """The method on as many of the deltas as it takes; the models' names count where it draws random numbers."""
     count = int(min(len(deltas), method.num_models[1]))
-    deltas, place = deltas[:count], {"place": Place("w", models[:count])} if method.wants_place else {}
+    deltas, position = deltas[:count], {"position": SlicePosition("w", models[:count])} if method.takes_position else {}
     operand = base + deltas if method.operand == "models" else deltas
-    return method.function(base, operand, **place, **method.knobs.validate(knobs))
+    return method.function(base, operand, **position, **method.knobs.validate(knobs))
 
 
 @pytest.fixture
@@ -84,8 +84,8 @@ def test_a_method_says_where_it_comes_from_and_what_it_does(method):
 @every_random_method
 def test_chance_depends_on_seed_model_tensor_and_position(method, base, deltas):
     knobs, same = method.knobs.validate({}), deltas[:1].expand(3, -1, -1)
-    merged = lambda seed=0, **place: method.function(
-        base, same, place=Place(**{"tensor": "w", "models": "abc"} | place), **{**knobs, "seed": seed}
+    merged = lambda seed=0, **position: method.function(
+        base, same, position=SlicePosition(**{"tensor": "w", "models": "abc"} | position), **{**knobs, "seed": seed}
     )
     assert torch.equal(merged(), merged(models="bca"))
     for other in (merged(seed=1), merged(tensor="v"), merged(models="abd"), merged(start=1)):
@@ -102,7 +102,7 @@ def test_dropping_and_rescaling_is_right_on_average():
 
 
 def test_uniform_numbers_of_two_models_have_nothing_in_common():
-    drawn = uniforms(0, Place("w", ["a", "b"]), 100_000)
+    drawn = uniforms(0, SlicePosition("w", ["a", "b"]), 100_000)
     assert 0 <= drawn.min() < 1e-4
     assert 1 - 1e-4 < drawn.max() < 1
     assert drawn.mean().item() == pytest.approx(0.5, abs=0.005)

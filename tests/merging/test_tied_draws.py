@@ -5,7 +5,7 @@ import torch
 
 import suture
 
-RANDOM = [name for name, method in suture.methods().items() if method.wants_place]
+RANDOM = [name for name, method in suture.methods().items() if method.takes_position]
 TIES = {
     "llama": ["lm_head.weight", "model.embed_tokens.weight"],
     "gpt2": ["lm_head.weight", "transformer.wte.weight"],

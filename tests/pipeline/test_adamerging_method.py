@@ -211,7 +211,7 @@ def test_bad_input_is_refused_in_one_line_before_anything_is_decoded(desk, capsy
         ("method.name=lw_adamergin", "Did you mean 'lw_adamerging'"),
         ("method.max_step=3", "Did you mean 'method.max_steps'"),
         ("fabric.precision=bf17", "Unknown fabric.precision 'bf17'"),
-        ("fabric.strategy=ddp_spawn", "fabric.strategy=ddp_spawn: what runs cannot be handed to a new process"),
+        ("fabric.strategy=ddp_spawn", "fabric.strategy=ddp_spawn: a run cannot be handed to a new process"),
         ("fabric.loggers.kind=wandbb", "Unknown fabric.loggers.kind 'wandbb'"),
         ("fabric.device=2", "Did you mean 'fabric.devices'"),
         ("seed=-1", "seed=-1: wanted a whole number, 0 or more"),

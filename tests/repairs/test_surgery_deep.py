@@ -115,8 +115,8 @@ def test_twenty_four_blocks_are_found_and_repaired(fit, variant):
     module, experts, inputs = problem(num_hidden_layers=24, hidden_size=8, intermediate_size=16)
     options = {"rank": 4, "steps": 12, "lr": 0.01, "batch_size": 20, "fit": fit, "variant": variant}
     result = repair(module, experts, inputs, "deep", **options, forward=embeds)
-    assert len(result.model.places) == 25
-    assert result.model.places[23] == "vision_model.encoder.layers.23"
+    assert len(result.model.layers) == 25
+    assert result.model.layers[23] == "vision_model.encoder.layers.23"
     assert (result.losses[-1] < result.losses[0]).all()
     means = 24 * 8 + 10 if variant == "centred" else 0
     assert result.added_parameters == 2 * (24 * 2 * 8 * 4 + 2 * 10 * 4 + means)
@@ -128,7 +128,7 @@ def test_layerwise_equals_fitting_the_first_block_alone_and_runs_no_backward_pas
     options = {"rank": 3, "steps": 10, "lr": 0.01, "forward": embeds}
     both = repair(module, experts, inputs, "deep", fit="layerwise", **options)
     joint = repair(module, experts, inputs, "deep", **options)
-    first = both.model.places[0]
+    first = both.model.layers[0]
     assert both.model.repair_at[first].up.abs().max() > 0
     before, after = both.losses[0], both.losses[-1]
     assert (after < before).all()
@@ -138,10 +138,10 @@ def test_layerwise_equals_fitting_the_first_block_alone_and_runs_no_backward_pas
 
 def _first_terms(result, expert, x):
     """The loss of the merged model with the modules before each block already fitted, over all inputs."""
-    from suture.repairs.problem import place_means
+    from suture.repairs.problem import layer_means
 
     blocks = result.model.network.blocks
-    wanted = place_means(Network(expert, embeds, blocks), x).split([16, 16, 16, 10], dim=1)
+    wanted = layer_means(Network(expert, embeds, blocks), x).split([16, 16, 16, 10], dim=1)
     raw = []
 
     def visit(i, rows):
@@ -212,7 +212,7 @@ def test_a_text_classifier_with_masks_is_repaired_whatever_the_lengths(fit, leng
         mask = (torch.arange(length) < torch.randint(2, length + 1, (20, 1))).long()
         inputs[task] = {"input_ids": torch.randint(0, 40, (20, length)) * mask, "attention_mask": mask}
     result = repair(module, experts, inputs, "deep", steps=40, lr=0.01, rank=4, fit=fit)
-    assert result.model.places == ("bert.encoder.layer.0", "bert.encoder.layer.1", FINAL)
+    assert result.model.layers == ("bert.encoder.layer.0", "bert.encoder.layer.1", FINAL)
     assert (result.losses[-1] < result.losses[0]).all()
     assert result.model(inputs["t1"], "t1").shape == (20, 3)
 
@@ -322,5 +322,5 @@ def test_one_pass_for_all_tasks_and_the_shared_optimizer():
     shared = repair(*problem(), "deep", optimizer="shared_adam", **options)
     torch.testing.assert_close(shared.losses[0], one.losses[0])
     assert not torch.allclose(shared.losses[-1], one.losses[-1])
-    with pytest.raises(ConfigError, match="one Adam for each task and place"):
+    with pytest.raises(ConfigError, match="one Adam for each task and layer"):
         repair(*problem(), "deep", optimizer="shared_adam", fit="layerwise", **options)

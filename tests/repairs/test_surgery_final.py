@@ -11,7 +11,7 @@ from torch import nn
 from suture.core.batches import ShuffledBatches
 from suture.errors import ConfigError, DataError, IncompatibleModels
 from suture.repairs import Problem, SurgeryModules, repair
-from suture.repairs.fitting import Descent, descend, fit_constants
+from suture.repairs.fitting import Descent, constant_losses, descend
 from suture.repairs.network import FINAL
 from suture.storage.resume import Resume
 
@@ -28,7 +28,7 @@ def test_the_trajectory_equals_the_reference(name):
     everyone = slice(0, len(tasks))
     optimizer = "shared_adam" if case["optimizer"].startswith(SHARED) else "adam"
     rows, wanted = list(tensors["merged_features"][:, :, None]), list(tensors["expert_features"])
-    losses = fit_constants(modules, everyone, rows, wanted, lambda step: list(tensors["batches"][step]))
+    losses = constant_losses(modules, everyone, rows, wanted, lambda step: list(tensors["batches"][step]))
     history = descend(Descent([modules], [everyone], case["lr"], optimizer), case["steps"], losses, {FINAL: modules})
     for found, key in ((modules.down, "down"), (modules.up, "up"), (history, "losses")):
         torch.testing.assert_close(found.detach(), tensors[key], rtol=0, atol=1e-9)

@@ -83,7 +83,7 @@ def test_the_modules_alone_are_saved_and_come_back_beside_the_backbone(tmp_path,
     model.save(path)
     assert path.stat().st_size < 12_000
     loaded = SurgeryModel.load(path, module)
-    assert (loaded.kind, loaded.tasks, loaded.places) == (model.kind, model.tasks, model.places)
+    assert (loaded.kind, loaded.tasks, loaded.layers) == (model.kind, model.tasks, model.layers)
     for task, rows in inputs.items():
         assert torch.equal(loaded(rows, task), model(rows, task))
         assert not routed or torch.equal(loaded(rows), model(rows))
@@ -185,4 +185,4 @@ def test_the_repaired_model_is_evaluated_like_any_other():
     model, _, inputs = repaired("final")
     task = suture.TaskInputs("cars", inputs["cars"], torch.zeros(20, dtype=torch.long))
     assert 0 <= suture.evaluate(model.for_task("cars"), task).value <= 1
-    assert model.places == (FINAL,)
+    assert model.layers == (FINAL,)

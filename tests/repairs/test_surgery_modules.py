@@ -28,7 +28,7 @@ def test_the_start_depends_on_seed_task_and_place_alone():
     one, turned = SurgeryModules(TASKS, 6, 4), SurgeryModules(TASKS[::-1], 6, 4)
     assert torch.equal(one.down, turned.down.flip(0))
     assert not torch.equal(one.down, SurgeryModules(TASKS, 6, 4, seed=1).down)
-    assert not torch.equal(one.down, SurgeryModules(TASKS, 6, 4, place="layers.0").down)
+    assert not torch.equal(one.down, SurgeryModules(TASKS, 6, 4, layer="layers.0").down)
     assert not torch.equal(one.down[0], one.down[1])
 
 

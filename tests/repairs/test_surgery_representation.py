@@ -25,7 +25,7 @@ def test_a_repair_brings_the_layers_that_it_acts_on_nearer(kind):
     module, experts, inputs = problem()
     model = repair(module, experts, inputs, kind, steps=150, lr=0.01, rank=6).model
     found = representation(model, experts, inputs, batch_size=25)
-    assert found.places == ("0.0", "0.1", "0.2", FINAL)
+    assert found.layers == ("0.0", "0.1", "0.2", FINAL)
     assert (found.after.l1[:, -1] < found.before.l1[:, -1]).all()
     unchanged = torch.equal(found.after.l1[:, :-1], found.before.l1[:, :-1])
     assert unchanged == (kind == "final")
@@ -42,9 +42,9 @@ def test_where_to_look_can_be_said():
     module, experts, inputs = problem()
     model = repair(module, experts, inputs, "deep", steps=2, blocks=["0.1"]).model
     look = lambda blocks: representation(model, experts, inputs, blocks=blocks)
-    assert look(None).places == ("0.1", FINAL)
-    assert look([]).places == (FINAL,)
-    assert look(["0.0", "0.1", "0.2"]).places == ("0.0", "0.1", "0.2", FINAL)
+    assert look(None).layers == ("0.1", FINAL)
+    assert look([]).layers == (FINAL,)
+    assert look(["0.0", "0.1", "0.2"]).layers == ("0.0", "0.1", "0.2", FINAL)
     assert torch.equal(look(["0.0", "0.1"]).after.l1[:, 1:], look(None).after.l1)
 
 
@@ -52,7 +52,7 @@ def test_a_module_without_blocks_has_its_final_feature():
     inputs = {"t": torch.randn(5, 3)}
     module, expert = nn.Linear(3, 4), nn.Linear(3, 4)
     model = repair(module, {"t": expert}, inputs, steps=1).model
-    assert representation(model, {"t": expert}, inputs).places == (FINAL,)
+    assert representation(model, {"t": expert}, inputs).layers == (FINAL,)
 
 
 @pytest.mark.parametrize("count", [5, 50])

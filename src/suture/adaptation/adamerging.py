@@ -47,15 +47,15 @@ OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
 
 @dataclass(frozen=True)
 class AdaMergingResult:
-    """The coefficients that were learned, and how.
+    """The learned coefficients, the trajectory of the loop, and the merged model.
 
-    - `coefficients`: what each task vector is multiplied with, clamped or normalised if that was asked for.
-    - `history`: (step + 1, task[, layer]) the unknowns before each step and after the last, as the optimizer has them.
+    - `coefficients`: the factors of the task vectors, after clamping or softmax if those are on.
+    - `history`: (step + 1, task[, layer]) the optimizer's values before each step and after the last.
     - `losses`: (step,) the objective before each step, summed over tasks; nats for entropies.
     - `merged`: the merged checkpoint, name → tensor, in the base's dtypes, on the CPU.
-    - `scores`: step → what `on_evaluation` gave, where it gave a number.
+    - `scores`: step → the number that `on_evaluation` returned.
 
-    A run adds the `feature_norms` of the merged model beside its experts', and a warning where they drift apart.
+    A run adds the `feature_norms` of the merged model and its experts, and a warning where they drift apart.
     """
 
     coefficients: Coefficients
@@ -67,11 +67,11 @@ class AdaMergingResult:
 
     @property
     def warnings(self) -> tuple[str, ...]:
-        """One line each for a user to read."""
+        """Warnings for the user, one line each."""
         return norm_drift(self.feature_norms)
 
     def save(self, folder: Path, also_as: str | None = None) -> None:
-        """Write coefficients.safetensors and history.safetensors, and the coefficients under one more name."""
+        """Write coefficients.safetensors and history.safetensors, and the coefficients as `also_as` too."""
         if also_as is not None:
             save_coefficients(self.coefficients, folder / also_as)
         save_coefficients(self.coefficients, folder / "coefficients.safetensors")
@@ -98,54 +98,53 @@ def adapt(
 ) -> AdaMergingResult:
     """Learn the coefficients λ of θ = θ₀ + Σ λ_t τ_t by gradient descent on unlabelled inputs.
 
-    `module` gives the architecture, the device, the mode (`eval()` it first unless dropout and batch statistics are
-    wanted), and what the base lacks, as a head. It, `base` and `models` are not changed. `batches` has an iterable of
-    inputs for each model's name: tensors, or mappings of tensors for keyword arguments. One batch of each is used a
-    step; lists and loaders start over at their end. `logits` is a mapping task → head, from what
-    `forward(module, inputs)` gives to (batch, class); or a function of (module, inputs, task); or None where the
-    module gives logits. `frozen` tensors stay at the base. The `options` (`lr`, `max_steps`, `granularity`,
-    `objective`, …) are the fields of `AdaMergingOptions`.
+    `module` provides the architecture, the device, the mode (call `eval()` first unless you want dropout and batch
+    statistics), and any tensors that the base lacks, such as a head. `module`, `base` and `models` are not changed.
+    `batches` has an iterable of inputs for each model's name: tensors, or mappings of tensors for keyword arguments.
+    Each step uses one batch of every task; lists and loaders start over at their end. `logits` is a mapping task →
+    head, which maps the output of `forward(module, inputs)` to (batch, class); or a function of (module, inputs, task);
+    or None if the module returns logits. Tensors named in `frozen` stay at the base. The `options` (`lr`, `max_steps`,
+    `granularity`, `objective`, …) are the fields of `AdaMergingOptions`.
 
-    `fabric` gives device and precision, and shares the inputs of each step out over its processes. With `resume` an
+    `fabric` sets device and precision, and distributes the inputs of each step over its processes. With `resume` an
     interrupted loop continues with bit-identical results. `profile` collects seconds by activity.
-    `on_step(step, loss, values)` is called after each step, `on_evaluation(step, module)` with the merged module every
-    `eval_iterations` steps; the numbers that it returns are the result's `scores`. The result depends on the inputs
-    only, and on torch's generator if dropout is on.
+    `on_step(step, loss, values)` is called after each step, and `on_evaluation(step, module)` with the merged module
+    every `eval_iterations` steps; the numbers it returns are the result's `scores`. The result depends only on the
+    arguments, and on torch's generator if dropout is on.
 
-    Raises `ConfigError` for a bad option, `IncompatibleModels` for weights that do not fit, and `DataError` when
-    inputs run out or the objective is not finite.
+    Raises `ConfigError` for an invalid option, `IncompatibleModels` for weights that do not fit together, and
+    `DataError` if inputs run out or the objective is not finite.
 
     >>> module = nn.Linear(2, 2, bias=False)
     >>> base, tuned = {"weight": torch.zeros(2, 2)}, {"weight": torch.eye(2)}
     >>> result = adapt(module, base, {"parity": tuned}, {"parity": [torch.eye(2)]}, max_steps=5, lr=0.1)
-    >>> result.coefficients.values.item() > 0.7  # it grew from 0.3: the larger, the surer
+    >>> result.coefficients.values.item() > 0.7  # from 0.3: larger coefficients make surer predictions
     True
     """
-    how = AdaMergingOptions.of(options)
-    objective, logits = (
-        get_objective(how.objective),
-        dict(logits.items()) if isinstance(logits, nn.ModuleDict) else logits,
-    )
-    factor, max_steps = get_schedule(how.schedule, how.max_steps)
+    chosen = AdaMergingOptions.of(options)
+    objective = get_objective(chosen.objective)
+    logits = dict(logits.items()) if isinstance(logits, nn.ModuleDict) else logits
+    factor, max_steps = get_schedule(chosen.schedule, chosen.max_steps)
     vectors = open_task_vectors(base, models, frozen=frozen, mixed_dtypes=mixed_dtypes)
-    arrangement = layout(how.granularity, tuple(vectors.models), matched_tensors(module, vectors)[0])
-    values = initial_values(how.init_values, arrangement).requires_grad_()
+    arrangement = layout(chosen.granularity, tuple(vectors.models), matched_tensors(module, vectors)[0])
+    values = initial_values(chosen.init_values, arrangement).requires_grad_()
 
     def spread() -> Tensor:
-        return arrangement.spread(values, clamp=how.clamp_weights, softmax=how.softmax)
+        return arrangement.spread(values, clamp=chosen.clamp_weights, softmax=chosen.softmax)
 
-    spread()
-    descent = _optimizer(how, values)
+    spread()  # refuses clamp with softmax before any slow work
+    optimizer = _optimizer(chosen, values)
     _check(max_steps, batches, logits, arrangement)
     team, profile = Team(fabric), profile or Profile()
-    concatenate = check_concatenation(how.concatenate, module, logits, how.micro_batch, device=team.device)
+    concatenate = check_concatenation(chosen.concatenate, module, logits, chosen.micro_batch, device=team.device)
 
     with profile("construct the wrapped model"):
-        model = MergedModel(module, vectors, task_vector_rows(vectors, how), team.device)
+        model = MergedModel(module, vectors, task_vector_rows(vectors, chosen), team.device)
     network = Network(model, forward, logits, objective, profile)
-    trajectory = Trajectory(values, descent, resume if team.rank == 0 or resume is None else resume.read_only())
+    trajectory = Trajectory(values, optimizer, resume if team.rank == 0 or resume is None else resume.read_only())
     streams = {task: _endless(task, batches[task], trajectory.step) for task in arrangement.tasks} if max_steps else {}
-    cut = {"concatenate": concatenate, "micro_batch": how.micro_batch, "independent": depends_on_batch(module) is None}
+    independent = depends_on_batch(module) is None
+    cut = {"concatenate": concatenate, "micro_batch": chosen.micro_batch, "independent": independent}
     scores: dict[int, float] = {}
     with profile("test-time adaptation"), torch.enable_grad(), team.autocast(), model.collecting():
         while trajectory.step < max_steps:
@@ -153,20 +152,20 @@ def adapt(
                 inputs = {task: to_device(next(stream), model.device) for task, stream in streams.items()}
                 work = passes(inputs, **cut, rank=team.rank, world=team.world)
             if objective.expert:
-                work = network.ask_experts(work)
+                work = network.with_expert_outputs(work)
             coefficients = spread()
             with profile("merging weights"):
                 model.write(coefficients.detach())  # θ = θ₀ + Σ λ τ
-            loss = team.sum(network.backward(work))  # ∂L/∂θ, each tensor's turned into ⟨∂L/∂θ, τ⟩
+            loss = team.sum(network.backward(work))  # ∂L/∂θ, turned into ⟨∂L/∂θ, τ⟩ tensor by tensor
             gradient = team.sum(model.gradient())
             if not loss.isfinite():
-                where = f"at step {trajectory.step}; check the inputs, or lower lr={how.lr}."
+                where = f"at step {trajectory.step}. Remedy: check the inputs, or lower lr={chosen.lr}."
                 raise DataError(f"The objective is {loss.item()} {where}")
             with profile("optimizer step"):
-                descent.zero_grad()
-                descent.param_groups[0]["lr"] = how.lr * factor(trajectory.step, max_steps)
-                coefficients.backward(gradient)  # ∂L/∂λ, through the clamp and the sharing only
-                descent.step()
+                optimizer.zero_grad()
+                optimizer.param_groups[0]["lr"] = chosen.lr * factor(trajectory.step, max_steps)
+                coefficients.backward(gradient)  # ∂L/∂λ; the graph holds only the clamp and the shared columns
+                optimizer.step()
             trajectory.advance(loss.item(), last=trajectory.step + 1 == max_steps)
             if on_step is not None:
                 on_step(trajectory.step - 1, trajectory.losses[-1], trajectory.history[-1])
@@ -175,21 +174,20 @@ def adapt(
                 score = on_evaluation(trajectory.step, model.module)
                 scores |= {} if score is None else {trajectory.step: score}
 
-    final = effective(values.detach(), clamp=how.clamp_weights, softmax=how.softmax)
+    final = effective(values.detach(), clamp=chosen.clamp_weights, softmax=chosen.softmax)
     named = Coefficients(final, arrangement.tasks, arrangement.columns)
     losses = torch.tensor(trajectory.losses, dtype=torch.float64)
     return AdaMergingResult(named, torch.stack(trajectory.history), losses, model.merged(spread().detach()), scores)
 
 
-def _optimizer(how: AdaMergingOptions, values: Tensor) -> torch.optim.Optimizer:
+def _optimizer(options: AdaMergingOptions, values: Tensor) -> torch.optim.Optimizer:
     """Adam with the paper's betas (0.9, 0.999), AdamW or SGD, on the coefficients."""
-    if how.optimizer not in OPTIMIZERS:
-        raise ConfigError(unknown_name("optimizer", how.optimizer, OPTIMIZERS))
-    if not how.lr > 0 or not how.weight_decay >= 0:
-        raise ConfigError(
-            f"lr={how.lr}, weight_decay={how.weight_decay}: wanted a positive lr and a decay of 0 or more."
-        )
-    return OPTIMIZERS[how.optimizer]([values], lr=how.lr, weight_decay=how.weight_decay)
+    lr, weight_decay = options.lr, options.weight_decay
+    if options.optimizer not in OPTIMIZERS:
+        raise ConfigError(unknown_name("optimizer", options.optimizer, OPTIMIZERS))
+    if not lr > 0 or not weight_decay >= 0:
+        raise ConfigError(f"lr={lr}, weight_decay={weight_decay}: wanted a positive lr and a decay of 0 or more.")
+    return OPTIMIZERS[options.optimizer]([values], lr=lr, weight_decay=weight_decay)
 
 
 def _check(max_steps: int, batches: Mapping[str, Any], logits: Logits | None, arrangement: Layout) -> None:
@@ -209,7 +207,7 @@ def _check(max_steps: int, batches: Mapping[str, Any], logits: Logits | None, ar
 
 
 def _endless(task: str, batches: Iterable[Any], start: int) -> Iterator[Any]:
-    """Batch after batch from that of step `start` on; what can be read again starts over at its end."""
+    """Endless batches from that of step `start` on; an iterable that can be read again starts over at its end."""
     if isinstance(batches, ShuffledBatches):
         yield from (batches[step] for step in count(start))
     while True:
@@ -221,4 +219,6 @@ def _endless(task: str, batches: Iterable[Any], start: int) -> Iterator[Any]:
             else:
                 yield batch
         if number == 0:
-            raise DataError(f"The inputs of task {task!r} ran out; give more, or a list or loader that starts over.")
+            raise DataError(
+                f"The inputs of task {task!r} ran out. Remedy: give more, or a list or loader that starts over."
+            )

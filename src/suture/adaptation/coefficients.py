@@ -1,4 +1,4 @@
-"""Merging coefficients: which tensors share one, their starting values, and the files they are kept in.
+"""Merging coefficients: their layout over tensors, their initial values, and their files.
 
 A coefficient belongs to a task and a column. A column is the whole model (task-wise), one tensor (layer-wise) or a
 named group of tensors.
@@ -33,9 +33,9 @@ _SUFFIXES = (".pt", ".safetensors", ".npy")
 
 @dataclass(frozen=True)
 class Layout:
-    """Which coefficient each tensor takes: that of column `index[i]` for the i-th of `tensors`.
+    """The assignment of tensors to columns: the i-th of `tensors` takes the coefficient of column `index[i]`.
 
-    `columns` names them; it is None for task-wise coefficients, which have no second axis.
+    `columns` are the columns' names, or None for task-wise coefficients, which have no second axis.
     """
 
     tasks: tuple[str, ...]
@@ -55,9 +55,9 @@ class Layout:
 
 @dataclass(frozen=True)
 class Coefficients:
-    """What the task vectors are multiplied with. values: (task,) or (task, layer), float64; with the names of both.
+    """The factors of the task vectors, with names. values: (task,) or (task, layer), float64.
 
-    `layers` is None for task-wise coefficients; else the tensors, or the groups, in the order of the second axis.
+    `layers` names the tensors or groups of the second axis, or is None for task-wise coefficients.
     """
 
     values: Tensor
@@ -68,10 +68,10 @@ class Coefficients:
 def layout(granularity: Granularity, tasks: Sequence[str], tensors: Sequence[str]) -> Layout:
     """Assign tensors to columns.
 
-    `granularity` is "task", "layer" (each tensor), "block" (names up to their first number), a list of regular
-    expressions (one column for each different text that they find in a tensor's name), or a mapping column → regular
-    expression. The first expression that finds something counts; tensors that none finds share the column "rest".
-    Raises `ConfigError` for an unknown granularity and for an expression that is invalid or finds nothing.
+    `granularity` is "task", "layer" (one column per tensor), "block" (names up to their first number), a list of
+    regular expressions (one column per different match in the tensors' names), or a mapping column → regular
+    expression. The first expression that matches counts; tensors without a match share the column "rest".
+    Raises `ConfigError` for an unknown granularity, and for an expression that is invalid or matches nothing.
 
     >>> layout([r"layer\\d"], ["t"], ["layer1.w", "layer1.b", "head.w"]).columns
     ('layer1', 'rest')
@@ -88,9 +88,9 @@ def layout(granularity: Granularity, tasks: Sequence[str], tensors: Sequence[str
 
 
 def effective(values: Tensor, *, clamp: bool = False, softmax: bool = False) -> Tensor:
-    """The coefficients that the unknowns stand for, of the same shape.
+    """The coefficients for the optimizer's values, of the same shape.
 
-    `clamp` limits them to [0, 1], without a gradient outside; `softmax` makes those of one layer sum to 1 over tasks.
+    `clamp` limits them to [0, 1], with no gradient outside; `softmax` makes those of a layer sum to 1 over tasks.
     """
     if clamp and softmax:
         raise ConfigError("clamp_weights=True and softmax=True were both given; softmax stays in [0, 1] by itself.")
@@ -98,7 +98,7 @@ def effective(values: Tensor, *, clamp: bool = False, softmax: bool = False) -> 
 
 
 def initial_values(source: Any, arrangement: Layout) -> Tensor:
-    """Starting values of the layout's shape, float64: one number for all, or whatever `load_coefficients` takes."""
+    """Initial values of the layout's shape, float64: one number for all, or whatever `load_coefficients` takes."""
     if isinstance(source, int | float):
         if not math.isfinite(source):
             raise ConfigError(f"init_values={source} is not a finite number.")
@@ -110,10 +110,10 @@ def initial_values(source: Any, arrangement: Layout) -> Tensor:
 
 
 def save_coefficients(coefficients: Coefficients, path: str | os.PathLike[str]) -> None:
-    """Save as `.pt` or `.safetensors`, with the names of tasks and layers inside, or as a bare array in `.npy`.
+    """Save as `.pt` or `.safetensors`, with the names of tasks and layers, or as a bare array in `.npy`.
 
-    The file is written whole or not at all. Raises `ConfigError` for another suffix and `OutputError` if it cannot be
-    written.
+    The file is written whole or not at all. Raises `ConfigError` for any other suffix, and `OutputError` if the file
+    cannot be written.
     """
     path, values = Path(path), coefficients.values.detach().cpu()
     names = {"tasks": list(coefficients.tasks), "layers": coefficients.layers and list(coefficients.layers)}
@@ -131,10 +131,10 @@ def save_coefficients(coefficients: Coefficients, path: str | os.PathLike[str]) 
 
 
 def load_coefficients(source: Any, arrangement: Layout) -> Tensor:
-    """Coefficients of the layout's shape, float64, from a list, a tensor, `Coefficients` or a file of any format.
+    """Coefficients of the layout's shape, float64, from a list, a tensor, `Coefficients`, or a file of any format.
 
-    Where names are known the tasks and layers are put in the layout's order. Raises `ConfigError` when they do not fit:
-    other tasks, other layers, another shape, or values that are not finite. Nothing is truncated or filled up.
+    If the source has names, tasks and layers are put in the layout's order. Raises `ConfigError` for other tasks, other
+    layers, another shape, or values that are not finite. Nothing is truncated or padded.
     """
     where = f"'{source}'" if isinstance(source, str | os.PathLike) else "The coefficients given"
     given = _read(source, where)
@@ -190,7 +190,7 @@ def _read(source: Any, where: str) -> Coefficients:
         return readers[path.suffix](path, where)
     except ConfigError:
         raise
-    except Exception as error:  # a damaged file of a foreign format fails in any way it likes
+    except Exception as error:  # a damaged file can raise anything
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ConfigError(f"{where}: no coefficients can be read from it: {reason}") from None
 
@@ -224,7 +224,7 @@ def _numbers(values: Any, where: str) -> Tensor:
 
 
 def _order(given: Sequence[str], expected: Sequence[str], kind: str, where: str) -> list[int]:
-    """Where each expected name is among those given; as they are if the file has no names."""
+    """The index of each expected name among those given; the given order if the source has no names."""
     if not given:
         return list(range(len(expected)))
     missing = [name for name in expected if name not in given]

@@ -1,7 +1,7 @@
-"""Norms of features, the merged model's beside its experts'.
+"""Feature norms of the merged model, compared with its experts'.
 
-Behind a linear head the entropy falls when all logits grow, so that AdaMerging may lengthen the features instead of
-turning them. A repair then starts far from the experts' features and can end below one of Task Arithmetic.
+With a linear head the entropy falls when all logits grow, so AdaMerging may lengthen the features instead of turning
+them. A repair then starts far from the experts' features and can end below a repair of Task Arithmetic.
 """
 
 from collections.abc import Callable, Mapping
@@ -13,20 +13,20 @@ from torch import nn
 from suture.core.batches import Forward, Inputs, call, device_of, evaluation_mode, size, take, to_device
 from suture.errors import ConfigError, DataError
 
-LIMIT = 1.5  #: from this ratio on a norm counts as drifted
+LIMIT = 1.5  #: the ratio from which a norm counts as drifted
 
 Experts = Callable[[str], nn.Module] | Mapping[str, nn.Module] | nn.ModuleDict
 
 
 class FeatureNorm(NamedTuple):
-    """The mean Euclidean norm of a task's features: the merged model's and the expert's."""
+    """The mean Euclidean norms of a task's features: the merged model's and the expert's."""
 
     merged: float
     expert: float
 
     @property
     def ratio(self) -> float:
-        """The merged model's norm, in norms of the expert."""
+        """The merged model's norm divided by the expert's."""
         return self.merged / self.expert if self.expert else float("inf" if self.merged else 1)
 
 
@@ -41,9 +41,10 @@ def feature_norms(
 ) -> dict[str, FeatureNorm]:
     """Task → mean norms of the features of merged `module` and expert, over up to `num_inputs` inputs of each task.
 
-    The inputs are spread evenly over those given. `experts` is a mapping task → module, or a function that gives the
-    task's module and may load all of them into one, but not into `module`. All run in evaluation mode, without a graph,
-    and are left as they are. Raises `ConfigError` for a task without an expert and `DataError` for one without inputs.
+    The inputs used are spread evenly over those given. `experts` is a mapping task → module, or a function that returns
+    a task's module and may load all of them into one shared module, but not into `module`. All run in evaluation mode,
+    without a graph, and are not changed. Raises `ConfigError` for a task without an expert and `DataError` for a task
+    without inputs.
 
     >>> double, single = nn.Linear(2, 2, bias=False), nn.Linear(2, 2, bias=False)
     >>> _ = double.weight.data.copy_(2 * torch.eye(2)), single.weight.data.copy_(torch.eye(2))
@@ -61,7 +62,7 @@ def feature_norms(
 
 
 def norm_drift(norms: Mapping[str, FeatureNorm], limit: float = LIMIT) -> tuple[str, ...]:
-    """One line for a user to read if features have become `limit` times as long as the experts', or longer."""
+    """One warning if any features are at least `limit` times as long as the expert's, else none."""
     drifted = {task: norm for task, norm in norms.items() if norm.ratio >= limit}
     if not drifted:
         return ()

@@ -1,7 +1,7 @@
-"""A model whose weights are θ = θ₀ + Σ λ_t τ_t, with the gradient of λ but no graph through the merge.
+"""A model with weights θ = θ₀ + Σ λ_t τ_t that computes the gradient of λ without a graph through the merge.
 
 The merged parameters are plain leaves of a copy of the caller's module. With G = ∂L/∂θ of one tensor,
-∂L/∂λ_t = ⟨G, τ_t⟩, so each G is turned into one number a task as soon as it is ready, and freed.
+∂L/∂λ_t = ⟨G, τ_t⟩, so each G is reduced to one number per task as soon as it is ready, and freed.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,25 +13,25 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from suture.adaptation.vectors import Rows
+from suture.adaptation.vectors import TensorVectors
 from suture.errors import IncompatibleModels
 from suture.merging.overflow import refuse_overflow
 from suture.merging.task_vectors import TaskVectors, compute_dtype
 
 
 class MergedModel:
-    """A copy of a module that is rewritten in place for each set of coefficients.
+    """A copy of a module, whose weights are rewritten for each set of coefficients.
 
-    `module`: the copy, in the mode of the caller's, on its device unless another is given. `names`: the merged tensors,
-    the module's parameters in its own order and then its floating-point buffers; these follow their coefficients but
-    give them no gradient. Integer and bool buffers, and all that is frozen, are the base's.
+    `module`: the copy, in the same mode as the caller's, on its device unless another is given. `names`: the merged
+    tensors, first the parameters in the module's order, then its floating-point buffers, which are merged too but
+    contribute no gradient. Integer and bool buffers and frozen tensors are the base's.
     """
 
     def __init__(
         self,
         module: nn.Module,
         vectors: TaskVectors,
-        rows: Mapping[str, Rows],
+        rows: Mapping[str, TensorVectors],
         device: torch.device | None = None,
     ):
         self.vectors = vectors
@@ -49,19 +49,19 @@ class MergedModel:
 
     @torch.no_grad()
     def write(self, coefficients: Float[Tensor, "task tensor"]) -> None:
-        """Put θ₀ + Σ λ_t τ_t into the module."""
+        """Write θ₀ + Σ λ_t τ_t into the module."""
         for target, base, rows, column in zip(self.targets, self._base, self._rows, coefficients.T, strict=True):
             target.copy_(rows.combine(base, column))
 
     @torch.no_grad()
     def write_expert(self, task: str) -> None:
-        """Put one fine-tuned model itself into the module."""
+        """Write the weights of one fine-tuned model into the module."""
         for target, name in zip(self.targets, self.names, strict=True):
             target.copy_(self.vectors.models[task][name])
 
     @contextmanager
     def collecting(self) -> Iterator[None]:
-        """Inside the block every backward pass adds to the gradient of the coefficients."""
+        """Inside the block, every backward pass adds to the gradient of the coefficients."""
         parameters = [(i, p) for i, p in enumerate(self.targets) if isinstance(p, nn.Parameter)]
         hooks = [
             p.requires_grad_(True).register_post_accumulate_grad_hook(partial(self._take, i)) for i, p in parameters
@@ -75,7 +75,7 @@ class MergedModel:
 
     @contextmanager
     def waiting(self, wait: bool) -> Iterator[None]:
-        """Inside the block gradients are kept, to be added to those of the next backward pass."""
+        """Inside the block, with `wait`, gradients accumulate in the parameters for the next backward pass."""
         self._waiting = wait
         try:
             yield
@@ -83,13 +83,13 @@ class MergedModel:
             self._waiting = False
 
     def backward(self, loss: Tensor) -> None:
-        """Backpropagate to the merged parameters only: heads of the caller's get no gradient."""
+        """Backpropagate to the merged parameters only; the caller's heads get no gradient."""
         loss.backward(inputs=self._leaves)
 
     def gradient(self) -> Float[Tensor, "task tensor"]:
         """∂L/∂λ of all backward passes since the last call, float64 on the CPU."""
         for i, target in enumerate(self.targets):
-            if target.grad is not None:  # the last backward pass did not reach this tensor, an earlier one did
+            if target.grad is not None:  # an earlier backward pass reached this tensor, but the last one did not
                 self._take(i, target)
         gradient = torch.stack(self._products, dim=1).to("cpu", torch.float64)
         self._clear()
@@ -118,7 +118,7 @@ class MergedModel:
     def _clear(self) -> None:
         self._products = [torch.zeros(len(rows), dtype=base.dtype, device=base.device) for rows, base in self._pairs()]
 
-    def _pairs(self) -> Iterator[tuple[Rows, Tensor]]:
+    def _pairs(self) -> Iterator[tuple[TensorVectors, Tensor]]:
         return zip(self._rows, self._base, strict=True)
 
     @torch.no_grad()
@@ -131,8 +131,8 @@ class MergedModel:
 def matched_tensors(module: nn.Module, vectors: TaskVectors) -> tuple[list[str], list[str]]:
     """(names in the checkpoints, names in the module) of the merged tensors, in the module's order.
 
-    What the base lacks, such as a head or a projection, stays as it is in the module. Raises `IncompatibleModels` if
-    the base has a weight that the module lacks, or if they differ in shape or in what is tied.
+    The module's own tensors that the base lacks, such as a head, are not touched. Raises `IncompatibleModels` if the
+    base has a weight that the module lacks, or if shapes or ties differ.
     """
     state, base = module.state_dict(keep_vars=True), vectors.base
     parameters = [name for name, tensor in state.items() if isinstance(tensor, nn.Parameter)]
@@ -161,7 +161,7 @@ def _check_fit(name: str, first: str, target: str, state: Mapping[str, Tensor], 
 
 
 def _copy_of(module: nn.Module) -> nn.Module:
-    """A copy whose parameters have no gradient and ask for none."""
+    """A copy whose parameters have no gradient and require none."""
     copy = deepcopy(module)
     for parameter in copy.parameters():
         parameter.requires_grad_(False)

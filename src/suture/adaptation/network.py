@@ -1,4 +1,4 @@
-"""Inputs through the module and on to the objective: all tasks in one pass, or one task after another."""
+"""From inputs through the module to the objective: all tasks in one pass, or one task after another."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -16,7 +16,7 @@ from suture.errors import ConfigError
 __all__ = ["Forward", "Head", "Logits", "Network", "call", "check_concatenation", "depends_on_batch"]
 
 Head = Callable[[Tensor], Tensor]
-# From here on a CPU is faster task by task, and holds a fraction: measured by benchmarks/passes.py.
+# Larger networks are faster task by task on a CPU, and need a fraction of the memory: see benchmarks/passes.py.
 LARGE_ON_CPU = 10_000_000
 Logits = Callable[[nn.Module, Any, str], Tensor] | Mapping[str, Head] | nn.ModuleDict
 
@@ -29,9 +29,9 @@ def check_concatenation(
     *,
     device: torch.device | None = None,
 ) -> bool:
-    """Whether to run all tasks in one batch; `ConfigError` where what is asked for would not be exact.
+    """Whether to run all tasks in one batch; raises `ConfigError` for settings that would not be exact.
 
-    Unasked it is done where it is exact and pays, on `device` or where the module is: on a CPU only for a small one.
+    By default it is done where it is exact and faster on `device`, or else the module's: on a CPU only for small ones.
     """
     if micro_batch is not None and (micro_batch < 1 or depends_on_batch(module)):
         reason = depends_on_batch(module) or "wanted 1 or more"
@@ -40,15 +40,15 @@ def check_concatenation(
     reason = "`logits` is a function of one task" if separate else depends_on_batch(module)
     if concatenate and reason:
         raise ConfigError(f"concatenate=True, but {reason}. Remedy: concatenate=False, or module.eval().")
-    return concatenate if concatenate is not None else not reason and _pays(module, device or device_of(module))
+    return concatenate if concatenate is not None else not reason and _is_faster(module, device or device_of(module))
 
 
-def _pays(module: nn.Module, device: torch.device) -> bool:
+def _is_faster(module: nn.Module, device: torch.device) -> bool:
     return device.type != "cpu" or sum(parameter.numel() for parameter in module.parameters()) < LARGE_ON_CPU
 
 
 def depends_on_batch(module: nn.Module) -> str | None:
-    """Why an input's output depends on what else is in its batch or on chance; None if it does not."""
+    """The reason why an input's output depends on the rest of its batch or on chance; None if it does not."""
     for name, part in module.named_modules():
         normalises = isinstance(part, nn.modules.batchnorm._BatchNorm)
         if normalises and (part.training or part.running_mean is None):
@@ -64,15 +64,16 @@ class Network:
     def __init__(
         self, model: MergedModel, forward: Forward, logits: Logits | None, objective: Objective, profile: Profile
     ):
-        self.model, self.forward, self.objective, self.profile = model, forward, objective, profile
-        wants_logits = objective.of == "logits"
-        self.heads = logits if isinstance(logits, Mapping) and wants_logits else None
-        self.logits = logits if callable(logits) and wants_logits else None
+        self.model, self.forward = model, forward
+        self.objective, self.profile = objective, profile
+        takes_logits = objective.of == "logits"
+        self.heads = logits if isinstance(logits, Mapping) and takes_logits else None
+        self.logits = logits if callable(logits) and takes_logits else None
 
     def backward(self, passes: Sequence[Pass]) -> Tensor:
-        """Backpropagate the objective, Σ over tasks of a mean over the batch, and give its value.
+        """Backpropagate the objective, Σ over tasks of a mean over the batch, and return its value.
 
-        Gradients of all passes are added up before they are turned into products: Σ⟨g_t, τ⟩ = ⟨Σ g_t, τ⟩.
+        Gradients are added up over passes before they are multiplied with task vectors: Σ⟨g_t, τ⟩ = ⟨Σ g_t, τ⟩.
         """
         total = torch.zeros((), dtype=torch.float64)
         for i, parts in enumerate(passes):
@@ -84,28 +85,29 @@ class Network:
         return total
 
     @torch.no_grad()
-    def ask_experts(self, passes: Sequence[Pass]) -> list[Pass]:
-        """The same passes with what each task's fine-tuned model gives. Writes over the merged weights."""
-        wanted: dict[tuple[int, int], Tensor] = {}
+    def with_expert_outputs(self, passes: Sequence[Pass]) -> list[Pass]:
+        """The same passes with the outputs of each task's fine-tuned model. Overwrites the merged weights."""
+        targets: dict[tuple[int, int], Tensor] = {}
         for task in dict.fromkeys(part.task for parts in passes for part in parts):
             self.model.write_expert(task)
             with evaluation_mode(self.model.module):
                 for i, parts in enumerate(passes):
                     for j, part in enumerate(parts):
                         if part.task == task:
-                            wanted[i, j] = self._seen(part.inputs, task)
-        return [[p._replace(wanted=wanted[i, j]) for j, p in enumerate(parts)] for i, parts in enumerate(passes)]
+                            targets[i, j] = self._output(part.inputs, task)
+        return [[p._replace(target=targets[i, j]) for j, p in enumerate(parts)] for i, parts in enumerate(passes)]
 
     def _loss(self, parts: Pass) -> Tensor:
         if len(parts) == 1:
-            seen = [self._seen(parts[0].inputs, parts[0].task)]
+            outputs = [self._output(parts[0].inputs, parts[0].task)]
         else:
-            outputs = _of_each(parts, self.forward(self.model.module, concatenate([part.inputs for part in parts])))
-            seen = [self._after_head(output, part.task) for output, part in zip(outputs, parts, strict=True)]
-        return torch.stack([part.share * self._objective(s, part) for s, part in zip(seen, parts, strict=True)]).sum()
+            rows = _split(parts, self.forward(self.model.module, concatenate([part.inputs for part in parts])))
+            outputs = [self._after_head(output, part.task) for output, part in zip(rows, parts, strict=True)]
+        pairs = zip(outputs, parts, strict=True)
+        return torch.stack([part.share * self._objective(output, part) for output, part in pairs]).sum()
 
-    def _seen(self, batch: Any, task: str) -> Tensor:
-        """What the objective looks at: logits, or features."""
+    def _output(self, batch: Any, task: str) -> Tensor:
+        """The operand of the objective: logits, or features."""
         if self.logits is not None:
             return self.logits(self.model.module, batch, task)
         return self._after_head(self.forward(self.model.module, batch), task)
@@ -113,12 +115,12 @@ class Network:
     def _after_head(self, output: Tensor, task: str) -> Tensor:
         return output if self.heads is None else self.heads[task](output)
 
-    def _objective(self, seen: Tensor, part: Part) -> Tensor:
-        return self.objective.function(seen) if part.wanted is None else self.objective.function(seen, part.wanted)
+    def _objective(self, output: Tensor, part: Part) -> Tensor:
+        return self.objective.function(output, *(() if part.target is None else (part.target,)))
 
 
-def _of_each(parts: Pass, output: Tensor) -> Sequence[Tensor]:
-    """The rows of every part; an input may have several, such as one for each pixel."""
+def _split(parts: Pass, output: Tensor) -> Sequence[Tensor]:
+    """The rows of every part; an input may have several rows, such as one per pixel."""
     counts = [size(part.inputs) for part in parts]
     rows, rest = divmod(len(output), sum(counts))
     if rest or not rows:

@@ -1,7 +1,7 @@
-"""Objectives of AdaMerging: the entropy of its own predictions, or the distance to the task's expert.
+"""Objectives of AdaMerging: the entropy of the model's predictions, or the distance to the task's expert.
 
-Each objective gives one scalar for one task's batch, a mean over the batch; the loop adds them up over tasks. Those of
-logits raise `ConfigError` unless they are (batch, class) with two classes or more.
+An objective is a scalar for one task's batch, a mean over the batch; the loop adds them up over tasks. Objectives on
+logits raise `ConfigError` unless these are (batch, class) with two classes or more.
 Entropy: https://arxiv.org/abs/2310.02575, equation 5.
 """
 
@@ -28,25 +28,25 @@ def entropy(logits: Tensor) -> Float[Tensor, ""]:
 
 
 def entropy_loss(logits: Tensor) -> Float[Tensor, ""]:
-    """`entropy_epsilon` under the name that FusionBench gives it."""
+    """`entropy_epsilon` under its name in FusionBench."""
     return entropy_epsilon(logits)
 
 
 def entropy_epsilon(logits: Tensor) -> Float[Tensor, ""]:
-    """−Σ p·log(p + 1e-8), as FusionBench computes it: a little below `entropy`."""
+    """−Σ p·log(p + 1e-8) in nats, as in FusionBench: slightly below `entropy`."""
     _check_logits(logits)
     probabilities = logits.softmax(-1)
     return -(probabilities * torch.log(probabilities + 1e-8)).sum(-1).mean()
 
 
 def expert_cross_entropy(logits: Tensor, expert: Tensor) -> Float[Tensor, ""]:
-    """Cross-entropy, in nats, to the class that the task's expert predicts for the same input."""
+    """Cross-entropy in nats to the class that the task's expert predicts for the same input."""
     _check_logits(logits)
     return F.cross_entropy(logits, expert.argmax(-1))
 
 
 def expert_feature_l1(features: Float[Tensor, " *shape"], expert: Float[Tensor, " *shape"]) -> Float[Tensor, ""]:
-    """Mean absolute difference, over batch and dimensions, to the feature of the task's expert."""
+    """Mean absolute difference to the expert's features, over batch and dimensions."""
     return (features - expert).abs().mean()
 
 
@@ -66,9 +66,9 @@ def _check_logits(logits: Tensor) -> None:
 
 @dataclass(frozen=True)
 class Objective:
-    """A loss for one task's batch: `function(seen)`, or `function(seen, expert's)` where `expert` is set.
+    """A loss for one task's batch: `function(output)`, or `function(output, expert's output)` if `expert` is set.
 
-    `of` says what it is fed: the logits, or the features, which are what the module gives before any head.
+    `of` names the output: the logits, or the features, which are the module's output before any head.
     """
 
     function: Callable[..., Tensor]

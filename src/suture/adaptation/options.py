@@ -1,4 +1,4 @@
-"""The options of AdaMerging, with their defaults: those of the paper where it names them."""
+"""The options of AdaMerging and their defaults, from the paper where it gives them."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -14,17 +14,17 @@ from suture.merging.methods.ties_merging import THRESHOLD
 
 @dataclass(frozen=True, kw_only=True)
 class AdaMergingOptions:
-    """How coefficients are learned. https://arxiv.org/abs/2310.02575
+    """Options of the loop that learns coefficients. https://arxiv.org/abs/2310.02575
 
     - `granularity`: see `layout`; `init_values`: see `initial_values`; `objective`: see `OBJECTIVES`.
     - `optimizer` (adam, adamw or sgd), `lr`, `weight_decay`, `schedule`: see `suture.adaptation.schedules`.
-    - `max_steps`: 1,000 by default, as published; 200 with `schedule="fast"`. With 0 the models are merged with
+    - `max_steps`: by default 1,000, as published, or 200 with `schedule="fast"`. With 0 the models are merged with
       `init_values`.
-    - `clamp_weights` keeps coefficients between 0 and 1; `softmax` normalises them over tasks.
+    - `clamp_weights` limits coefficients to [0, 1]; `softmax` normalises them over tasks.
     - `concatenate`: all tasks in one forward and backward pass; by default where this is exact, but on a CPU only for
       networks below ten million parameters. `micro_batch` limits the inputs of one pass.
-    - `plus_plus` takes the trimmed, sign-agreeing rows of TIES with its `threshold` (%).
-    - `vectors_dtype`: what task vectors are held in; with `stream_vectors` they are read twice a step instead.
+    - `plus_plus` uses task vectors trimmed by TIES to `threshold` %, with only the entries of the elected sign.
+    - `vectors_dtype`: the dtype of task vectors in memory; with `stream_vectors` they are read twice per step instead.
     """
 
     granularity: str | Sequence[str] | Mapping[str, str] = "layer"

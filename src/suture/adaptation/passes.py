@@ -1,7 +1,7 @@
-"""The layout of one step's inputs over passes through the network, and over processes.
+"""The distribution of one step's inputs over passes through the network and over processes.
 
-Where an input's output depends on nothing else, its batch can be cut anywhere: each piece counts for its share of the
-task's mean, so the sum over pieces, passes and processes is the objective itself.
+If an input's output does not depend on other inputs, a batch can be cut anywhere: each piece is weighted by its share
+of the task's mean, so the sum over pieces, passes and processes is exactly the objective.
 """
 
 from collections.abc import Mapping, Sequence
@@ -15,12 +15,12 @@ Pass = list["Part"]
 
 
 class Part(NamedTuple):
-    """Inputs of one task, the share of that task's mean that they stand for, and what the expert gives for them."""
+    """Inputs of one task, their share of its mean, and the expert's output for them, if the objective needs it."""
 
     task: str
     inputs: Any
     share: float = 1.0
-    wanted: Tensor | None = None
+    target: Tensor | None = None
 
 
 def passes(
@@ -32,10 +32,10 @@ def passes(
     rank: int = 0,
     world: int = 1,
 ) -> list[Pass]:
-    """What process `rank` of `world` runs in one step, pass after pass.
+    """The passes of process `rank` of `world` in one step.
 
-    `independent` inputs are cut into rows over processes and into passes of at most `micro_batch`; others only into
-    whole tasks. With `concatenate` the tasks share passes.
+    `independent` inputs are distributed over processes one by one and cut into passes of at most `micro_batch`; other
+    inputs are only distributed by whole tasks. With `concatenate` tasks share passes.
 
     >>> import torch
     >>> [[part.share for part in p] for p in passes({"t": torch.ones(3)}, concatenate=True, micro_batch=2)]
@@ -58,7 +58,7 @@ def _cut(task: str, batch: Any, micro_batch: int | None, rank: int, world: int) 
 
 
 def _packed(parts: Sequence[Part], limit: int | None) -> list[Pass]:
-    """Neighbours that fit together, up to `limit` inputs a pass."""
+    """Passes of neighbouring parts that can be concatenated, with at most `limit` inputs each."""
     packed: list[Pass] = []
     for part in parts:
         last = packed[-1] if packed else []

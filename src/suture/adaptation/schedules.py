@@ -1,7 +1,7 @@
-"""Schedules of the learning rate: constant as published, or fast, in a fifth of the steps.
+"""Learning-rate schedules: constant, as published, or fast, in a fifth of the steps.
 
-Adam moves a coefficient by at most about the learning rate a step, whatever the size of its gradient: 1,000 steps of
-1e-3 reach no further than 1. Fast sets the reach of 200 steps to 1.2 by taking large ones, and settles on small ones.
+Adam moves a coefficient by at most about the learning rate per step, whatever the size of its gradient: 1,000 steps of
+1e-3 reach at most 1. The fast schedule reaches 1.2 in 200 steps by starting with large ones, and ends with small ones.
 """
 
 import math
@@ -17,12 +17,12 @@ _WARM_UP = 0.1  # of the steps
 
 
 def constant(step: int, max_steps: int) -> float:
-    """The same rate throughout, as published."""
+    """A factor of 1 at every step, as published."""
     return 1.0
 
 
 def fast(step: int, max_steps: int) -> float:
-    """Up to 12 times the rate in a tenth of the steps, and down to nothing along a half cosine.
+    """A factor that rises to 12 over a tenth of the steps, then falls to 0 along a half cosine.
 
     >>> [round(fast(step, 20), 1) for step in (0, 1, 2, 11, 19)]
     [6.0, 12.0, 12.0, 6.0, 0.1]
@@ -38,10 +38,10 @@ STEPS = {"constant": 1000, "fast": 200}
 
 
 def get_schedule(schedule: str, max_steps: int | None = None) -> tuple[Callable[[int, int], float], int]:
-    """The factor of the learning rate as a function of (step, max_steps), and how many steps are taken.
+    """(factor, number of steps): the learning rate's factor as a function of (step, max_steps).
 
-    `max_steps` is the length of the whole schedule, which fast stretches over it; by default 1,000, or 200 for fast.
-    Raises `ConfigError` for an unknown schedule.
+    `max_steps` is the length of the schedule, by default 1,000, or 200 for fast, which is scaled to it. Raises
+    `ConfigError` for an unknown schedule.
 
     >>> get_schedule("fast")[1], get_schedule("fast", 50)[1]
     (200, 50)

@@ -1,4 +1,4 @@
-"""How far the loop has come: what has to be kept so that it can go on from there to the same bits."""
+"""The state of the loop, saved so that it can resume with bit-identical results."""
 
 import torch
 from torch import Tensor
@@ -7,22 +7,23 @@ from suture.storage.resume import Resume
 
 
 class Trajectory:
-    """Steps done, the coefficients before each and after the last, and the losses; saved and taken up by `resume`."""
+    """The coefficients before each step and after the last, and the losses; saved and restored through `resume`."""
 
     def __init__(self, values: Tensor, optimizer: torch.optim.Optimizer, resume: Resume | None = None):
-        self.values, self.optimizer, self.resume = values, optimizer, resume
+        self.values, self.optimizer = values, optimizer
+        self.resume = resume
         self.history, self.losses = [values.detach().clone()], list[float]()
         state = resume.load() if resume else None
         if state is not None:
-            self._take_up(state)
+            self._restore(state)
 
     @property
     def step(self) -> int:
-        """How many steps have been done."""
+        """The number of steps done."""
         return len(self.losses)
 
     def advance(self, loss: float, *, last: bool = False) -> None:
-        """Note one more step; save after the last one, and when it is time."""
+        """Record one more step; save if it is the last, or if `resume` says that a save is due."""
         self.history.append(self.values.detach().clone())
         self.losses.append(loss)
         if self.resume is not None and (last or self.resume.due()):
@@ -37,7 +38,7 @@ class Trajectory:
         }
 
     @torch.no_grad()
-    def _take_up(self, state: dict) -> None:
+    def _restore(self, state: dict) -> None:
         self.history, self.losses = list(state["history"]), list(state["losses"])
         self.values.copy_(self.history[-1])
         self.optimizer.load_state_dict(state["optimizer"])

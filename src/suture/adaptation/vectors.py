@@ -1,4 +1,4 @@
-"""The task vectors of one tensor, all tasks side by side: held in memory, read when needed, or as low-rank factors."""
+"""The task vectors of one tensor, for all tasks: in memory, read when needed, or as low-rank factors."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -16,17 +16,17 @@ from suture.merging.methods.ties_merging import THRESHOLD, TiesStatistic, settle
 from suture.merging.registry import get_method
 from suture.merging.task_vectors import Piece, TaskVectors, compute_dtype
 
-_CHUNK = {"cpu": 1 << 15}  # entries of each task vector that are widened at once: they stay in the cache
-_CHUNK_ELSEWHERE = 1 << 22  # fewer and larger kernels
+_CHUNK = {"cpu": 1 << 15}  # entries of each task vector that are widened at once, so that they fit in the cache
+_CHUNK_ELSEWHERE = 1 << 22  # fewer, larger kernels
 
 
 @runtime_checkable
-class Rows(Protocol):
-    """What a merge and its gradient need of the task vectors τ_t of one tensor."""
+class TensorVectors(Protocol):
+    """The task vectors τ_t of one tensor, with the two operations that a merge and its gradient need."""
 
     def __len__(self) -> int: ...
 
-    def to(self, device: torch.device) -> "Rows": ...
+    def to(self, device: torch.device) -> "TensorVectors": ...
 
     def combine(self, base: Tensor, column: Float[Tensor, " task"]) -> Tensor:
         """θ₀ + Σ λ_t τ_t in the base's shape and dtype."""
@@ -39,7 +39,7 @@ class Rows(Protocol):
 
 @dataclass(frozen=True)
 class Held:
-    """Task vectors in memory, one flat row a task."""
+    """Task vectors in memory, one flat row per task."""
 
     values: Float[Tensor, "task entry"]
 
@@ -58,7 +58,7 @@ class Held:
 
 @dataclass(frozen=True)
 class Streamed:
-    """Task vectors that are computed from the checkpoints each time, so that none are held."""
+    """Task vectors computed from the checkpoints at each use, so that none are held in memory."""
 
     count: int
     read: Callable[[], Float[Tensor, "task entry"]]
@@ -79,10 +79,7 @@ class Streamed:
 
 @dataclass(frozen=True)
 class LowRank:
-    """Task vectors as factors, τ_t = B_t A_t: neither they nor the products with a gradient are ever spread out.
-
-    ⟨G, BA⟩ = ⟨BᵀG, A⟩.
-    """
+    """Task vectors as factors, τ_t = B_t A_t, which are never multiplied out: ⟨G, BA⟩ = ⟨BᵀG, A⟩."""
 
     up: Float[Tensor, "task out rank"]
     down: Float[Tensor, "task rank in"]
@@ -109,7 +106,7 @@ class LowRank:
 def combine(base: Tensor, rows: Float[Tensor, "task entry"], column: Float[Tensor, " task"]) -> Tensor:
     """θ₀ + Σ λ_t τ_t of one tensor, in the base's shape and dtype.
 
-    Equal coefficients multiply the sum of the task vectors, so that they give Task Arithmetic and TIES to the last bit.
+    Equal coefficients multiply the sum of the task vectors, so the result is bit-identical to Task Arithmetic and TIES.
     """
     factors = column.tolist()
     if len(set(factors)) == 1:
@@ -138,11 +135,11 @@ def inner_products(rows: Float[Tensor, "task entry"], gradient: Tensor) -> Float
     return products
 
 
-def task_vector_rows(vectors: TaskVectors, options: AdaMergingOptions) -> dict[str, Rows]:
+def task_vector_rows(vectors: TaskVectors, options: AdaMergingOptions) -> dict[str, TensorVectors]:
     """The task vectors of every merged tensor; those of AdaMerging++ with `plus_plus`.
 
-    They are computed in float32 (float64 for float64 tensors) and held in `vectors_dtype` if it is given, or not held
-    at all with `stream_vectors`; those of LoRA adapters stay factors. Raises `IncompatibleModels` for weights that are
+    They are computed in float32 (float64 for float64 tensors) and held in `vectors_dtype` if given, or not held at all
+    with `stream_vectors`; those of LoRA adapters are held as factors. Raises `IncompatibleModels` for weights that are
     not finite.
     """
     statistic = settled_statistic(vectors, options.threshold) if options.plus_plus else None
@@ -157,7 +154,7 @@ def task_vector_rows(vectors: TaskVectors, options: AdaMergingOptions) -> dict[s
 
 
 def settled_statistic(vectors: TaskVectors, threshold: float = THRESHOLD) -> TiesStatistic:
-    """TIES's statistic of the whole model: the thresholds of the trim, and the majority sign from one more pass."""
+    """TIES's statistic of the whole model: the trim's thresholds, and the majority sign from one more pass."""
     method, votes = get_method("ties_merging"), []
     assert method.vote is not None
     merge_and_vote, knobs = method.vote, method.knobs.validate({"threshold": threshold, "scope": "model"})
@@ -171,7 +168,7 @@ def settled_statistic(vectors: TaskVectors, threshold: float = THRESHOLD) -> Tie
 
 
 def _factors(vectors: TaskVectors, name: str) -> LowRank | None:
-    """The task vectors of one tensor as factors of one rank, if every model gives its own so."""
+    """The task vectors of one tensor as factors padded to one rank; None unless every model has factors."""
     pairs = [model.factors(name) for model in vectors.models.values()]
     if any(factors is None for factors in pairs):
         return None

@@ -1,4 +1,4 @@
-"""Analyses of the models to merge: each is one function that returns a `Finding`, which `save` writes into a folder."""
+"""Analyses of models to merge: each is one function that returns a `Finding`, which `save` writes into a folder."""
 
 from suture.analysis.accuracy import interpolation, landscape
 from suture.analysis.bias import bias

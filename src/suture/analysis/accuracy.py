@@ -1,4 +1,4 @@
-"""Accuracy along lines and over planes of weights: base + Σ λ_t τ_t for many λ, merged anew at each point."""
+"""Accuracy along lines and over planes of weights: base + Σ λ_t τ_t for many λ, with a new merge at each point."""
 
 import copy
 from collections.abc import Iterator, Mapping, Sequence
@@ -33,23 +33,23 @@ def interpolation(
 ) -> Finding:
     """Accuracy from the base (λ = 0) to each model (λ = 1) on its own task, and of their sum on all tasks.
 
-    `module` is the architecture; it is copied. `tasks` go by the models' names. `values`: "alone" (model, point), and
-    "together" (task, point), the accuracies of base + λ Σ τ.
+    `module` is the architecture; it is copied. `tasks` has a task for each model's name. `values`: "alone" (model,
+    point), the accuracy of base + λ τ, and "together" (task, point), that of base + λ Σ τ.
     """
     vectors = _task_vectors(base, models, tasks, frozen)
-    module, named = copy.deepcopy(module), list(vectors.models)
+    module, names = copy.deepcopy(module), list(vectors.models)
 
     def score(state: Mapping[str, Tensor], on: Mapping[str, TaskInputs]) -> Row:
         return evaluate_row("", _loaded(module, state), on, batch_size=batch_size, track=track)
 
-    alone = [[score(state, {n: tasks[n]}).on(n) for state in _line(vectors, [n], points)] for n in named]
-    together = [score(state, tasks) for state in _line(vectors, named, points)]
+    alone = [[score(state, {n: tasks[n]}).on(n) for state in _line(vectors, [n], points)] for n in names]
+    together = [score(state, tasks) for state in _line(vectors, names, points)]
     on_each = torch.tensor([[row.on(task) for row in together] for task in tasks], dtype=torch.float64)
     values = {"alone": torch.tensor(alone, dtype=torch.float64), "together": on_each}
     mean = on_each.mean(0).tolist()
     rows = [(p, mean[i], *(line[i] for line in alone)) for i, p in enumerate(points)]
-    heads = ("λ", "all, mean over tasks", *named)
-    labels = {"models": named, "tasks": list(tasks), "points": list(points)}
+    heads = ("λ", "all, mean over tasks", *names)
+    labels = {"models": names, "tasks": list(tasks), "points": list(points)}
     notes = ("A model's column is base + λ τ of this model alone, on its own task.",)
     return Finding("interpolation", "accuracy from the base to each model", heads, rows, values, labels, notes)
 
@@ -67,7 +67,7 @@ def landscape(
 ) -> Finding:
     """Accuracy of base + a τ_first + b τ_second over a grid of (a, b), for two models and their tasks.
 
-    `values`: "accuracy" (task, a, b). Raises `ConfigError` for another number of models than two.
+    `values`: "accuracy" (task, a, b). Raises `ConfigError` unless there are two models.
     """
     if len(models) != 2:
         raise ConfigError(
@@ -90,7 +90,7 @@ def landscape(
 
 
 def _task_vectors(base, models, tasks: Mapping[str, Any], frozen: Sequence[str]) -> TaskVectors:
-    """The task vectors of models that each have a task of their name."""
+    """The task vectors; raises `ConfigError` for a model without a task of its name."""
     vectors = open_task_vectors(base, models, frozen=frozen)
     if missing := [name for name in vectors.models if name not in tasks]:
         raise ConfigError(
@@ -105,7 +105,7 @@ def _line(vectors: TaskVectors, names: Sequence[str], points: Sequence[float]) -
 
 
 def _combinations(vectors: TaskVectors, weights: Float[Tensor, "point task"]) -> Iterator[dict[str, Tensor]]:
-    """base + Σ weight · τ for each point, in turn in the same tensors: one model is held, whatever their number."""
+    """base + Σ weight · τ for each point, one after another in the same tensors, so that one merge is in memory."""
     merged = {name: vectors.base[name].clone() for name in vectors.specs}
     for point in weights:
 

@@ -13,7 +13,7 @@ from suture.core.batches import Forward, Inputs, call
 from suture.core.progress import Track, untracked
 from suture.errors import ConfigError
 from suture.repairs import linear_cka
-from suture.repairs.network import Block, Blocks, by_place, find_blocks, places_of
+from suture.repairs.network import Block, Blocks, by_layer, find_blocks, layers_of
 from suture.repairs.problem import Experts, Problem
 
 
@@ -29,32 +29,29 @@ def bias(
 ) -> Finding:
     """Mean |merged − expert| and linear CKA after every block and at the final feature, on each task's inputs.
 
-    `experts` is a mapping task → module or a function that gives it. `blocks` as `find_blocks` takes them; by default
-    those that are found, if any. A block's representation is its mean over positions. `values`: "l1" and "cka", each
-    (task, place).
+    `experts` is a mapping task → module, or a function that returns a task's module. `blocks` are as for `find_blocks`;
+    by default those that are found, if any. A block's representation is its mean over positions. `values`: "l1" and
+    "cka", each (task, layer).
     """
     problem = Problem(merged, experts, inputs, forward, encode_batch=batch_size, track=track)
     observed = _blocks(problem, blocks)
-    places = places_of(observed)
+    layers = layers_of(observed)
     l1, cka = [], []
     for task in problem.tasks:
-        pairs = zip(
-            by_place(problem.merged_rows(task, inputs[task], observed), observed),
-            by_place(problem.expert_rows(task, inputs[task], observed), observed),
-            strict=True,
-        )
+        ours = by_layer(problem.merged_rows(task, inputs[task], observed), observed)
+        pairs = zip(ours, by_layer(problem.expert_rows(task, inputs[task], observed), observed), strict=True)
         distances = [((one.double() - other.double()).abs().mean(), linear_cka(one, other)) for one, other in pairs]
         l1.append(torch.stack([pair[0] for pair in distances]))
         cka.append(torch.stack([pair[1] for pair in distances]))
     values = {"l1": torch.stack(l1), "cka": torch.stack(cka)}
     rows = [
-        (place, values["l1"][:, i].mean().item(), values["cka"][:, i].mean().item(), *values["l1"][:, i].tolist())
-        for i, place in enumerate(places)
+        (layer, values["l1"][:, i].mean().item(), values["cka"][:, i].mean().item(), *values["l1"][:, i].tolist())
+        for i, layer in enumerate(layers)
     ]
     heads = ("place", "L1", "CKA", *(f"L1 {task}" for task in problem.tasks))
     notes = ("L1 and CKA are means over tasks; the columns behind them are each task's L1.",)
     title = "distance of the merged model to its experts"
-    return Finding("bias", title, heads, rows, values, {"tasks": problem.tasks, "places": places}, notes)
+    return Finding("bias", title, heads, rows, values, {"tasks": problem.tasks, "places": layers}, notes)
 
 
 def _blocks(problem: Problem, blocks: Blocks) -> tuple[Block, ...]:
@@ -66,4 +63,4 @@ def _blocks(problem: Problem, blocks: Blocks) -> tuple[Block, ...]:
     except ConfigError:
         if blocks is not None:
             raise
-        return ()  # a module without lists of blocks has its final feature
+        return ()  # a module without lists of blocks is compared at its final feature

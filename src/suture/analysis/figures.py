@@ -1,4 +1,4 @@
-"""The files of a finding: its table as JSON and CSV, its figure as PNG and SVG."""
+"""The files of a finding: the table as JSON and CSV, the figure as PNG and SVG."""
 
 import csv
 import json
@@ -29,9 +29,9 @@ _CHARTS: dict[str, Callable[[Finding], Chart]] = {}
 
 
 def save(finding: Finding, folder: str | Path) -> Path:
-    """Write NAME.json, NAME.csv, NAME.png and NAME.svg into a folder, which is made; returns it.
+    """Write NAME.json, NAME.csv, NAME.png and NAME.svg into a folder, created if needed; returns the folder.
 
-    Raises `OutputError` if it cannot be written.
+    Raises `OutputError` if they cannot be written.
     """
     folder = Path(folder)
     with disk_errors(folder):
@@ -49,7 +49,7 @@ def chart_of(finding: Finding) -> Chart:
 
 
 def _draws(name: str) -> Callable[[Callable[[Finding], Chart]], Callable[[Finding], Chart]]:
-    """Register a function as the figure of the analysis of this name."""
+    """Register a function that draws the figure of the analysis of this name."""
 
     def register(draw: Callable[[Finding], Chart]) -> Callable[[Finding], Chart]:
         _CHARTS[name] = draw
@@ -93,7 +93,7 @@ def _trimming(finding: Finding) -> Chart:
 
 
 def _by_tensor(title: str, finding: Finding, columns: dict[str, str]) -> Chart:
-    """Bars of several measures beside each other, tensors down."""
+    """Bars of several measures side by side, one row per tensor."""
     names = short_names(finding.labels["tensors"])
     rows = []
     for measure, key in columns.items():
@@ -137,7 +137,7 @@ def _interpolation(finding: Finding) -> Chart:
 
 @_draws("landscape")
 def _landscape(finding: Finding) -> Chart:
-    """A cell for each point that was scored, and marks where the base and the two models are."""
+    """A cell for each scored point, with labels at the base and the two models."""
     (first, other), points = finding.labels["models"], finding.labels["points"]
     mean = finding.values["accuracy"].mean(0).tolist()
     rows = [{"a": a, "b": b, "value": 100 * mean[i][j]} for i, a in enumerate(points) for j, b in enumerate(points)]
@@ -183,5 +183,5 @@ def _bias(finding: Finding) -> Chart:
 
 
 def _finite(value: float) -> float | None:
-    """A bias that is zero in the base has no scale: such a bar is left out."""
+    """The value, or None for a bar to leave out: a tensor that is zero in the base has no relative norm."""
     return value if math.isfinite(value) else None

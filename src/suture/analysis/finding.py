@@ -10,9 +10,9 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Finding:
-    """`rows` are the table under `heads`; `values` the same numbers as tensors; `labels` name their axes.
+    """The result of one analysis: `rows` form a table with `heads`; `values` are the same numbers as tensors.
 
-    `suture.analysis.save(finding, folder)` writes both, and the figure.
+    `labels` name the tensors' axes. `suture.analysis.save(finding, folder)` writes the table and the figure.
     """
 
     name: str
@@ -24,7 +24,7 @@ class Finding:
     notes: Sequence[str] = ()
 
     def as_data(self) -> dict[str, Any]:
-        """As JSON can hold it; what is not finite is null."""
+        """The table as JSON data, with null for values that are not finite."""
         rows = [dict(zip(self.heads, map(_finite, row), strict=True)) for row in self.rows]
         return {"analysis": self.name, "title": self.title, "rows": rows, "notes": list(self.notes)}
 

@@ -1,6 +1,6 @@
-"""Analyses of the weights alone: similarity, size and conflicts of task vectors.
+"""Analyses of weights: similarity, size and conflicts of task vectors.
 
-Everything streams: one slice of each model is held at a time.
+Models are read as a stream, with one slice of each in memory at a time.
 """
 
 from collections.abc import Mapping, Sequence
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from suture.analysis.finding import Finding
 from suture.checkpoints import Source
-from suture.core.names import natural
+from suture.core.names import sort_key
 from suture.merging.methods.ties_merging import THRESHOLD, trim_thresholds
 from suture.merging.streams import inner_products, total
 from suture.merging.task_vectors import TaskVectors, open_task_vectors
@@ -22,7 +22,7 @@ Models = Mapping[str, Source] | Sequence[Source]
 
 
 def similarity(base: Source, models: Models, *, frozen: Sequence[str] = ()) -> Finding:
-    """Cosine similarity of every two task vectors, over the whole model, and each one's norm. float64.
+    """Cosine similarities of all pairs of task vectors over the whole model, and their norms, in float64.
 
     `values`: "cosine" (model, model), nan for a model that equals the base; "norm" (model,). Raises
     `IncompatibleModels` for models that do not fit together.
@@ -43,12 +43,12 @@ def similarity(base: Source, models: Models, *, frozen: Sequence[str] = ()) -> F
 
 
 def layers(base: Source, models: Models, *, frozen: Sequence[str] = ()) -> Finding:
-    """For each tensor: how far the models moved it, and how much they disagree about the direction.
+    """The size of the task vectors in each tensor, and how much they disagree about the direction.
 
-    `values`, each (tensor, …): "norm" (tensor, model) of the task vectors; "relative" their mean over the base's norm;
-    "conflict" the share of entries in which two models pull in opposite directions, the mean over pairs: 1/2 where
-    signs are independent; "agreement" Σ|Σ_t τ| / Σ Σ_t |τ|: 1 where all pull the same way, about 1/√T for T
-    independent ones.
+    `values`: "norm" (tensor, model), the norms of the task vectors; "relative" (tensor,), their mean divided by the
+    base's norm; "conflict" (tensor,), the share of entries that two models move in opposite directions, averaged over
+    pairs: 1/2 if signs are independent; "agreement" (tensor,), Σ|Σ_t τ| / Σ Σ_t |τ|: 1 if all move the same way, about
+    1/√T for T independent models.
 
     >>> one, other = {"w": torch.tensor([2.0, 2.0])}, {"w": torch.tensor([2.0, 0.0])}
     >>> finding = layers({"w": torch.ones(2)}, {"one": one, "other": other})
@@ -56,7 +56,7 @@ def layers(base: Source, models: Models, *, frozen: Sequence[str] = ()) -> Findi
     (0.5, 0.5)
     """
     vectors = open_task_vectors(base, models, frozen=frozen)
-    names = sorted(vectors.names, key=natural)
+    names = sorted(vectors.names, key=sort_key)
     sums = torch.stack([total(vectors.stream([name]), _moments) for name in names])
     count = len(vectors.models)
     squares, (own, conflict, net, mass) = sums[:, :count], sums[:, count:].T
@@ -83,23 +83,23 @@ def trimming(
     scope: Literal["model", "tensor"] = "model",
     frozen: Sequence[str] = (),
 ) -> Finding:
-    """What TIES trims in each tensor, and where the signs of what survives collide.
+    """The share of each tensor that TIES keeps, and the sign conflicts among the surviving entries.
 
-    `values`: "kept" (tensor, model), the share of entries that survive; "collide" (tensor,), the share of entries that
-    some survivors raise and others lower; "lost" (tensor,), the share of survivors that lose the election of signs
-    (none where they cancel exactly). `threshold` and `scope` are those of `ties_merging`.
+    `values`: "kept" (tensor, model), the share of entries that survive the trim; "collide" (tensor,), the share of
+    entries that some survivors raise and others lower; "lost" (tensor,), the share of survivors that lose the election
+    of signs (none where they cancel exactly). `threshold` and `scope` are those of `ties_merging`.
     """
     vectors = open_task_vectors(base, models, frozen=frozen)
     knobs = {"threshold": threshold, "scope": scope}
     whole = trim_thresholds(vectors.stream(), **knobs).thresholds if scope == "model" else None
-    names, sums = sorted(vectors.names, key=natural), []
+    names, sums = sorted(vectors.names, key=sort_key), []
     for name in names:
         stream = vectors.stream([name])
         least = trim_thresholds(stream, **knobs).thresholds if whole is None else whole
         sums.append(total(stream, lambda _, rows, least=least: _survivors(rows, least)))
     values = _shares(torch.stack(sums), _entries(vectors, names))
-    kept = values["kept"]
-    columns = [kept.mean(1), kept.amin(1), kept.amax(1), values["collide"], values["lost"]]
+    shares = values["kept"]
+    columns = [shares.mean(1), shares.amin(1), shares.amax(1), values["collide"], values["lost"]]
     rows = list(zip(names, *(column.tolist() for column in columns), strict=True))
     heads = ("tensor", "kept", "least", "most", "collide", "lost")
     title = f"what TIES keeps at threshold {threshold:g}, scope={scope}"
@@ -115,11 +115,11 @@ def _moments(base: Float[Tensor, " chunk"], rows: Float[Tensor, "task chunk"]) -
 
 
 def _survivors(rows: Float[Tensor, "task chunk"], least: Float[Tensor, " task"]) -> Float[Tensor, " count"]:
-    """Survivors of each model, columns where they collide, survivors on the losing side."""
-    kept = torch.where(rows.abs() >= least[:, None], rows, 0.0)
-    collide = (kept > 0).any(0) & (kept < 0).any(0)
-    lost = kept.sign() * kept.sum(0).sign() < 0
-    return torch.cat([(kept != 0).sum(1), torch.stack([collide.sum(), lost.sum()])]).double()
+    """The number of survivors of each model, of columns where they collide, and of survivors on the losing side."""
+    trimmed = torch.where(rows.abs() >= least[:, None], rows, 0.0)
+    collide = (trimmed > 0).any(0) & (trimmed < 0).any(0)
+    lost = trimmed.sign() * trimmed.sum(0).sign() < 0
+    return torch.cat([(trimmed != 0).sum(1), torch.stack([collide.sum(), lost.sum()])]).double()
 
 
 def _shares(sums: Float[Tensor, "tensor count"], entries: Float[Tensor, " tensor"]) -> dict[str, Tensor]:

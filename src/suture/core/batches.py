@@ -17,10 +17,10 @@ Forward = Callable[[Any, Any], Tensor]  # (module, inputs) → (batch, …)
 
 
 class ShuffledBatches:
-    """Endless batches of one task's inputs, in an order that depends on seed, name and step alone.
+    """Endless batches of one task's inputs, in an order that depends only on seed, name and step.
 
-    Every input comes once before any comes again; a batch that reaches the end goes on in the next order. The batch of
-    any step can be had at once, so that a loop taken up again goes on where it was.
+    Every input is used once before any is used again; a batch that reaches the end of one order continues in the next.
+    The batch of any step can be computed directly, so an interrupted loop resumes with the batch it would have had.
 
     >>> batches = ShuffledBatches(torch.arange(5), 3, seed=1, name="digits")
     >>> sorted(torch.cat([batches[0], batches[1]])[:5].tolist())
@@ -32,7 +32,8 @@ class ShuffledBatches:
             raise ConfigError(f"batch_size={batch_size}: wanted 1 or more.")
         if size(inputs) == 0:
             raise DataError(f"Task {name!r} has no inputs.")
-        self.inputs, self.batch_size, self.seed, self.name = inputs, batch_size, seed, name
+        self.inputs, self.batch_size = inputs, batch_size
+        self.seed, self.name = seed, name
         self._order = lru_cache(maxsize=2)(self._shuffled)
 
     def __getitem__(self, step: int) -> Inputs:
@@ -45,13 +46,14 @@ class ShuffledBatches:
             step += 1
 
     def indices(self, step: int) -> Int[Tensor, " batch"]:
-        """Which inputs make up the batch of a step, counted from 0."""
-        start, parts, wanted = step * self.batch_size, [], self.batch_size
-        while wanted:
+        """Positions of the inputs in the batch of a step; steps count from 0."""
+        start, stop = step * self.batch_size, (step + 1) * self.batch_size
+        parts = []
+        while start < stop:
             epoch, offset = divmod(start, size(self.inputs))
-            part = self._order(epoch)[offset : offset + wanted]
+            part = self._order(epoch)[offset : offset + stop - start]
             parts.append(part)
-            start, wanted = start + len(part), wanted - len(part)
+            start += len(part)
         return torch.cat(parts)
 
     def _shuffled(self, epoch: int) -> Tensor:
@@ -60,7 +62,7 @@ class ShuffledBatches:
 
 
 def size(batch: Any) -> int:
-    """How many inputs a batch holds."""
+    """The number of inputs in a batch."""
     if isinstance(batch, Mapping):
         return size(next(iter(batch.values())))
     return size(batch[0]) if isinstance(batch, tuple | list) else len(batch)
@@ -74,7 +76,7 @@ def take(batch: Any, index: Tensor | slice) -> Any:
 
 
 def joinable(one: Any, other: Any) -> bool:
-    """Whether two batches can be one; texts padded to different lengths cannot."""
+    """Whether two batches can be concatenated; texts padded to different lengths cannot."""
     if isinstance(one, Tensor) and isinstance(other, Tensor):
         return one.shape[1:] == other.shape[1:]
     if isinstance(one, Mapping) and isinstance(other, Mapping):
@@ -85,7 +87,7 @@ def joinable(one: Any, other: Any) -> bool:
 
 
 def concatenate(batches: Sequence[Any]) -> Any:
-    """One batch of several that are joinable."""
+    """Several `joinable` batches as one."""
     first = batches[0]
     if isinstance(first, Tensor):
         return torch.cat(list(batches))
@@ -95,12 +97,12 @@ def concatenate(batches: Sequence[Any]) -> Any:
 
 
 def device_of(module: nn.Module) -> torch.device:
-    """Where the module's weights are, and so its inputs have to be; the CPU for a module without any."""
+    """The device of the module's weights, where its inputs must be too; the CPU for a module without weights."""
     return next((tensor.device for tensor in module.state_dict().values()), torch.device("cpu"))
 
 
 def to_device(inputs: Any, device: torch.device) -> Any:
-    """The batch on a device."""
+    """The same batch with its tensors on a device; anything else is passed through."""
     if isinstance(inputs, Mapping):
         return {key: to_device(value, device) for key, value in inputs.items()}
     if isinstance(inputs, tuple | list):
@@ -109,23 +111,25 @@ def to_device(inputs: Any, device: torch.device) -> Any:
 
 
 def call(module: Any, inputs: Any) -> Tensor:
-    """What the module gives for a batch: (batch, …). Mappings are keyword arguments; of an output with `logits`, those.
+    """The module's output for a batch, (batch, …), or its `logits` where the output is an object with that attribute.
 
-    Raises `ConfigError` if the module gives anything else, and for a batch that is a tuple.
+    A mapping is passed as keyword arguments. Raises `ConfigError` if the output is neither, or the batch is a tuple.
     """
     if isinstance(inputs, tuple | list):
-        raise ConfigError("A batch is a tuple; give forward=lambda module, batch: module(batch[0]), or inputs alone.")
+        raise ConfigError(
+            "A batch is a tuple. Remedy: give forward=lambda module, batch: module(batch[0]), or inputs alone."
+        )
     output = module(**inputs) if isinstance(inputs, Mapping) else module(inputs)
-    found = output if isinstance(output, Tensor) else getattr(output, "logits", None)
-    if not isinstance(found, Tensor):
+    tensor = output if isinstance(output, Tensor) else getattr(output, "logits", None)
+    if not isinstance(tensor, Tensor):
         kind = type(output).__name__
-        raise ConfigError(f"The module gives a {kind}, not a tensor; give forward=lambda module, inputs: …")
-    return found
+        raise ConfigError(f"The module gives a {kind}, not a tensor. Remedy: give forward=lambda module, inputs: …")
+    return tensor
 
 
 @contextmanager
 def evaluation_mode(model: Any) -> Iterator[None]:
-    """Dropout off and statistics fixed inside the block; afterwards each submodule is as it was."""
+    """Inside the block dropout is off and statistics are fixed; afterwards each submodule is back in its own mode."""
     modes = [(m, m.training) for m in model.modules()] if isinstance(model, nn.Module) else []
     try:
         for module, _ in modes:

@@ -1,4 +1,4 @@
-"""Devices, processes, precision and loggers, through Lightning Fabric, which is imported here and in `loggers` only."""
+"""Devices, processes, precision and loggers through Lightning Fabric, which only this module and `loggers` import."""
 
 import io
 from collections.abc import Callable, Mapping
@@ -25,7 +25,7 @@ PRECISIONS = ("32-true", "bf16-mixed")
 
 @dataclass(frozen=True)
 class OneDevice:
-    """The first of the devices that `fabric.*` ask for, in their precision: for what one process computes alone."""
+    """The first device that the `fabric.*` keys name, and their precision, for work that one process does alone."""
 
     config: Mapping[str, Any]
 
@@ -36,16 +36,16 @@ class OneDevice:
 
     @property
     def device(self) -> torch.device:
-        """Where models and inputs have to be."""
+        """The device that models and inputs must be on."""
         return self.fabric.device
 
     @property
     def precision(self) -> str:
-        """What passes are computed in: 32-true or bf16-mixed."""
+        """The precision of forward passes: "32-true" or "bf16-mixed"."""
         return _precision(self.config)
 
     def call(self, module: Any, inputs: Any) -> Tensor:
-        """What the module gives for a batch, in float32 whatever it is computed in: (batch, …)."""
+        """The module's output for a batch, (batch, …), in float32 whatever the precision."""
         if _precision(self.config) == PRECISIONS[0]:
             return call(module, inputs)
         with self.fabric.autocast():
@@ -53,22 +53,25 @@ class OneDevice:
 
 
 def make_fabric(config: Mapping[str, Any], devices: int = 1):
-    """A Fabric as the keys `fabric.*` ask for; `devices` where they leave it open. `ConfigError` for what cannot be."""
+    """The Fabric that the `fabric.*` keys describe, with `devices` unless they give a number.
+
+    Raises `ConfigError` for an invalid key or value.
+    """
     from lightning_fabric import Fabric
 
     check_fabric(config)
-    asked = {key: config[key] for key in _KEYS if config.get(key) is not None and key not in ("devices", "loggers")}
+    options = {key: config[key] for key in _KEYS if config.get(key) is not None and key not in ("devices", "loggers")}
     number = config["devices"] if config.get("devices") is not None else devices
-    if asked.get("strategy", "auto") == "auto" and number not in (1, "1"):
-        asked["strategy"] = "ddp_fork"  # in this process the run goes on: only the adaptation is shared out
+    if options.get("strategy", "auto") == "auto" and number not in (1, "1"):
+        options["strategy"] = "ddp_fork"  # only the adaptation runs in several processes; this one does the rest
     try:
-        return Fabric(devices=number, **asked)
-    except Exception as error:  # every kind of wrong word has an exception class of its own
+        return Fabric(devices=number, **options)
+    except Exception as error:  # Lightning raises a different class for each kind of wrong value
         raise ConfigError(f"fabric: {' '.join(str(error).split())}") from None
 
 
 def check_fabric(config: Mapping[str, Any]) -> None:
-    """Refuse what can be seen to be wrong before anything is opened."""
+    """Check the `fabric.*` keys without starting anything; raises `ConfigError` for an unknown key or value."""
     if not isinstance(config, Mapping):
         raise ConfigError(f"fabric={config!r}: wanted keys below it, such as fabric.precision=bf16-mixed.")
     if not isinstance(loggers := config.get("loggers"), Mapping | None):
@@ -78,17 +81,15 @@ def check_fabric(config: Mapping[str, Any]) -> None:
             raise ConfigError(unknown_name("key of fabric", key, _KEYS))
     if "spawn" in str(config.get("strategy")):
         remedy = "Remedy: ddp_fork, or ddp, which starts the command once for each process."
-        found = f"fabric.strategy={config['strategy']}"
-        raise ConfigError(f"{found}: what runs cannot be handed to a new process. {remedy}")
-    precision, kind = _precision(config), _logger_kind(config)
-    if precision not in PRECISIONS:
+        raise ConfigError(f"fabric.strategy={config['strategy']}: a run cannot be handed to a new process. {remedy}")
+    if (precision := _precision(config)) not in PRECISIONS:
         raise ConfigError(unknown_name("fabric.precision", precision, PRECISIONS))
-    if kind not in LOGGERS:
+    if (kind := _logger_kind(config)) not in LOGGERS:
         raise ConfigError(unknown_name("fabric.loggers.kind", kind, LOGGERS))
 
 
 def make_logger(config: Mapping[str, Any], folder: Path):
-    """The logger that `fabric.loggers` asks for, writing below `root_dir` or else below `folder`; None for "none"."""
+    """The logger that `fabric.loggers` names, writing below its `root_dir`, or else below `folder`; None for "none"."""
     kind, settings = _logger_kind(config), config.get("loggers") or {}
     if kind == "none":
         return None
@@ -106,8 +107,8 @@ def _logger(kind: str, root: Any, name: str):
     from suture.core.loggers import MlflowLogger, WandbLogger
 
     if kind in ("csv", "tensorboard"):
-        place = {"root_dir": root, "name": name, "version": ""}
-        return CSVLogger(**place) if kind == "csv" else TensorBoardLogger(**place)
+        logger = CSVLogger if kind == "csv" else TensorBoardLogger
+        return logger(root_dir=root, name=name, version="")
     return MlflowLogger(root, name) if kind == "mlflow" else WandbLogger(root, name)
 
 
@@ -120,15 +121,18 @@ def _logger_kind(config: Mapping[str, Any]) -> str:
 
 
 class Team:
-    """Device, precision and sums over processes. `rank` is this process, of `world`."""
+    """The processes of one run: their device and precision, and sums over all of them.
+
+    `rank` is the number of this process among `world`.
+    """
 
     def __init__(self, fabric: "Fabric | None" = None):
         self.fabric = fabric
         self.rank, self.world = (fabric.global_rank, fabric.world_size) if fabric else (0, 1)
         self.device = fabric.device if fabric else None
-        found = fabric.strategy.precision.precision if fabric else PRECISIONS[0]
-        if found not in PRECISIONS:
-            raise ConfigError(f"fabric.precision={found}: wanted one of {', '.join(PRECISIONS)}.")
+        precision = fabric.strategy.precision.precision if fabric else PRECISIONS[0]
+        if precision not in PRECISIONS:
+            raise ConfigError(f"fabric.precision={precision}: wanted one of {', '.join(PRECISIONS)}.")
 
     def autocast(self) -> AbstractContextManager:
         """The context of the forward and backward passes."""
@@ -144,10 +148,10 @@ class Team:
 
 
 def launch(fabric: "Fabric", function: "Callable[[Fabric], T]") -> T:
-    """Run `function(fabric)` in every process of Fabric's strategy, and give what process 0 gives.
+    """Run `function(fabric)` in every process of Fabric's strategy and return the result of process 0.
 
-    Strategies fork processes for this (`ddp_fork`), or start the whole command once for each (`ddp`, torchrun, Slurm).
-    Of the latter, all but process 0 end here: what follows is one process's work.
+    A strategy either forks processes (`ddp_fork`) or starts the whole command once for each (`ddp`, torchrun, Slurm).
+    In the second case every process but 0 exits here, because the rest of the run is one process's work.
     """
     if fabric.world_size == 1 or not _forks(fabric):
         fabric.launch()
@@ -167,7 +171,7 @@ def _forks(fabric: "Fabric") -> bool:
 
 
 def _packed(fabric: "Fabric", function: "Callable[[Fabric], T]") -> bytes:
-    """The result as bytes: tensors would be handed over by a process that is gone when they are read."""
+    """The result as bytes; shared tensors could not be read after the process that made them has ended."""
     buffer = io.BytesIO()
     torch.save(function(fabric), buffer)
     return buffer.getvalue()

@@ -1,4 +1,4 @@
-"""A task's head: from the features of an encoder that all tasks share to one logit a class."""
+"""A task's head: maps the features of the encoder that all tasks share to one logit per class."""
 
 from dataclasses import dataclass
 
@@ -8,10 +8,10 @@ from torch.nn.functional import linear, normalize
 
 @dataclass(frozen=True, eq=False)
 class Head:
-    """From features (B, D) to logits (B, C): scale · features · weightsᵀ + bias, on the features' device.
+    """Logits (B, C) from features (B, D): scale · features · weightsᵀ + bias, on the features' device.
 
-    `weights` is (C, D) and `bias` (C,). Features are brought to length one first where `normalised` says so, as the
-    cosine of zero-shot heads wants it. `before` are layers of the task's own between the encoder and the weights.
+    `weights` is (C, D) and `bias` (C,). With `normalised` the features are first scaled to length one, as zero-shot
+    heads need for their cosines. `before`: the task's own layers between the encoder and the weights.
 
     >>> import torch
     >>> Head(torch.eye(2), bias=torch.tensor([0.0, 5.0]))(torch.tensor([[3.0, 1.0]]))

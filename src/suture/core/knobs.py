@@ -1,4 +1,4 @@
-"""The knobs of a function: its keyword-only arguments. Defaults and allowed values are read from the signature."""
+"""Knobs: the keyword-only arguments of a function, with defaults and allowed values read from its signature."""
 
 import inspect
 from collections.abc import Callable, Mapping
@@ -11,9 +11,9 @@ from suture.errors import ConfigError, unknown_name
 
 @dataclass(frozen=True)
 class Knobs:
-    """The keyword-only arguments of `function`; `name` is what messages call it.
+    """The keyword-only arguments of `function`, which messages call `name`.
 
-    On the command line they are `group.knob=value`, or `knob=value` without a group.
+    On the command line a knob is written `group.knob=value`, or `knob=value` without a group.
     """
 
     name: str

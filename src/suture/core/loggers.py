@@ -1,4 +1,4 @@
-"""Fabric loggers for MLflow and Weights & Biases, with nothing but their own clients; both write to local folders."""
+"""Fabric loggers for MLflow and Weights & Biases. They need only the two clients and write to local folders."""
 
 import os
 from argparse import Namespace
@@ -12,18 +12,18 @@ class MlflowLogger(Logger):
     """Metrics in MLflow's file store below `root_dir`/mlruns, or at MLFLOW_TRACKING_URI where that is set."""
 
     def __init__(self, root_dir: str | Path, name: str):
-        os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")  # MLflow asks for it before it writes plain files
+        os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")  # MLflow refuses to write plain files without it
         from mlflow.tracking import MlflowClient
 
         store = (Path(root_dir) / "mlruns").absolute().as_uri()
         self._name, self._client = name or "suture", MlflowClient(os.environ.get("MLFLOW_TRACKING_URI") or store)
-        found = self._client.get_experiment_by_name(self._name)
-        experiment = found.experiment_id if found else self._client.create_experiment(self._name)
-        self._run: str = self._client.create_run(experiment).info.run_id
+        experiment = self._client.get_experiment_by_name(self._name)
+        experiment_id = experiment.experiment_id if experiment else self._client.create_experiment(self._name)
+        self._run: str = self._client.create_run(experiment_id).info.run_id
 
     @property
     def name(self) -> str:
-        """The experiment."""
+        """The experiment's name."""
         return self._name
 
     @property
@@ -32,12 +32,12 @@ class MlflowLogger(Logger):
         return self._run
 
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
-        """Note the metrics of one step."""
+        """Log the metrics of one step."""
         for key, value in metrics.items():
             self._client.log_metric(self._run, key, value, step=step)
 
     def log_hyperparams(self, params: dict[str, Any] | Namespace, *args: Any, **kwargs: Any) -> None:
-        """Note what the run was told."""
+        """Log the run's settings."""
         for key, value in (vars(params) if isinstance(params, Namespace) else params).items():
             self._client.log_param(self._run, key, value)
 
@@ -47,7 +47,10 @@ class MlflowLogger(Logger):
 
 
 class WandbLogger(Logger):
-    """Metrics in an offline run of Weights & Biases below `root_dir`/wandb (`wandb sync`); WANDB_MODE overrules it."""
+    """Metrics in an offline Weights & Biases run below `root_dir`/wandb, to upload with `wandb sync`.
+
+    The environment variable WANDB_MODE overrides the offline mode.
+    """
 
     def __init__(self, root_dir: str | Path, name: str):
         import wandb
@@ -70,11 +73,11 @@ class WandbLogger(Logger):
         return self._run.id
 
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
-        """Note the metrics of one step."""
+        """Log the metrics of one step."""
         self._run.log(metrics, step=step)
 
     def log_hyperparams(self, params: dict[str, Any] | Namespace, *args: Any, **kwargs: Any) -> None:
-        """Note what the run was told."""
+        """Log the run's settings."""
         self._run.config.update(vars(params) if isinstance(params, Namespace) else params)
 
     def finalize(self, status: str) -> None:

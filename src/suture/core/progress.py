@@ -1,4 +1,4 @@
-"""What a person at a terminal sees while waiting, and where the time went."""
+"""Progress bars for a person at a terminal, and seconds by activity."""
 
 import sys
 import time
@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 
-# track("Decoding mnist", total) opens a progress bar and gives the function that counts steps.
+#: track("Decoding mnist", total) opens a progress bar; its block gets the function that counts steps.
 Track = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]
 
 _PATIENCE = 1.0  # seconds before a progress bar appears
@@ -25,7 +25,7 @@ def silent() -> Iterator[None]:
 
 @contextmanager
 def bar(description: str, total: int) -> Iterator[Callable[[int], None]]:
-    """Give a function that counts steps; from one second on a bar with the time left shows them at a terminal."""
+    """A progress bar with the time left, at a terminal and after one second; yields the function that counts steps."""
     if not (_shown.get() and sys.stderr.isatty()):
         yield lambda steps: None
         return
@@ -37,14 +37,15 @@ def bar(description: str, total: int) -> Iterator[Callable[[int], None]]:
 
 
 def untracked(description: str, total: int) -> AbstractContextManager[Callable[[int], None]]:
-    """The `Track` that shows nothing."""
+    """A `Track` that shows nothing."""
     return nullcontext(lambda steps: None)
 
 
 class _Bar:
     def __init__(self, description: str, total: int):
         self.description, self.total = description, total
-        self.start, self.done, self.progress = time.monotonic(), 0, None
+        self.start, self.done = time.monotonic(), 0
+        self.progress = None
 
     def advance(self, steps: int) -> None:
         self.done += steps
@@ -70,7 +71,7 @@ def _columns():
 
 
 class Profile:
-    """Seconds by activity, in the order in which the activities first began."""
+    """Seconds by activity, in the order in which the activities first started."""
 
     def __init__(self):
         self.seconds: dict[str, float] = {}

@@ -6,7 +6,7 @@ import torch
 
 
 def generator_for(seed: int, name: str) -> torch.Generator:
-    """A generator that depends on the seed and the name alone.
+    """A generator that depends only on the seed and the name.
 
     >>> torch.equal(*(torch.rand(3, generator=generator_for(0, "mnist")) for _ in range(2)))
     True

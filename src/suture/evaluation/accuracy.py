@@ -1,8 +1,8 @@
 """Accuracy of models on tasks.
 
-`evaluate(model, task)` is the whole job for one model and one task. The model is any callable: it gives
-features (B, D) where the task has a head, and logits (B, C) where it has none. Inputs that are a mapping of tensors, as
-token ids with their mask, are its keyword arguments.
+`evaluate(model, task)` scores one model on one task. The model is any callable that returns features (B, D) if the
+task has a head, and logits (B, C) if it has none. Inputs that are a mapping of tensors, such as token ids and their
+mask, are passed as keyword arguments.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -23,7 +23,7 @@ BATCH_SIZE = 256
 
 
 class Accuracy(NamedTuple):
-    """A share of correct answers and how many inputs it was measured on."""
+    """The share of correct predictions, in [0, 1], and the number of inputs."""
 
     value: float
     samples: int
@@ -31,9 +31,9 @@ class Accuracy(NamedTuple):
 
 @dataclass(frozen=True)
 class Scorer:
-    """How models are scored, whatever they are: `batch_size` inputs at once, through `forward(model, inputs)`.
+    """Scores models in batches of `batch_size` inputs, through `forward(model, inputs)`.
 
-    A module is in evaluation mode meanwhile, and batches go to its device.
+    A module is put in evaluation mode for this, and batches are moved to its device.
     """
 
     batch_size: int = BATCH_SIZE
@@ -41,7 +41,7 @@ class Scorer:
     forward: Forward = call
 
     def correct(self, model: Model, task: TaskInputs, name: str = "Evaluating") -> Tensor:
-        """Which inputs have their largest logit at the label: bool (N,), on the CPU. For errors see `evaluate`."""
+        """Whether each input's largest logit is at its label: bool (N,), on the CPU. Raises as `evaluate` does."""
         if len(task) == 0:
             raise DataError(f"Task {task.name!r} has no inputs to evaluate on.")
         if self.batch_size < 1:
@@ -57,20 +57,20 @@ class Scorer:
         return torch.cat(correct)
 
     def accuracy(self, model: Model, task: TaskInputs, name: str = "Evaluating") -> Accuracy:
-        """The share of correct answers on one task."""
+        """The accuracy of a model on one task."""
         return Accuracy(int(self.correct(model, task, name).sum()) / len(task), len(task))
 
     def row(self, row: Row | str, model: Model | Mapping[str, Model], tasks: Mapping[str, TaskInputs]) -> Row:
-        """One model on all tasks; where `model` is a mapping from task to model, each task with its own.
+        """The row of one model on all tasks; of each task's own where `model` is a mapping from task to model.
 
-        `row` is the name of the new row, or a row whose accuracies are to be filled in.
+        `row` is the name of the new row, or a row to fill in with accuracies.
         """
         row = row if isinstance(row, Row) else Row(row, {})
         chosen = model.__getitem__ if isinstance(model, Mapping) else (lambda task: model)
         return self._each(row, chosen, tasks, row.name)
 
     def experts(self, expert: Callable[[str], Model], tasks: Mapping[str, TaskInputs]) -> Row:
-        """Each expert on its own task. `expert(task)` gives the model; it may reload one shared module."""
+        """The row of the experts, each on its own task. `expert(task)` may reload one shared module."""
         return self._each(Row("experts", {}, role="experts"), expert, tasks, "expert")
 
     def matrix(
@@ -86,10 +86,10 @@ class Scorer:
 
 
 def evaluate(model: Model, task: TaskInputs, *, name: str = "Evaluating", **scoring: Any) -> Accuracy:
-    """The share of inputs whose largest logit is at the label.
+    """The accuracy of a model on a task: the share of inputs whose largest logit is at the label.
 
-    `scoring` are the fields of `Scorer`. Raises `DataError` for an empty task or labels outside of the logits,
-    `CheckpointError` when the output is not finite.
+    `scoring` are the fields of `Scorer`. Raises `DataError` for an empty task or for labels beyond the logits, and
+    `CheckpointError` if the output is not finite.
 
     >>> task = TaskInputs("parity", torch.eye(2), torch.tensor([0, 0]))
     >>> evaluate(lambda inputs: inputs, task)
@@ -99,13 +99,13 @@ def evaluate(model: Model, task: TaskInputs, *, name: str = "Evaluating", **scor
 
 
 def evaluate_row(name: str, model: Model | Mapping[str, Model], tasks: Mapping[str, TaskInputs], **scoring: Any) -> Row:
-    """One model on all tasks, or each task with its own where `model` is a mapping; `scoring`: see `Scorer`."""
+    """The row of one model on all tasks, or of each task's own if `model` is a mapping; `scoring`: see `Scorer`."""
     return Scorer(**scoring).row(name, model, tasks)
 
 
 def _correct(task: TaskInputs, logits: Tensor, labels: Tensor) -> Tensor:
     if not torch.isfinite(logits).all():
-        raise CheckpointError(f"The model's output on task {task.name!r} is not finite; check its weights.")
+        raise CheckpointError(f"The model's output on task {task.name!r} is not finite. Remedy: check its weights.")
     if int(labels.max()) >= logits.shape[-1]:
         raise DataError(
             f"Task {task.name!r} has labels up to {int(labels.max())} but the model only knows "

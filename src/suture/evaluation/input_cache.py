@@ -1,8 +1,7 @@
-"""Decoded inputs in memory-mapped files: an image is decoded and resized once, for every model and every later run.
+"""The input cache: decoded images and tokens in memory-mapped files, made once for every model and every later run.
 
-Texts are tokenized once in the same way. A file is keyed by what the inputs are (`identity`) and how the family reads
-them (`Family.recipe`). It is only a cache: it may be deleted at any time, and where it cannot be written the inputs are
-held in memory instead.
+A file's key is the inputs' `identity` and the family's `preprocessing`. The cache may be deleted at any time; if it
+cannot be written, the inputs are held in memory instead.
 """
 
 import logging
@@ -29,20 +28,20 @@ T = TypeVar("T")
 log = logging.getLogger(__name__)
 
 
-def decoded(family: Family, found: Images | Texts, track: Track = untracked, description: str = "Decoding") -> Inputs:
-    """What the family makes of images or texts, from the cache if it is there; without an identity it is made anew."""
-    if isinstance(found, Texts):
-        return _tokenized(family, found, track, description)
-    return _decoded(family, found, track, description)
+def decoded(family: Family, data: Images | Texts, track: Track = untracked, description: str = "Decoding") -> Inputs:
+    """Images or texts as the family's inputs, from the cache if possible; data without an identity are not cached."""
+    if isinstance(data, Texts):
+        return _tokenized(family, data, track, description)
+    return _decoded(family, data, track, description)
 
 
 def _tokenized(family: Family, texts: Texts, track: Track, description: str) -> dict[str, Tensor]:
     if texts.identity is None or len(texts) == 0:
         return family.tokens(texts, track, description)
-    path = cache_directory() / "inputs" / f"{digest({}, [], texts.identity, family.recipe)}.safetensors"
-    kept = _kept(path, len(texts))
-    if kept is not None:
-        return kept
+    path = cache_directory() / "inputs" / f"{digest({}, [], texts.identity, family.preprocessing)}.safetensors"
+    cached = _cached_tokens(path, len(texts))
+    if cached is not None:
+        return cached
     tokens = family.tokens(texts, track, description)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -53,10 +52,10 @@ def _tokenized(family: Family, texts: Texts, track: Track, description: str) -> 
     return dict(open_checkpoint(path))
 
 
-def _kept(path: Path, count: int) -> dict[str, Tensor] | None:
+def _cached_tokens(path: Path, count: int) -> dict[str, Tensor] | None:
     try:
         tokens = dict(open_checkpoint(path)) if path.is_file() else {}
-    except CheckpointError:  # damaged: made again
+    except CheckpointError:  # a damaged file is replaced
         return None
     return tokens if tokens and all(len(tensor) == count for tensor in tokens.values()) else None
 
@@ -65,7 +64,7 @@ def _decoded(family: Family, images: Images, track: Track, description: str) -> 
     if images.identity is None or len(images) == 0:
         return family.decode(images, track, description)
     shape = (len(images), *family.input_shape)
-    path = cache_directory() / "inputs" / f"{digest({}, [], images.identity, family.recipe, shape)}.uint8"
+    path = cache_directory() / "inputs" / f"{digest({}, [], images.identity, family.preprocessing, shape)}.uint8"
     if not path.is_file() or path.stat().st_size != math.prod(shape):
         try:
             _fill(path, shape, lambda pixels: family.decode(images, track, description, pixels))
@@ -76,7 +75,7 @@ def _decoded(family: Family, images: Images, track: Track, description: str) -> 
 
 
 def _fill(path: Path, shape: Sequence[int], write: Callable[[Tensor], T]) -> None:
-    """Let `write` fill a mapped file that gets its name when it is whole; its space is reserved first."""
+    """Let `write` fill a mapped file, whose space is reserved first and which gets its name when it is complete."""
     size = math.prod(shape)
     with new_file(path, size) as descriptor:
         write(torch.frombuffer(mmap.mmap(descriptor, size), dtype=torch.uint8).view(tuple(shape)))

@@ -18,9 +18,9 @@ from suture.tasks.base import SPLITS
 
 @dataclass(frozen=True, eq=False)
 class TaskInputs:
-    """One task, decoded: inputs (N, …), or a mapping of several such tensors, labels (N,), and the head, if any.
+    """One decoded task: inputs (N, …) or a mapping of such tensors, labels (N,), and the head, if any.
 
-    `identity` says which data these are, where they come from files.
+    `identity` identifies the data if they come from files.
     """
 
     name: str
@@ -34,7 +34,7 @@ class TaskInputs:
         return len(self.labels)
 
     def first(self, count: int) -> "TaskInputs":
-        """The same task with its first inputs only."""
+        """The same task with only its first `count` inputs."""
         return self.at(slice(0, count))
 
     def at(self, positions: Tensor | slice) -> "TaskInputs":
@@ -42,19 +42,19 @@ class TaskInputs:
         return replace(self, inputs=take(self.inputs, positions), labels=self.labels[positions], identity=None)
 
     def inputs_at(self, positions: Tensor) -> Inputs:
-        """The inputs at some positions, without a copy where these are all of them in their order."""
+        """The inputs at some positions, without a copy if these are all positions in order."""
         everything = len(positions) == len(self) and torch.equal(positions, torch.arange(len(self)))
         return self.inputs if everything else take(self.inputs, positions)
 
     def logits(self, output: Tensor) -> Tensor:
-        """Logits (B, C) from what the model gave: features (B, D), or logits where there is no head."""
+        """Logits (B, C) from a model's output: features (B, D), or logits already if the task has no head."""
         return output if self.head is None else self.head(output)
 
 
 class SplitInputs(Mapping[Split, Mapping[str, TaskInputs]]):
-    """Split → task → inputs. A split is decoded when it is first asked for, with the heads of all tasks.
+    """Split → task → inputs. A split is decoded at its first access, with the heads of all tasks.
 
-    Only the `first` inputs of each task are decoded where that is given. Time goes to "data loading" in the `profile`.
+    With `first`, only so many inputs of each task are decoded. The time counts as "data loading" in the `profile`.
     """
 
     def __init__(
@@ -66,7 +66,8 @@ class SplitInputs(Mapping[Split, Mapping[str, TaskInputs]]):
         track: Track = untracked,
         profile: Profile | None = None,
     ):
-        self._family, self._tasks, self._first = family, tasks, first
+        self._family, self._tasks = family, tasks
+        self._first = first
         self._track, self._profile = track, profile or Profile()
         self._decoded: dict[Split, dict[str, TaskInputs]] = {}
 
@@ -90,14 +91,14 @@ def evaluation_set(
     track: Track = untracked,
     first: int | None = None,
 ) -> dict[str, TaskInputs]:
-    """All tasks of a pool, decoded once for every model that will be evaluated, with their heads."""
+    """All tasks of a pool with their heads, decoded once for every model to evaluate."""
     return {task.name: task_inputs(family, task, split, track, first) for task in pool}
 
 
 def task_inputs(
     family: Family, task: Task, split: Split = "test", track: Track = untracked, first: int | None = None
 ) -> TaskInputs:
-    """One task, or only its `first` inputs, as the family reads them, with its head."""
+    """One task, or only its `first` inputs, decoded by the family, with its head."""
     loaded = data.load(task, split)
     loaded = loaded if first is None else loaded.first(first)
     return TaskInputs(

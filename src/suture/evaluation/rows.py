@@ -1,6 +1,6 @@
-"""One model's line of the accuracy table, and its summaries: mean, mean relative to the experts, gap closed.
+"""A row of the accuracy table, and its summaries: mean, mean relative to the experts, gap closed.
 
-What is undefined is nan.
+Undefined values are nan.
 """
 
 from collections.abc import Mapping
@@ -14,10 +14,11 @@ Role = Literal["pretrained", "experts", "merge", "repair"]
 
 @dataclass(frozen=True)
 class Row:
-    """One model's line of the table: accuracy, between 0 and 1, and sample count for each task.
+    """One model's row of the table: accuracy, in [0, 1], and sample count for each task.
 
-    `role` says what was scored: the pretrained model, the experts each on its own task, a merge, or a repair of the
-    merge of that label by a `repair` of that kind. A `routed` row had to find each input's task itself.
+    `role` says what was scored: the pretrained model, the experts each on its own task, a merge, or a repair. A
+    repair's row also has the label of its `merge` and its kind, `repair`. In a `routed` row a router chose each input's
+    task.
     """
 
     name: str
@@ -30,15 +31,15 @@ class Row:
 
     @property
     def mean(self) -> float:
-        """The average over tasks, each task counting the same."""
+        """The unweighted mean over tasks."""
         return fmean(self.accuracies.values())
 
     def normalised(self, experts: "Row") -> dict[str, float]:
-        """Per task, accuracy / the expert's accuracy; nan where there is no expert or it has none right."""
+        """Per task, accuracy / the expert's accuracy; nan where there is no expert or its accuracy is 0."""
         return {task: _ratio(value, experts.on(task)) for task, value in self.accuracies.items()}
 
     def normalised_mean(self, experts: "Row") -> float:
-        """The mean over tasks of accuracy / the expert's accuracy; nan when it is nan on any task."""
+        """The mean over tasks of accuracy / the expert's accuracy; nan if it is nan on any task."""
         return fmean(self.normalised(experts).values())
 
     def gaps_closed(self, pretrained: "Row", experts: "Row") -> dict[str, float]:
@@ -54,7 +55,7 @@ class Row:
         return _ratio(self.mean - start, goal - start)
 
     def on(self, task: str) -> float:
-        """The accuracy on one task; nan when this row was not measured on it."""
+        """The accuracy on one task; nan if this row was not measured on it."""
         return self.accuracies.get(task, nan)
 
 

@@ -1,4 +1,4 @@
-"""Families of models: how to build one, encode a batch, make a head. One file for each family."""
+"""Model families: building a model, encoding a batch, making a head. One file per family."""
 
 import importlib
 import pkgutil
@@ -13,18 +13,18 @@ _GROUP = "suture.families"  # entry points of other packages
 
 
 def families() -> list[str]:
-    """The names of all families, sorted: those here, and those that installed packages announce."""
-    return sorted({*_here(), *(entry.name for entry in entry_points(group=_GROUP))})
+    """The names of all families, sorted: the built-in ones and those of installed packages' entry points."""
+    return sorted({*_built_in(), *(entry.name for entry in entry_points(group=_GROUP))})
 
 
 def family(name: str) -> type[Family]:
-    """The family of this name; raises `ConfigError` with the nearest name."""
-    if name in _here():
+    """The family of this name; raises `ConfigError` with the nearest names for an unknown one."""
+    if name in _built_in():
         return importlib.import_module(f"{__name__}.{name}").FAMILY
     if name not in families():
         raise ConfigError(unknown_name("model family", name, families()))
     return next(entry.load() for entry in entry_points(group=_GROUP) if entry.name == name)
 
 
-def _here() -> list[str]:
+def _built_in() -> list[str]:
     return [module.name for module in pkgutil.iter_modules(__path__) if not module.ispkg]

@@ -1,8 +1,8 @@
 """CLIP as `transformers` saves it: https://arxiv.org/abs/2103.00020.
 
 The vision tower is merged. The text tower, both projections and the logit scale stay the pretrained ones.
-Canonical names are those of the vision tower inside a CLIPModel, `vision_model.…`; a CLIPVisionModel that
-transformers 5 saved has no such prefix, the published ones have it.
+Canonical names are those of the vision tower inside a CLIPModel, `vision_model.…`. The published CLIPVisionModels have
+this prefix too; those that transformers 5 saves do not.
 """
 
 import json
@@ -38,8 +38,7 @@ _TOKENIZER = (
 class ClipEncoder(Encoder):
     """Vision tower and projection: pixels (B, 3, H, W) → features (B, D), not normalised.
 
-    Pixels are float32 as the processor makes them, or uint8 as decoded; those are standardised here, on the
-    device.
+    Pixels are float32, as the processor makes them, or uint8, as decoded; uint8 is standardised here, on the device.
     """
 
     def __init__(self, tower: nn.Module, projection: nn.Module, standardise: Standardise):
@@ -54,9 +53,9 @@ class ClipEncoder(Encoder):
         return self.visual_projection(self.vision_model(pixel_values=pixels).pooler_output)
 
     def load(self, state: Mapping[str, Tensor]) -> "ClipEncoder":
-        """Copy a vision tower in, in place, named with the prefix or without; raises `CheckpointError`."""
-        found = {name: state[key] for name, key in Clip.canonical_names(state).items()}
-        _copy_into(_parameters(self.vision_model, _VISION), found, state)
+        """Copy in the weights of a vision tower, with the prefix or without; `CheckpointError` if it does not fit."""
+        tower = {name: state[key] for name, key in Clip.canonical_names(state).items()}
+        _copy_into(_parameters(self.vision_model, _VISION), tower, state)
         return self
 
 
@@ -91,16 +90,16 @@ class Clip(Family):
 
     @cached_property
     def reader(self) -> PictureReader:
-        """The model's own way from a picture to pixels."""
+        """The model's image processor, which turns pictures into pixels."""
         side = self.config.vision_config.image_size
         return PictureReader(self.processor, (3, side, side), str(self.directory))
 
     def preprocess(self, images: Images, track: Track = untracked, description: str = "Decoding") -> Tensor:
-        """float32 (N, 3, H, W), as `transformers` gives them: `decode` and then standardise."""
+        """The images as `transformers` prepares them: decoded and standardised, float32 (N, 3, H, W)."""
         return self.reader.standardise()(self.decode(images, track, description))
 
     def head(self, task: Task, track: Track = untracked) -> Head:
-        """The cosine to each class's direction, times the model's logit scale."""
+        """The zero-shot head: cosines to the class directions, times the model's logit scale."""
         directions = self.directions(task.classnames, task.templates, track)
         return Head(directions, scale=self.logit_scale, normalised=True)
 
@@ -114,11 +113,11 @@ class Clip(Family):
 
     @cached_property
     def logit_scale(self) -> float:
-        """What cosine similarities are multiplied with to become logits."""
+        """The factor that turns cosine similarities into logits."""
         return _tensor(self.weights, "logit_scale", self.directory).float().exp().item()
 
     def save(self, state: Mapping[str, Tensor], out: Path) -> None:
-        """A CLIPModel directory: the base with its vision tower replaced, in the base's names and dtypes."""
+        """Write a CLIPModel directory: the base with its vision tower replaced, in the base's names and dtypes."""
         from suture.checkpoints import save_checkpoint
 
         tensors = self.full_state(state)
@@ -128,7 +127,7 @@ class Clip(Family):
         self.complete(out)
 
     def full_state(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Every tensor of the base, with those of the merged vision tower in their places."""
+        """Every tensor of the base, with the vision tower's replaced by the merged ones."""
         merged = {name: state[key] for name, key in self.canonical_names(state).items()}
         stored = self.canonical_names(self.weights)
         if unknown := sorted(merged.keys() - stored.keys()):
@@ -160,7 +159,7 @@ class Clip(Family):
 
             try:
                 return CLIPConfig.from_dict(settings)
-            except Exception as error:  # the library has an exception class of its own for almost every setting
+            except Exception as error:  # the library raises a different class for almost every setting
                 raise CheckpointError(f"'{path}' describes no valid CLIP: {one_line(error)}") from error
 
     @cached_property
@@ -169,27 +168,27 @@ class Clip(Family):
         with quiet():
             from transformers import CLIPImageProcessorPil
 
-            wanted = "preprocessor_config.json or processor_config.json"
-            return _from_disk(CLIPImageProcessorPil, self.directory, wanted)
+            files = "preprocessor_config.json or processor_config.json"
+            return _from_disk(CLIPImageProcessorPil, self.directory, files)
 
     @cached_property
     def tokenizer(self) -> Any:
         """The model's tokenizer; raises `CheckpointError` when it does not belong to the text tower."""
-        wanted = "tokenizer.json, or vocab.json and merges.txt"
+        files = "tokenizer.json, or vocab.json and merges.txt"
         if not any((self.directory / name).is_file() for name in ("tokenizer.json", "vocab.json")):
-            raise CheckpointError(f"'{self.directory}' has no usable {wanted}; put back the model's tokenizer.")
+            raise CheckpointError(f"'{self.directory}' has no usable {files}. Remedy: put back the model's tokenizer.")
         with quiet():
             from transformers import AutoTokenizer
 
-            tokenizer = _from_disk(AutoTokenizer, self.directory, wanted)
+            tokenizer = _from_disk(AutoTokenizer, self.directory, files)
         _check_tokenizer(tokenizer, self.config.text_config, self.directory)
         return tokenizer
 
     @cached_property
     def _text_weights(self) -> dict[str, Tensor]:
         prefixes = (_TEXT, "text_projection.")
-        found = {name: self.weights[name] for name in self.weights if name.startswith(prefixes)}
-        return {name: tensor for name, tensor in found.items() if not name.endswith("position_ids")}
+        names = [name for name in self.weights if name.startswith(prefixes) and not name.endswith("position_ids")]
+        return {name: self.weights[name] for name in names}
 
     @cached_property
     def _text_digest(self) -> str:
@@ -203,8 +202,8 @@ class Clip(Family):
             from transformers import CLIPTextModel
 
             tower = _build(CLIPTextModel, self.config.text_config, "text_model")
-        found = {name: tensor for name, tensor in self._text_weights.items() if name.startswith(_TEXT)}
-        _copy_into(_parameters(tower, _TEXT), found, self.weights)
+        weights = {name: tensor for name, tensor in self._text_weights.items() if name.startswith(_TEXT)}
+        _copy_into(_parameters(tower, _TEXT), weights, self.weights)
         return tower.eval().requires_grad_(False)
 
     def _encode_text(self, prompts: list[str]) -> Tensor:
@@ -216,7 +215,7 @@ class Clip(Family):
 
 
 def _build(kind: Any, config: Any, inner: str) -> nn.Module:
-    """The bare tower with memory for its weights and no time spent on random ones."""
+    """The bare tower, float32, with uninitialised weights: no time is spent on random ones."""
     with torch.device("meta"):
         model = kind(config)
     tower = getattr(model, inner, model)  # transformers 4 wraps the tower once more
@@ -233,11 +232,11 @@ def _check_tokenizer(tokenizer: Any, config: Any, directory: Path) -> None:
             f"The tokenizer of '{directory}' has {len(tokenizer)} tokens but the text tower "
             f"{config.vocab_size}; they belong to different models."
         )
-    # The tower pools at its end token, at the first token when there is none. 2 stands for the highest id.
+    # The tower pools at its end token, or at the first token if there is none. 2 stands for the highest id.
     if config.eos_token_id not in (2, tokenizer.eos_token_id):
         raise CheckpointError(
             f"The tokenizer of '{directory}' ends texts with token {tokenizer.eos_token_id} but the text "
-            f"tower looks for {config.eos_token_id}; correct eos_token_id in config.json."
+            f"tower looks for {config.eos_token_id}. Remedy: correct eos_token_id in config.json."
         )
 
 
@@ -246,7 +245,7 @@ def _parameters(module: nn.Module, prefix: str) -> dict[str, nn.Parameter]:
 
 
 def _copy_into(parameters: Mapping[str, nn.Parameter], state: Mapping[str, Tensor], source: object) -> None:
-    """Copy every parameter from `state`, all checked before the first is written."""
+    """Copy every parameter from `state` after checking all of them; raises `CheckpointError`."""
     label = repr(getattr(source, "label", "the model"))
     if missing := [name for name in parameters if name not in state]:
         raise CheckpointError(
@@ -277,15 +276,15 @@ def _tensor(weights: Mapping[str, Tensor], name: str, directory: Path) -> Tensor
     return weights[name]
 
 
-def _from_disk(kind: Any, directory: Path, wanted: str) -> Any:
+def _from_disk(kind: Any, directory: Path, files: str) -> Any:
     try:
         return kind.from_pretrained(directory, local_files_only=True)
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"'{directory}' has no usable {wanted}: {one_line(error)}") from error
+        raise CheckpointError(f"'{directory}' has no usable {files}: {one_line(error)}") from error
 
 
-def _wrong_shape(name: str, found: Tensor, wanted: Tensor) -> str:
-    return f"'{name}' has shape {tuple(found.shape)} but {tuple(wanted.shape)} in the pretrained model."
+def _wrong_shape(name: str, tensor: Tensor, expected: Tensor) -> str:
+    return f"'{name}' has shape {tuple(tensor.shape)} but {tuple(expected.shape)} in the pretrained model."
 
 
 FAMILY = Clip

@@ -1,7 +1,7 @@
-"""Image classifiers of `transformers` (ResNet, ViT, ConvNeXt, …): a merged backbone, and a head for each task.
+"""Image classifiers of `transformers` (ResNet, ViT, ConvNeXt, …): one merged backbone, and a head for each task.
 
-A pretrained model is any directory of the same architecture, with or without a head of its own. Statistics of BatchNorm
-are merged like weights.
+The pretrained model is any directory of the same architecture, with or without a head. BatchNorm statistics are merged
+like weights.
 """
 
 from functools import cached_property
@@ -17,14 +17,14 @@ from suture.families.shared.pictures import PictureReader, Standardise, quiet
 
 
 class ImageClassification(Classification):
-    """A model's directory, with its processor; experts are models for `AutoModelForImageClassification`."""
+    """A model directory with its image processor; experts are models for `AutoModelForImageClassification`."""
 
     name = "image_classification"
     auto = "AutoModelForImageClassification"
 
     @cached_property
     def reader(self) -> PictureReader:
-        """The model's own image processor, on Pillow images; the size is that of what it makes."""
+        """The model's image processor, on Pillow images; the input shape is that of the images it makes."""
         processor = self._processor()
         reader = PictureReader(processor, (), str(self.directory))
         return PictureReader(processor, reader.shape_of(Image.new("RGB", (300, 300))), str(self.directory))
@@ -42,13 +42,13 @@ class ImageClassification(Classification):
 
             try:
                 return AutoImageProcessor.from_pretrained(self.directory, backend="pil", local_files_only=True)
-            except Exception as error:  # a processor's files fail in any way they like
-                told = f"'{self.directory}' has no usable preprocessor_config.json: {one_line(error)}"
-                raise CheckpointError(told) from error
+            except Exception as error:  # a damaged file can raise anything
+                problem = f"'{self.directory}' has no usable preprocessor_config.json: {one_line(error)}"
+                raise CheckpointError(problem) from error
 
 
 class _PixelValues(nn.Module):
-    """Pixels, uint8 as decoded or float32 as the processor makes them, under the name that models know."""
+    """Pixels as the argument `pixel_values`: uint8, as decoded, is standardised; float32 is passed through."""
 
     def __init__(self, standardise: Standardise):
         super().__init__()

@@ -1,11 +1,11 @@
 """CLIP as open_clip names it, and as the authors of Task Arithmetic publish it (https://arxiv.org/abs/2212.04089).
 
-Canonical names are open_clip's own. A whole open_clip state dict gives its vision tower to the merge. A pickled
-`ImageEncoder` gives all that it holds, as in the authors' scripts: besides the vision tower it carries embeddings of
-tokens that no fine-tuning moved, and their zeros count when TIES trims a share of all entries.
+Canonical names are open_clip's. Of a whole open_clip state dict only the vision tower is merged. Of a pickled
+`ImageEncoder` everything is merged, as in the authors' scripts: besides the vision tower it holds token embeddings that
+fine-tuning did not change, and their zeros count when TIES trims a share of all entries.
 
 Heads are files (`heads` in the pool, one for each task: the authors' `head_<Dataset>.pt`), or are made by the text
-tower where the pretrained checkpoint has one.
+tower if the pretrained checkpoint has one.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -20,19 +20,21 @@ from suture.core.head import Head
 from suture.core.progress import Track, untracked
 from suture.errors import CheckpointError, ConfigError, unknown_name
 from suture.families.shared.base import Encoder, Family
+from suture.families.shared.models import copy_into
 from suture.families.shared.pictures import PictureReader, Standardise, quiet
 from suture.families.shared.zero_shot import cached, without_templates, zero_shot_head
 from suture.storage.cache import digest
 from suture.tasks.base import Task
 
-_VISUAL, _TEXT_BLOCKS, _PICKLED = "visual.", "transformer.resblocks.", "model."
-_HEAD_WIDTH = 64  # entries of an attention head in every CLIP
+_VISUAL, _TEXT_BLOCKS = "visual.", "transformer.resblocks."
+_PICKLED = "model."
+_HEAD_WIDTH = 64  # dimensions of an attention head in every CLIP
 
 
 class OpenClipEncoder(Encoder):
     """The vision tower with its projection: pixels (B, 3, H, W), uint8 or standardised → features (B, D).
 
-    What an `ImageEncoder` holds beside the tower is a parameter here too, so that names fit; no input reaches it.
+    The other tensors of an `ImageEncoder` are parameters too, so that names match, but no input reaches them.
     """
 
     def __init__(self, tower: nn.Module, others: Mapping[str, Tensor], standardise: Standardise):
@@ -40,36 +42,27 @@ class OpenClipEncoder(Encoder):
         self.visual, self.standardise = tower, standardise
         for name, tensor in others.items():
             *path, last = name.split(".")
-            place: nn.Module = self
+            module: nn.Module = self
             for part in path:
-                if part not in place._modules:
-                    place.add_module(part, nn.Module())
-                place = place.get_submodule(part)
-            place.register_parameter(last, nn.Parameter(tensor.float().clone()))
+                if part not in module._modules:
+                    module.add_module(part, nn.Module())
+                module = module.get_submodule(part)
+            module.register_parameter(last, nn.Parameter(tensor.float().clone()))
 
     def forward(self, pixels: Tensor) -> Tensor:
         return self.visual(self.standardise(pixels) if pixels.dtype == torch.uint8 else pixels)
 
     def load(self, state: Mapping[str, Tensor]) -> "OpenClipEncoder":
-        """Copy the weights of another model of this architecture in; raises `CheckpointError`."""
-        stored, label = OpenClip.canonical_names(state), getattr(state, "label", "the model")
-        parameters = dict(self.named_parameters())
-        for name, parameter in parameters.items():
-            if name not in stored:
-                raise CheckpointError(f"'{name}' is missing from '{label}'; wanted a CLIP of the base's architecture.")
-            if (found := state[stored[name]].shape) != parameter.shape:
-                raise CheckpointError(f"'{name}' has shape {tuple(found)}, not {tuple(parameter.shape)}, in '{label}'.")
-        with torch.no_grad():
-            for name, parameter in parameters.items():
-                parameter.copy_(state[stored[name]])
+        """Copy in the weights of another model of this architecture; raises `CheckpointError` if they do not fit."""
+        copy_into(self, state, OpenClip.canonical_names)
         return self
 
 
 class OpenClip(Family):
-    """An open_clip state dict, or a pickled `ImageEncoder`; the architecture follows from its shapes.
+    """An open_clip state dict, or a pickled `ImageEncoder`; the architecture is read from its shapes.
 
-    Settings: `quick_gelu` (true, as in OpenAI's weights; open_clip's own training mostly used GELU), and `heads`, a
-    mapping task → file.
+    Settings: `quick_gelu` (by default true, as in OpenAI's weights; open_clip's own models mostly use GELU), and
+    `heads`, a mapping task → file.
     """
 
     name = "open_clip"
@@ -77,27 +70,27 @@ class OpenClip(Family):
 
     @staticmethod
     def canonical_names(names: Iterable[str]) -> dict[str, str]:
-        """open_clip's name → stored name of what takes part in a merge.
+        """open_clip's name → stored name, for the tensors that are merged.
 
         >>> OpenClip.canonical_names(["model.visual.proj", "model.logit_scale"])
         {'visual.proj': 'model.visual.proj', 'logit_scale': 'model.logit_scale'}
         >>> OpenClip.canonical_names(["visual.proj", "logit_scale", "transformer.resblocks.0.ln_1.bias"])
         {'visual.proj': 'visual.proj'}
         """
-        found = {name.removeprefix(_PICKLED): name for name in names}
-        if not any(name.startswith(_TEXT_BLOCKS) for name in found):
-            return found
-        return {name: stored for name, stored in found.items() if name.startswith(_VISUAL)}
+        stored_names = {name.removeprefix(_PICKLED): name for name in names}
+        if not any(name.startswith(_TEXT_BLOCKS) for name in stored_names):
+            return stored_names
+        return {name: stored for name, stored in stored_names.items() if name.startswith(_VISUAL)}
 
     def encoder(self, state: Mapping[str, Tensor] | None = None) -> OpenClipEncoder:
-        held = self.canonical_names(self.weights)
-        others = {name: self.weights[stored] for name, stored in held.items() if not name.startswith(_VISUAL)}
+        names = self.canonical_names(self.weights)
+        others = {name: self.weights[stored] for name, stored in names.items() if not name.startswith(_VISUAL)}
         tower = self._build(with_text=False).visual
         encoder = OpenClipEncoder(tower, others, self.reader.standardise()).eval().requires_grad_(False)
         return encoder.load(self.weights if state is None else state)
 
     def head(self, task: Task, track: Track = untracked) -> Head:
-        """A head file's rows, which are scaled already, or class directions with the model's logit scale."""
+        """The rows of a head file, which include the logit scale, or class directions with the model's logit scale."""
         if heads := self.settings.get("heads"):
             return Head(self._stored_head(heads, task.name, len(task.classnames)), normalised=True)
         if not self._has_text_tower:
@@ -119,7 +112,7 @@ class OpenClip(Family):
 
     @property
     def label(self) -> str:
-        """What messages call the pretrained model."""
+        """The name of the pretrained model in messages."""
         return getattr(self.weights, "label", "the base")
 
     @property
@@ -128,7 +121,7 @@ class OpenClip(Family):
 
     @cached_property
     def reader(self) -> PictureReader:
-        """The shorter side resized (bicubic), the centre cropped, as open_clip does, to the side it was trained at."""
+        """open_clip's processor: the shorter side resized (bicubic) to the training resolution, the centre cropped."""
         with quiet():
             from transformers import CLIPImageProcessorPil
 
@@ -138,7 +131,7 @@ class OpenClip(Family):
 
     @cached_property
     def _named(self) -> dict[str, Tensor]:
-        """Everything in the checkpoint under open_clip's names."""
+        """All tensors of the checkpoint, by open_clip's names."""
         return {name.removeprefix(_PICKLED): self.weights[name] for name in self.weights}
 
     @property
@@ -158,7 +151,7 @@ class OpenClip(Family):
         return sizes | {"layers": _count_blocks(self._named, "visual." + _TEXT_BLOCKS), "embed_dim": dim}
 
     def _build(self, *, with_text: bool) -> Any:
-        """open_clip's own CLIP of these sizes, on memory that no time was spent to fill."""
+        """open_clip's CLIP of these sizes; without the text tower, one of the smallest sizes stands in for it."""
         try:
             from open_clip.model import CLIP, CLIPTextCfg, CLIPVisionCfg  # pyright: ignore[reportMissingImports]
         except ImportError:

@@ -1,6 +1,6 @@
-"""Text classifiers of `transformers` (BERT, RoBERTa, DistilBERT, …): a merged encoder, and a head for each task.
+"""Text classifiers of `transformers` (BERT, RoBERTa, DistilBERT, …): one merged encoder, and a head for each task.
 
-A pretrained model is any directory of the same architecture, with or without a head of its own. Tasks name one or two
+The pretrained model is any directory of the same architecture, with or without a head. Tasks name one or two
 `text_columns`.
 """
 
@@ -15,7 +15,7 @@ from suture.families.shared.texts import SETTINGS, TextReader
 
 
 class SequenceClassification(Classification):
-    """An encoder's directory, with its tokenizer; experts are models for `AutoModelForSequenceClassification`.
+    """A model directory with its tokenizer; experts are models for `AutoModelForSequenceClassification`.
 
     Settings: `max_length` and `padding`, see `TextReader`.
     """
@@ -36,7 +36,7 @@ class SequenceClassification(Classification):
     def example(self) -> dict[str, Tensor]:
         ids = self.reader.tokenizer(["a", "b"])["input_ids"]
         rows = torch.tensor([row[:1] * 2 if len(row) < 2 else row[:2] for row in ids])
-        rows[1, 1] = (rows[0, 1] + 1) % self.config.vocab_size  # two inputs that differ
+        rows[1, 1] = (rows[0, 1] + 1) % self.config.vocab_size  # the two inputs must differ
         return {"input_ids": rows, "attention_mask": torch.ones_like(rows)}
 
 

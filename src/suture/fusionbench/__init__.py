@@ -1,4 +1,4 @@
-"""Drop-in classes with the names that people of this field know, thin over the functional core."""
+"""Drop-in classes under FusionBench's names, thin wrappers of suture's functions."""
 
 from suture.fusionbench.adamerging import (
     CLIPLayerWiseAdaMergingAlgorithm,

@@ -1,4 +1,4 @@
-"""AdaMerging as classes: on any modules with hooks for data and logits, or on pools of CLIP models."""
+"""AdaMerging as classes: for any modules, with hooks for data and logits, or for pools of CLIP models."""
 
 import copy
 from collections.abc import Iterator, Mapping
@@ -30,14 +30,13 @@ _KNOBS = {
 
 
 class _AdaMergingAlgorithm:
-    """Subclass it and say where the inputs come from; then `run(modelpool)` gives the merged module.
+    """AdaMerging of a mapping of modules. A subclass provides the inputs; `run(modelpool)` returns the merged module.
 
-    The knobs are those of `suture.adapt`. `weights` are coefficients to be taken as they are; `save_merging_weights`
-    names a file for those that were found. After a run, `result` has them with their history.
-
-    `frozen_parameters` says what becomes of parameters of the pretrained module that ask for no gradient, and of its
-    floating-point buffers, such as BatchNorm's running statistics: "base", as in FusionBench, leaves them at the
-    pretrained module's, without a coefficient; "merge" merges them like the others, as `suture.adapt` does.
+    The knobs are those of `suture.adapt`, and three more. `weights` are fixed coefficients, which are not adapted.
+    `save_merging_weights` names a file for the learned ones. `frozen_parameters` concerns parameters of the pretrained
+    module without `requires_grad`, and floating-point buffers such as BatchNorm's running statistics: "base", as in
+    FusionBench, leaves them at the pretrained values, without a coefficient; "merge" merges them like the others, as
+    `suture.adapt` does. After a run, `result` has the coefficients with their history.
     """
 
     granularity: ClassVar[str]
@@ -50,14 +49,14 @@ class _AdaMergingAlgorithm:
         self.result: AdaMergingResult | None = None
 
     def on_test_time_adaptation_start(self) -> None:
-        """Called once before the first step: the place to set up loaders and heads."""
+        """Called once before the first step, to set up loaders and heads."""
 
     def get_shuffled_test_loader_iter(self, task: str) -> Iterator[Any]:
         """Endless batches of one task's unlabelled inputs; see `InfiniteDataLoader`."""
         raise NotImplementedError(f"{type(self).__name__}.get_shuffled_test_loader_iter says where inputs come from.")
 
     def compute_logits(self, module: nn.Module, batch: Any, task: str) -> Tensor:
-        """(batch, class) of the merged module for one task's batch."""
+        """Logits (batch, class) of the merged module for one task's batch."""
         return module(batch)
 
     def run(self, modelpool: Mapping[str, nn.Module]) -> nn.Module:
@@ -82,7 +81,7 @@ class _AdaMergingAlgorithm:
 
 
 def _frozen(base: nn.Module, choice: str) -> list[str]:
-    """The names of the tensors that are not merged."""
+    """The names of the tensors that stay at the base."""
     if choice not in ("base", "merge"):
         raise ConfigError(f"frozen_parameters={choice!r}: wanted 'base' or 'merge'.")
     tensors = {n: t for n, t in base.state_dict(keep_vars=True).items() if isinstance(t, Tensor)}
@@ -98,13 +97,13 @@ def _frozen(base: nn.Module, choice: str) -> list[str]:
 
 
 class TaskWiseAdaMergingAlgorithm(_AdaMergingAlgorithm):
-    """AdaMerging with one coefficient a task (https://arxiv.org/abs/2310.02575, equation 4)."""
+    """AdaMerging with one coefficient per task (https://arxiv.org/abs/2310.02575, equation 4)."""
 
     granularity = "task"
 
 
 class LayerWiseAdaMergingAlgorithm(_AdaMergingAlgorithm):
-    """AdaMerging with one coefficient a task and parameter tensor (https://arxiv.org/abs/2310.02575, equation 6).
+    """AdaMerging with one coefficient per task and parameter tensor (https://arxiv.org/abs/2310.02575, equation 6).
 
     >>> import torch
     >>> class Mine(LayerWiseAdaMergingAlgorithm):
@@ -128,7 +127,7 @@ class _CLIPAdaMergingAlgorithm:
         self.result: AdaMergingResult | None = None
 
     def run(self, modelpool: Any, taskpool: Any) -> nn.Module:
-        """The merged encoder, pixels → features. Pools are `ModelPool` and `TaskPool`, or what their YAML holds."""
+        """The merged encoder, pixels → features. Pools are `ModelPool` and `TaskPool`, or mappings as in their YAML."""
         models, merged, _ = merge_in_memory(_settings(modelpool, taskpool, self.chosen))
         self.result = merged.learned
         return models.new_encoder().load(merged.tensors)
@@ -141,7 +140,7 @@ class CLIPLayerWiseAdaMergingSurgeryAlgorithm:
         self.chosen = chosen_method("surgery/adamerging_surgery", knobs)
 
     def run(self, modelpool: Any, taskpool: Any) -> dict[str, nn.Module]:
-        """{"adamerging": the merged encoder, "surgery": the same with its modules, a `SurgeryModel`}."""
+        """{"adamerging": the merged encoder, "surgery": the repaired one, a `SurgeryModel`}."""
         models, merged, (surgery,) = merge_in_memory(_settings(modelpool, taskpool, self.chosen))
         return {"adamerging": models.new_encoder().load(merged.tensors), "surgery": surgery.model}
 
@@ -159,7 +158,7 @@ class CLIPLayerWiseAdaMergingAlgorithm(_CLIPAdaMergingAlgorithm):
 
 
 def _settings(modelpool: Any, taskpool: Any, method: Method) -> Settings:
-    """A run that leaves no folder, from pools, what their YAML holds, or the drop-in classes of pools."""
+    """Settings of a run without an output folder, from pools, mappings of their YAML, or drop-in classes of pools."""
     pool, tasks = getattr(modelpool, "pool", modelpool), getattr(taskpool, "pool", taskpool)
     pool = pool if isinstance(pool, ModelPool) else ModelPool.from_config(pool)
     tasks = tasks if isinstance(tasks, TaskPool) else TaskPool.from_config(tasks)

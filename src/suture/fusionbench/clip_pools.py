@@ -1,4 +1,4 @@
-"""Pools of CLIP models and tasks as classes: the models of a pool by name, and accuracy of a model on every task."""
+"""Pools of CLIP models and tasks as classes: models by name, and the accuracy of a model on every task."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from functools import cached_property
@@ -15,7 +15,7 @@ from suture.pipeline.pools import ModelPool, TaskPool
 
 
 class CLIPVisionModelPool(Mapping[str, nn.Module]):
-    """The vision towers of a pool by name, `_pretrained_` among them; each is read when it is asked for.
+    """The vision towers of a pool by name, `_pretrained_` among them; each is read at its access.
 
     `models` maps names to folders, files or hub ids, or is the name of a pool that suture knows. A tower maps pixels
     (B, 3, H, W) to features (B, D), not normalised. Raises `ConfigError` without `_pretrained_`.
@@ -26,12 +26,12 @@ class CLIPVisionModelPool(Mapping[str, nn.Module]):
     """
 
     def __init__(self, models: Mapping[str, Source] | str, **options: Any):
-        words = _shipped("modelpool", models) if isinstance(models, str) else {"models": dict(models)}
-        self.pool = ModelPool.from_config({**words, **options})
+        config = _shipped("modelpool", models) if isinstance(models, str) else {"models": dict(models)}
+        self.pool = ModelPool.from_config({**config, **options})
 
     @property
     def model_names(self) -> list[str]:
-        """The fine-tuned models."""
+        """The names of the fine-tuned models."""
         return list(self.pool.models)
 
     def load_model(self, name: str = PRETRAINED) -> Encoder:
@@ -68,9 +68,9 @@ class CLIPVisionModelPool(Mapping[str, nn.Module]):
 
 
 class CLIPVisionModelTaskPool:
-    """Tasks with zero-shot heads of one CLIP: `evaluate(model)` gives the accuracy on each.
+    """Tasks with zero-shot heads of one CLIP: `evaluate(model)` returns the accuracy on each.
 
-    `test_datasets` maps tasks to their words (source, class names, templates), lists published tasks by name, or is the
+    `test_datasets` maps tasks to their keys (source, class names, templates), lists published tasks by name, or is the
     name of a pool that suture knows. `clip_model` is the CLIP whose text tower makes the heads.
     """
 
@@ -82,16 +82,17 @@ class CLIPVisionModelTaskPool:
         batch_size: int = BATCH_SIZE,
     ):
         if isinstance(test_datasets, str):
-            words = _shipped("taskpool", test_datasets)
+            config = _shipped("taskpool", test_datasets)
         elif isinstance(test_datasets, Mapping):
-            words = {"tasks": dict(test_datasets)}
+            config = {"tasks": dict(test_datasets)}
         else:
-            words = {"tasks": {name: {} for name in test_datasets}}
-        self.pool, self.clip_model, self.batch_size = TaskPool.from_config(words), clip_model, batch_size
+            config = {"tasks": {name: {} for name in test_datasets}}
+        self.pool = TaskPool.from_config(config)
+        self.clip_model, self.batch_size = clip_model, batch_size
 
     @property
     def task_names(self) -> list[str]:
-        """The tasks, in order."""
+        """The names of the tasks, in order."""
         return [task.name for task in self.pool.tasks]
 
     def evaluate(self, model: nn.Module) -> dict[str, dict[str, float]]:
@@ -99,13 +100,13 @@ class CLIPVisionModelTaskPool:
 
         `model` maps pixels to features, or is a CLIP model of `transformers` with the architecture of `clip_model`.
         """
-        encoder = model if isinstance(model, Encoder) else self._taken(model)
-        found = {name: evaluate(encoder, task, batch_size=self.batch_size) for name, task in self._inputs.items()}
-        report = {name: {"accuracy": value, "samples": samples} for name, (value, samples) in found.items()}
-        return {**report, "average": {"accuracy": fmean(value for value, _ in found.values())}}
+        encoder = model if isinstance(model, Encoder) else self._as_encoder(model)
+        results = {name: evaluate(encoder, task, batch_size=self.batch_size) for name, task in self._inputs.items()}
+        report = {name: {"accuracy": value, "samples": samples} for name, (value, samples) in results.items()}
+        return {**report, "average": {"accuracy": fmean(value for value, _ in results.values())}}
 
-    def _taken(self, model: nn.Module) -> nn.Module:
-        """The encoder with a CLIP's weights; a module that is none is called as it is."""
+    def _as_encoder(self, model: nn.Module) -> nn.Module:
+        """The encoder with the weights of a CLIP; any other module unchanged."""
         try:
             return self._family.encoder(model.state_dict())
         except CheckpointError:
@@ -122,7 +123,7 @@ class CLIPVisionModelTaskPool:
 
 
 def _shipped(group: str, name: str) -> dict[str, Any]:
-    """What the YAML of a pool that ships with suture says."""
+    """The YAML of a pool that ships with suture, as a mapping."""
     from suture.pipeline.config import compose
 
     other = {"modelpool": "taskpool=null", "taskpool": "modelpool=glyphs8"}[group]

@@ -1,4 +1,4 @@
-"""A loader that never ends."""
+"""An endless data loader."""
 
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -7,9 +7,9 @@ from suture.errors import DataError
 
 
 class InfiniteDataLoader:
-    """Batch after batch of a loader, from its start again whenever it ends.
+    """Batches of a loader, which starts over whenever it ends.
 
-    Raises `DataError` for a loader that gives nothing.
+    Raises `DataError` for an empty loader.
 
     >>> batches = iter(InfiniteDataLoader([1, 2]))
     >>> [next(batches) for _ in range(5)]

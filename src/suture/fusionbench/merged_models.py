@@ -1,7 +1,7 @@
-"""Merged models with the merge inside the graph, as FusionBench has them: autograd reaches the coefficients.
+"""Merged models with the merge in the autograd graph, as in FusionBench.
 
-This is the textbook form, for code that was written against it. `suture.adapt` finds the same gradients without a graph
-through the merge, in a fraction of the memory.
+They are for code written against this form. `suture.adapt` computes the same gradients without a graph through the
+merge, in a fraction of the memory.
 """
 
 import copy
@@ -16,7 +16,7 @@ from suture.errors import ConfigError, IncompatibleModels
 
 
 def get_task_wise_weights(num_models: int, init_values: float | None = None) -> Float[Tensor, " task"]:
-    """Starting coefficients, (num_models,): `init_values` each, or 1/num_models.
+    """Initial coefficients (num_models,): `init_values` each, or 1/num_models.
 
     >>> get_task_wise_weights(2, 0.3)
     tensor([0.3000, 0.3000])
@@ -27,20 +27,20 @@ def get_task_wise_weights(num_models: int, init_values: float | None = None) -> 
 def get_layer_wise_weights(
     num_models: int, num_layers: int, init_values: float | None = None
 ) -> Float[Tensor, "task layer"]:
-    """Starting coefficients, (num_models, num_layers): `init_values` each, or 1/num_models."""
+    """Initial coefficients (num_models, num_layers): `init_values` each, or 1/num_models."""
     return get_task_wise_weights(num_models, init_values)[:, None].repeat(1, num_layers)
 
 
 class _MergedModel(nn.Module):
-    """θ = θ₀ + Σ λ τ of the parameters that ask for a gradient; calling it runs the merged model.
+    """A module with weights θ = θ₀ + Σ λ τ, for the parameters that require a gradient.
 
-    Other parameters and all buffers stay the pretrained model's and have no coefficient, as in FusionBench. Weights
-    that are tied in the pretrained model have one coefficient and stay tied, in calls as in `merge_and_unload`. So
-    `tie_weights` and `strict` change nothing: they are there for code written for FusionBench, whose calls leave the
+    Other parameters and all buffers are the pretrained model's and have no coefficient, as in FusionBench. Weights that
+    are tied in the pretrained model have one coefficient and stay tied, in calls and in `merge_and_unload`. So
+    `tie_weights` and `strict` have no effect: they are accepted for code written for FusionBench, whose calls leave the
     second of two tied names at the pretrained weights unless `tie_weights=True`.
 
     Raises `ConfigError` for coefficients of another shape, and `IncompatibleModels` for fine-tuned models in which tied
-    weights are no longer equal.
+    weights differ.
     """
 
     def __init__(
@@ -53,7 +53,8 @@ class _MergedModel(nn.Module):
         strict: bool = True,
     ):
         super().__init__()
-        self.clamp_weights, self.tie_weights, self.strict = clamp_weights, tie_weights, strict
+        self.clamp_weights = clamp_weights
+        self.tie_weights, self.strict = tie_weights, strict
         self.merge_weight = nn.Parameter(weight.clone())
         self.pretrained_model = copy.deepcopy(pretrained_model).requires_grad_(False)
         base = dict(pretrained_model.named_parameters())
@@ -67,15 +68,15 @@ class _MergedModel(nn.Module):
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """The shape that the coefficients must have, given one task."""
+        """The shape of the coefficients of one task."""
         raise NotImplementedError
 
     def column(self, weight: Tensor, index: int) -> Float[Tensor, " task"]:
-        """The coefficients of the tensor at this place in `layers`."""
+        """The coefficients of the tensor `layers[index]`."""
         raise NotImplementedError
 
     def merge_weights(self) -> dict[str, Tensor]:
-        """Merge with the coefficients as they are now; later calls of the model use the result."""
+        """Merge with the current coefficients; later calls of the model use the result."""
         weight = self.merge_weight.clamp(0, 1) if self.clamp_weights else self.merge_weight
         base = dict(self.pretrained_model.named_parameters())
         self._merged = {
@@ -102,7 +103,7 @@ class _MergedModel(nn.Module):
 
 
 def _check_ties(base: nn.Module, model: nn.Module, number: int) -> None:
-    """Every two names that are one parameter in the base must have equal values in the model."""
+    """Raise `IncompatibleModels` if two names of one parameter in the base have different values in the model."""
     first = {id(parameter): name for name, parameter in base.named_parameters()}
     parameters = dict(model.named_parameters(remove_duplicate=False))
     for name, parameter in base.named_parameters(remove_duplicate=False):
@@ -115,7 +116,7 @@ def _check_ties(base: nn.Module, model: nn.Module, number: int) -> None:
 
 
 class TaskWiseMergedModel(_MergedModel):
-    """One coefficient a task: `TaskWiseMergedModel(task_wise_weight, pretrained_model, finetuned_models)`."""
+    """One coefficient per task: `TaskWiseMergedModel(task_wise_weight, pretrained_model, finetuned_models)`."""
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -126,7 +127,7 @@ class TaskWiseMergedModel(_MergedModel):
 
 
 class LayerWiseMergedModel(_MergedModel):
-    """One coefficient a task and parameter tensor: `LayerWiseMergedModel(layer_wise_weight, pretrained_model, …)`."""
+    """One coefficient per task and parameter tensor: `LayerWiseMergedModel(layer_wise_weight, pretrained_model, …)`."""
 
     @property
     def shape(self) -> tuple[int, ...]:

@@ -1,4 +1,4 @@
-"""Static merges as classes, thin over `merge`."""
+"""Static merges as classes, thin wrappers of `merge`."""
 
 import copy
 from collections.abc import Mapping
@@ -13,7 +13,7 @@ from suture.merging.registry import get_method
 
 
 class _StaticAlgorithm:
-    """One method with its knobs set, to be run on pools of modules."""
+    """One method with its knobs, to run on pools of modules."""
 
     method: ClassVar[str]
 
@@ -22,7 +22,7 @@ class _StaticAlgorithm:
 
     @torch.no_grad()
     def run(self, modelpool: Mapping[str, nn.Module]) -> nn.Module:
-        """Merge modules of one architecture into a new one; the pool's modules are untouched.
+        """Merge modules of one architecture into a new one; the pool's modules are not changed.
 
         `modelpool` maps names to modules, the pretrained one under `_pretrained_`. Raises `ConfigError` without it and
         `IncompatibleModels` for modules that do not fit together.

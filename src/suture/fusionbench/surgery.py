@@ -1,4 +1,4 @@
-"""FusionBench's class of the same name: one module on the final feature for each dataset, called by its name."""
+"""FusionBench's `SurgeryModelWrapper`: one module on the final feature per dataset, chosen by the dataset's name."""
 
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -13,9 +13,9 @@ from suture.repairs.modules import SurgeryModules
 class SurgeryModelWrapper(nn.Module):
     """`model` with a trainable surgery module of rank `hidden_dim` for each name in `test_datasets`.
 
-    `model(x)` gives features (B, projection_dim), through `forward(model, x)` if that is given; its own parameters are
-    left as they are, so train those of `collect_trainable_params`. Called with inputs alone, or with keyword arguments,
-    the wrapper gives what the model gives, as in FusionBench.
+    `model(x)`, or `forward(model, x)` if given, returns features (B, projection_dim). The model's own parameters are
+    not frozen, so train those of `collect_trainable_params`. Called with inputs alone, or with keyword arguments, the
+    wrapper returns the model's output, as in FusionBench.
 
     >>> import torch
     >>> wrapper = SurgeryModelWrapper(nn.Linear(3, 8), ["mnist", "cars"], projection_dim=8, hidden_dim=2)
@@ -38,14 +38,16 @@ class SurgeryModelWrapper(nn.Module):
         seed: int = 0,
     ):
         super().__init__()
-        self.model, self.encode, self.test_datasets = model, forward, []
-        self.projection_dim, self.hidden_dim, self.seed = projection_dim, hidden_dim, seed
-        self.surgery_modules = nn.ModuleList()  # one for each dataset: Adam leaves those without a gradient alone
+        self.model, self.encode = model, forward
+        self.projection_dim, self.hidden_dim = projection_dim, hidden_dim
+        self.seed = seed
+        self.test_datasets: list[str] = []
+        self.surgery_modules = nn.ModuleList()  # one per dataset, because Adam skips parameters without a gradient
         for name in test_datasets:
             self.add_surgery_module(name)
 
     def add_surgery_module(self, dataset_name: str) -> None:
-        """Add the module of one more dataset: at first it corrects nothing."""
+        """Add the module of one more dataset; until it is trained, it corrects nothing."""
         if dataset_name in self.test_datasets:
             raise ConfigError(f"The wrapper has a module for {dataset_name!r} already.")
         module = SurgeryModules([dataset_name], self.projection_dim, self.hidden_dim, seed=self.seed)
@@ -63,9 +65,9 @@ class SurgeryModelWrapper(nn.Module):
     def compute_surgery_features(
         self, compute_features_fn: Tensor | Callable[[nn.Module], Tensor], dataset_name: str
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """(features after surgery, features before, the correction that was subtracted), each (B, projection_dim).
+        """(features after surgery, features before, the correction subtracted), each (B, projection_dim).
 
-        In FusionBench's order. `compute_features_fn(model)` gives the features; they may also be given themselves.
+        The order is FusionBench's. `compute_features_fn` is a function model → features, or the features themselves.
         """
         if dataset_name not in self.test_datasets:
             raise ConfigError(unknown_name("dataset", dataset_name, self.test_datasets))
@@ -75,7 +77,7 @@ class SurgeryModelWrapper(nn.Module):
         return after, before, before - after
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """What the model gives; with inputs and a dataset's name the features (after, correction, before)."""
+        """The model's output; for inputs with a dataset's name, the features (after, correction, before)."""
         if (len(args) == 2 and isinstance(args[1], str)) or "dataset_name" in kwargs:
             return self._repaired(*args, **kwargs)
         return self.model(*args, **kwargs)

@@ -1,8 +1,8 @@
-"""Measure the running statistics of a merged model anew, on unlabelled inputs.
+"""New running statistics for a merged model's BatchNorm layers, measured on unlabelled inputs.
 
-Merging averages the means and variances that BatchNorm layers keep, but the merged weights give other activations than
-the ones these belong to. Whether new statistics help depends on how the models were trained: much where they were
-trained with batch statistics, and they do harm where those were frozen. So it is a step of its own, never automatic.
+Merging averages the means and variances that BatchNorm layers hold, but these describe the activations of the unmerged
+models. New statistics help a lot where the models were trained with batch statistics, and do harm where they were
+trained with frozen ones. So this is a separate step and never automatic.
 """
 
 import copy
@@ -26,26 +26,29 @@ def reestimate_statistics(
 ) -> dict[str, Tensor]:
     """New `running_mean` and `running_var` for every BatchNorm layer that the inputs reach: name → tensor.
 
-    Each layer gets the mean and the unbiased variance (as torch keeps it) over all inputs and positions together, so
-    neither the size nor the order of the batches matters; sums are in float64. The layers are measured one after
-    another, each behind layers that already have their new statistics, which is how the module will be used: as many
-    passes over the inputs as there are layers. Everything else is in evaluation mode, and `momentum` takes no part.
+    Each layer gets the mean and the unbiased variance (as in torch) over all inputs and positions together, so neither
+    the size nor the order of the batches matters; sums are in float64. The layers are measured one after another, each
+    behind layers that already have their new statistics, because that is how the module will be used. This takes one
+    pass over the inputs per layer. Everything else is in evaluation mode, and `momentum` is ignored.
 
-    `batches` are tensors, or mappings for keyword arguments, and must be there to be read again: a list, a DataLoader
-    that does not shuffle what it augments. `forward(module, batch)` replaces the plain call. The module given is not
-    changed; load the result with `module.load_state_dict(result, strict=False)`, or put it into a merged mapping.
+    `batches` are tensors, or mappings for keyword arguments. They are read several times and must be the same each
+    time: a list, or a DataLoader without random augmentation. `forward(module, batch)` replaces the plain call. The
+    module is not changed; load the result with `module.load_state_dict(result, strict=False)`, or put it into a merged
+    mapping.
 
     Raises `ConfigError` for a module without such layers, one that uses a layer twice, or batches that can be read only
-    once, and `DataError` where there are fewer than two values to take a variance of.
+    once, and `DataError` where a layer sees fewer than two values per channel.
 
     >>> layer, batches = nn.BatchNorm1d(1), [torch.tensor([[1.0], [2.0]]), torch.tensor([[6.0]])]
     >>> reestimate_statistics(layer, batches)
     {'running_mean': tensor([3.]), 'running_var': tensor([7.])}
     """
     if isinstance(batches, Iterator):
-        raise ConfigError("The batches can be read only once, but every layer needs them; give a list of batches.")
+        raise ConfigError(
+            "The batches can be read only once, but every layer needs them. Remedy: give a list of batches."
+        )
     module = copy.deepcopy(module).eval()
-    layers = {name: part for name, part in module.named_modules() if _keeps_statistics(part)}
+    layers = {name: layer for name, layer in module.named_modules() if _has_statistics(layer)}
     if not layers:
         raise ConfigError(f"{type(module).__name__} has no BatchNorm layer that keeps statistics: nothing to measure.")
     run = forward or _call
@@ -63,10 +66,11 @@ class _Moments:
     """Mean and variance over batches, merged as they come (Chan, Golub and LeVeque 1979)."""
 
     def __init__(self):
-        self.count, self.mean, self.squares = 0, torch.zeros(()), torch.zeros(())
+        self.count = 0
+        self.mean, self.squares = torch.zeros(()), torch.zeros(())
 
     def add(self, values: Tensor) -> None:
-        """Take in values of shape (batch, channel, …)."""
+        """Add values of shape (batch, channel, …)."""
         values = values.double().transpose(0, 1).flatten(1)
         count, mean = values.shape[1], values.mean(1)
         share = count / (self.count + count)
@@ -77,17 +81,17 @@ class _Moments:
 
 
 class _Reached(Exception):
-    """The forward pass has come as far as it is needed."""
+    """The forward pass has reached the layer to measure; the rest of it is not needed."""
 
 
-def _keeps_statistics(part: nn.Module) -> bool:
-    """BatchNorm layers of torch, and frozen ones of other libraries, which hold the same two buffers."""
-    buffers = getattr(part, "running_mean", None), getattr(part, "running_var", None)
-    return all(isinstance(t, Tensor) for t in buffers) and not isinstance(part, nn.modules.instancenorm._InstanceNorm)
+def _has_statistics(layer: nn.Module) -> bool:
+    """Whether a layer is torch's BatchNorm or another library's frozen one, which has the same two buffers."""
+    buffers = getattr(layer, "running_mean", None), getattr(layer, "running_var", None)
+    return all(isinstance(t, Tensor) for t in buffers) and not isinstance(layer, nn.modules.instancenorm._InstanceNorm)
 
 
 def _order_of_use(module: nn.Module, layers: Mapping[str, nn.Module], batch: Any, run: Forward) -> list[str]:
-    """The layers that a batch reaches, in the order in which it does."""
+    """The names of the layers that a batch reaches, in that order."""
     if batch is None:
         raise DataError("There are no batches to measure statistics on.")
     order: list[str] = []
@@ -108,11 +112,11 @@ def _measure(module: nn.Module, name: str, layer: Any, batches: Iterable[Any], r
     """Give one layer the statistics of its inputs over all batches."""
     moments = _Moments()
 
-    def look(_, inputs):
+    def add_inputs(_, inputs):
         moments.add(inputs[0])
         raise _Reached
 
-    with _removed_afterwards([layer.register_forward_pre_hook(look)]):
+    with _removed_afterwards([layer.register_forward_pre_hook(add_inputs)]):
         for batch in batches:
             with suppress(_Reached):
                 run(module, to_device(batch, device_of(module)))
@@ -124,7 +128,9 @@ def _measure(module: nn.Module, name: str, layer: Any, batches: Iterable[Any], r
 
 def _call(module: nn.Module, batch: Any) -> Any:
     if isinstance(batch, tuple | list):
-        raise ConfigError("A batch is a tuple; give forward=lambda module, batch: module(batch[0]), or inputs alone.")
+        raise ConfigError(
+            "A batch is a tuple. Remedy: give forward=lambda module, batch: module(batch[0]), or inputs alone."
+        )
     return module(**batch) if isinstance(batch, Mapping) else module(batch)
 
 

@@ -7,9 +7,10 @@ from suture.checkpoints import Checkpoint, Source, TensorSpec, open_checkpoint, 
 from suture.checkpoints.quantised import quantised_problem
 from suture.checkpoints.spellings import spelling_problem
 from suture.checkpoints.tokenizers import mixed_tokens
+from suture.core.names import short
 from suture.errors import CheckpointError, ConfigError, shown
 
-_LISTED = 5  # problems of one kind that are listed for one model before the rest is counted
+_LISTED = 5  # problems of one kind that are listed for a model; any more are only counted
 #: Parts of the names of embeddings and heads, which have a row for each token.
 VOCABULARY = ("embed", "lm_head", "wte", "shared.weight", "output.weight")
 
@@ -25,27 +26,27 @@ def compatibility(
 ) -> list[str]:
     """Every reason why the models cannot be merged, one line each; an empty list if they can.
 
-    `base` and `models` are whatever `merge` takes; raises `CheckpointError` for one that cannot be opened. Integer and
-    bool tensors are taken from the base, so they may be missing or differ. `frozen` names are not compared.
-    `mixed_dtypes` lets floating-point dtypes differ from the base's. `by_row` lets rows of embeddings be different
-    tokens. `pool` says that the models are those of a pool, whose keys are then named as remedies.
+    `base` and `models` are as for `merge`. Integer and bool tensors are taken from the base, so they may be missing or
+    differ. Tensors named in `frozen` are not compared. `mixed_dtypes` allows floating-point dtypes other than the
+    base's. `by_row` allows one row of an embedding to be different tokens. With `pool` the keys of a model pool are
+    named as remedies. Raises `CheckpointError` for a model that cannot be opened.
     """
     if not models:
         return ["There is no model to merge. Remedy: give at least one fine-tuned model beside the base."]
-    base, opened = open_models(base, models)
+    base, checkpoints = open_models(base, models)
     problems = [
         f"'{name}' is to be left at the base, but the base has no such tensor." for name in _unknown(base, frozen)
     ]
-    if unmergeable := _files_problems(base, opened, frozen, by_row):
+    if unmergeable := _files_problems(base, checkpoints, frozen, by_row):
         return problems + unmergeable
-    for label, model in opened.items():
+    for label, model in checkpoints.items():
         if spelling := spelling_problem(label, merged_names(base, frozen), base.specs, model.specs):
             problems.append(spelling)
             continue
-        problems += _some(_missing(base, model, label, frozen), label)
-        problems += _some(_extra(base, model, label), label)
-        problems += _some(_different(base, model, label, frozen, mixed_dtypes, pool), label)
-        problems += _some(_untied(base, model, label), label)
+        problems += _first_few(_missing(base, model, label, frozen), label)
+        problems += _first_few(_extra(base, model, label), label)
+        problems += _first_few(_different(base, model, label, frozen, mixed_dtypes, pool), label)
+        problems += _first_few(_untied(base, model, label), label)
     return problems
 
 
@@ -57,12 +58,12 @@ def open_models(
         raise ConfigError(f"models is the one path '{shown(models)}'. Remedy: give a list, or a mapping name → model.")
     if not isinstance(models, Mapping):
         models = {f"model_{number}": model for number, model in enumerate(models, start=1)}
-    opened = open_checkpoint(base)
-    return opened, {name: open_fine_tuned(model, opened, label=name) for name, model in models.items()}
+    base = open_checkpoint(base)
+    return base, {name: open_fine_tuned(model, base, label=name) for name, model in models.items()}
 
 
 def merged_names(base: Checkpoint, frozen: Sequence[str] = ()) -> list[str]:
-    """The tensors that a merge works on, sorted: floating point, not frozen, the first of those tied together."""
+    """Names of the tensors that are merged, sorted: floating point, not frozen, and the first of each tied group."""
     left_out = {*frozen, *base.aliases}
     return sorted(n for n, spec in base.specs.items() if spec.dtype.is_floating_point and n not in left_out)
 
@@ -120,7 +121,7 @@ def _different(
             yield _shape_problem(name, label, spec, expected, pool)
         elif spec.dtype != expected.dtype and not (mixed_dtypes and spec.dtype.is_floating_point):
             yield (
-                f"'{name}' is {_short(spec.dtype)} in '{label}' but {_short(expected.dtype)} in the base. "
+                f"'{name}' is {short(spec.dtype)} in '{label}' but {short(expected.dtype)} in the base. "
                 "Remedy: convert one of them, or allow it with mixed_dtypes=true."
             )
 
@@ -150,19 +151,15 @@ def _untied(base: Checkpoint, model: Checkpoint, label: str) -> Iterator[str]:
 
 
 def spec_of(checkpoint: Checkpoint, name: str) -> TensorSpec:
-    """Shape and dtype of a tensor, by its own name or by one it is tied to."""
+    """Shape and dtype of a tensor, by its own name or a tied one."""
     return checkpoint.specs[checkpoint.aliases.get(name, name)]
 
 
 def _describe(spec: TensorSpec) -> str:
-    return f"{_short(spec.dtype)} {tuple(spec.shape)}"
+    return f"{short(spec.dtype)} {tuple(spec.shape)}"
 
 
-def _short(dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
-def _some(problems: Iterable[str], label: str) -> list[str]:
+def _first_few(problems: Iterable[str], label: str) -> list[str]:
     lines = list(problems)
     rest = len(lines) - _LISTED
     return lines if rest <= 0 else [*lines[:_LISTED], f"… and {rest} more of this kind in '{label}'."]

@@ -1,4 +1,4 @@
-"""Run one method over a whole model: slice by slice, in bounded memory, into tensors that are already allocated."""
+"""Merging a whole model with one method: slice by slice, in bounded memory, into tensors that are allocated first."""
 
 import threading
 from collections.abc import Callable, Mapping, Sequence
@@ -29,13 +29,13 @@ def merge(
 ) -> dict[str, Tensor]:
     """Merge fine-tuned models into one mapping name → tensor.
 
-    `base` and `models` are checkpoints of any kind that `open_checkpoint` takes; none of them is changed. The method is
-    a name or alias of `suture.methods()` and `knobs` are its own. The result has the base's names, shapes and dtypes;
-    the arithmetic is float32 (float64 for float64 tensors). Tied names come back as one tensor under both names.
+    `base` and `models` are any checkpoints that `open_checkpoint` takes; none of them is changed. `method` is a name or
+    alias from `suture.methods()`, and `knobs` are that method's. The result has the base's names, shapes and dtypes;
+    arithmetic is in float32 (float64 for float64 tensors). Tied names share one tensor.
 
-    `out` may give tensors to write into, such as a memory-mapped file's; then nothing of the size of a model is
-    allocated. Raises `ConfigError` for an unknown method or value and `IncompatibleModels` for models that do not fit,
-    weights that are not finite, and results that are too large for their dtype.
+    `out` may hold tensors to write into, such as those of a memory-mapped file; then nothing of the size of a model is
+    allocated. Raises `ConfigError` for an unknown method or value, and `IncompatibleModels` for models that do not fit
+    together, weights that are not finite, and results that are too large for their dtype.
 
     >>> import torch
     >>> base, tuned = {"w": torch.zeros(2)}, {"w": torch.ones(2)}
@@ -55,7 +55,7 @@ def merge_task_vectors(
     knobs: Mapping[str, Any],
     out: Mapping[str, Tensor] | None = None,
 ) -> dict[str, Tensor]:
-    """`merge` for models that are already open and checked, with validated knobs."""
+    """As `merge`, for models that are open and checked, with validated knobs."""
     if out is None:
         out = {name: torch.empty(spec.shape, dtype=spec.dtype) for name, spec in vectors.specs.items()}
     merged = dict(out)
@@ -80,7 +80,7 @@ def merge_task_vectors(
 
 
 class Votes(NamedTuple):
-    """Σ of the signs of a tensor's columns, and the slices with columns that wait for the sign of all tensors' sum."""
+    """Σ of the signs of one tensor's columns, and the slices that wait for the sign of this sum over all tensors."""
 
     count: int = 0
     waiting: Sequence[Piece] = ()
@@ -88,11 +88,11 @@ class Votes(NamedTuple):
 
 @dataclass
 class Merging:
-    """One method at work, one tensor at a time, in an order that does not matter.
+    """One method, merging one tensor at a time, in any order.
 
-    `knobs_of(name)` gives a tensor's validated knobs, `write(piece, merged)` takes merged entries, on any thread.
-    `non_finite(name)` says whether NaN and Inf may go in. `statistic` is what the method must know of the whole model:
-    `gather` first, or give one that was gathered before.
+    `knobs_of(name)` returns a tensor's validated knobs; `write(piece, merged)` stores merged entries, on any thread.
+    `non_finite(name)` tells whether NaN and Inf are allowed in a tensor. `statistic` is what the method must know about
+    the whole model: call `gather` first, or pass one that was gathered before.
     """
 
     vectors: TaskVectors
@@ -108,12 +108,12 @@ class Merging:
         return bool(names) and self.method.gather is not None and self.knobs_of(names[0]).get("scope") == "model"
 
     def gather(self, stream: DeltaStream | None = None) -> None:
-        """Read the whole model, if the method must and has not; `stream` is another way to read it."""
+        """Gather the statistic of the whole model, if the method needs one and has none; read `stream` if given."""
         if self.statistic is None and self.whole_model():
             self.statistic = self._gathered(self.vectors.names, stream)
 
     def tensor(self, name: str) -> Votes:
-        """Merge one tensor; votes are what the tensors of the whole model must be settled by afterwards."""
+        """Merge one tensor; returns its share of the votes that `settle` needs from the whole model."""
         if not self.vectors.specs[name].numel:
             return Votes()
         pieces = self.vectors.pieces(name, rows=self.method.whole_rows)
@@ -126,12 +126,12 @@ class Merging:
         return Votes()
 
     def settle(self, votes: int) -> None:
-        """Settle what was left open until all tensors' votes were counted."""
+        """Complete the statistic with the votes of all tensors."""
         if self.method.vote is not None and self.statistic is not None:
             self.statistic = settle(self.statistic, votes)
 
     def again(self, waiting: Sequence[Piece]) -> bool:
-        """Merge anew the slices that waited for `settle`, if it makes a difference to them."""
+        """Merge the slices that waited for `settle` again; returns whether that changed anything."""
         if not waiting or as_merged(self.statistic):
             return False
         self._merge(waiting, self.statistic)
@@ -148,15 +148,15 @@ class Merging:
 
         def merge_piece(piece: Piece, base: Tensor, rows: Tensor) -> None:
             self._check(piece, base, rows)
-            place = {"place": self.vectors.place(piece)} if method.wants_place else {}
+            position = {"position": self.vectors.position(piece)} if method.takes_position else {}
             if method.whole_rows:
                 base, rows = base.view(-1, width), rows.view(len(rows), -1, width)
-            self.write(piece, method.function(base, rows, *statistic, **place, **knobs).reshape(-1))
+            self.write(piece, method.function(base, rows, *statistic, **position, **knobs).reshape(-1))
 
         self.vectors.each_of(pieces, merge_piece, method.operand, device=self.vectors.device)
 
     def _vote(self, pieces: Sequence[Piece], statistic: Any) -> Votes:
-        """Merge and count votes in one pass; note the slices with columns that have to wait for the count."""
+        """Merge and count votes in one pass; returns the votes and the slices that have to wait for the total."""
         knobs, lock = self.knobs_of(pieces[0].name), threading.Lock()
         counts: list[int] = []
         waiting: list[Piece] = []
@@ -181,7 +181,7 @@ class Merging:
 
 
 def _refuse_non_finite(vectors: TaskVectors, piece: Piece, base: Tensor, rows: Tensor) -> None:
-    if (rows.sum() + base.sum()).isfinite():  # one cheap look; only a sum that overflowed or met NaN or Inf goes on
+    if (rows.sum() + base.sum()).isfinite():  # cheap; only a sum that overflowed or met NaN or Inf needs the search
         return
     for label, row in [*zip(vectors.models, rows, strict=True), ("_pretrained_", base)]:
         if not row.isfinite().all():

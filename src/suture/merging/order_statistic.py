@@ -1,10 +1,10 @@
-"""The k-th smallest magnitude of every row of a stream, exact, without a sort and without keeping the stream.
+"""The exact k-th smallest magnitude of every row of a stream, without sorting or storing the stream.
 
 The magnitudes of IEEE floats are ordered like their bit patterns, so counting bit patterns finds the k-th value. A
-sample says where to look: one pass then counts what lies above that bracket and histograms what lies inside. If the
-sample misled, or the bracket holds more patterns than bins, the search goes on in the bin that holds the rank.
+sample gives a bracket; one pass then counts the entries above it and makes a histogram of those inside. If the sample
+was misleading, or the bracket holds more patterns than bins, the search continues in the bin that holds the rank.
 
-Where float32 and float64 chunks are mixed, all are counted as float64, which holds every float32 exactly.
+Where float32 and float64 chunks are mixed, all are counted as float64, which represents every float32 exactly.
 """
 
 import threading
@@ -18,24 +18,24 @@ from torch import Tensor
 
 _SAMPLE = 1 << 20
 _BINS = 1 << 20
-_LEAST, _SHARE = 1 << 17, 32  # of small tensors a sample of so many entries, or of one in so many
-_FEWEST = 1 << 14
-_MANY = 8  # rows; from there on each gets a quarter
+_SMALLEST_SAMPLE, _SAMPLED = 1 << 17, 32  # a small tensor's sample is one entry in _SAMPLED, but at least this many
+_FEWEST_BINS = 1 << 14
+_MANY = 8  # with more rows than this, each gets a quarter of the sample and of the bins
 
 
 def kth_magnitudes(deltas, rank: int | Sequence[int]) -> Float[Tensor, " task"]:
-    """The `rank`-th smallest |entry| (1-based) of each row of a `DeltaStream`; zeros for rank 0, which keeps all.
+    """The `rank`-th smallest |entry| (1-based) of each row of a `DeltaStream`; 0 for rank 0.
 
-    `rank` is one for all rows, or one for each. The result has the widest dtype of the stream.
+    `rank` is one number for all rows, or one per row. The result has the widest dtype of the stream.
     """
-    sample = deltas.sample(min(_SAMPLE, max(_LEAST, deltas.num_entries // _SHARE)))
+    sample = deltas.sample(min(_SAMPLE, max(_SMALLEST_SAMPLE, deltas.num_entries // _SAMPLED)))
     ranks = [rank] * len(sample) if isinstance(rank, int) else list(rank)
     if sample.shape[1] == deltas.num_entries or max(ranks) <= 0:
         pairs = zip(sample.abs(), ranks, strict=True)
         return torch.stack([row.kthvalue(r).values if r > 0 else row.new_zeros(()) for row, r in pairs])
     thinner = 2 * (len(sample) > _MANY)
     sample, bins = sample[:, :: 1 << thinner].contiguous(), _BINS >> thinner
-    bins = min(bins, max(_FEWEST, 1 << (deltas.num_entries >> 3).bit_length()))
+    bins = min(bins, max(_FEWEST_BINS, 1 << (deltas.num_entries >> 3).bit_length()))
     dtype = sample.dtype
     searches = [
         _Search(_patterns(row, dtype), max(1, r), deltas.num_entries, bins)
@@ -58,7 +58,7 @@ def kth_magnitudes(deltas, rank: int | Sequence[int]) -> Float[Tensor, " task"]:
 
 
 def share_of(count: int, share: float) -> int:
-    """How many entries a share is, rounded down, with the share taken as the decimal number that was written.
+    """A share of `count` entries, rounded down; the share counts as the decimal number that was written.
 
     >>> share_of(100, 0.29), int(100 * 0.29)
     (29, 28)
@@ -67,30 +67,30 @@ def share_of(count: int, share: float) -> int:
 
 
 def kth_memory(num_rows: int) -> int:
-    """Bytes that a search holds for each row: the sample, twice while it is made and once sorted, and bins."""
+    """Bytes that a search holds per row: two copies of the sample, a sorted one, and the bins."""
     return (12 * _SAMPLE + 8 * _BINS) >> 2 * (num_rows > _MANY)
 
 
 def _patterns(row: Tensor, dtype: torch.dtype) -> np.ndarray:
-    """|x| in this dtype as integers of its width; their order is the order of the magnitudes."""
+    """|x| in this dtype as integers of the same width, which have the same order."""
     magnitudes = np.abs(row.to(dtype).numpy())
     return magnitudes.view(f"i{magnitudes.itemsize}")
 
 
 class _Search:
-    """One row's search: the pattern wanted lies in [low, high]; counts of the current pass."""
+    """One row's search: the k-th pattern lies in [low, high]; `counts` are those of the current pass."""
 
     def __init__(self, sample: np.ndarray, rank: int, num_entries: int, bins: int):
         self.num_bins = bins
-        self.from_top = num_entries - rank  # how many entries are larger, at most
+        self.from_top = num_entries - rank  # the most entries that can be larger
         self.largest = int(np.iinfo(sample.dtype).max)
         self.lock, self.done = threading.Lock(), False
-        self._look_in(*self._bracket(sample, rank / num_entries))
+        self._set_bracket(*self._bracket(sample, rank / num_entries))
 
     def _bracket(self, sample: np.ndarray, quantile: float) -> tuple[int, int]:
-        """Six standard deviations of ranks to each side of the sample's quantile; open at the ends of the sample.
+        """Six standard deviations of the rank on each side of the sample's quantile; open at the ends of the sample.
 
-        At least a quarter percent: neighbouring entries, which a sample has in runs, may resemble each other.
+        At least a quarter of a percent, because a sample consists of runs of neighbouring entries, which may be alike.
         """
         size, last = len(sample), len(sample) - 1
         margin = 8 + max(0.0025 * size, 6 * (size * quantile * (1 - quantile)) ** 0.5)
@@ -99,14 +99,14 @@ class _Search:
         ordered = np.partition(sample, ends) if ends else sample
         return int(ordered[low]) if low > 0 else 0, int(ordered[high]) if high < last else self.largest
 
-    def _look_in(self, low: int, high: int) -> None:
+    def _set_bracket(self, low: int, high: int) -> None:
         self.low, self.high = low, high
         self.shift = max(0, (high - low).bit_length() - (self.num_bins.bit_length() - 1))
-        self.counts = np.zeros(((high - low) >> self.shift) + 2, dtype=np.int64)  # the bins, and what lies above them
+        self.counts = np.zeros(((high - low) >> self.shift) + 2, dtype=np.int64)  # the bins, and the entries above
 
     def count(self, patterns: np.ndarray) -> None:
         reaches, exceeds = patterns >= self.low, patterns > self.high
-        near = np.flatnonzero(reaches ^ exceeds)  # few; indices are faster than a mask where nearly nothing is chosen
+        near = np.flatnonzero(reaches ^ exceeds)  # few, so indices are faster than a mask
         inside = (patterns[near] - self.low) >> self.shift
         above = np.count_nonzero(exceeds)
         with self.lock:
@@ -114,15 +114,15 @@ class _Search:
             np.add.at(self.counts, inside, 1)
 
     def narrow(self) -> None:
-        """Move on to the bin that holds the rank; to everything if the bracket missed it."""
+        """Narrow the bracket to the bin that holds the rank; start over with all numbers if the bracket missed it."""
         if self.done:
             return
         at_least = np.cumsum(self.counts[::-1])[::-1]  # entries at or above the start of each bin
         if at_least[-1] > self.from_top or at_least[0] <= self.from_top:
-            return self._look_in(0, self.largest)
+            return self._set_bracket(0, self.largest)
         index = int(np.flatnonzero(at_least > self.from_top)[-1])
         low = self.low + (index << self.shift)
         if self.shift == 0:
             self.low, self.done = low, True
         else:
-            self._look_in(low, min(low + (1 << self.shift) - 1, self.high))
+            self._set_bracket(low, min(low + (1 << self.shift) - 1, self.high))

@@ -1,4 +1,4 @@
-"""Refusal of merged numbers that the dtype of the result cannot hold."""
+"""Refusal of merged values that the dtype of the result cannot represent."""
 
 import torch
 from torch import Tensor
@@ -10,16 +10,16 @@ SMALLER = "choose smaller coefficients, or a base of a wider dtype"
 
 
 def refuse_overflow(name: str, merged: Tensor, stored: Tensor, *, start: int = 0, remedy: str = SMALLER) -> None:
-    """`IncompatibleModels` if entries of a tensor are not finite; `stored` is `merged` in the dtype of the result.
+    """Raise `IncompatibleModels` if `stored`, which is `merged` in the dtype of the result, has non-finite entries.
 
-    `start`: the position of the first entry in the whole tensor.
+    `start`: the flat index of the first entry in the whole tensor.
     """
     if not stored.numel():
         return
     low, high = merged.aminmax()
     if max(-low, high) <= torch.finfo(stored.dtype).max:
         return
-    finite = stored.reshape(-1).to(merged.dtype).isfinite()  # a little above the largest is rounded down to it
+    finite = stored.reshape(-1).to(merged.dtype).isfinite()  # values slightly above the maximum round down to it
     if finite.all():
         return
     entry, dtype = int((~finite).nonzero()[0]) + start, short(stored.dtype)

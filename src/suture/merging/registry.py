@@ -1,7 +1,7 @@
-"""The registry of merge methods, and what a method's signature says about it.
+"""The registry of merge methods.
 
-A method is one function of tensors. Its positional arguments say what it is fed: `base` and either `deltas` (task
-vectors, fine-tuned − base) or `models` (the fine-tuned weights themselves), both stacked along a first `task` axis. Its
+A method is one function of tensors. Its positional arguments are its operands: `base` and either `deltas` (task
+vectors, fine-tuned − base) or `models` (the fine-tuned weights), both stacked along a first `task` axis. Its
 keyword-only arguments are the knobs; the configuration schema, `--help` and the documentation are read from them.
 """
 
@@ -24,15 +24,18 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 @dataclass(frozen=True)
 class MergeMethod:
-    """One registered method: its function, where it comes from, and its knobs.
+    """One registered method: its function, its paper and its knobs.
 
-    `gather` belongs to methods that must see a whole tensor first, or the whole model if they have a knob `scope` that
-    says so: `gather(stream, **knobs)` reads the stream of rows and returns the `statistic` that the function takes.
-    `vote(base, deltas, statistic, **knobs)` merges like the function and also returns what has to be counted over the
-    whole before some entries are settled. `whole_rows`: the function is fed whole rows of a matrix, not any slice.
-    `num_models`: the least and the most models it can merge. A function with a `place` is told where its slice lies.
-    `searches`: what is gathered are order statistics, which take memory for every model. `passes(**knobs)`: how often a
-    tensor is read in all, where that is not once, or twice for what is gathered.
+    - `gather(stream, **knobs)`, for methods that must see a whole tensor first, or the whole model with `scope=model`:
+      reads the stream of rows and returns the `statistic` that the function takes.
+    - `vote(base, deltas, statistic, **knobs)` merges like the function and also returns the votes that must be counted
+      over the whole model before some entries can be decided.
+    - `whole_rows`: slices are whole rows of a matrix.
+    - `num_models`: the fewest and the most models that can be merged.
+    - `searches`: the statistic is an order statistic, which takes memory for every model.
+    - `passes(**knobs)`: the number of times a tensor is read, where it is not one, or two with `gather`.
+
+    A function with an argument `position` gets the `SlicePosition` of its slice.
     """
 
     name: str
@@ -52,32 +55,32 @@ class MergeMethod:
 
     @cached_property
     def knobs(self) -> Knobs:
-        """The function's knobs: names, defaults and what they may be."""
+        """The function's knobs: names, defaults and allowed values."""
         return Knobs(self.name, self.function)
 
     @property
     def operand(self) -> Literal["deltas", "models"]:
-        """What the function is fed beside the base."""
+        """The function's operand beside the base: task vectors, or the models' own weights."""
         return "models" if "models" in self._parameters else "deltas"
 
     @property
-    def wants_place(self) -> bool:
-        """Whether the function takes a `Place`, as methods that draw random numbers do."""
-        return "place" in self._parameters
+    def takes_position(self) -> bool:
+        """Whether the function takes a `SlicePosition`, as methods that draw random numbers do."""
+        return "position" in self._parameters
 
     def times_read(self, knobs: Mapping[str, Any]) -> int:
-        """How often a tensor is read, at least: the search for an order statistic may need a pass more."""
+        """The number of times a tensor is read; the search for an order statistic may need one more pass."""
         if self.passes is not None:
             return self.passes(**{**self.knobs.defaults, **knobs})
         return 1 if self.gather is None else 2
 
     def check_number(self, count: int) -> str | None:
-        """One line if so many models cannot be merged by this method."""
+        """One line if this method cannot merge `count` models, else None."""
         least, most = self.num_models
         if least <= count <= most:
             return None
-        wanted = f"{least}" if least == most else f"{least} or more" if most == inf else f"{least} to {most}"
-        return f"{self.name} merges {wanted} fine-tuned model{'s' * (most > 1)} beside the base; found {count}."
+        expected = f"{least}" if least == most else f"{least} or more" if most == inf else f"{least} to {most}"
+        return f"{self.name} merges {expected} fine-tuned model{'s' * (most > 1)} beside the base; found {count}."
 
 
 def merge_method(*, paper: str, aliases: tuple[str, ...] = (), **properties: Any) -> Callable[[F], F]:
@@ -93,7 +96,7 @@ def merge_method(*, paper: str, aliases: tuple[str, ...] = (), **properties: Any
 
 
 def methods() -> dict[str, MergeMethod]:
-    """All registered methods by name, sorted: those of `suture.merging.methods`, and those of your own."""
+    """All registered methods by name, sorted: those of `suture.merging.methods` and your own."""
     _find()
     return dict(sorted(_METHODS.items()))
 

@@ -1,4 +1,4 @@
-"""The models of one merge side by side: what is merged, and the stream of task vectors, one slice at a time."""
+"""The models of one merge side by side, and their task vectors as a stream of slices."""
 
 import math
 import threading
@@ -17,22 +17,22 @@ from torch import Tensor
 from suture.checkpoints import Checkpoint, Parts, Source, TensorSpec
 from suture.errors import ConfigError, IncompatibleModels
 from suture.merging.compatibility import compatibility, merged_names, open_models
-from suture.merging.counter_random import Place, draw_names
+from suture.merging.counter_random import SlicePosition, draw_names
 from suture.merging.order_statistic import kth_memory
 from suture.merging.registry import MergeMethod
 
-_CHUNK = 1 << 17  # entries of one model handled at once: the chunks of all models together stay in the cache
-_DEVICE_CHUNK = 1 << 21  # on a device calls cost more than a cache saves
-_FEW = 1 << 14  # shorter slices cost more in calls than a thread less
+_CHUNK = 1 << 17  # entries of one model handled at once: the chunks of all models together fit in the cache
+_DEVICE_CHUNK = 1 << 21  # on a device, calls cost more than a cache saves
+_SHORT_CHUNK = 1 << 14  # below this, giving up a thread costs less than the calls for shorter slices
 _GRAIN = 1 << 10
-_LARGE = 30 << 20  # bytes; glibc looks at blocks of up to 32 MB
-_LITTLE = 8_000_000  # bytes: what Python, threads and manifests take
+_LARGE_BLOCK = 30 << 20  # bytes; glibc adapts its threshold to freed blocks of up to 32 MB
+_FIXED_BYTES = 8_000_000  # for Python, threads and manifests
 Flat = Tensor | Parts
 Work = Callable[["Piece", Tensor, Tensor], None]
 
 
 class Piece(NamedTuple):
-    """A slice of one tensor, flattened: entries start … stop of the tensor called name."""
+    """A slice of one flattened tensor: entries start … stop of the tensor `name`."""
 
     name: str
     start: int
@@ -41,12 +41,12 @@ class Piece(NamedTuple):
 
 @dataclass(frozen=True)
 class TaskVectors:
-    """A base and its fine-tuned models, opened; nothing is read before it is asked for.
+    """A base and its fine-tuned models, opened; tensors are read when needed.
 
-    `frozen` names are not merged and stay at the base. Of tied names only the first is merged. Integer and bool tensors
-    always come from the base. Arithmetic is in float32, in float64 for float64 tensors. `chunk` entries of each model
-    are handled at once; 0 leaves that to what fits a cache. `device` is where slices are merged; what is gathered from
-    the stream before is always computed on the CPU.
+    Tensors named in `frozen` stay at the base. Of tied names only the first is merged. Integer and bool tensors always
+    come from the base. Arithmetic is in float32, or float64 for float64 tensors. `chunk` entries of each model are
+    handled at once; with 0, as many as fit in the cache. Slices are merged on `device`; statistics are always gathered
+    on the CPU.
     """
 
     base: Checkpoint
@@ -59,34 +59,34 @@ class TaskVectors:
 
     @cached_property
     def names(self) -> list[str]:
-        """The tensors that are merged, sorted."""
+        """Names of the tensors that are merged, sorted."""
         return merged_names(self.base, self.frozen)
 
     @cached_property
     def unchanged(self) -> list[str]:
-        """The tensors that are taken from the base as they are, sorted; tied names are in neither list."""
+        """Names of the tensors that are copied from the base, sorted; tied names are in neither list."""
         return sorted(set(self.base.specs) - set(self.names) - set(self.base.aliases))
 
     @property
     def specs(self) -> dict[str, TensorSpec]:
-        """Shape and dtype of every tensor of the result but the tied ones: those of the base."""
+        """Name → shape and dtype of every tensor of the result, without tied names: those of the base."""
         return {name: self.base.specs[name] for name in sorted([*self.names, *self.unchanged])}
 
     def stream(self, names: Sequence[str] | None = None, operand: str = "deltas", *, rows: bool = False) -> "RowStream":
-        """The task vectors (or the models' own weights) of some tensors, all by default, as a stream of flat chunks."""
+        """The task vectors (or the models' own weights) of some tensors, by default all, as a stream of flat chunks."""
         return RowStream(self, self.names if names is None else names, operand, rows=rows)
 
     def each_piece(self, names: Sequence[str], function: Work, operand: str = "deltas", *, rows: bool = False) -> None:
         """Call `function(piece, base, rows)` on every slice, on several threads, in no particular order.
 
         base: (chunk,); rows: (task, chunk), the task vectors, or the models' own weights if `operand` is "models". With
-        `rows` no slice ends inside a row of a matrix, which is everything behind a tensor's first axis.
+        `rows` slices are whole rows of a matrix, whose first axis is the tensor's.
         """
         for name in names:
             self.each_of(self.pieces(name, rows=rows), function, operand)
 
     def each_of(self, pieces: Sequence[Piece], function: Work, operand: str = "deltas", *, device: str = "cpu") -> None:
-        """`each_piece` for some pieces of one tensor, with base and rows on a device."""
+        """As `each_piece`, for some pieces of one tensor, with base and rows on a device."""
         if not pieces:
             return
         base, models = self.flat(pieces[0].name)
@@ -106,7 +106,7 @@ class TaskVectors:
 
     @contextmanager
     def workers(self) -> Iterator[ThreadPoolExecutor]:
-        """Threads that each run torch on one core; inside the block every pass takes these and starts no others."""
+        """A pool of threads that run torch on one core each; inside the block every pass uses it."""
         if self._pools:
             yield self._pools[-1]
             return
@@ -123,11 +123,11 @@ class TaskVectors:
 
     @property
     def number_of_threads(self) -> int:
-        """Threads that pieces are shared out to."""
+        """The number of threads that handle pieces."""
         return self.threads or torch.get_num_threads()
 
     def flat(self, name: str) -> tuple[Flat, list[Flat]]:
-        """One tensor of the base and of every model, each as one row of entries to be sliced."""
+        """One tensor of the base and of every model, each flattened for slicing."""
         return self.base.flat(name), [model.flat(name) for model in self.models.values()]
 
     @cached_property
@@ -136,53 +136,54 @@ class TaskVectors:
         floating = [n for n, spec in base.specs.items() if spec.dtype.is_floating_point and n not in base.aliases]
         return draw_names(floating, base.aliases)
 
-    def place(self, piece: Piece) -> Place:
-        """What the random numbers of a slice are drawn by."""
-        return Place(self._draw_names[piece.name], list(self.models), piece.start)
+    def position(self, piece: Piece) -> SlicePosition:
+        """The position that determines the random numbers of a slice."""
+        return SlicePosition(self._draw_names[piece.name], list(self.models), piece.start)
 
     def row_width(self, name: str) -> int:
-        """Entries in a row of a tensor, as a matrix with its first axis for rows; a vector is one row."""
+        """Entries per row of a tensor seen as a matrix whose rows are its first axis; a vector is one row."""
         shape = self.base.specs[name].shape
         return math.prod(shape[1:]) if len(shape) > 1 else math.prod(shape)
 
     def pieces(self, name: str, *, rows: bool = False) -> list[Piece]:
-        """The slices of one tensor; with `rows` they hold whole rows of a matrix."""
+        """The slices of one tensor; with `rows` they are whole rows of a matrix."""
         numel, unit = self.base.specs[name].numel, self.row_width(name) if rows else 1
         length = max(1, (self.chunk or _CHUNK) // max(1, unit)) * unit
         return [Piece(name, start, min(start + length, numel)) for start in range(0, numel, length or 1)]
 
 
 class RowStream:
-    """The rows of several tensors as one long row per task, read in chunks; what a gathering method is given.
+    """The `DeltaStream` of several tensors: one long row per task, read in chunks.
 
-    With `rows` the chunks of `each_place` are whole rows of matrices: (task, row, column).
+    With `rows` the chunks of `each_with_position` are whole rows of matrices: (task, row, column).
     """
 
     def __init__(self, vectors: TaskVectors, names: Sequence[str], operand: str = "deltas", *, rows: bool = False):
-        self.vectors, self.names, self.operand, self.rows = vectors, names, operand, rows
+        self.vectors, self.names = vectors, names
+        self.operand, self.rows = operand, rows
         self.num_entries = sum(vectors.base.specs[name].numel for name in names)
 
     def each(self, function: Callable[[Float[Tensor, " chunk"], Float[Tensor, "task chunk"]], None]) -> None:
         """Call `function(base, rows)` on every chunk, on several threads, in no particular order."""
         self.vectors.each_piece(self.names, lambda piece, base, rows: function(base, rows), self.operand)
 
-    def each_place(self, function: Callable[[Place, Float[Tensor, "task chunk"]], None]) -> None:
-        """Call `function(place, rows)` on every chunk, as `each` does."""
+    def each_with_position(self, function: Callable[[SlicePosition, Float[Tensor, "task chunk"]], None]) -> None:
+        """Call `function(position, rows)` on every chunk, as `each` does."""
 
         def work(piece: Piece, base: Tensor, rows: Tensor) -> None:
             shaped = rows.view(len(rows), -1, self.vectors.row_width(piece.name)) if self.rows else rows
-            function(self.vectors.place(piece), shaped)
+            function(self.vectors.position(piece), shaped)
 
         self.vectors.each_piece(self.names, work, self.operand, rows=self.rows)
 
     def tally(self, function: Callable[[Tensor, Tensor], None], totals: Sequence[np.ndarray]) -> None:
-        """`each` for a function that does nothing but add to `totals`, arrays of integers that are zero before."""
+        """As `each`, for a function that only adds to `totals`: integer arrays that are zero before the call."""
         self.each(function)
 
     def sample(self, num_entries: int) -> Float[Tensor, "task sample"]:
-        """About `num_entries` entries of every row, in short runs spread over all tensors; all if there are few.
+        """About `num_entries` entries of every row, or all if there are fewer, in the widest dtype of all tensors.
 
-        They have the widest dtype of all tensors.
+        They are short runs, spread over all tensors.
         """
         stride = max(1, self.num_entries // num_entries)
         parts = [self._runs_of(name, stride) for name in self.names]
@@ -192,7 +193,7 @@ class RowStream:
         return torch.cat([part.to(dtype) for part in parts], dim=1)
 
     def _runs_of(self, name: str, stride: int) -> Tensor:
-        """One run of neighbouring entries in every `stride` runs of one tensor: few pages of a file are touched."""
+        """Every `stride`-th run of neighbouring entries of one tensor, so that few pages of a file are read."""
         base, models = self.vectors.flat(name)
         base, models = _runs(base, stride), [_runs(model, stride) for model in models]
         return _rows(Piece(name, 0, len(base)), base, models, self.operand)[1]
@@ -217,10 +218,9 @@ def open_task_vectors(
     mixed_dtypes: bool = False,
     threads: int = 0,
 ) -> TaskVectors:
-    """Open all models and refuse, from their headers alone, what does not fit together (`IncompatibleModels`)."""
-    opened_base, opened = open_models(base, models)
-    vectors = TaskVectors(opened_base, opened, frozen, threads)
-    problems = compatibility(vectors.base, opened, frozen=frozen, mixed_dtypes=mixed_dtypes)
+    """The opened models; raises `IncompatibleModels` if their headers show that they do not fit together."""
+    vectors = TaskVectors(*open_models(base, models), frozen, threads)
+    problems = compatibility(vectors.base, vectors.models, frozen=frozen, mixed_dtypes=mixed_dtypes)
     if problems:
         more = f" (and {len(problems) - 1} more; `suture check` lists them)" if len(problems) > 1 else ""
         raise IncompatibleModels(problems[0] + more)
@@ -228,34 +228,34 @@ def open_task_vectors(
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype that tensors of this dtype are merged in."""
+    """The dtype in which tensors of this dtype are merged: float64 for float64, else float32."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def _keep_freed_buffers() -> None:
-    """Have glibc keep what slices free for the next ones: by its own rule, from the first large block freed on.
+    """Make glibc keep freed buffers for the next slices, by freeing one large block, which raises its threshold.
 
-    Otherwise it gives each buffer back to the system, which clears its pages anew: several times the work itself.
+    Otherwise each buffer returns to the system, which must clear its pages again: several times the work of merging.
     """
-    torch.empty(_LARGE, dtype=torch.uint8)
+    torch.empty(_LARGE_BLOCK, dtype=torch.uint8)
 
 
 def working_memory(num_models: int, threads: int = 0, chunk: int = 0) -> int:
-    """Bytes that merging holds beside the result, whatever the size of the models: buffers and histograms."""
-    buffers = (threads or torch.get_num_threads()) * (chunk or _CHUNK) * _bytes_an_entry(num_models)
+    """Bytes of buffers and histograms that merging holds beside the result, whatever the size of the models."""
+    buffers = (threads or torch.get_num_threads()) * (chunk or _CHUNK) * _bytes_per_entry(num_models)
     return buffers + num_models * kth_memory(num_models)
 
 
 def chunk_for(
     memory: int, method: MergeMethod, num_models: int, threads: int = 0, device: str = "cpu"
 ) -> tuple[int, int]:
-    """Threads and entries at once that keep the working memory below a ceiling; `ConfigError` if none do.
+    """(threads, entries per chunk) that keep the working memory below `memory` bytes; `ConfigError` if none do.
 
-    Threads are given up before slices become short.
+    The number of threads is reduced before slices become short.
     """
     fixed, each = _needs(method, num_models)
     threads, left = threads or torch.get_num_threads(), memory - fixed
-    while threads > 1 and left < threads * _FEW * each:
+    while threads > 1 and left < threads * _SHORT_CHUNK * each:
         threads -= 1
     chunk = left // (threads * each) // _GRAIN * _GRAIN
     if chunk < _GRAIN:
@@ -265,23 +265,24 @@ def chunk_for(
 
 
 def memory_of(method: MergeMethod, num_models: int, threads: int, chunk: int) -> int:
-    """Bytes that merging by a method holds, as `chunk_for` reckons."""
+    """Bytes that merging with a method holds, by the estimate of `chunk_for`."""
     fixed, each = _needs(method, num_models)
     return fixed + threads * chunk * each
 
 
 def _needs(method: MergeMethod, num_models: int) -> tuple[int, int]:
-    """Bytes in all, and bytes for each entry that a thread has in hand."""
-    fixed = max(_LITTLE, num_models * kth_memory(num_models) if method.searches else 0)
-    return fixed, _bytes_an_entry(num_models) * (2 if method.wants_place else 1)  # random numbers come from wider ones
+    """Bytes in all, and bytes per entry that a thread is working on."""
+    fixed = max(_FIXED_BYTES, num_models * kth_memory(num_models) if method.searches else 0)
+    wider = 2 if method.takes_position else 1  # random numbers are made from 64-bit hashes
+    return fixed, _bytes_per_entry(num_models) * wider
 
 
-def _bytes_an_entry(num_models: int) -> int:
+def _bytes_per_entry(num_models: int) -> int:
     return 4 * (3 * num_models + 8)
 
 
 def _rows(piece: Piece, base: Flat, models: Sequence[Flat], operand: str, device: str = "cpu") -> tuple[Tensor, Tensor]:
-    """What crosses to the device has the dtype of the file, which is the shorter one."""
+    """Base (entries,) and rows (task, entries) of one piece; transferred in the file's dtype, then widened."""
     part = base[piece.start : piece.stop]
     dtype = compute_dtype(part.dtype)
     part = part.to(device).to(dtype)

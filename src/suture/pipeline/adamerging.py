@@ -1,4 +1,4 @@
-"""AdaMerging as `method=adamerging` runs it: on a pool's encoder, with the inputs and heads of a task pool."""
+"""The method `adamerging`: AdaMerging of a pool's encoders, on the inputs and heads of a task pool."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
@@ -22,7 +22,7 @@ from suture.pipeline.models import Models
 from suture.pipeline.repairs import Repair
 from suture.pipeline.results import MergeResult
 
-#: What each name stands for: (granularity, whether the task vectors are those of AdaMerging++).
+#: Name → (granularity, whether the task vectors are those of AdaMerging++).
 NAMES: dict[str, tuple[str, bool]] = {
     "layer_wise_adamerging": ("layer", False),
     "clip_layer_wise_adamerging": ("layer", False),
@@ -33,8 +33,8 @@ NAMES: dict[str, tuple[str, bool]] = {
     "lw_adamergingpp": ("layer", True),
     "tw_adamergingpp": ("task", True),
 }
-_LOOKED_AT = 64  # inputs of each task whose features are compared with the experts
-_FASTER = 5  # the fast schedule gets as far in a fifth of the steps
+_COMPARED = 64  # inputs of each task whose feature norms are compared with the experts'
+_FASTER = 5  # the fast schedule reaches as far in a fifth of the steps
 _WITHOUT_EFFECT = {"cache_dir", "devices", "eval_iterations", "num_workers", "save_merging_weights", "strict"}
 _OPTIONS = {each.name for each in fields(AdaMergingOptions)}
 
@@ -43,12 +43,12 @@ _OPTIONS = {each.name for each in fields(AdaMergingOptions)}
 class AdaMerging(AdaMergingOptions):
     """Learn the coefficients of the task vectors by minimising the entropy on unlabelled inputs.
 
-    `name` stands for a granularity, and for AdaMerging++ or not; `granularity` and `plus_plus` overrule it. `weights`
-    (a list, .npy, .pt or .safetensors) are coefficients to be taken as they are, without adaptation. The inputs are
-    those of `split`, without their labels, decoded once (so there are no workers to number: `num_workers` is there for
-    old configurations). `schedule=fast` takes a fifth of `max_steps` and gets about as far. Names are always compared
-    strictly and tied tensors stay tied, whatever `strict` says. The coefficients are saved under the name
-    `save_merging_weights` too, and the states of interrupted loops below `cache_dir`.
+    `name` implies a granularity, and AdaMerging++ or not; `granularity` and `plus_plus` override it. `weights` (a list,
+    .npy, .pt or .safetensors) are fixed coefficients, which are not adapted. The inputs are those of `split`, without
+    labels. `schedule=fast` takes a fifth of `max_steps` and reaches about as far. The coefficients are also saved as
+    `save_merging_weights`, and the states of interrupted loops below `cache_dir`. `num_workers` and `strict` have no
+    effect, and are accepted for existing configurations: inputs are decoded once, names are always compared strictly,
+    and tied tensors stay tied.
     """
 
     name: Literal[
@@ -83,7 +83,7 @@ class AdaMerging(AdaMergingOptions):
 
     @property
     def label(self) -> str:
-        """The name of the method's row."""
+        """The name of the method's row in the report."""
         return self.name
 
     @property
@@ -96,11 +96,11 @@ class AdaMerging(AdaMergingOptions):
 
     @property
     def repairs(self) -> tuple[Repair, ...]:
-        """None."""
+        """No repairs: they are chosen with `repair=…`."""
         return ()
 
     def problems(self, models: Models, tasks: tuple[str, ...]) -> list[str]:
-        """What would end the run later on, one line each; nothing is decoded or adapted."""
+        """Reasons why the run would fail later, one line each; nothing is decoded or adapted."""
         problems = [] if self.weights is not None else models.unmatched(tasks)
         if not self.tie_weights and (aliases := models.base.aliases):
             tied = next(iter(aliases.items()))
@@ -114,7 +114,7 @@ class AdaMerging(AdaMergingOptions):
         return problems
 
     def memory(self, models: Models) -> int | None:
-        """Bytes held beside the activations: the task vectors, the base, the merged weights and one gradient."""
+        """Bytes held besides the activations: the task vectors, the base, the merged weights and one gradient."""
         vectors = models.vectors()
         entries = sum(vectors.base.specs[name].numel for name in vectors.names)
         itemsize = getattr(torch, self.vectors_dtype or "float32").itemsize
@@ -124,7 +124,7 @@ class AdaMerging(AdaMergingOptions):
     def merge(
         self, models: Models, inputs: SplitInputs, context: Context, out: Mapping[str, Tensor] | None = None
     ) -> MergeResult:
-        """Learn the coefficients, or take those that were given, and merge with them."""
+        """Learn the coefficients, or take the given `weights`, and merge with them."""
         if self.weights is None:
             learned = self._learn(models, inputs, context)
         else:
@@ -145,7 +145,7 @@ class AdaMerging(AdaMergingOptions):
 
     @property
     def options(self) -> AdaMergingOptions:
-        """The options of `adapt` that the names and values of the knobs stand for."""
+        """The options of `adapt` that the knobs stand for."""
         return AdaMergingOptions.of(self._options_with())
 
     def _options_with(self, **changes: Any) -> dict[str, Any]:
@@ -167,10 +167,10 @@ class AdaMerging(AdaMergingOptions):
         resume = context.resume(self.cache_dir, self._work(steps))
 
         def score(step: int, module: nn.Module) -> float:
-            seen = {name: inputs["test"][name] for name in models.experts}
-            return context.scorer.row(f"{self.name} @ {step}", module, seen).mean
+            test = {name: inputs["test"][name] for name in models.experts}
+            return context.scorer.row(f"{self.name} @ {step}", module, test).mean
 
-        def everywhere(fabric: Any) -> AdaMergingResult:
+        def adapt_on(fabric: Any) -> AdaMergingResult:
             with context.watch(self.name, steps, resume, quiet=fabric.global_rank > 0) as watch:
                 return adapt(
                     models.new_encoder(),
@@ -189,7 +189,7 @@ class AdaMerging(AdaMergingOptions):
                     **self._options_with(max_steps=steps),
                 )
 
-        learned = context.launch(everywhere, self.devices)
+        learned = context.launch(adapt_on, self.devices)
         module, other = models.new_encoder(context.device.device), models.new_encoder(context.device.device)
         with context.profile("evaluation"):
             norms = feature_norms(
@@ -197,12 +197,12 @@ class AdaMerging(AdaMergingOptions):
                 lambda task: other.load(models.experts[task]),
                 {name: task.inputs for name, task in tasks.items()},
                 forward=context.device.call,
-                num_inputs=_LOOKED_AT,
+                num_inputs=_COMPARED,
             )
         return replace(learned, feature_norms=norms)
 
     def _work(self, steps: int) -> dict[str, Any]:
-        """All that decides the result, so that only the same work is taken up again."""
+        """Everything that determines the result, so that a state is only resumed for the same work."""
         decisive = {key: str(value) for key, value in asdict(self).items() if key not in _WITHOUT_EFFECT}
         return decisive | {"max_steps": str(steps), "fast_dev_run": "", "name": str(NAMES[self.name])}
 
@@ -221,7 +221,7 @@ class AdaMergingSurgery(AdaMerging):
 
     @property
     def label(self) -> str:
-        """The name of the merge's row, beside that of the repair."""
+        """The name of the merge's row; the repair has its own."""
         return "adamerging"
 
     @property

@@ -1,4 +1,4 @@
-"""Analyses of the models of a pool, on the tasks of a task pool where they need any."""
+"""Analyses of a pool's models, on the tasks of a task pool if they need any."""
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -20,7 +20,7 @@ from suture.pipeline.repairs import NONE
 from suture.pipeline.settings import Settings
 from suture.storage.atomic import check_writable, new_folder
 
-#: The analyses by name, and the knobs of each that the command line takes.
+#: Analysis → its function, and the knobs that the command line takes.
 ANALYSES: dict[str, tuple[Callable[..., Finding], tuple[str, ...]]] = {
     "similarity": (similarity, ()),
     "layers": (layers, ()),
@@ -29,7 +29,7 @@ ANALYSES: dict[str, tuple[Callable[..., Finding], tuple[str, ...]]] = {
     "landscape": (landscape, ("points",)),
     "bias": (bias, ("model",)),
 }
-INPUTS = 256  # of each task that representations are compared on
+INPUTS = 256  # inputs of each task on which representations are compared
 
 
 def analyse(
@@ -42,8 +42,8 @@ def analyse(
 ) -> tuple[Finding, Path]:
     """Run one analysis on the models of a pool and write it into `output`; returns the finding and the folder.
 
-    The configuration is given as for `suture.run`. `options` are the analysis's own knobs, and `models`, the names of
-    the pool's models to look at.
+    The configuration is given as for `suture.run`. `options` are the analysis's own knobs, and `models`: the names of
+    the pool's models to analyse.
     """
     options = dict(options or {})
     composed = configuration.composed(config, keywords, method="simple_average")
@@ -62,7 +62,7 @@ def analyse(
 
 
 def _only(config: Mapping[str, Any], names: list[str] | None) -> dict[str, Any]:
-    """The configuration with some of the pool's models, and their tasks."""
+    """The configuration with only some of the pool's models and their tasks."""
     pool, tasks = dict(config["modelpool"]), config.get("taskpool")
     if names is None:
         return dict(config)
@@ -109,7 +109,7 @@ def _on_tasks(
 def _on_features(
     function: Analyse, knobs: Values, settings: Settings, models: Models, inputs: SplitInputs, context: Context
 ) -> Finding:
-    """The model named, or the one that the method merges here, beside the experts."""
+    """Compare the `model`, or else a new merge by the method, with the experts."""
     if path := knobs.get("model"):
         merged: Any = models.mergeable(open_checkpoint(path))
     elif settings.method.static is not None:

@@ -1,4 +1,4 @@
-"""What every model card of suture says: what hubs look for in front, the files that were merged, how to repeat it."""
+"""The parts of suture's model cards: front matter for hubs, the table of merged files, and the command."""
 
 import json
 import shlex
@@ -10,7 +10,7 @@ from suture.storage.hub import is_hub_id
 
 
 def front_matter(sources: Sequence[Any], tags: Sequence[str], library: str, datasets: Sequence[str] = ()) -> list[str]:
-    """The YAML in front of a card. `sources` that are on no hub are left out: their names would lead nowhere.
+    """The YAML at the start of a card. `sources` that are not hub ids are left out, because their names lead nowhere.
 
     >>> front_matter(["org/base@v1", "runs/mine.pt"], ["ties_merging"], "transformers")[1:3]
     ['base_model: ["org/base"]', 'base_model_relation: merge']
@@ -22,29 +22,32 @@ def front_matter(sources: Sequence[Any], tags: Sequence[str], library: str, data
     return ["---", *lines, "---"]
 
 
-def inputs_table(sources: Mapping[str, Any], found: Mapping[str, Any]) -> list[str]:
-    """A row for each file that was read; `found` is what `provenance` says of each model."""
-    rows = (row for label, source in sources.items() for row in _rows(label, source, found[label]))
+def inputs_table(sources: Mapping[str, Any], provenance: Mapping[str, Any]) -> list[str]:
+    """A row for each file that was read; `provenance`: model → its files and their hashes."""
+    rows = (row for label, source in sources.items() for row in _rows(label, source, provenance[label]))
     return ["| model | files | sha256 |", "|---|---|---|", *rows]
 
 
 def command_line(command: str) -> str:
-    """The command as a block of code; of an absolute path on this machine only the last part is told.
+    """The command as a block of code, with only the last part of absolute paths on this machine.
 
     >>> command_line("suture base=/home/me/llama output=out")
     '    suture base=llama output=out'
     """
     try:
-        words = [word.partition("=") for word in shlex.split(command)]
+        arguments = [argument.partition("=") for argument in shlex.split(command)]
     except ValueError:
         return f"    {command}"
-    shorter = lambda text: Path(text).name if text.startswith(("/", "~")) else text
     return "    " + shlex.join(
-        f"{key}{equals}{shorter(value)}" if equals else shorter(key) for key, equals, value in words
+        f"{key}{equals}{_shortened(value)}" if equals else _shortened(key) for key, equals, value in arguments
     )
 
 
-def _rows(label: str, source: Any, found: Mapping[str, Any]) -> Iterator[str]:
+def _shortened(text: str) -> str:
+    return Path(text).name if text.startswith(("/", "~")) else text
+
+
+def _rows(label: str, source: Any, provenance: Mapping[str, Any]) -> Iterator[str]:
     name = source if isinstance(source, str) and is_hub_id(source) else label.strip("_")
-    for path, digest in found.get("files", {"in memory": found.get("sha256")}).items():
+    for path, digest in provenance.get("files", {"in memory": provenance.get("sha256")}).items():
         yield f"| {name} | {Path(path).name} | {digest} |"

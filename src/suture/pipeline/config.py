@@ -1,8 +1,8 @@
-"""From the words of a command line, or from keywords, to one plain dict per run. The only file that knows Hydra.
+"""Configuration: from command-line arguments or keywords to one plain dict per run. Only this module knows Hydra.
 
-Methods are put into Hydra's config store with the defaults of their signatures; pools are the YAML files of conf/, or a
-YAML file of the user's own. What Hydra or OmegaConf refuses comes out as a `ConfigError` of one line with the nearest
-names. `surgery=…`, as it is often typed, is the group `repair`.
+Methods are in Hydra's config store, with the defaults of their signatures; pools are the YAML files of conf/, or the
+user's own. Errors of Hydra and OmegaConf become a `ConfigError` of one line, with the nearest names. `surgery=…` is
+accepted for the group `repair`.
 """
 
 import hashlib
@@ -25,24 +25,24 @@ from suture.repairs import repair_kinds
 
 _MULTIRUN = {"-m", "--multirun"}
 _GROUPS = ("modelpool", "taskpool")
-_TYPED: dict[str, str] = {}  # the name that hydra has for a pool of the user's own → the path that was typed
+_TYPED: dict[str, str] = {}  # Hydra's name for a user's pool → the path that was typed
 
 
 def run_each(
     argv: Sequence[str], task: Callable[[dict[str, Any]], Any], check: Callable[[dict[str, Any]], Any]
 ) -> list[Any]:
-    """Call `task` with the resolved configuration of every run that the command line asks for; returns the results.
+    """Call `task` with the resolved configuration of every run on the command line; returns the results.
 
-    `argv` is handed to hydra as it is, with `--multirun` and any sweeper and launcher: the command line refuses what
-    could load code first (`suture.cli.overrides`). Of a sweep every configuration goes through `check` before the
-    first is run.
+    `argv` is handed to Hydra as it is, with `--multirun` and any sweeper and launcher: the command line refuses first
+    what could load code (`suture.cli.overrides`). The configurations of a sweep all go through `check` before the first
+    run.
     """
     import hydra
 
     _register()
     if _MULTIRUN & set(argv):
-        for words in _combinations(_rewritten(argv)):
-            check(compose(words))
+        for arguments in _combinations(_rewritten(argv)):
+            check(compose(arguments))
     results: list[Any] = []
     failures: list[Exception] = []
 
@@ -52,7 +52,7 @@ def run_each(
         except Exception as error:
             if not _in_this_process():
                 raise
-            failures.append(error)  # hydra would print a line of its own before raising it
+            failures.append(error)  # raised below, because Hydra would print a line before it
 
     entry = hydra.main(version_base="1.3", config_path="pkg://suture.pipeline.conf", config_name="config")(job)
     with _one_line_errors(), _hydra_environment(argv):
@@ -62,13 +62,13 @@ def run_each(
     return results
 
 
-def _combinations(words: Sequence[str]) -> Iterator[list[str]]:
-    """The words of every run of a grid; sweeps that another sweeper draws are left to it."""
+def _combinations(arguments: Sequence[str]) -> Iterator[list[str]]:
+    """The arguments of every run of a grid; other sweeps are left to their sweepers."""
     from hydra.core.override_parser.overrides_parser import OverridesParser
 
     choices: list[list[str]] = []
     with _one_line_errors():
-        for override in OverridesParser.create().parse_overrides([word for word in words if word not in _MULTIRUN]):
+        for override in OverridesParser.create().parse_overrides([a for a in arguments if a not in _MULTIRUN]):
             key = override.get_key_element()
             if key.startswith("hydra"):
                 continue
@@ -78,14 +78,18 @@ def _combinations(words: Sequence[str]) -> Iterator[list[str]]:
     return map(list, product(*choices))
 
 
-def _for_sweeping(words: Sequence[str]) -> list[str]:
-    """Keys of a group that is swept become sweeps of one value: hydra composes once without all sweeps first."""
-    if not _MULTIRUN & set(words):
-        return list(words)
-    swept = {word.partition("=")[0] for word in words if "," in word.partition("=")[2]}
-    fixed = lambda key, value: "." in key and key.split(".")[0] in swept and "," not in value
-    parts = [(word, *word.partition("=")[::2]) for word in words]
-    return [f"{key}=choice({value})" if fixed(key, value) else word for word, key, value in parts]
+def _for_sweeping(arguments: Sequence[str]) -> list[str]:
+    """Arguments in which single keys of a swept group are sweeps too: Hydra first composes without any sweeps."""
+    if not _MULTIRUN & set(arguments):
+        return list(arguments)
+    swept = {key for key, _, value in (argument.partition("=") for argument in arguments) if "," in value}
+
+    def as_sweep(argument: str) -> str:
+        key, _, value = argument.partition("=")
+        fixed = "." in key and key.split(".")[0] in swept and "," not in value
+        return f"{key}=choice({value})" if fixed else argument
+
+    return list(map(as_sweep, arguments))
 
 
 def compose(argv: Sequence[str]) -> dict[str, Any]:
@@ -100,20 +104,21 @@ def compose(argv: Sequence[str]) -> dict[str, Any]:
 def composed(
     config: Mapping[str, Any] | Sequence[str] | None, keywords: Mapping[str, Any], *, method: str | None = None
 ) -> dict[str, Any]:
-    """A configuration that is composed already, or words, or the keywords of a Python call.
+    """The configuration from a composed one, from command-line arguments, or from the keywords of a Python call.
 
-    `method` is the one of a verb that merges nothing, where none is named.
+    `method` is the default for a verb that does not merge.
     """
     if isinstance(config, Mapping):
         return dict(config)
-    words = [*(config or ()), *(word for key, value in keywords.items() for word in _words(key, value))]
-    if method is not None and not any(word.startswith("method=") for word in words):
-        words.insert(0, f"method={method}")
-    return compose(words)
+    given = [argument for key, value in keywords.items() for argument in _arguments(key, value)]
+    arguments = [*(config or ()), *given]
+    if method is not None and not any(argument.startswith("method=") for argument in arguments):
+        arguments.insert(0, f"method={method}")
+    return compose(arguments)
 
 
-def _words(key: str, value: Any) -> list[str]:
-    """The words that a keyword stands for."""
+def _arguments(key: str, value: Any) -> list[str]:
+    """A keyword as command-line arguments."""
     if key in _GROUPS and isinstance(value, Mapping):
         return [f"{key}={_stored_pool(key, 'pool', value, f'<{key}>')}"]
     if key in ("method", "repair") and isinstance(value, Mapping):
@@ -136,26 +141,26 @@ def _text(value: Any) -> str:
 
 
 def compose_merging(argv: Sequence[str]) -> dict[str, Any]:
-    """What `suture merge` was told. Paths are taken as they stand: base=, output=, mergekit= and models.NAME=."""
+    """The configuration of `suture merge`. The paths base=, output=, mergekit= and models.NAME= are taken literally."""
     import hydra
 
     _register()
-    paths, words = {}, []
-    for word in argv:
-        key, equals, value = word.partition("=")
+    paths, others = {}, []
+    for argument in argv:
+        key, equals, value = argument.partition("=")
         if equals and (key in ("base", "output", "mergekit") or key.startswith("models.")):
             paths[key] = value
         else:
-            words.append(word)
+            others.append(argument)
     with _one_line_errors(), hydra.initialize_config_module("suture.pipeline.conf", version_base="1.3"):
-        config = _plain(hydra.compose("merging", overrides=words))
+        config = _plain(hydra.compose("merging", overrides=others))
     models = {key.removeprefix("models."): value for key, value in paths.items() if key.startswith("models.")}
     config["command"] = shlex.join(["suture", "merge", *argv])
     return config | {key: paths.get(key) for key in ("base", "output", "mergekit")} | {"models": models}
 
 
 def pools(group: str) -> list[str]:
-    """The pools that ship with suture: `modelpool` or `taskpool`, names with their folder."""
+    """The names, with their folders, of the pools that ship with suture in a group: `modelpool` or `taskpool`."""
     root = files("suture.pipeline") / "conf" / group
     with_folder = sorted(str(path.relative_to(str(root)).with_suffix("")) for path in Path(str(root)).rglob("*.yaml"))
     return [name.replace(os.sep, "/") for name in with_folder]
@@ -177,18 +182,18 @@ def _register() -> None:
     for method in all_methods().values():
         defaults = _node(method.knobs.defaults)
         for name in (method.name, *method.aliases):
-            told = name if "name" in defaults else method.name
+            node = defaults | {"name": name if "name" in defaults else method.name}
             folder, _, last = f"method/{name}".rpartition("/")
-            store.store(group=folder, name=last, node=defaults | {"name": told}, provider="suture")
+            store.store(group=folder, name=last, node=node, provider="suture")
 
 
 def _node(defaults: Mapping[str, Any]) -> dict[str, Any]:
-    """Knobs as a configuration holds them; a seed of their own is the run's, unless it is given."""
+    """Knobs as a configuration node; their seed is the run's by default."""
     plain = {knob: list(value) if isinstance(value, tuple) else value for knob, value in defaults.items()}
     return plain | ({"seed": "${seed}"} if "seed" in plain else {})
 
 
-def _plain(config, words: Sequence[str] = ()) -> dict[str, Any]:
+def _plain(config, arguments: Sequence[str] = ()) -> dict[str, Any]:
     from hydra.core.hydra_config import HydraConfig
     from omegaconf import OmegaConf
 
@@ -199,14 +204,14 @@ def _plain(config, words: Sequence[str] = ()) -> dict[str, Any]:
             group: name for group, name in hydra_config.runtime.choices.items() if not group.startswith("hydra/")
         }
         plain["choices"] = {group: _TYPED.get(name, name) for group, name in choices.items()}
-        words = list(hydra_config.overrides.task)
+        arguments = list(hydra_config.overrides.task)
         if _is_multirun() and plain["output"] is None:
             plain |= {"output": hydra_config.runtime.output_dir, "overwrite": True, "reuse": True}
-    return plain | {"command": shlex.join(["suture", *map(_as_typed, words)])}
+    return plain | {"command": shlex.join(["suture", *map(_as_typed, arguments)])}
 
 
-def _as_typed(word: str) -> str:
-    key, equals, value = word.partition("=")
+def _as_typed(argument: str) -> str:
+    key, equals, value = argument.partition("=")
     return f"{key}{equals}{_TYPED.get(value, value)}"
 
 
@@ -218,19 +223,19 @@ def _is_multirun() -> bool:
 
 
 def _in_this_process() -> bool:
-    """Whether hydra calls the task itself, and no launcher that hands it to other processes."""
+    """Whether Hydra runs the task in this process, not through a launcher that starts others."""
     from hydra.core.hydra_config import HydraConfig
 
     return not _is_multirun() or HydraConfig.get().runtime.choices["hydra/launcher"] == "basic"
 
 
 def _rewritten(argv: Sequence[str]) -> list[str]:
-    """The words as hydra takes them; no tasks at all is its default."""
+    """The arguments as Hydra takes them, without `taskpool=null`, which is its default."""
     return [_rewrite(argument) for argument in argv if argument != "taskpool=null"]
 
 
 def _rewrite(argument: str) -> str:
-    """Pools go by their name with or without their folder, or by the path of a YAML file."""
+    """Resolve a pool's name, with or without its folder, or the path of its YAML file."""
     argument = re.sub(r"^([+~]*)surgery(?=[.=]|$)", r"\1repair", argument)
     group, equals, value = argument.partition("=")
     if group not in _GROUPS or not equals or not value or value == "null":
@@ -249,12 +254,12 @@ def _pool(group: str, name: str) -> str:
 
 
 def _own_pool(group: str, path: Path) -> str:
-    """Put the pool of a YAML file into Hydra's store; returns the name that it has there."""
+    """Put the pool of a YAML file into Hydra's store; returns its name there."""
     return _stored_pool(group, path.stem, _read_pool(group, path), str(path))
 
 
 def _stored_pool(group: str, stem: str, node: Any, typed: str) -> str:
-    """The name in Hydra's store of a pool that is not one of ours."""
+    """Put a user's pool into Hydra's store; returns its name there."""
     from hydra.core.config_store import ConfigStore
 
     name = f"{stem}_{hashlib.sha256(json.dumps([typed, node], default=str).encode()).hexdigest()[:8]}"
@@ -288,7 +293,7 @@ def _read_pool(group: str, path: Path) -> dict[Any, Any]:
 
 @contextmanager
 def _hydra_environment(argv: Sequence[str]) -> Iterator[None]:
-    """What hydra reads from the process: the arguments, and that it should raise instead of printing."""
+    """Inside the block, the process state that Hydra reads: its arguments, and the flag to raise errors."""
     before, sys.argv = sys.argv, ["suture", *_for_sweeping(_rewritten(argv))]
     full_error = os.environ.get("HYDRA_FULL_ERROR")
     os.environ["HYDRA_FULL_ERROR"] = "1"

@@ -1,4 +1,4 @@
-"""How and where one run computes: devices, seed, batch size, logs, states of loops, and where the time went."""
+"""The context of a run: devices, seed, batch size, logs, states of loops, and the time profile."""
 
 import hashlib
 import json
@@ -24,11 +24,10 @@ Watch = Callable[[int, float, Tensor | None], None]  # step, loss, values
 
 @dataclass(frozen=True)
 class Context:
-    """What every stage of a run is given beside its models and inputs.
+    """The arguments of every stage of a run besides its models and inputs.
 
-    `fingerprint` stands for all that goes into the run: hashes of the models, and the keys of the tasks. Logs go below
-    `folder`. What models give for inputs is kept in `encodings` while the run lasts. `resumed`: state file → steps that
-    a loop took up from it.
+    `fingerprint` identifies the run's inputs: hashes of the models, and the tasks' keys. Logs are written below
+    `folder`, and encodings are cached in `encodings` during the run. `resumed`: state file → number of resumed steps.
     """
 
     folder: Path
@@ -43,21 +42,21 @@ class Context:
 
     @cached_property
     def device(self) -> OneDevice:
-        """The first of the devices that were asked for."""
+        """The first of the run's devices."""
         return OneDevice(self.fabric)
 
     @property
     def scorer(self) -> Scorer:
-        """How models are scored."""
+        """The scorer with the run's batch size, device and precision."""
         return Scorer(self.batch_size, bar, self.device.call)
 
     def shortened(self, steps: int) -> int:
-        """So many steps, or a few in a fast_dev_run."""
+        """The number of steps, limited to a few in a fast_dev_run."""
         return min(steps, FEW) if self.fast else steps
 
     def resume(self, cache_dir: str, work: Mapping[str, Any]) -> Resume:
-        """The state file of this work, named after all that decides its result."""
-        fast = str(self.batch_size if self.fast else "")  # it cuts the inputs
+        """The state file of this work, named by a hash of everything that determines its result."""
+        fast = str(self.batch_size if self.fast else "")  # the number of inputs of each task in a fast_dev_run
         decisive = {**work, "seed": str(self.seed), "fast_dev_run": fast, "inputs": self.fingerprint}
         decisive |= {"device": self.device.device.type, "precision": self.device.precision}
         decisive |= {"devices": str(self.fabric.get("devices"))}
@@ -68,7 +67,7 @@ class Context:
         return resume
 
     def launch(self, function: Callable[[Any], T], devices: int = 1) -> T:
-        """`function(fabric)` on the devices that were asked for; the times that it measured are in the profile."""
+        """Run `function(fabric)` on the run's devices, and add the times that it measured to the profile."""
 
         def measured(fabric: Any) -> tuple[T, dict[str, float]]:
             return function(fabric), dict(self.profile.seconds)
@@ -79,9 +78,9 @@ class Context:
 
     @contextmanager
     def watch(self, name: str, steps: int, resume: Resume, *, quiet: bool = False) -> Iterator[Watch]:
-        """The function to call after each step: it moves a progress bar and logs the metrics that people know.
+        """Yields a function to call after each step, which advances a progress bar and logs metrics.
 
-        The steps of a loop that is taken up again are logged first. `quiet` is for all processes but the first.
+        The steps of a resumed loop are logged first. `quiet` is for all processes but the first.
         """
         if quiet:
             yield lambda step, loss, values: None
@@ -101,7 +100,7 @@ class Context:
             logger.finalize("success")
 
     def notes(self) -> list[str]:
-        """One line for each loop that did not begin at its start."""
+        """One line for each resumed loop."""
         return [
             f"{count} step{'s' * (count > 1)} of a loop were taken up from {path}."
             for path, count in self.resumed.items()
@@ -109,7 +108,7 @@ class Context:
 
 
 def _steps_done(resume: Resume) -> Iterator[tuple[float, Tensor | None]]:
-    """Loss and coefficients of each step that a state holds."""
+    """Loss and coefficients of each step in a saved state."""
     state = resume.load() or {"losses": []}
     losses = torch.as_tensor(state["losses"], dtype=torch.float64)
     values = state["history"][1:] if "history" in state else [None] * len(losses)
@@ -120,6 +119,5 @@ def _steps_done(resume: Resume) -> Iterator[tuple[float, Tensor | None]]:
 def _metrics(loss: float, values: Tensor | None) -> dict[str, Any]:
     if values is None:
         return {"train/loss": loss}
-    low, high, mean = values.min(), values.max(), values.mean()
-    weights = {"train/weight_max": high, "train/weight_min": low, "train/weight_mean": mean}
+    weights = {"train/weight_max": values.max(), "train/weight_min": values.min(), "train/weight_mean": values.mean()}
     return {"train/loss": loss, **{name: value.item() for name, value in weights.items()}}

@@ -1,6 +1,6 @@
-"""Everything that `method=` can name: the static merges, and the methods that learn from unlabelled inputs.
+"""The methods for `method=…`: static merges, and methods that learn from unlabelled inputs.
 
-Chosen, with its knobs set, a method has one way to be used: `method.merge(models, inputs, context, out)`.
+A method with its knobs set is used as `method.merge(models, inputs, context, out)`.
 """
 
 from collections.abc import Mapping
@@ -25,8 +25,8 @@ from suture.pipeline.results import MergeResult
 class Method(Protocol):
     """A method with its knobs set.
 
-    `static` is the registered merge behind it, if it does not learn; `frozen` tensors stay at the base. `repairs` are
-    part of the method, and take the place of `repair=…`.
+    `static` is its registered merge, or None if it learns; `frozen` tensors stay at the base. `repairs` are part of the
+    method, and replace `repair=…`.
     """
 
     @property
@@ -45,11 +45,11 @@ class Method(Protocol):
     def repairs(self) -> tuple[Repair, ...]: ...
 
     def problems(self, models: Models, tasks: tuple[str, ...]) -> list[str]:
-        """What would end the merge later on, one line each; nothing is decoded or merged."""
+        """Reasons why the merge would fail later, one line each; nothing is decoded or merged."""
         ...
 
     def memory(self, models: Models) -> int | None:
-        """Bytes held beside the activations; None where the size of slices decides."""
+        """Bytes held besides the activations; None if that depends on the size of slices."""
         ...
 
     def merge(
@@ -78,11 +78,11 @@ class StaticMerge:
         return tuple(self.knobs.get("remove_keys", ()))
 
     def problems(self, models: Models, tasks: tuple[str, ...]) -> list[str]:
-        """Nothing beside what a preflight sees."""
+        """None beyond those of the preflight."""
         return []
 
     def memory(self, models: Models) -> int | None:
-        """The size of slices decides."""
+        """None: it depends on the size of slices."""
         return None
 
     def merge(
@@ -96,7 +96,7 @@ class StaticMerge:
 
 @dataclass(frozen=True)
 class LearnedMethod:
-    """A method whose knobs are the fields of a class; `function(**knobs)` is a `Method`."""
+    """A method whose knobs are the fields of a class; `function(**knobs)` returns a `Method`."""
 
     name: str
     function: type
@@ -105,7 +105,7 @@ class LearnedMethod:
 
     @cached_property
     def knobs(self) -> Knobs:
-        """The class's fields: names, defaults and what they may be."""
+        """The class's fields: names, defaults and allowed values."""
         return Knobs(self.name, self.function)
 
 
@@ -134,7 +134,7 @@ def find_method(name: str) -> MergeMethod | LearnedMethod:
 def chosen_method(name: str, values: Mapping[str, Any]) -> Method:
     """A method with its knobs set and checked.
 
-    `name` is itself a knob where the names of one method stand for different things.
+    For a method whose names imply different settings, `name` is a knob too.
     """
     method, values = find_method(name), dict(values)
     if "name" in method.knobs.defaults and name != method.name:

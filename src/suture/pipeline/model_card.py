@@ -8,23 +8,27 @@ from typing import Any
 from suture.pipeline.card_parts import command_line, front_matter, inputs_table
 from suture.pipeline.methods import find_method
 from suture.reporting.data import percent
-from suture.reporting.run_folder import Finished, flat, read
+from suture.reporting.run_folder import FinishedRun, flat, read
 from suture.storage.hub import is_hub_id
 from suture.tasks import known
 
 CARD = "README.md"
-_PLACES = {"name", "cache_dir", "save_merging_weights"}
+_OMITTED = {
+    "name",
+    "cache_dir",
+    "save_merging_weights",
+}  # in the title, or without effect on the result
 
 
 def write_card(run: Path) -> None:
-    """Write the card beside the merged weights of a run, unless there is one."""
+    """Write the card next to the merged weights of a run, unless there is one."""
     path = run / "model" / CARD
     if not path.exists():
         path.write_text(card(read(run)), "utf-8")
 
 
-def card(run: Finished) -> str:
-    """What was merged from what, by which method with which knobs, how well it does, and how to repeat it."""
+def card(run: FinishedRun) -> str:
+    """The card: method, knobs, coefficients, accuracies, merged files, and the command."""
     data, config = run.data, run.data["config"]
     method, sources = find_method(config["method"]["name"]), config["modelpool"]["models"]
     tags, family = [method.name], config["modelpool"].get("family", "clip")
@@ -57,7 +61,7 @@ def _settings(config: Mapping[str, Any]) -> Iterator[list[str]]:
     repaired = (config.get("repair") or {}).get("kind", "none") != "none"
     for group in ("method", "repair") if repaired else ("method",):
         for key, value in flat(config[group], f"{group}."):
-            if key.rpartition(".")[2] not in _PLACES and not _is_path(value):
+            if key.rpartition(".")[2] not in _OMITTED and not _is_path(value):
                 yield [key, f"`{value}`"]
 
 
@@ -66,7 +70,7 @@ def _is_path(value: Any) -> bool:
 
 
 def _coefficients(learned: Mapping[str, Any]) -> list[str]:
-    """Mean and range of what was learned, by task."""
+    """Mean and range of the learned coefficients, by task."""
     rows = []
     for task, row in zip(learned["tasks"], learned["coefficients"], strict=True):
         values = row if isinstance(row, list) else [row]
@@ -81,13 +85,18 @@ def _accuracies(data: Mapping[str, Any]) -> list[list[str]]:
     if not data["rows"]:
         return []
     heads = ["", *data["tasks"], "mean", "norm.", "gap closed"]
-    values = lambda row: [row["accuracies"].get(task) for task in data["tasks"]]
-    summary = lambda row: [row[key] for key in ("mean", "normalised_mean", "gap_closed")]
-    rows = [[row["name"], *map(percent, (*values(row), *summary(row)))] for row in data["rows"]]
-    told = ["Accuracy in %. Norm.: mean over tasks of accuracy / expert accuracy. Gap closed: how far from the"]
-    return [["## Accuracy"], _table(heads, rows), [*told, "pretrained model's mean to that of the experts."]]
+    rows = []
+    for row in data["rows"]:
+        accuracies = [row["accuracies"].get(task) for task in data["tasks"]]
+        summary = [row[key] for key in ("mean", "normalised_mean", "gap_closed")]
+        rows.append([row["name"], *map(percent, (*accuracies, *summary))])
+    legend = ["Accuracy in %. Norm.: mean over tasks of accuracy / expert accuracy. Gap closed: how far from the"]
+    return [["## Accuracy"], _table(heads, rows), [*legend, "pretrained model's mean to that of the experts."]]
 
 
 def _table(heads: Sequence[str], rows: Any) -> list[str]:
-    line = lambda values: f"| {' | '.join(values)} |"
-    return [line(heads), line(["---"] * len(heads)), *map(line, rows)]
+    return [_line(heads), _line(["---"] * len(heads)), *map(_line, rows)]
+
+
+def _line(values: Sequence[str]) -> str:
+    return f"| {' | '.join(values)} |"

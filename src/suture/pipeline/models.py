@@ -1,4 +1,4 @@
-"""The models of a pool, opened. Weights are read as they are needed."""
+"""The models of a pool, opened; weights are read when needed."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -21,8 +21,8 @@ from suture.pipeline.pools import ModelPool
 class Models:
     """A pretrained model and its experts, under the canonical names of their family.
 
-    `base` and `experts` have the tensors that a merge works on, `whole_base` all of the pretrained model's. `family`
-    says how tensors are named, and how to make encoder, inputs and heads.
+    `base` and `experts` have only the tensors that are merged, `whole_base` all of the pretrained model's. `family`
+    names the tensors and makes encoder, inputs and heads.
     """
 
     pool: ModelPool
@@ -33,7 +33,7 @@ class Models:
     threads: int = 0
 
     def vectors(self, frozen: tuple[str, ...] = ()) -> TaskVectors:
-        """The task vectors; the pool's frozen tensors, and these, stay at the base."""
+        """The task vectors; the pool's frozen tensors and `frozen` stay at the base."""
         return TaskVectors(self.base, self.experts, (*self.pool.frozen, *frozen), self.threads)
 
     def new_encoder(self, device: torch.device | str = "cpu") -> Encoder:
@@ -41,11 +41,11 @@ class Models:
         return self.family.encoder().eval().to(device)
 
     def mergeable(self, checkpoint: Checkpoint) -> Checkpoint:
-        """The tensors of a checkpoint that a merge works on, under the family's canonical names."""
+        """The tensors of a checkpoint that are merged, under the family's canonical names."""
         return checkpoint.select(self.family.canonical_names(checkpoint))
 
     def unmatched(self, tasks: tuple[str, ...]) -> list[str]:
-        """One line for each expert that has no task of its name to learn from."""
+        """One line for each expert without a task of its name to learn from."""
         return [
             f"Model '{name}' has no task of its name, so there are no inputs to learn from. "
             "Remedy: add the task to the task pool, or take the model out of the model pool."
@@ -60,16 +60,16 @@ class Models:
 
     @cached_property
     def provenance(self) -> dict[str, Any]:
-        """Versions, and the hashes of all files that were read."""
+        """Versions, and the hashes of all files."""
         return provenance({PRETRAINED: self.whole_base, **self.experts})
 
     @contextmanager
     def new_model(self, folder: Path) -> Iterator[dict[str, Tensor]]:
-        """Write a model directory as the family saves it: a dict canonical name → tensor to be filled in.
+        """Write a model directory as the family saves it; yields canonical name → tensor, for the merge to fill in.
 
-        What takes no part in a merge is the pretrained model's.
+        The tensors that are not merged are copied from the pretrained model.
         """
-        base = self.family.kept(self.whole_base)
+        base = self.family.saved_part(self.whole_base)
         stored = self.family.canonical_names(base)
         folder.mkdir(parents=True)
         with allocate_checkpoint(base.specs, folder / "model.safetensors", aliases=base.aliases) as tensors:
@@ -80,7 +80,7 @@ class Models:
 
 
 def open_models(pool: ModelPool, threads: int = 0) -> Models:
-    """Open a pool from the headers of its files; raises `CheckpointError` for what cannot be read."""
+    """Open the models of a pool, reading only headers; raises `CheckpointError` for a file that cannot be read."""
     whole_base = open_checkpoint(pool.base, label=PRETRAINED)
     whole_experts: dict[str, Checkpoint] = {}
     chosen = family(pool.family)(whole_base.directory, whole_base, pool.settings, whole_experts)

@@ -28,9 +28,9 @@ from suture.storage.atomic import new_directory, new_folder
 
 @dataclass(frozen=True)
 class RunResult:
-    """One finished run: its folder, and what its report holds. `unchanged` where the folder had this result already.
+    """One finished run: its folder and its report.
 
-    `report` is None where it was not made again.
+    `unchanged`: the folder had this result already; then `report` is None.
     """
 
     folder: Path
@@ -41,13 +41,13 @@ class RunResult:
 def run(config: Mapping[str, Any] | Sequence[str] | None = None, /, **keywords: Any) -> RunResult | Preflight:
     """Merge the models of a pool, score every result, and leave one folder with the model and a report.
 
-    `config` is a composed configuration, or a list of words as on the command line; or give its keys as keywords:
+    `config` is a composed configuration, or a list of arguments as on the command line; or give its keys as keywords:
 
         suture.run(method="ties_merging", modelpool="glyphs8", taskpool="glyphs8", repair="final", output="out")
 
-    Groups (`method`, `modelpool`, `taskpool`, `repair`) are names, or mappings with their keys; keys inside of a group
-    may be given as `**{"method.scaling_factor": 0.4}`. With `dry_run` nothing is merged, and the `Preflight` returned.
-    Raises `SutureError` for whatever does not fit, before any work.
+    Groups (`method`, `modelpool`, `taskpool`, `repair`) are names, or mappings with their keys; single keys of a group
+    may be given as `**{"method.scaling_factor": 0.4}`. With `dry_run` nothing is merged, and the `Preflight` is
+    returned. Raises `SutureError` for the first problem, before any slow work.
     """
     config = configuration.composed(config, keywords)
     settings = Settings.from_config(config)
@@ -64,7 +64,7 @@ def run(config: Mapping[str, Any] | Sequence[str] | None = None, /, **keywords: 
 def run_settings(
     runs: Sequence[Settings], models: Models, config: Mapping[str, Any], notes: Sequence[str] = ()
 ) -> RunResult:
-    """Merge by one or several methods of one pool. The folder appears when all is there."""
+    """Merge one pool by one or several methods. The output folder appears when it is complete."""
     first, profile = runs[0], Profile()
     target = new_directory(first.output, overwrite=first.overwrite, inputs=_read_from(models, first))
     with target as folder, _encodings(folder) as encodings:
@@ -103,7 +103,7 @@ def run_settings(
 def prepare(
     settings: Settings, models: Models, folder: Path, profile: Profile, encodings: Path | None = None
 ) -> tuple[Context, SplitInputs]:
-    """The surroundings of a run, and the inputs of its tasks, which are decoded when they are needed."""
+    """The context of a run, and the inputs of its tasks, which are decoded when needed."""
     fingerprint = {"models": models.provenance["inputs"], "tasks": str(settings.taskpool)}
     context = Context(
         folder,
@@ -120,7 +120,7 @@ def prepare(
 
 
 def merge_in_memory(settings: Settings) -> tuple[Models, MergeResult, list[RepairResult]]:
-    """Merge and repair, leaving nothing but the states of loops. Nothing is logged and nothing is scored."""
+    """Merge and repair without logs, scores or files, except the states of loops."""
     models = open_models(settings.pool, settings.threads)
     preflight_of(models, settings).refuse()
     with TemporaryDirectory() as folder:
@@ -140,7 +140,7 @@ _DEMO: tuple[tuple[Sequence[str], Sequence[Sequence[str]]], ...] = (
 
 
 def demo(output: Path | str | None = None) -> RunResult:
-    """The main job on the models that ship with suture: eight experts into one, merged, adapted and repaired."""
+    """A run on the models that ship with suture: eight experts, merged, adapted and repaired."""
     pools = ["modelpool=glyphs8", "taskpool=glyphs8", f"output={output or new_folder('demo')}"]
     runs, configs = [], []
     for words, repairs in _DEMO:
@@ -163,10 +163,10 @@ def evaluate_pool(
     matrix: bool = False,
     **keywords: Any,
 ) -> Report:
-    """Score the pool's pretrained model and experts, and one more `model` of the same architecture if it is named.
+    """Score the pool's pretrained model and experts, and, if given, one more `model` of the same architecture.
 
-    The configuration is given as for `run`. With `matrix` every fine-tuned model is scored on every task too, and the
-    report, a heat map in it, is written where the configuration names an output folder.
+    The configuration is given as for `run`. With `matrix` every fine-tuned model is also scored on every task, and the
+    report, with a heat map, is written if the configuration names an output folder.
     """
     config = configuration.composed(config, keywords, method="simple_average")
     settings = Settings.from_config(config)
@@ -195,7 +195,7 @@ def evaluate_pool(
 
 
 def _merge_into(folder: Path, settings: Settings, models: Models, inputs: SplitInputs, context: Context) -> MergeResult:
-    """Write the model as its family saves it, and beside it the coefficients that were learned."""
+    """Write the model as its family saves it, and the learned coefficients, if any."""
     with models.new_model(folder / "model") as out:
         merged = settings.method.merge(models, inputs, context, out)
     if merged.learned is not None:
@@ -211,7 +211,7 @@ def _read_from(models: Models, settings: Settings) -> list[Path]:
 
 @contextmanager
 def _encodings(folder: Path) -> Iterator[Path]:
-    """A folder for what is encoded while a run lasts."""
+    """A temporary folder for the encodings of one run."""
     with TemporaryDirectory(prefix=".encodings-", dir=folder) as name:
         yield Path(name)
 
@@ -223,7 +223,7 @@ def _save_repairs(repairs: Sequence[RepairResult], folder: Path) -> None:
 
 
 def _is_finished(output: Path, config: Mapping[str, Any], models: Models) -> bool:
-    """Whether a folder holds a whole run of the same configuration on the same inputs and versions."""
+    """Whether a folder holds a finished run with the same configuration, inputs and versions."""
     try:
         report = json.loads((output / "report.json").read_text("utf-8"))
     except (OSError, ValueError):

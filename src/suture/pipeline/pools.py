@@ -1,4 +1,4 @@
-"""Pools: a pretrained model with its fine-tuned versions, and the tasks that they are scored on."""
+"""Pools: a pretrained model with its fine-tuned versions, and the tasks on which they are scored."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
@@ -16,9 +16,9 @@ _TASK_KEYS = {*(key.name for key in fields(Task)), "folders"} - {"name"}
 
 @dataclass(frozen=True)
 class ModelPool:
-    """The models of one merge. `frozen` tensors stay at the base; `mixed_dtypes` lets dtypes differ from the base's.
+    """The models of one merge. `frozen` tensors stay at the base; `mixed_dtypes` allows dtypes other than the base's.
 
-    `settings` are the family's own keys. In a pool's YAML `root` is a folder that relative paths start from.
+    `settings` are the family's own keys. In a pool's YAML, relative paths start from the folder `root`.
     """
 
     base: Source
@@ -52,10 +52,10 @@ class ModelPool:
 
 @dataclass(frozen=True)
 class TaskPool:
-    """The tasks of one evaluation, and the pool's own recommended knobs by method, if it has any.
+    """The tasks of one evaluation, and the knobs that the pool recommends for each method, if any.
 
-    In a pool's YAML a task of the published benchmarks (`sun397`, `stanford-cars`, …) needs no words of its own. `root`
-    is a folder in which tasks are looked for by name before their sources are.
+    In a pool's YAML, a task of the published benchmarks (`sun397`, `stanford-cars`, …) needs no keys. Tasks are looked
+    for by name in the folder `root` before their own sources are used.
     """
 
     tasks: tuple[Task, ...]
@@ -74,39 +74,39 @@ class TaskPool:
 
 
 def _under(root: str | None, value: Any) -> Any:
-    """A mapping's relative paths from `root` on; anything else as it is."""
+    """A mapping with its relative paths below `root`; any other value unchanged."""
     if root is None or not isinstance(value, Mapping):
         return value
     return {key: str(Path(root).expanduser() / path) for key, path in value.items()}
 
 
 def _task(name: str, config: Mapping[str, Any], root: str | None) -> Task:
-    """A task's own words, and for what they leave out those of the published task of its name."""
+    """The task with its own keys, and the published task's for any that are missing."""
     _refuse_unknown(f"taskpool.tasks.{name}", config, _TASK_KEYS)
-    words = known(name) | {key: value for key, value in config.items() if value is not None}
-    if root is not None and (folder := _folder_of(Path(root).expanduser(), name, words)):
-        words["source"] = str(folder)
-    missing = [key for key in ("source", "classnames") if not words.get(key)]
+    keys = known(name) | {key: value for key, value in config.items() if value is not None}
+    if root is not None and (folder := _folder_of(Path(root).expanduser(), name, keys)):
+        keys["source"] = str(folder)
+    missing = [key for key in ("source", "classnames") if not keys.get(key)]
     if missing:
         raise ConfigError(f"taskpool.tasks.{name} has no {missing[0]}. Wanted: source and classnames, at least.")
-    words |= {"source": str(words["source"]), "classnames": tuple(map(str, words["classnames"]))}
-    return Task(name, **{key: value for key, value in words.items() if key != "folders"})
+    keys |= {"source": str(keys["source"]), "classnames": tuple(map(str, keys["classnames"]))}
+    return Task(name, **{key: value for key, value in keys.items() if key != "folders"})
 
 
-def _folder_of(root: Path, name: str, words: Mapping[str, Any]) -> Path | None:
-    """Where a task's data are in a folder for all tasks: under its name, or where the papers' scripts keep them.
+def _folder_of(root: Path, name: str, keys: Mapping[str, Any]) -> Path | None:
+    """A task's folder inside `root`, by its name or by the names in the papers' scripts; None if there is none.
 
-    Case and punctuation may differ: stanford-cars is found in stanford_cars, dtd in DTD.
+    Case and punctuation may differ: stanford-cars matches stanford_cars, and dtd matches DTD.
     """
-    wanted = [name, *words.get("folders", ())]
-    if exact := next((root / folder for folder in wanted if (root / folder).is_dir()), None):
+    names = [name, *keys.get("folders", ())]
+    if exact := next((root / folder for folder in names if (root / folder).is_dir()), None):
         return exact
-    there = {plain(path.name): path for path in sorted(root.iterdir()) if path.is_dir()} if root.is_dir() else {}
-    return next((there[plain(folder)] for folder in wanted if plain(folder) in there), None)
+    folders = {plain(path.name): path for path in sorted(root.iterdir()) if path.is_dir()} if root.is_dir() else {}
+    return next((folders[plain(folder)] for folder in names if plain(folder) in folders), None)
 
 
 def _mapping(where: str, value: Any) -> dict[str, Any]:
-    """The entries below a key, none where it is null; anything else is refused."""
+    """The mapping under a key, empty for null; raises `ConfigError` for any other value."""
     if not isinstance(value, Mapping | None):
         raise ConfigError(f"{where}={value!r}: wanted names with a value each.")
     return dict(value or {})

@@ -1,4 +1,4 @@
-"""Checks before the slow part: what does not fit, and what will be read, written and held in memory."""
+"""Preflight: checks before any slow work, and estimates of the bytes read, written and held in memory."""
 
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,12 +19,12 @@ from suture.pipeline.models import Models, open_models
 from suture.pipeline.pools import TaskPool
 from suture.pipeline.settings import Settings
 
-_SAMPLE = 1024  # entries looked at in each of three places of a tensor
+_SAMPLE = 1024  # entries checked at the start, the middle and the end of a tensor
 
 
 @dataclass
 class Preflight:
-    """What was found. Sizes are bytes; `problems` stop a run, `notes` do not."""
+    """The result of a preflight. Sizes are in bytes; `problems` stop a run, `notes` do not."""
 
     problems: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
@@ -36,7 +36,7 @@ class Preflight:
     disk_free: int = 0
 
     def refuse(self) -> None:
-        """Raise the first problem, with the number of the others, if there is any."""
+        """Raise `SutureError` with the first problem and the number of others, if there are any."""
         if self.problems:
             more = len(self.problems) - 1
             rest = f" (and {more} more problem{'s' * (more > 1)}; `suture check` lists all)" if more else ""
@@ -56,35 +56,39 @@ def preflight(
     bytes_written: int | None = None,
     threads: int = 0,
 ) -> Preflight:
-    """Check models, tasks and disk, from headers and a few samples of each tensor; nothing slow, nothing written."""
-    found = Preflight()
-    found.problems += compatibility(base, models, frozen=frozen, mixed_dtypes=mixed_dtypes, pool=True)
+    """Check models, tasks and disk space from headers and a few samples of each tensor; nothing is written."""
+    checked = Preflight()
+    checked.problems += compatibility(base, models, frozen=frozen, mixed_dtypes=mixed_dtypes, pool=True)
     if method is not None and (problem := method.check_number(len(models))):
-        found.problems.append(problem)
+        checked.problems.append(problem)
     names = merged_names(base, frozen)
-    found.problems += non_finite_samples({PRETRAINED: base, **models}, names)
-    found.notes += _batch_norm_notes(base, models, names)
-    found.notes += [
+    checked.problems += non_finite_samples({PRETRAINED: base, **models}, names)
+    checked.notes += _batch_norm_notes(base, models, names)
+    checked.notes += [
         f"'{label}' has the prefix '{model.prefix}' before all of its names, which is left out."
-        for label, model in {"_pretrained_": base, **models}.items()
+        for label, model in {PRETRAINED: base, **models}.items()
         if model.prefix
     ]
-    _measure(found, base, models, names, method, knobs, threads)
+    _measure(checked, base, models, names, method, knobs, threads)
     if bytes_written is not None:
-        found.bytes_written = bytes_written
+        checked.bytes_written = bytes_written
     if output is not None:
-        found.problems += _disk_problems(found, output)
+        checked.problems += _disk_problems(checked, output)
     if taskpool is not None:
-        for task in taskpool.tasks:
-            problems = tasks.check(task, "test")
-            found.problems += problems
-            found.notes += [] if problems else tasks.notes(task, "test")
-        found.notes += _expert_notes(models, taskpool)
-    return found
+        _check_tasks(checked, models, taskpool)
+    return checked
+
+
+def _check_tasks(checked: Preflight, models: Mapping[str, Checkpoint], taskpool: TaskPool) -> None:
+    for task in taskpool.tasks:
+        problems = tasks.check(task, "test")
+        checked.problems += problems
+        checked.notes += [] if problems else tasks.notes(task, "test")
+    checked.notes += _expert_notes(models, taskpool)
 
 
 def check(config: Mapping[str, Any] | Sequence[str] | None = None, /, **keywords: Any) -> Preflight:
-    """The preflight of a run, whose configuration is given as for `suture.run`; nothing is run."""
+    """The preflight of a run, without running it; the configuration is given as for `suture.run`."""
     from suture.pipeline import config as configuration
 
     settings = Settings.from_config(configuration.composed(config, keywords, method="simple_average"))
@@ -92,7 +96,7 @@ def check(config: Mapping[str, Any] | Sequence[str] | None = None, /, **keywords
 
 
 def preflight_of(models: Models, settings: Settings) -> Preflight:
-    """The preflight of a run whose models are open."""
+    """The preflight of a run with open models."""
     method = settings.method
     checked = preflight(
         models.base,
@@ -120,7 +124,7 @@ def preflight_of(models: Models, settings: Settings) -> Preflight:
 
 
 def non_finite_samples(models: Mapping[str, Checkpoint], names: list[str]) -> list[str]:
-    """One line for each tensor with NaN or Inf among the first, middle and last entries that are looked at."""
+    """One line for each tensor with NaN or Inf in a sample of its first, middle and last entries."""
     problems = []
     for label, model in models.items():
         for name in names:
@@ -143,7 +147,7 @@ def _samples(model: Checkpoint, name: str) -> Iterator[torch.Tensor]:
 
 
 def _batch_norm_notes(base: Checkpoint, models: Mapping[str, Checkpoint], names: list[str]) -> list[str]:
-    """Say whether the experts kept the base's BatchNorm statistics: it decides whether re-estimating them can help."""
+    """A note on which experts have the base's BatchNorm statistics, which decides whether new ones can help."""
     statistics = [name for name in names if name.endswith(("running_mean", "running_var"))]
     if not statistics:
         return []
@@ -151,8 +155,8 @@ def _batch_norm_notes(base: Checkpoint, models: Mapping[str, Checkpoint], names:
         label: all(name in model and torch.equal(base[name], model[name]) for name in statistics)
         for label, model in models.items()
     }
-    frozen = [label for label, kept in same.items() if kept]
-    moved = [label for label, kept in same.items() if not kept]
+    frozen = [label for label, equal in same.items() if equal]
+    moved = [label for label, equal in same.items() if not equal]
     note = f"{len(statistics)} BatchNorm statistics are merged like weights; they are never re-estimated unasked."
     if moved:
         note += f" They differ from the base's in {', '.join(moved)} (trained with batch statistics)."
@@ -161,23 +165,23 @@ def _batch_norm_notes(base: Checkpoint, models: Mapping[str, Checkpoint], names:
     return [note]
 
 
-def _measure(found, base, models, names, method, knobs, threads) -> None:
-    found.tensors = len(names)
-    found.parameters = sum(base.specs[name].numel for name in names)
+def _measure(checked, base, models, names, method, knobs, threads) -> None:
+    checked.tensors = len(names)
+    checked.parameters = sum(base.specs[name].numel for name in names)
     passes = 1 if method is None else method.times_read(knobs or {})
-    size = lambda model: sum(spec_of(model, name).nbytes for name in names if name in model)
-    found.bytes_read = passes * (size(base) + sum(map(size, models.values())))
-    found.bytes_written = sum(spec.nbytes for spec in base.specs.values())
-    found.memory = working_memory(len(models), threads)
+    sizes = [spec_of(model, name).nbytes for model in (base, *models.values()) for name in names if name in model]
+    checked.bytes_read = passes * sum(sizes)
+    checked.bytes_written = sum(spec.nbytes for spec in base.specs.values())
+    checked.memory = working_memory(len(models), threads)
 
 
-def _disk_problems(found: Preflight, output: Path) -> list[str]:
+def _disk_problems(checked: Preflight, output: Path) -> list[str]:
     existing = next(folder for folder in (output.absolute(), *output.absolute().parents) if folder.exists())
-    found.disk_free = shutil.disk_usage(existing).free
-    if found.disk_free >= found.bytes_written:
+    checked.disk_free = shutil.disk_usage(existing).free
+    if checked.disk_free >= checked.bytes_written:
         return []
     return [
-        f"'{output}' needs {in_bytes(found.bytes_written)} but {existing} has {in_bytes(found.disk_free)} free. "
+        f"'{output}' needs {in_bytes(checked.bytes_written)} but {existing} has {in_bytes(checked.disk_free)} free. "
         "Remedy: free some space or choose another output folder."
     ]
 

@@ -1,4 +1,4 @@
-"""A finished run to a hub: the merged model with its card, and beside it what repairs it and what was learned."""
+"""Uploading a finished run to a hub: the merged model with its card, its repairs and its coefficients."""
 
 from pathlib import Path
 
@@ -12,10 +12,10 @@ _BESIDE = ("surgery*.safetensors", "coefficients.safetensors")
 def push(run: str | Path, name: str, *, private: bool = False, revision: str | None = None) -> str:
     """Upload a finished run, or the folder of a merge of files, to the hub's model `name`; returns its address.
 
-    The repository "org/name" is made if it is not there (`private` or for all to see), and so is the branch `revision`.
-    All files come in one commit: an upload that breaks off changes nothing, and the next one does not send again what
-    has arrived. What names places on this machine (reports, configuration, provenance) stays here. Raises `ConfigError`
-    for what is no run, and `OutputError` where the hub cannot be written, before anything is sent if that can be known.
+    The repository "org/name" (`private` or public) and the branch `revision` are created if needed. All files are one
+    commit: an interrupted upload changes nothing, and the next one does not send files again that have arrived. Files
+    with paths of this machine (reports, configuration, provenance) are not uploaded. Raises `ConfigError` for a folder
+    that is not a run's, and `OutputError` if the hub cannot be written, if possible before anything is sent.
     """
     files = _files(Path(run))
     hub.check_writable(name)
@@ -23,7 +23,7 @@ def push(run: str | Path, name: str, *, private: bool = False, revision: str | N
 
 
 def _files(folder: Path) -> dict[str, Path | bytes]:
-    """Where each file goes in the repository, and where it is or what it holds."""
+    """Path in the repository → the file's path here, or its contents."""
     from suture.pipeline.model_card import CARD, card
     from suture.reporting.run_folder import read
 
@@ -32,8 +32,8 @@ def _files(folder: Path) -> dict[str, Path | bytes]:
     run, model = read(folder), folder / "model"
     if not any(model.glob("*.safetensors")):
         several = [path.as_posix() for path in sorted(folder.glob("models/*"))]
-        found = f"the models of several methods ({', '.join(several)})" if several else "no model"
-        raise ConfigError(f"'{folder}' holds {found}. Remedy: name the folder of a run that has one in 'model'.")
+        contents = f"the models of several methods ({', '.join(several)})" if several else "no model"
+        raise ConfigError(f"'{folder}' holds {contents}. Remedy: name the folder of a run that has one in 'model'.")
     files: dict[str, Path | bytes] = {path.relative_to(model).as_posix(): path for path in _below(model)}
     files |= {path.name: path for pattern in _BESIDE for path in sorted(folder.glob(pattern))}
     return {CARD: card(run).encode()} | files

@@ -1,4 +1,4 @@
-"""A repair as `repair=final`, `deep`, `blend` or `online` runs it: on a merged model of a pool, with its task pool."""
+"""Repairs for `repair=…`: fitted to a merged model of a pool, on the inputs of its task pool."""
 
 from collections.abc import Mapping
 from contextlib import ExitStack
@@ -37,11 +37,11 @@ NONE = "none"
 
 @dataclass(frozen=True, kw_only=True)
 class RepairOptions:
-    """What a repair learns from and is looked at with, whatever its kind.
+    """Options of all kinds of repair.
 
-    `num_inputs` unlabelled inputs of each task's `split` are used, all by default. `router` finds tasks without their
-    names. The final kind is scored every `eval_iterations` steps, if any. Representations are compared on `compare`
-    inputs of each task. States of loops, and encodings with `keep_encodings`, are under `cache_dir`.
+    `num_inputs` unlabelled inputs of each task's `split` are used, by default all. `router` chooses tasks that are not
+    named. The final kind is scored every `eval_iterations` steps, unless that is 0. Representations are compared on
+    `compare` inputs of each task. States of loops, and with `keep_encodings` also encodings, are below `cache_dir`.
     """
 
     split: Literal["test", "train"] = "test"
@@ -53,7 +53,7 @@ class RepairOptions:
     cache_dir: str = "outputs"
 
     def positions(self, task: TaskInputs, seed: int) -> Tensor:
-        """The inputs to learn from: the first of a random order, so that more of them include fewer."""
+        """The positions of the inputs to learn from, in a seeded order: fewer are a subset of more."""
         count = min(self.num_inputs or len(task), len(task))
         if count == len(task):
             return torch.arange(count)
@@ -62,7 +62,7 @@ class RepairOptions:
 
 @dataclass(frozen=True)
 class Repair:
-    """One kind of repair with its knobs checked. `row` is its row in the table, by default after the merge's."""
+    """One kind of repair with checked knobs. `row` names its row in the table, by default after the merge and kind."""
 
     kind: RepairKind
     knobs: Mapping[str, Any]
@@ -71,7 +71,7 @@ class Repair:
 
     @classmethod
     def of(cls, kind: str, values: Mapping[str, Any], row: str = "") -> "Repair":
-        """A repair from its keys, the kind's own and those of `RepairOptions`; `ConfigError` for one that is wrong."""
+        """A repair from the kind's knobs and those of `RepairOptions`; raises `ConfigError` for an invalid one."""
         kinds = repair_kinds()
         if kind not in kinds:
             raise ConfigError(unknown_name("repair", kind, [NONE, *kinds]))
@@ -86,24 +86,24 @@ class Repair:
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> "Repair | None":
-        """Read `repair.*`; None for `repair=none`. Raises `ConfigError` for a value that does not fit."""
+        """The repair of the keys `repair.*`, or None for `repair=none`; raises `ConfigError` for an invalid value."""
         values = dict(config)
         kind = values.pop("kind")
         return None if kind == NONE else cls.of(kind, values)
 
     @staticmethod
     def defaults(kind: str) -> dict[str, Any]:
-        """Every key of a kind with its default, as its configuration has them."""
+        """Every configuration key of a kind with its default."""
         own = {} if kind == NONE else repair_kinds()[kind].knobs.defaults | _shared(kind).defaults
         return {"kind": kind} | {name: value for name, value in own.items() if name != "seed"}
 
     def name(self, label: str) -> str:
-        """The name of the repair's row beside the merge of this label."""
+        """The name of the row of this repair of the merge `label`."""
         return self.row or f"{label} + {self.kind.name}"
 
 
 def fit(repair: Repair, models: Models, merged: MergeResult, inputs: SplitInputs, context: Context) -> RepairResult:
-    """Fit a repair to one merged model, with a router and a comparison of representations where they are asked for."""
+    """Fit a repair to one merged model, with a router and a comparison of representations if its options say so."""
     options, device = repair.options, context.device
     module = models.new_encoder(device.device).load(merged.tensors)
     expert = partial(_expert, models, models.new_encoder(device.device))
@@ -120,8 +120,8 @@ def fit(repair: Repair, models: Models, merged: MergeResult, inputs: SplitInputs
         if isinstance(result.model, SurgeryModel) and result.stream is None:
             _add_router(result.model, problem, options, context.seed)
             compared = {name: inputs["test"][name].first(options.compare).inputs for name in models.experts}
-            looked_at = representation(result.model, expert, compared, track=bar) if options.compare else None
-            result = replace(result, representation=looked_at)
+            distances = representation(result.model, expert, compared, track=bar) if options.compare else None
+            result = replace(result, representation=distances)
     return replace(result, name=repair.name(merged.label), split=options.split, encodings=encodings)
 
 
@@ -133,7 +133,7 @@ def _fitted(
     context: Context,
     encodings: Path | None,
 ) -> RepairResult:
-    """The kind at work: its loop is resumed, watched, and scored on the way."""
+    """Fit the repair, with its loop resumed, logged, and scored every few steps."""
     kind, options = repair.kind, repair.options
     knobs = {**repair.knobs, "seed": context.seed}
     with ExitStack() as stack:
@@ -147,7 +147,7 @@ def _fitted(
             def on_step(step: int, losses: Tensor, modules: Mapping[str, SurgeryModules]) -> None:
                 watch(step, losses.nansum().item(), None)
                 if options.eval_iterations and (step + 1) % options.eval_iterations == 0:
-                    copies = {place: module.copied() for place, module in modules.items()}
+                    copies = {layer: module.copied() for layer, module in modules.items()}
                     model = SurgeryModel(problem.module, copies, problem.tasks, forward=problem.forward)
                     live = RepairResult(kind.name, model, losses[None], encodings=encodings)
                     scores[step + 1] = repair_rows(live, merged.label, problem.tasks, inputs, context)[0].mean

@@ -1,7 +1,7 @@
-"""Published figures and the runs that they belong to: what to type, and whether a finished run agrees.
+"""Published figures: the commands that reproduce them, and comparison with finished runs.
 
-The figures are data (`published.yaml`): Representation Surgery (https://arxiv.org/abs/2402.02705) for the authors' own
-checkpoints, FusionBench (https://arxiv.org/abs/2406.03280) for those on the hub.
+The figures are in `published.yaml`: those of Representation Surgery (https://arxiv.org/abs/2402.02705) for the authors'
+checkpoints, and those of FusionBench (https://arxiv.org/abs/2406.03280) for the checkpoints on the hub.
 """
 
 import json
@@ -14,12 +14,12 @@ from typing import Any
 
 from suture.errors import ConfigError
 
-_PLACES = {"cache_dir", "save_merging_weights"}  # where things are kept: they decide no figure
+_PATHS = {"cache_dir", "save_merging_weights"}  # keys that do not affect a figure
 
 
 @dataclass(frozen=True)
 class Published:
-    """One published mean accuracy (in %), the words of the run that gives it, and its row in the report."""
+    """One published mean accuracy (in %), the arguments of the run that reproduces it, and its row in the report."""
 
     id: str
     words: tuple[str, ...]
@@ -29,13 +29,13 @@ class Published:
 
     @property
     def command(self) -> str:
-        """What to type."""
+        """The command that reproduces the figure."""
         return f"suture {' '.join(self.words)}"
 
 
 @dataclass(frozen=True)
 class Compared:
-    """A published figure beside that of a run, both in %."""
+    """A published figure and that of a run, both in %."""
 
     published: Published
     found: float
@@ -48,7 +48,7 @@ class Compared:
 
 @cache
 def published() -> tuple[Published, ...]:
-    """All published figures that suture knows the command for."""
+    """All published figures with a known command."""
     import yaml
 
     data = yaml.safe_load((files("suture.pipeline") / "published.yaml").read_text("utf-8"))
@@ -60,16 +60,16 @@ def published() -> tuple[Published, ...]:
 
 
 def compare(report: str | Path) -> list[Compared]:
-    """The published figures that a run can be held against: those of its pools, with its method and repair.
+    """The published figures for a run's pools, method and repair, compared with its own.
 
-    `report` is a run's folder or its `report.json`. Raises `ConfigError` for what is none.
+    `report` is a run's folder or its `report.json`. Raises `ConfigError` if it is neither.
     """
     path = Path(report)
     path = path / "report.json" if path.is_dir() else path
     try:
-        told = json.loads(path.read_text("utf-8"))
-        means = {row["name"]: row["mean"] for row in told["rows"]}
-        config = told["config"]
+        data = json.loads(path.read_text("utf-8"))
+        means = {row["name"]: row["mean"] for row in data["rows"]}
+        config = data["config"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigError(f"'{report}' holds no report of a run ({type(error).__name__}).") from None
     return [
@@ -82,15 +82,15 @@ def compare(report: str | Path) -> list[Compared]:
 def _same_run(figure: Published, config: Mapping[str, Any]) -> bool:
     from suture.pipeline.config import compose
 
-    wanted = compose(figure.words)
+    expected = compose(figure.words)
     chosen = config.get("choices") or {}
     pools = [str(chosen.get(group, "")).split("/")[-1] for group in ("modelpool", "taskpool")]
-    words = dict(word.split("=", 1) for word in figure.words)
-    asked = [words[group].split("/")[-1] for group in ("modelpool", "taskpool")]
-    if pools != asked or figure.row in ("pretrained", "experts"):
-        return pools == asked
-    return all(_decisive(wanted[group]) == _decisive(config.get(group) or {}) for group in ("method", "repair"))
+    arguments = dict(argument.split("=", 1) for argument in figure.words)
+    expected_pools = [arguments[group].split("/")[-1] for group in ("modelpool", "taskpool")]
+    if pools != expected_pools or figure.row in ("pretrained", "experts"):
+        return pools == expected_pools
+    return all(_decisive(expected[group]) == _decisive(config.get(group) or {}) for group in ("method", "repair"))
 
 
 def _decisive(group: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in group.items() if key not in _PLACES}
+    return {key: value for key, value in group.items() if key not in _PATHS}

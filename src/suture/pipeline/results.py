@@ -1,4 +1,4 @@
-"""The result of one merge, as the stages of a run hand it on."""
+"""The result of one merge, as the stages of a run pass it on."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ from suture.adaptation import AdaMergingResult
 
 @dataclass(frozen=True)
 class MergeResult:
-    """One merged model: its tensors, and how its coefficients were learned, if they were. `label` names its row."""
+    """One merged model: its tensors, and its learned coefficients, if any. `label` names its row in the report."""
 
     label: str
     tensors: Mapping[str, Tensor]

@@ -15,12 +15,12 @@ from suture.pipeline.models import Models
 from suture.pipeline.results import MergeResult
 from suture.repairs import Problem, RepairResult
 
-_REFERENCES: dict[str, tuple[Row, Row | None]] = {}  # rows that the jobs of a sweep have in common
+_REFERENCES: dict[str, tuple[Row, Row | None]] = {}  # rows that the jobs of a sweep share
 
 
 @dataclass(frozen=True)
 class Scores:
-    """The rows of the table, and among them the pretrained model's and the experts' (None if a task has no expert)."""
+    """The rows of the table, and two of them: the pretrained model's, and the experts' (None if a task has none)."""
 
     rows: Sequence[Row] = ()
     pretrained: Row | None = None
@@ -53,12 +53,12 @@ def score(
 
 
 def score_model(name: str, model: Checkpoint, models: Models, inputs: SplitInputs, context: Context) -> Row:
-    """One more model of the same architecture."""
+    """The row of one more model of the same architecture."""
     return context.scorer.row(name, models.new_encoder(context.device.device).load(model), inputs["test"])
 
 
 def expert_matrix(models: Models, inputs: SplitInputs, context: Context) -> list[Row]:
-    """Every fine-tuned model of the pool on every task."""
+    """The rows of every fine-tuned model of the pool on every task."""
     encoder = models.new_encoder(context.device.device)
     return context.scorer.matrix(lambda task: encoder.load(models.experts[task]), inputs["test"], models.experts)
 
@@ -66,9 +66,10 @@ def expert_matrix(models: Models, inputs: SplitInputs, context: Context) -> list
 def repair_rows(
     result: RepairResult, label: str, tasks: Iterable[str], inputs: SplitInputs, context: Context
 ) -> list[Row]:
-    """The rows of one repair: with the task's name, and routed where its model has a router.
+    """The rows of one repair: with the task given, and, if its model has a router, with the task routed.
 
-    A repair of a stream has a row for each share of it, and the prequential one: each input's output before its step.
+    An online repair has a row for each share of its stream, and a prequential one, from each input's output before its
+    own step.
     """
     row = Row(result.name, {}, role="repair", merge=label, repair=result.kind)
     test = {task: inputs["test"][task] for task in tasks}
@@ -89,8 +90,8 @@ def _references(
     models: Models, test: Mapping[str, TaskInputs], context: Context, reuse: bool
 ) -> tuple[Row, Row | None]:
     identities = {name: task.identity for name, task in test.items()}
-    how = (context.fabric, context.batch_size, torch.get_num_threads())
-    key = str((context.fingerprint, identities, models.pool, *how))
+    computation = (context.fabric, context.batch_size, torch.get_num_threads())
+    key = str((context.fingerprint, identities, models.pool, *computation))
     reuse = reuse and None not in identities.values()
     if reuse and key in _REFERENCES:
         return _REFERENCES[key]
@@ -105,7 +106,7 @@ def _references(
 
 
 def _correct(result: RepairResult, model: Any, test: Mapping[str, TaskInputs], context: Context) -> dict[str, Tensor]:
-    """Which of each task's inputs are answered rightly; modules on the final feature take it from the cache."""
+    """Whether each input is classified correctly, bool (N,) by task; final-feature modules use cached features."""
     if not model.features_suffice:
         return {name: _plain(context).correct(model.for_task(name), task) for name, task in test.items()}
     features = _features(result, model, test, context)
@@ -120,7 +121,7 @@ def _correct(result: RepairResult, model: Any, test: Mapping[str, TaskInputs], c
 
 
 def _plain(context: Context) -> Any:
-    """The run's scorer for models that call the encoder themselves."""
+    """The run's scorer, for models that call the encoder themselves."""
     return replace(context.scorer, forward=lambda model, inputs: model(inputs))
 
 
@@ -142,11 +143,11 @@ def _prequential(result: RepairResult, inputs: SplitInputs) -> dict[str, Tensor]
 
 
 def _routed(model: Any, correct: Mapping[str, Tensor], features: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """An answer counts where the router found the task and the model the class."""
+    """Whether the router chose the right task and the model the right class, bool (N,) by task."""
     tasks = {name: model.router(rows.to(model.network.device)).cpu() for name, rows in features.items()}
     return {name: correct[name] & (tasks[name] == i) for i, name in enumerate(model.tasks)}
 
 
 def _row(row: Row, correct: Mapping[str, Tensor]) -> Row:
-    accuracies = {task: found.double().mean().item() for task, found in correct.items()}
-    return replace(row, accuracies=accuracies, samples={task: len(found) for task, found in correct.items()})
+    accuracies = {task: hits.double().mean().item() for task, hits in correct.items()}
+    return replace(row, accuracies=accuracies, samples={task: len(hits) for task, hits in correct.items()})

@@ -1,4 +1,4 @@
-"""The settings of one run, checked for what can be checked without opening a file."""
+"""The settings of one run, checked as far as is possible without opening a file."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -17,7 +17,7 @@ _RANGES = {"threads": (0, 4096), "batch_size": (1, 2**31), "seed": (0, 2**63 - 1
 
 @dataclass(frozen=True)
 class Settings:
-    """One pool, one method with its knobs, repairs, and how and where to run it."""
+    """The settings of one run: a pool, a method with its knobs, repairs, output and computation."""
 
     pool: ModelPool
     taskpool: TaskPool | None
@@ -35,7 +35,7 @@ class Settings:
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> "Settings":
-        """Read a composed configuration; raises `ConfigError` for the first value that does not fit."""
+        """Read a composed configuration; raises `ConfigError` for the first invalid value."""
         values = dict(config["method"])
         method = chosen_method(values.pop("name"), values)
         for key, (least, most) in _RANGES.items():
@@ -69,17 +69,17 @@ class Settings:
 
     @property
     def tasks(self) -> tuple[Any, ...]:
-        """The tasks that models are scored on; none without a task pool."""
+        """The tasks on which models are scored; none without a task pool."""
         return self.taskpool.tasks if self.taskpool else ()
 
     @property
     def task_names(self) -> tuple[str, ...]:
-        """Their names."""
+        """The names of the tasks."""
         return tuple(task.name for task in self.tasks)
 
 
 def _repairs(config: Mapping[str, Any], method: Method) -> tuple[Repair, ...]:
-    """The repair that `repair=…` asks for, or those that are part of the method."""
+    """The repair of `repair=…`, or those that are part of the method."""
     chosen = Repair.from_config(config["repair"])
     if chosen and method.repairs:
         raise ConfigError(
@@ -89,7 +89,7 @@ def _repairs(config: Mapping[str, Any], method: Method) -> tuple[Repair, ...]:
 
 
 def check_output(output: Any) -> None:
-    """Refuse what is not the path of a folder that can be made."""
+    """Raise `ConfigError` unless `output` is None or the path of a new folder."""
     if output is None:
         return
     if not isinstance(output, str | Path):

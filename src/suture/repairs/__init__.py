@@ -1,4 +1,4 @@
-"""Representation Surgery: small modules that bring a merged model's features back to those of its experts."""
+"""Representation Surgery: small modules that bring a merged model's features back to its experts'."""
 
 from suture.repairs.blended_model import BlendModel
 from suture.repairs.model import SurgeryModel, TaskModel

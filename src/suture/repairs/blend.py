@@ -1,7 +1,7 @@
-"""Expert blending: a learned weighted sum of the merged model's and all experts' features, for each task.
+"""Expert blending: for each task, a learned weighted sum of the merged model's and all experts' features.
 
-Described on FusionBench's page of Representation Surgery; no public code does it. It runs every expert at inference,
-and its optimum is the task's own expert alone: a yardstick for what features can give, not a cheap repair.
+FusionBench's page on Representation Surgery describes it, but there is no public code. It runs every expert at
+inference, and its optimum is the task's own expert alone, so it is an upper bound for repairs, not a cheap one.
 """
 
 from typing import Annotated
@@ -29,7 +29,7 @@ def blend(
 ) -> RepairResult:
     """Fit ẑ_t = Σ α_i^(t) z_i to the expert's feature: mean |ẑ − z_expert|, by Adam, from α = 1 for the merged model.
 
-    All T experts and the merged model encode each input once, T·(T + 1) encodings in all, and all of them run at
+    The merged model and all T experts encode each input once, T·(T + 1) encodings in all, and all of them run at
     inference.
     """
     order = Order(problem.inputs, steps, batch_size, seed, whole=problem.cache is not None)
@@ -51,17 +51,17 @@ def blend(
 
 
 def _encodings(problem: Problem, order: Order) -> list[Tensor]:
-    """For each task (input, encoder, dim); an expert is asked for once."""
-    found = [[problem.merged_rows(task, order.inputs(task))] for task in problem.tasks]
+    """Per task, the encodings by the merged model and every expert: (input, encoder, dim). Experts are loaded once."""
+    encodings = [[problem.merged_rows(task, order.inputs(task))] for task in problem.tasks]
     for expert in problem.tasks:
         module = problem.expert(expert)
-        for rows, task in zip(found, problem.tasks, strict=True):
+        for rows, task in zip(encodings, problem.tasks, strict=True):
             rows.append(problem.rows("experts", module, task, order.inputs(task)))
-    return [torch.stack(rows, dim=1) for rows in found]
+    return [torch.stack(rows, dim=1) for rows in encodings]
 
 
 def _fit(problem: Problem, weights: Tensor, encoders: list[Tensor], order: Order, steps: int, lr: float) -> Tensor:
-    """The losses (step, task); `weights` is changed in place."""
+    """Fit `weights` in place; returns the losses (step, task)."""
     adam, history = torch.optim.Adam([weights], lr=lr), []
     own = range(1, 1 + len(encoders))
     state = None if problem.resume is None else problem.resume.load()
@@ -71,10 +71,12 @@ def _fit(problem: Problem, weights: Tensor, encoders: list[Tensor], order: Order
         history = list(state["losses"])
     for step in range(len(history), steps):
         z = torch.stack([rows[i] for rows, i in zip(encoders, order(step), strict=True)]).to(weights.dtype)
-        goal = torch.stack([task[:, expert] for task, expert in zip(z, own, strict=True)])
-        losses = (torch.einsum("te,tbed->tbd", weights, z) - goal).abs().mean((1, 2))
+        target = torch.stack([task[:, expert] for task, expert in zip(z, own, strict=True)])
+        losses = (torch.einsum("te,tbed->tbd", weights, z) - target).abs().mean((1, 2))
         if not losses.isfinite().all():
-            raise DataError(f"The blend's loss is {losses.sum().item()} at step {step}; check the inputs, or lower lr.")
+            raise DataError(
+                f"The blend's loss is {losses.sum().item()} at step {step}. Remedy: check the inputs, or lower lr."
+            )
         adam.zero_grad()
         losses.sum().backward()
         adam.step()

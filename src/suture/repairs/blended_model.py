@@ -1,4 +1,4 @@
-"""The merged model and all experts as one: each task's feature is a weighted sum of all their features."""
+"""The blended model: each task's feature is a weighted sum of the merged model's and all experts' features."""
 
 import json
 import os
@@ -19,7 +19,7 @@ class BlendModel(nn.Module):
     """ẑ_t = Σ α_i^(t) z_i over the merged model's feature (i = 0) and the experts', in the order of the tasks.
 
     It runs 1 + T encoders for every input. `weights`: (task, 1 + task), α. `experts`: task → module, or a function that
-    gives the module and may load all of them into one.
+    returns a task's module and may load all of them into one.
 
     >>> model = BlendModel(nn.Linear(3, 4), {"mnist": nn.Linear(3, 4)}, torch.tensor([[1.0, 0.0]]), ["mnist"])
     >>> model(torch.zeros(5, 3), "mnist").shape
@@ -53,11 +53,11 @@ class BlendModel(nn.Module):
 
     @property
     def added_parameters(self) -> int:
-        """How many numbers the blend adds, beside the experts themselves."""
+        """The number of parameters that the blend adds, without the experts themselves."""
         return self.weights.numel()
 
     def forward(self, inputs: Any, task: str | Int[Tensor, " row"]) -> Float[Tensor, "row dim"]:
-        """The blended features. `task`: one name for the batch, or a task index for each row."""
+        """The blended features. `task`: one name for the batch, or a task index per row."""
         features = torch.stack([self.encode(inputs), *(self._expert(i)(inputs) for i in range(len(self.tasks)))])
         if isinstance(task, str) and task not in self.tasks:
             raise ConfigError(unknown_name("task", task, self.tasks))
@@ -74,12 +74,12 @@ class BlendModel(nn.Module):
         return BlendedTask(self, task)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the weights α alone as safetensors."""
+        """Write only the weights α, as safetensors."""
         save_checkpoint({"weights": self.weights}, path, {"kind": '"blend"', "tasks": json.dumps(self.tasks)})
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], backbone: nn.Module, experts: Any, *, forward: Forward = call):
-        """The model whose weights were saved, beside its backbone and experts; `CheckpointError` for another file."""
+        """The model with saved weights, its backbone and experts; raises `CheckpointError` for any other file."""
         with open_checkpoint(path) as file:
             if file.metadata.get("kind") != '"blend"':
                 raise CheckpointError(f"'{path}' holds no blend. Remedy: name a file that BlendModel.save wrote.")

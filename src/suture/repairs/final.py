@@ -1,7 +1,8 @@
-"""Representation Surgery: one module for each task on the final feature. https://arxiv.org/abs/2402.02705
+"""Representation Surgery: one module per task on the final feature. https://arxiv.org/abs/2402.02705
 
-Both encoders are frozen, so features are constants: each input is encoded once by each of them, and the modules of all
-tasks are trained on the encodings as one batched product. This equals the paper's loop, which encodes at every step.
+Merged model and experts are frozen, so their features are constants: each input is encoded once by each, and the
+modules of all tasks are trained on the encodings as one batched product. The paper's loop, which encodes at every step,
+gives the same result.
 """
 
 from collections.abc import Sequence
@@ -12,7 +13,7 @@ from annotated_types import Ge, Gt
 from torch import Tensor
 
 from suture.merging.task_vectors import compute_dtype
-from suture.repairs.fitting import Descent, Optimizer, descend, fit_constants
+from suture.repairs.fitting import Descent, Optimizer, constant_losses, descend
 from suture.repairs.modules import SurgeryModules, Variant
 from suture.repairs.network import FINAL
 from suture.repairs.problem import Order, Problem
@@ -36,34 +37,34 @@ def final(
 ) -> RepairResult:
     """Fit ẑ = z − U·ReLU(D·z) to the expert's feature: mean |ẑ − z_expert| over batch and dim, by Adam.
 
-    Without a cache only the inputs that some step uses are encoded; with one all of them, so that another rank, lr,
-    seed or number of steps costs no forward pass.
+    Without a cache, only the inputs that some step uses are encoded; with a cache, all of them, so that another rank,
+    lr, seed or number of steps needs no forward pass.
     """
     order = Order(problem.inputs, steps, batch_size, seed, whole=problem.cache is not None)
     merged = [problem.merged_rows(task, order.inputs(task)) for task in problem.tasks]
-    wanted = [problem.expert_rows(task, order.inputs(task)) for task in problem.tasks]
+    targets = [problem.expert_rows(task, order.inputs(task)) for task in problem.tasks]
     dim, dtype = merged[0].shape[1], compute_dtype(merged[0].dtype)
     modules = SurgeryModules(problem.tasks, dim, rank, variant=variant, seed=seed, dtype=dtype).to(problem.device)
     set_means(modules, merged)
 
-    everyone, repairs = slice(0, len(merged)), {FINAL: modules}
-    descent = Descent([modules], [everyone], lr, optimizer)
-    losses = fit_constants(modules, everyone, [rows[:, None] for rows in merged], wanted, order)
+    tasks, repairs = slice(0, len(merged)), {FINAL: modules}
+    descent = Descent([modules], [tasks], lr, optimizer)
+    losses = constant_losses(modules, tasks, [rows[:, None] for rows in merged], targets, order)
     history = descend(descent, steps, losses, repairs, small=True, resume=problem.resume, on_step=problem.on_step)
-    note_active(modules, merged)
+    record_active(modules, merged)
     return surgery_result("final", problem, repairs, history)
 
 
 @torch.no_grad()
 def set_means(modules: SurgeryModules, rows: Sequence[Tensor]) -> None:
-    """Give the centred variant each task's mean feature: rows (input, dim) of each task."""
+    """Set the means of the centred variant to each task's mean feature; `rows`: (input, dim) per task."""
     if modules.mean is not None:
         modules.mean.copy_(torch.stack([task.double().mean(0, keepdim=True) for task in rows]))
 
 
 @torch.no_grad()
-def note_active(modules: SurgeryModules, rows: Sequence[Tensor]) -> None:
-    """Let each task's units see all its features (input, dim)."""
+def record_active(modules: SurgeryModules, rows: Sequence[Tensor]) -> None:
+    """Record which units are active on all features of their task; `rows`: (input, dim) per task."""
     modules.clear()
     for task, features in enumerate(rows):
         for part in features.split(_CHUNK):

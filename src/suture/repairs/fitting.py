@@ -15,13 +15,13 @@ from suture.repairs.network import position_mean
 from suture.repairs.problem import OnStep
 
 Optimizer = Literal["adam", "shared_adam", "shared_adam_pairs"]
-#: losses(step, tasks) of some tasks in a row: (task,), with a graph.
+#: losses(step, tasks) for a slice of tasks: (task,), with a graph.
 Losses = Callable[[int, slice], Tensor]
 
 
 @runtime_checkable
 class Saving(Protocol):
-    """Where the state of a loop is kept: `suture.storage.resume.Resume`, or a part of it."""
+    """Storage for the state of a loop: `suture.storage.resume.Resume`, or a part of it."""
 
     def load(self) -> dict[str, Any] | None: ...
 
@@ -31,13 +31,13 @@ class Saving(Protocol):
 
 
 class Descent:
-    """Steps on the stacked modules of some tasks.
+    """Optimizer steps on the stacked modules of some tasks.
 
-    - `adam`: one for each task; they do the same things at the same steps, so one over the stacks is equal.
-    - `shared_adam`: one over all tasks, which takes a step after each batch, in the order A1 B1 … A2 B2 …. A task joins
-      when its first gradient arrives; from then on each step moves it, with a gradient of zero when it is another
-      task's turn. So did the authors' runs under a PyTorch that zeroed gradients instead of dropping them.
-    - `shared_adam_pairs`: the same in the authors' order, two batches of a task and then the next task's: A1 A2 B1 B2 …
+    - `adam`: one Adam per task. They take the same steps at the same time, so one Adam over the stacks is equivalent.
+    - `shared_adam`: one Adam over all tasks, with a step after each batch, in the order A1 B1 … A2 B2 …. From a task's
+      first gradient on, every step moves it, with a zero gradient after the other tasks' batches. The authors' runs did
+      so, under a PyTorch version that zeroed gradients instead of dropping them.
+    - `shared_adam_pairs`: the same in the authors' order, two batches of a task and then two of the next: A1 A2 B1 B2 …
       A3 A4 B3 B4 …. Their 500 iterations are 1,000 steps.
 
     `groups`: the slices of tasks that share a forward and a backward pass; their gradients are added up.
@@ -48,27 +48,27 @@ class Descent:
         self.steps_per_turn = 2 if optimizer == "shared_adam_pairs" else 1
         self.parameters = [p for m in modules for p in (m.down.requires_grad_(), m.up.requires_grad_())]
         self._views: dict[int, list[Tensor]] = {}
-        if optimizer != "adam":  # one leaf for each task, on the memory of the stacks
+        if optimizer != "adam":  # one leaf per task, in the memory of the stacks
             tasks = range(len(self.parameters[0]))
             self._views = {t: [p.detach()[t : t + 1].requires_grad_() for p in self.parameters] for t in tasks}
         leaves = [leaf for views in self._views.values() for leaf in views] or self.parameters
         self.adam = torch.optim.Adam(leaves, lr=lr)
 
     def step(self, *losses: Callable[[slice], Tensor]) -> Float[Tensor, "step task"]:
-        """Take one step of every task, or those of one turn, by the losses of each step; their values before it."""
+        """Take a step of every task for each function in `losses`; returns the losses before each step."""
         if not self._views:
-            return torch.stack([self._step_of_all(of_step) for of_step in losses])
-        by_task = [torch.cat([self._step_of(task, of_step) for of_step in losses]) for task in self._views]
+            return torch.stack([self._step_of_all(function) for function in losses])
+        by_task = [torch.cat([self._step_of(task, function) for function in losses]) for task in self._views]
         return torch.stack(by_task, dim=1).to("cpu", torch.float64)
 
     def state(self) -> dict[str, Any]:
-        """All that the next step depends on."""
+        """Everything that the next step depends on."""
         parameters = [p.detach().clone() for p in self.parameters]
         return {"parameters": parameters, "adam": self.adam.state_dict(), "fired": [m.fired for m in self.modules]}
 
     @torch.no_grad()
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Take up a state again."""
+        """Continue from a `state`."""
         for parameter, value in zip(self.parameters, state["parameters"], strict=True):
             parameter.copy_(value)
         for modules, fired in zip(self.modules, state["fired"], strict=True):
@@ -110,17 +110,17 @@ def descend(
     descent: Descent,
     steps: int,
     losses: Losses,
-    places: Mapping[str, SurgeryModules],
+    layers: Mapping[str, SurgeryModules],
     *,
     watched: int = 0,
     small: bool = False,
     resume: Saving | None = None,
     on_step: OnStep | None = None,
 ) -> Float[Tensor, "step task"]:
-    """All steps, or those that are left; the losses of all. Active units are noted over the last `watched` steps.
+    """Take the steps that `resume` has not done; returns the losses of all. The last `watched` record active units.
 
-    `small` says that a step is so little work that threads would spend longer waiting for each other than working.
-    `on_step` sees the modules as they are at the end of a turn, which is two steps for `shared_adam_pairs`.
+    `small` steps run on one thread: with more, the threads would wait for each other longer than they work. `on_step`
+    gets the modules of all `layers` after a turn, which is two steps for `shared_adam_pairs`.
     """
     history: list[Tensor] = []
     state = None if resume is None else resume.load()
@@ -136,13 +136,13 @@ def descend(
             values = descent.step(*(partial(losses, step) for step in range(start, stop)))
         if not values.isfinite().all():
             total = values.sum().item()
-            raise DataError(f"The repair's loss is {total} at step {start}; check the inputs, or lower lr.")
+            raise DataError(f"The repair's loss is {total} at step {start}. Remedy: check the inputs, or lower lr.")
         history.extend(values)
         if resume is not None and (resume.due() or stop == steps):
             resume.save({**descent.state(), "losses": torch.stack(history)})
         if on_step is not None:
             for step in range(start, stop):
-                on_step(step, history[step], places)
+                on_step(step, history[step], layers)
     return torch.stack(history)
 
 
@@ -158,18 +158,18 @@ def _threads(count: int) -> Iterator[None]:
             torch.set_num_threads(before)
 
 
-def fit_constants(
+def constant_losses(
     modules: SurgeryModules,
     group: slice,
     rows: Sequence[Tensor],
-    wanted: Sequence[Tensor],
+    targets: Sequence[Tensor],
     batches: Callable[[int], Sequence[Tensor]],
     masks: Sequence[Tensor] | None = None,
 ) -> Losses:
-    """The losses of modules at one place whose inputs are constants: mean |mean over positions of ẑ − wanted|.
+    """The losses of one layer's modules on constant inputs: mean |mean over positions of ẑ − target|.
 
-    `rows` (input, position, dim), `wanted` (input, dim) and the batches have one entry for each task of `group`, and so
-    have `masks` (input, position), which are 0 where a position is padding.
+    `rows` (input, position, dim), `targets` (input, dim), the batches, and `masks` (input, position), which are 0 at
+    padding, have one entry per task of `group`.
     """
     device, dtype = modules.down.device, modules.down.dtype
 
@@ -177,9 +177,9 @@ def fit_constants(
         chosen = range(which.start - group.start, which.stop - group.start)
         indices = batches(step)
         z = torch.cat([rows[t][indices[t]] for t in chosen]).to(device, dtype)
-        goal = torch.stack([wanted[t][indices[t]] for t in chosen]).to(device, dtype)
+        target = torch.stack([targets[t][indices[t]] for t in chosen]).to(device, dtype)
         mask = {} if masks is None else {"attention_mask": torch.cat([masks[t][indices[t]] for t in chosen]).to(device)}
-        repaired = position_mean(modules(z, which), mask).view_as(goal)
-        return (repaired - modules.prepared(goal)).abs().mean((1, 2))
+        repaired = position_mean(modules(z, which), mask).view_as(target)
+        return (repaired - modules.prepared(target)).abs().mean((1, 2))
 
     return losses

@@ -1,11 +1,12 @@
-"""SurgeryV2's modules fitted one block after another: no backward pass through the network.
+"""SurgeryV2's modules fitted one block after another, without a backward pass through the network.
 
-With the modules before it fixed, a block's tokens are constants, so its module is fitted like that of the final
-feature: to its own term of the loss. Each block costs a forward pass, up to itself, over the inputs in use.
+With the earlier modules fixed, a block's tokens are constants, so its module is fitted like that of the final feature:
+to its own term of the loss. Each block costs a forward pass, up to that block, over the inputs in use.
 """
 
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from torch.nn.functional import pad
 
 from suture.core.batches import size, to_device
 from suture.errors import ConfigError
-from suture.repairs.fitting import Descent, Optimizer, descend, fit_constants
+from suture.repairs.fitting import Descent, Optimizer, constant_losses, descend
 from suture.repairs.modules import SurgeryModules
 from suture.repairs.network import Network
 from suture.repairs.problem import OnStep, Order, Problem, split
@@ -26,40 +27,45 @@ def fit_layerwise(
     problem: Problem,
     network: Network,
     repairs: Mapping[str, SurgeryModules],
-    wanted: Sequence[Tensor],
+    targets: Sequence[Tensor],
     order: Order,
     steps: int,
     lr: float,
     optimizer: Optimizer,
 ) -> Tensor:
-    """Fit the modules of all places in turn; the losses (step, task), summed over places."""
+    """Fit the modules of all layers in turn; returns the losses (step, task), summed over layers."""
     if optimizer != "adam":
-        raise ConfigError(f"optimizer={optimizer}: a layerwise fit has one Adam for each task and place.")
-    modules, total = list(repairs.values()), torch.zeros(steps, len(wanted), dtype=torch.float64)
-    stages = [(i, t) for i in range(len(modules)) for t in range(len(wanted))]
-    goals = [task.split([m.down.shape[2] for m in modules], dim=1) for task in wanted]
+        raise ConfigError(f"optimizer={optimizer}: a layerwise fit has one Adam for each task and layer.")
+    modules, total = list(repairs.values()), torch.zeros(steps, len(targets), dtype=torch.float64)
+    stages = [(i, t) for i in range(len(modules)) for t in range(len(targets))]
+    by_layer = [task.split([m.down.shape[2] for m in modules], dim=1) for task in targets]
     for m in modules:
         m.clear()
-    first = _take_up(problem.resume, modules, total)
+    first = _restore(problem.resume, modules, total)
     for number, (i, t) in list(enumerate(stages))[first:]:
         rows = _tokens(problem, network, modules[: i + 1], t, order)
         masks = _mask(order.inputs(problem.tasks[t]), rows)
         _set_mean(modules[i], t, rows, masks)
-        batches = lambda s, t=t: [order(s)[t]]
-        losses = fit_constants(modules[i], slice(t, t + 1), [rows], [goals[t][i]], batches, masks)
+        batches = partial(_batch_of, order, t)
+        losses = constant_losses(modules[i], slice(t, t + 1), [rows], [by_layer[t][i]], batches, masks)
         descent = Descent([modules[i]], [slice(t, t + 1)], lr, "adam")
         resume = None if problem.resume is None else _Stage(problem.resume, number, modules, total)
-        on_step = _counting(problem.on_step, number * steps, t, len(wanted))
+        on_step = _counting(problem.on_step, number * steps, t, len(targets))
         total[:, t] += descend(descent, steps, losses, repairs, resume=resume, on_step=on_step)[:, 0]
-        _note_active(modules[i], t, rows)
+        _record_active(modules[i], t, rows)
     return total
 
 
+def _batch_of(order: Order, task: int, step: int) -> list[Tensor]:
+    return [order(step)[task]]
+
+
 class _Stage:
-    """The part of a state file that belongs to one place and task; the modules of the others go with it."""
+    """The state of the fit of one layer and task, saved in one file with the modules of all layers."""
 
     def __init__(self, resume: Resume, number: int, modules: Sequence[SurgeryModules], total: Tensor):
-        self.resume, self.number, self.modules, self.total = resume, number, modules, total
+        self.resume, self.number = resume, number
+        self.modules, self.total = modules, total
 
     def load(self) -> dict[str, Any] | None:
         state = self.resume.load()
@@ -69,14 +75,14 @@ class _Stage:
         return self.resume.due()
 
     def save(self, state: Mapping[str, Any]) -> None:
-        others = [dict(m.state_dict()) for m in self.modules]
+        tensors = [dict(m.state_dict()) for m in self.modules]
         fired = [m.fired for m in self.modules]
-        outer = {"stage": self.number, "modules": others, "fired": fired, "total": self.total}
+        outer = {"stage": self.number, "modules": tensors, "fired": fired, "total": self.total}
         self.resume.save({**outer, "inner": dict(state)})
 
 
-def _take_up(resume: Resume | None, modules: Sequence[SurgeryModules], total: Tensor) -> int:
-    """Restore what a state file has; the stage to go on with."""
+def _restore(resume: Resume | None, modules: Sequence[SurgeryModules], total: Tensor) -> int:
+    """Restore modules and losses from a state file, if any; returns the stage to continue with."""
     state = None if resume is None else resume.load()
     if state is None:
         return 0
@@ -91,12 +97,13 @@ def _take_up(resume: Resume | None, modules: Sequence[SurgeryModules], total: Te
 def _tokens(
     problem: Problem, network: Network, modules: Sequence[SurgeryModules], task: int, order: Order
 ) -> Float[Tensor, "input position dim"]:
-    """One task's tokens at the place of the last of the modules, with the others' corrections before it."""
-    inputs, which, found = order.inputs(problem.tasks[task]), slice(task, task + 1), []
+    """One task's tokens at the layer of the last of `modules`, corrected by the modules before it."""
+    inputs, which = order.inputs(problem.tasks[task]), slice(task, task + 1)
+    tokens: list[Tensor] = []
 
     def visit(i: int, rows: Tensor) -> Tensor:
         if i == len(modules) - 1:
-            found.append(rows)
+            tokens.append(rows)
             raise _Reached
         return modules[i](rows, which)
 
@@ -104,18 +111,18 @@ def _tokens(
         with suppress(_Reached):
             network(to_device(batch, network.device), visit)
     problem.passes.merged += size(inputs)
-    longest = max(rows.shape[1] for rows in found)
-    return torch.cat([pad(rows, (0, 0, 0, longest - rows.shape[1])) for rows in found])
+    longest = max(rows.shape[1] for rows in tokens)
+    return torch.cat([pad(rows, (0, 0, 0, longest - rows.shape[1])) for rows in tokens])
 
 
 def _mask(inputs: Any, rows: Tensor) -> list[Tensor] | None:
-    """Which positions of texts are not padding."""
+    """The attention mask of texts, cut to the tokens' length; None for other inputs."""
     mask = inputs.get("attention_mask") if isinstance(inputs, Mapping) else None
     return None if mask is None or not 1 < rows.shape[1] <= mask.shape[1] else [mask[:, : rows.shape[1]]]
 
 
 class _Reached(Exception):
-    """The forward pass has come to where it was wanted."""
+    """The forward pass has reached the layer to fit; the rest of it is not needed."""
 
 
 @torch.no_grad()
@@ -126,7 +133,7 @@ def _set_mean(modules: SurgeryModules, task: int, rows: Tensor, masks: list[Tens
 
 
 @torch.no_grad()
-def _note_active(modules: SurgeryModules, task: int, rows: Tensor) -> None:
+def _record_active(modules: SurgeryModules, task: int, rows: Tensor) -> None:
     assert modules.fired is not None
     modules.fired[task] = False
     for part in rows.split(64):
@@ -134,13 +141,13 @@ def _note_active(modules: SurgeryModules, task: int, rows: Tensor) -> None:
 
 
 def _counting(on_step: OnStep | None, start: int, task: int, tasks: int) -> OnStep | None:
-    """Steps counted over all places and tasks; the other tasks' losses are nan."""
+    """`on_step` with steps counted over all layers and tasks, and nan for the other tasks' losses."""
     if on_step is None:
         return None
 
-    def told(step: int, loss: Tensor, places: Mapping[str, SurgeryModules]) -> None:
+    def counted(step: int, loss: Tensor, layers: Mapping[str, SurgeryModules]) -> None:
         losses = torch.full((tasks,), torch.nan, dtype=torch.float64)
         losses[task] = loss[0]
-        on_step(start + step, losses, places)
+        on_step(start + step, losses, layers)
 
-    return told
+    return counted

@@ -1,4 +1,4 @@
-"""A backbone with its surgery modules, as one module: the task by name, by row, or chosen by a router."""
+"""The repaired model: a backbone with its surgery modules. Tasks are given by name or by row, or chosen by a router."""
 
 import json
 import os
@@ -12,7 +12,7 @@ from suture.checkpoints import Checkpoint, open_checkpoint, save_checkpoint
 from suture.core.batches import Forward, call, device_of
 from suture.errors import CheckpointError, ConfigError, unknown_name
 from suture.repairs.modules import SurgeryModules
-from suture.repairs.network import FINAL, Block, Network, places_of
+from suture.repairs.network import FINAL, Block, Network, layers_of
 from suture.repairs.router import ROUTERS, Router
 
 _KEYS = ("kind", "tasks", "rank", "blocks", "variant")
@@ -21,9 +21,9 @@ _KEYS = ("kind", "tasks", "rank", "blocks", "variant")
 class SurgeryModel(nn.Module):
     """`backbone` with the modules of every task: inputs → repaired features (B, dim).
 
-    The backbone is copied but for its parameters' memory, so it costs nothing and is never changed. `repairs` has the
-    modules of each place: those of the `blocks`, if any, and of the final feature. `router`, an attribute, chooses
-    tasks where none is given.
+    The backbone is copied without its parameters' memory, so the copy is free and the original is never changed.
+    `repairs`: layer → modules, for the `blocks`, if any, and the final feature. The attribute `router` chooses the task
+    where none is given.
 
     >>> import torch
     >>> model = SurgeryModel(nn.Linear(3, 4), {FINAL: SurgeryModules(["mnist"], dim=4, rank=2)}, ["mnist"])
@@ -45,32 +45,32 @@ class SurgeryModel(nn.Module):
         kind: str | None = None,
     ):
         super().__init__()
-        self.tasks, self.places = tuple(tasks), tuple(places_of(blocks))
+        self.tasks, self.layers = tuple(tasks), tuple(layers_of(blocks))
         self.kind = kind or ("deep" if blocks else "final")
         self.network = Network(backbone, forward, blocks)
-        self.repairs = nn.ModuleList([repairs[place] for place in self.places]).requires_grad_(False)
+        self.repairs = nn.ModuleList([repairs[layer] for layer in self.layers]).requires_grad_(False)
         self.router = router
         self.eval()
 
     @property
     def features_suffice(self) -> bool:
-        """Whether `repair(features, task)` of encoded inputs is all: no module lies inside the backbone."""
+        """Whether `repair(features, task)` is the whole repair, because no module lies inside the backbone."""
         return not self.network.blocks
 
     @property
     def added_parameters(self) -> int:
-        """How many numbers the modules of all tasks have."""
+        """The number of parameters of the modules, for all tasks."""
         return sum(tensor.numel() for tensor in self.repairs.state_dict().values())
 
     @property
     def repair_at(self) -> dict[str, SurgeryModules]:
-        """The modules by place."""
-        return dict(zip(self.places, cast(Iterable[SurgeryModules], self.repairs), strict=True))
+        """Layer → modules."""
+        return dict(zip(self.layers, cast(Iterable[SurgeryModules], self.repairs), strict=True))
 
     def forward(self, inputs: Any, task: str | Int[Tensor, " row"] | None = None) -> Float[Tensor, "row dim"]:
-        """The repaired features. `task`: one name for the batch, a task index for each row, or None for the router.
+        """The repaired features. `task`: one name for the batch, a task index per row, or None for the router.
 
-        With a router the modules after blocks need a second pass. Raises `ConfigError` for an unknown task.
+        With a router, modules after blocks need a second pass. Raises `ConfigError` for an unknown task.
         """
         if self.network.blocks and task is not None:
             return self._repaired(inputs, self.which(task))
@@ -83,11 +83,11 @@ class SurgeryModel(nn.Module):
         return self.network(inputs)
 
     def repair(self, features: Float[Tensor, "row dim"], task: str | slice | Tensor) -> Float[Tensor, "row dim"]:
-        """What the final module makes of features that are already encoded."""
+        """Encoded features, corrected by the final module."""
         return self.repairs[-1](features[:, None], self.which(task))[:, 0]
 
     def route(self, features: Float[Tensor, "row dim"]) -> Int[Tensor, " row"]:
-        """The task index of each row, by the router."""
+        """The task index that the router chooses for each row; raises `ConfigError` without a router."""
         if self.router is None:
             raise ConfigError(
                 "No task was given and the model has no router. Remedy: model(inputs, task), or a router."
@@ -101,7 +101,7 @@ class SurgeryModel(nn.Module):
         return TaskModel(Network(self.network.module, self.network.encode, self.network.blocks), repairs)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the modules alone (and the router) as safetensors: kilobytes, with all that `load` needs."""
+        """Write the modules (and the router) without the backbone, as safetensors of a few kilobytes."""
         tensors = {
             f"{p}/{n}": tensor for p, repair in self.repair_at.items() for n, tensor in repair.state_dict().items()
         }
@@ -115,14 +115,14 @@ class SurgeryModel(nn.Module):
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], backbone: nn.Module, *, forward: Forward = call) -> "SurgeryModel":
-        """The model whose modules were saved, beside the backbone that they were fitted to.
+        """The model with saved modules and the backbone that they were fitted to.
 
-        Raises `CheckpointError` for a file of another kind and `IncompatibleModels` for a backbone without its blocks.
+        Raises `CheckpointError` for any other file, and `IncompatibleModels` for a backbone without the blocks.
         """
         with open_checkpoint(path) as file:
             facts = _facts(file)
             blocks = [Block(*block) for block in facts["blocks"]]
-            repairs = {place: _read_modules(file, place, facts) for place in places_of(blocks)}
+            repairs = {layer: _read_modules(file, layer, facts) for layer in layers_of(blocks)}
             router = _read_router(file, facts["router"]) if "router" in facts else None
         model = cls(
             backbone, repairs, facts["tasks"], forward=forward, blocks=blocks, router=router, kind=facts["kind"]
@@ -133,7 +133,7 @@ class SurgeryModel(nn.Module):
         return self.network(inputs, lambda i, rows: self.repairs[i](rows, which))
 
     def which(self, task: str | slice | Tensor) -> slice | Tensor:
-        """Which of the stacked modules belong to a task, or to each row."""
+        """The index of a task's module in the stacks, or that of each row's."""
         if isinstance(task, str):
             index = self._index(task)
             return slice(index, index + 1)
@@ -170,16 +170,16 @@ def _facts(file: Checkpoint) -> dict[str, Any]:
     return facts
 
 
-def _read_modules(file: Checkpoint, place: str, facts: Mapping[str, Any]) -> SurgeryModules:
-    if f"{place}/down" not in file:
-        raise CheckpointError(f"'{file.label}' has no modules for {place!r}. Remedy: save the model again.")
-    down = file[f"{place}/down"]
+def _read_modules(file: Checkpoint, layer: str, facts: Mapping[str, Any]) -> SurgeryModules:
+    if f"{layer}/down" not in file:
+        raise CheckpointError(f"'{file.label}' has no modules for {layer!r}. Remedy: save the model again.")
+    down = file[f"{layer}/down"]
     modules = SurgeryModules(facts["tasks"], down.shape[2], facts["rank"], variant=facts["variant"], dtype=down.dtype)
     try:
-        modules.load_state_dict({name: file[f"{place}/{name}"].clone() for name in modules.state_dict()})
+        modules.load_state_dict({name: file[f"{layer}/{name}"].clone() for name in modules.state_dict()})
     except (KeyError, RuntimeError) as error:
         problem = " ".join(str(error).split())
-        raise CheckpointError(f"'{file.label}': the modules for {place!r} are damaged: {problem}") from None
+        raise CheckpointError(f"'{file.label}': the modules for {layer!r} are damaged: {problem}") from None
     return modules
 
 

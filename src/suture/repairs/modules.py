@@ -1,4 +1,4 @@
-"""The surgery module ẑ = z − U·ReLU(D·z), one for each task at one place. https://arxiv.org/abs/2402.02705"""
+"""The surgery module ẑ = z − U·ReLU(D·z), one per task and layer. https://arxiv.org/abs/2402.02705"""
 
 import copy
 import math
@@ -19,16 +19,16 @@ _NEARLY_DEAD = 0.1
 
 
 class SurgeryModules(nn.Module):
-    """The modules of all tasks at one place: `down` (task, rank, dim) is D, `up` (task, dim, rank) is U, no bias.
+    """The modules of all tasks at one layer: `down` (task, rank, dim) is D, `up` (task, dim, rank) is U, no bias.
 
-    D is drawn uniformly from ±1/√dim by (seed, task, place), U is zero, so that the start is the identity. Variants:
+    D is drawn uniformly from ±1/√dim, seeded by (seed, task, layer); U is zero, so the start is the identity. Variants:
 
     - `standard`: the paper's.
-    - `centred`: D sees z minus the task's mean feature, which is kept in `mean`. Over the inputs that the mean was
-      taken of, what each unit sees then sums to zero whatever D is, so every unit is active for some of them.
-    - `normalised`: z is L2-normalised first and ẑ is not normalised again, as in FusionBench.
+    - `centred`: D is applied to z minus the task's mean feature, the buffer `mean`. Over the inputs of that mean, each
+      unit's input then sums to zero whatever D is, so every unit is active for some of them.
+    - `normalised`: z is L2-normalised first, and ẑ is not normalised again, as in FusionBench.
 
-    `fired` (task, rank) says which units have been active since it was last cleared, where it is not None.
+    `fired` (task, rank) marks the units that have been active since the last `clear`; None while it is not recorded.
 
     >>> modules = SurgeryModules(["mnist"], dim=4, rank=2)
     >>> features = torch.randn(3, 1, 4)
@@ -44,92 +44,93 @@ class SurgeryModules(nn.Module):
         dim: int,
         rank: int,
         *,
-        place: str = FINAL,
+        layer: str = FINAL,
         variant: Variant = "standard",
         seed: int = 0,
         dtype: torch.dtype = torch.float32,
     ):
         super().__init__()
         self.variant: Variant = variant
-        self.down = nn.Parameter(torch.stack([_drawn(rank, dim, seed, task, place) for task in tasks]).to(dtype))
+        self.down = nn.Parameter(torch.stack([_drawn(rank, dim, seed, task, layer) for task in tasks]).to(dtype))
         self.up = nn.Parameter(torch.zeros(len(tasks), dim, rank, dtype=dtype))
         self.register_buffer("mean", torch.zeros(len(tasks), 1, dim, dtype=dtype) if variant == "centred" else None)
         self.fired: Bool[Tensor, "task rank"] | None = None
 
     @property
     def rank(self) -> int:
-        """How many units a module has."""
+        """The number of units of a module."""
         return self.down.shape[1]
 
     def forward(self, features: Float[Tensor, "row position dim"], which: slice | Tensor) -> Tensor:
-        """ẑ of the same shape and dtype. `which` module: a slice of tasks, to which the rows belong in equal parts one
-        after another, or a task index (row,) for each row.
+        """ẑ, of the same shape and dtype.
+
+        `which`: a slice of tasks, each with an equal share of the rows, in order; or a task index per row.
         """
         if features.shape[-1] != self.down.shape[-1]:
             raise IncompatibleModels(
                 f"The backbone gives features of width {features.shape[-1]}, a surgery module takes "
                 f"{self.down.shape[-1]}. Remedy: put it beside the backbone that it was fitted to."
             )
-        seen = self.prepared(features.to(self.down.dtype))
-        return (seen - self._correction(seen, which)).to(features.dtype)
+        z = self.prepared(features.to(self.down.dtype))
+        return (z - self._correction(z, which)).to(features.dtype)
 
     def prepared(self, features: Tensor) -> Tensor:
-        """The features as they are compared with the expert's: normalised in the variant of that name."""
+        """The features for a comparison with the expert's: L2-normalised in the variant `normalised`."""
         return normalize(features, dim=-1) if self.variant == "normalised" else features
 
     def only(self, task: int) -> "SurgeryModules":
-        """A copy with one task's module."""
+        """A copy with one task's module only."""
         one = SurgeryModules([""], self.down.shape[2], self.rank, variant=self.variant, dtype=self.down.dtype)
         state = {name: tensor[task : task + 1].clone() for name, tensor in self.state_dict().items()}
         one.to(self.down.device).load_state_dict(state)
         return one.requires_grad_(False)
 
     def copied(self) -> "SurgeryModules":
-        """A copy of all tasks' modules as they are now."""
+        """A copy of all tasks' modules."""
         return copy.deepcopy(self)
 
     @torch.no_grad()
     def take(self, other: "SurgeryModules", task: int) -> None:
-        """Take over one task's module as it is now."""
-        for mine, theirs in zip(self.state_dict().values(), other.state_dict().values(), strict=True):
-            mine[task] = theirs[task]
+        """Copy one task's module from another stack."""
+        for target, source in zip(self.state_dict().values(), other.state_dict().values(), strict=True):
+            target[task] = source[task]
 
     def clear(self) -> None:
-        """Begin to note which units are active."""
+        """Start recording which units are active."""
         self.fired = torch.zeros(self.down.shape[:2], dtype=torch.bool, device=self.down.device)
 
-    def _correction(self, seen: Tensor, which: slice | Tensor) -> Tensor:
+    def _correction(self, z: Tensor, which: slice | Tensor) -> Tensor:
         down, up = self.down[which], self.up[which]
-        grouped = seen.reshape(len(down), -1, seen.shape[-1])
+        grouped = z.reshape(len(down), -1, z.shape[-1])
         if self.mean is not None:
             grouped = grouped - self.mean[which]
         hidden = (grouped @ down.mT).relu()
         if self.fired is not None:
             self.fired[which] |= (hidden.detach() > 0).any(1)
-        return (hidden @ up.mT).view_as(seen)
+        return (hidden @ up.mT).view_as(z)
 
 
-def active_shares(places: Mapping[str, SurgeryModules], tasks: Sequence[str]) -> dict[str, float]:
-    """Per task, the share of its units at all places that have been active."""
-    fired = torch.cat([modules.fired.cpu() for modules in places.values() if modules.fired is not None], dim=1)
+def active_shares(layers: Mapping[str, SurgeryModules], tasks: Sequence[str]) -> dict[str, float]:
+    """Per task, the share of its units, over all layers, that have been active."""
+    fired = torch.cat([modules.fired.cpu() for modules in layers.values() if modules.fired is not None], dim=1)
     return dict(zip(tasks, fired.double().mean(1).tolist(), strict=True))
 
 
-def dead_warnings(places: Mapping[str, SurgeryModules], tasks: Sequence[str]) -> tuple[str, ...]:
-    """One line for each task whose units are nearly all inactive, or all of them at some place."""
-    found = []
-    for i, (task, share) in enumerate(active_shares(places, tasks).items()):
-        dead = [place for place, m in places.items() if m.fired is not None and not m.fired[i].any()]
+def dead_warnings(layers: Mapping[str, SurgeryModules], tasks: Sequence[str]) -> tuple[str, ...]:
+    """One line for each task whose units are nearly all inactive, or all inactive at some layer."""
+    warnings = []
+    for i, (task, share) in enumerate(active_shares(layers, tasks).items()):
+        dead = [layer for layer, m in layers.items() if m.fired is not None and not m.fired[i].any()]
         if share <= _NEARLY_DEAD or dead:
             where = f", none at {', '.join(dead[:3])}{' …' if len(dead) > 3 else ''}" if dead else ""
-            found.append(
+            warnings.append(
                 f"Task {task!r}: only {share:.0%} of the repair's units are ever active on its inputs{where}; "
                 f"an inactive module corrects nothing. Remedy: variant=centred."
             )
-    return tuple(found)
+    return tuple(warnings)
 
 
-def _drawn(rank: int, dim: int, seed: int, task: str, place: str) -> Float[Tensor, "rank dim"]:
+def _drawn(rank: int, dim: int, seed: int, task: str, layer: str) -> Float[Tensor, "rank dim"]:
     """Uniform in ±1/√dim, which is Kaiming's uniform with a = √5."""
-    bound, generator = 1 / math.sqrt(dim), generator_for(seed, f"surgery/{task}/{place}")
+    bound, generator = 1 / math.sqrt(dim), generator_for(seed, f"surgery/{task}/{layer}")
     return torch.empty(rank, dim, dtype=torch.float64).uniform_(-bound, bound, generator=generator)

@@ -1,7 +1,7 @@
-"""A frozen module whose blocks can be watched and corrected from outside, whatever its architecture.
+"""A frozen module of any architecture, whose blocks' outputs can be read and corrected from outside.
 
-What a block gives is shown as (row, position, dim): tokens (B, tokens, width), feature maps (B, C, H, W), plain
-features (B, width), and sequence-first tokens (tokens, B, width) all come in this form and go back in their own.
+Block outputs are presented as (row, position, dim): tokens (B, tokens, width), feature maps (B, C, H, W), plain
+features (B, width), and sequence-first tokens (tokens, B, width) are converted to this form and back.
 """
 
 import copy
@@ -17,15 +17,15 @@ from torch import Tensor, nn
 from suture.core.batches import Forward, Inputs, call, device_of, take, to_device
 from suture.errors import ConfigError, IncompatibleModels
 
-#: The place of the module that corrects the final feature; all others are paths of blocks.
+#: The layer name of the final feature; all other layers are blocks, named by their paths.
 FINAL = "(features)"
 Blocks = str | Sequence[str] | None
-#: visit(i, rows) sees the i-th place's output (row, position, dim) and gives what goes on; None for the same.
+#: visit(i, rows) gets the i-th layer's output (row, position, dim) and returns its replacement, or None to keep it.
 Visit = Callable[[int, Tensor], Tensor | None]
 
 
 class Block(NamedTuple):
-    """A block by its path in the module, the width of its output, and which axes hold the inputs and the channels."""
+    """A block: its path in the module, the width of its output, and the axes of the inputs and the channels."""
 
     path: str
     dim: int
@@ -34,48 +34,49 @@ class Block(NamedTuple):
 
 
 class Network(nn.Module):
-    """A copy of a module in evaluation mode, without gradients; only its parameters' memory is the caller's.
+    """A copy of a module in evaluation mode, without gradients, that shares its parameters' memory with the original.
 
-    Its places are the blocks, in the given order, and then the final feature.
+    Its layers are the blocks, in the given order, and then the final feature.
     """
 
     def __init__(self, module: nn.Module, forward: Forward = call, blocks: Sequence[Block] = ()):
         super().__init__()
-        self.module, self.encode, self.blocks = frozen_copy(module), forward, tuple(blocks)
+        self.module, self.encode = frozen_copy(module), forward
+        self.blocks = tuple(blocks)
         self._visit: Visit | None = None
         for i, block in enumerate(self.blocks):
             _submodule(self.module, block.path).register_forward_hook(partial(self._hook, i))
 
     @property
     def device(self) -> torch.device:
-        """Where the inputs have to be."""
+        """The device that inputs must be on."""
         return device_of(self.module)
 
     def forward(self, inputs: Any, visit: Visit | None = None) -> Tensor:
-        """The features (B, dim); every place is visited on the way."""
+        """The features (B, dim), after a `visit` to every layer."""
         self._visit = visit
         try:
             features = self.encode(self.module, inputs)
         finally:
             self._visit = None
         if features.dim() != 2:
-            found = tuple(features.shape)
-            raise ConfigError(f"The module gives {found}; wanted features (batch, dim). Remedy: give forward=…")
-        seen = None if visit is None else visit(len(self.blocks), features[:, None])
-        return features if seen is None else seen[:, 0]
+            shape = tuple(features.shape)
+            raise ConfigError(f"The module gives {shape}; wanted features (batch, dim). Remedy: give forward=…")
+        corrected = None if visit is None else visit(len(self.blocks), features[:, None])
+        return features if corrected is None else corrected[:, 0]
 
     def _hook(self, i: int, module: nn.Module, arguments: Any, output: Any) -> Any:
         if self._visit is None:
             return None
         rows, back = _as_rows(_tensor(output, self.blocks[i].path), self.blocks[i])
-        seen = self._visit(i, rows)
-        if seen is None:
+        corrected = self._visit(i, rows)
+        if corrected is None:
             return None
-        return (back(seen), *output[1:]) if isinstance(output, tuple) else back(seen)
+        return (back(corrected), *output[1:]) if isinstance(output, tuple) else back(corrected)
 
 
 def frozen_copy(module: nn.Module) -> nn.Module:
-    """A copy in evaluation mode whose parameters ask for no gradient and share their memory with the module's."""
+    """A copy in evaluation mode whose parameters require no gradient and share their memory with the module's."""
     memo: dict[int, Any] = {id(p): nn.Parameter(p.detach(), requires_grad=False) for p in module.parameters()}
     return copy.deepcopy(module, memo).eval()
 
@@ -88,13 +89,13 @@ def find_blocks(
     blocks: Blocks = None,
     channel_axis: int | None = None,
 ) -> tuple[Block, ...]:
-    """The blocks in the order in which they run, with their layouts, seen by running the first input.
+    """The blocks in the order in which they run, with their layouts, found by running the first input.
 
-    `blocks`: module paths; a regular expression that whole paths match; or None for the children of the longest
-    ModuleList or Sequential of one class, and of all other such lists of that class, as in the stages of a ResNet. The
-    channels are on axis 1 of outputs with four axes or more and on the last axis of others, unless only the last one
-    fits the block's own biases; `channel_axis` says otherwise. Raises `ConfigError` for blocks that are not there, run
-    never or twice, or give no tensor.
+    `blocks`: module paths; a regular expression for whole paths; or None for the children of the longest ModuleList or
+    Sequential with children of one class, and of all other such lists of that class, such as the stages of a ResNet.
+    The channels are on axis 1 of outputs with four or more axes, unless only the last axis fits the block's biases, and
+    else on the last axis; `channel_axis` overrides this. Raises `ConfigError` for blocks that do not exist, do not run
+    exactly once, or do not return a tensor.
     """
     paths = _paths(module, blocks)
     shapes = [_shapes(module, forward, paths, inputs, count) for count in (2, 3)]
@@ -108,49 +109,48 @@ def find_blocks(
 def _paths(module: nn.Module, blocks: Blocks) -> list[str]:
     names = dict(module.named_modules())
     if blocks is None:
-        found = _longest_lists(names)
-        wanted = "a ModuleList or Sequential of blocks of one class. Remedy: give blocks=[path, …]"
+        paths = _longest_lists(names)
+        expected = "a ModuleList or Sequential of blocks of one class. Remedy: give blocks=[path, …]"
     elif isinstance(blocks, str):
-        found = [name for name in names if name and _pattern(blocks).fullmatch(name)]
-        wanted = f"a path that matches {blocks!r}. Remedy: name some of: {', '.join(list(names)[1:9])} …"
+        paths = [name for name in names if name and _pattern(blocks).fullmatch(name)]
+        expected = f"a path that matches {blocks!r}. Remedy: name some of: {', '.join(list(names)[1:9])} …"
     else:
-        found = list(dict.fromkeys(blocks))
-        for path in found:
+        paths = list(dict.fromkeys(blocks))
+        for path in paths:
             _submodule(module, path)
-        wanted = "at least one path in `blocks`"
-    if not found:
-        raise ConfigError(f"The module ({type(module).__name__}) has no blocks: wanted {wanted}.")
-    return found
+        expected = "at least one path in `blocks`"
+    if not paths:
+        raise ConfigError(f"The module ({type(module).__name__}) has no blocks: wanted {expected}.")
+    return paths
 
 
 def _longest_lists(names: dict[str, nn.Module]) -> list[str]:
-    lists = {
-        name: list(part.named_children())
-        for name, part in names.items()
-        if isinstance(part, nn.ModuleList | nn.Sequential) and len({type(child) for child in part.children()}) == 1
-    }
-    longest = max(lists.values(), key=len, default=[])
+    lists = [
+        {f"{name}.{child}".lstrip("."): block for child, block in module.named_children()}
+        for name, module in names.items()
+        if isinstance(module, nn.ModuleList | nn.Sequential) and len({type(block) for block in module.children()}) == 1
+    ]
+    longest = max(lists, key=len, default={})
     if len(longest) < 2:
         return []
-    kind = type(longest[0][1])
-    paths = lambda name, children: [f"{name}.{child}".lstrip(".") for child, _ in children]
-    found = [p for name, children in lists.items() if type(children[0][1]) is kind for p in paths(name, children)]
-    return [path for path in found if not any(path.startswith(f"{outer}.") for outer in found)]
+    kind = type(next(iter(longest.values())))
+    paths = [path for blocks in lists for path, block in blocks.items() if type(block) is kind]
+    return [path for path in paths if not any(path.startswith(f"{outer}.") for outer in paths)]
 
 
 def _shapes(
     module: nn.Module, forward: Forward, paths: Sequence[str], inputs: Inputs, count: int
 ) -> dict[str, torch.Size]:
-    """What each block that runs gives for so many copies of the first input, in the order in which they run."""
+    """Path → output shape, for `count` copies of the first input, in the order in which the blocks run."""
     probe, shapes = frozen_copy(module), {}
 
-    def see(path: str, module: nn.Module, arguments: Any, output: Any) -> None:
+    def record(path: str, module: nn.Module, arguments: Any, output: Any) -> None:
         if path in shapes:
             raise ConfigError(f"blocks: '{path}' runs twice in one pass; a repair needs blocks that run once.")
         shapes[path] = _tensor(output, path).shape
 
     for path in paths:
-        _submodule(probe, path).register_forward_hook(partial(see, path))
+        _submodule(probe, path).register_forward_hook(partial(record, path))
     with torch.no_grad():
         forward(probe, to_device(take(inputs, torch.zeros(count, dtype=torch.long)), device_of(module)))
     return shapes
@@ -170,21 +170,21 @@ def _block(module: nn.Module, path: str, two: torch.Size, three: torch.Size, cha
 
 
 def _as_rows(output: Tensor, block: Block) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
-    """The output as (row, position, dim), and the way back."""
+    """The output as (row, position, dim), and the function that converts it back."""
     axes = (block.batch_axis, block.channel_axis)
     moved = output.movedim(axes, (0, -1))
     rows = moved[:, None] if moved.dim() == 2 else moved.flatten(1, -2)
-    return rows, lambda seen: seen.reshape(moved.shape).movedim((0, -1), axes)
+    return rows, lambda corrected: corrected.reshape(moved.shape).movedim((0, -1), axes)
 
 
 def _tensor(output: Any, path: str) -> Tensor:
-    found = output[0] if isinstance(output, tuple) and output else output
-    if not isinstance(found, Tensor) or found.dim() < 2:
+    tensor = output[0] if isinstance(output, tuple) and output else output
+    if not isinstance(tensor, Tensor) or tensor.dim() < 2:
         kind = type(output).__name__
         raise ConfigError(
             f"blocks: '{path}' gives a {kind}; wanted a tensor (batch, …) or a tuple that begins with one."
         )
-    return found
+    return tensor
 
 
 def _submodule(module: nn.Module, path: str) -> nn.Module:
@@ -203,7 +203,7 @@ def _pattern(text: str) -> re.Pattern[str]:
 
 
 def position_mean(rows: Float[Tensor, "row position dim"], inputs: Any) -> Float[Tensor, "row dim"]:
-    """The mean over positions; of texts that came with an `attention_mask`, over those that are not padding."""
+    """The mean over positions, or, for texts with an `attention_mask`, over those that are not padding."""
     mask = inputs.get("attention_mask") if isinstance(inputs, Mapping) else None
     if mask is None or not 1 < rows.shape[1] <= mask.shape[1]:
         return rows.mean(1)
@@ -211,12 +211,12 @@ def position_mean(rows: Float[Tensor, "row position dim"], inputs: Any) -> Float
     return (rows * weights).sum(1) / weights.sum(1)
 
 
-def places_of(blocks: Sequence[Block]) -> list[str]:
-    """The names of all places: the blocks' paths, and that of the final feature."""
+def layers_of(blocks: Sequence[Block]) -> list[str]:
+    """The names of all layers: the blocks' paths, and that of the final feature."""
     return [*(block.path for block in blocks), FINAL]
 
 
-def by_place(rows: Tensor, blocks: Sequence[Block]) -> list[Tensor]:
-    """Encodings (…, width) taken apart: (…, dim) for each place."""
+def by_layer(rows: Tensor, blocks: Sequence[Block]) -> list[Tensor]:
+    """Encodings (…, width) split by layer: (…, dim) each."""
     widths = [block.dim for block in blocks]
     return list(rows.split([*widths, rows.shape[-1] - sum(widths)], dim=-1))

@@ -1,7 +1,7 @@
-"""Online Representation Surgery: one pass over a stream of single inputs, one Adam step for each.
+"""Online Representation Surgery: one pass over a stream of single inputs, with one Adam step for each.
 
-https://arxiv.org/abs/2402.02705, online setting: tasks one after another, encoders frozen. Features do not depend
-on the modules, so they are encoded in larger batches beforehand, each input once by each model.
+https://arxiv.org/abs/2402.02705, online setting: tasks one after another, encoders frozen. Features do not depend on
+the modules, so they are computed in larger batches beforehand, each input once by each model.
 """
 
 import math
@@ -17,7 +17,7 @@ from torch.nn.utils.rnn import pad_sequence
 from suture.core.batches import Inputs, ShuffledBatches, size
 from suture.errors import ConfigError
 from suture.merging.task_vectors import compute_dtype
-from suture.repairs.fitting import Descent, descend, fit_constants
+from suture.repairs.fitting import Descent, constant_losses, descend
 from suture.repairs.model import SurgeryModel
 from suture.repairs.modules import SurgeryModules
 from suture.repairs.network import FINAL
@@ -39,12 +39,11 @@ def online(
     fractions: Sequence[float] = FRACTIONS,
     variant: Literal["standard", "normalised"] = "standard",
 ) -> RepairResult:
-    """Fit ẑ = z − U·ReLU(D·z) while inputs come by one at a time.
+    """Fit ẑ = z − U·ReLU(D·z) while inputs arrive one at a time.
 
     `fractions` are shares of each task's stream, in (0, 1], after which the modules are copied (`result.stages`); they
-    are rounded up to whole inputs. With `shuffle` the order depends on the seed and the task's name; without it is that
-    of the inputs.
-    (The centred variant would need the mean of inputs that have not come yet.)
+    are rounded up to whole inputs. With `shuffle` the order depends on the seed and the task's name; otherwise it is
+    the inputs' own. There is no centred variant, because it would need the mean of future inputs.
 
     >>> from torch import nn
     >>> problem = Problem(nn.Linear(3, 4), {"mnist": nn.Linear(3, 4)}, {"mnist": torch.randn(10, 3)})
@@ -63,8 +62,8 @@ def online(
     for t, task in enumerate(problem.tasks):
         outputs[task], losses[task] = _run(modules, t, *streams[t], lr, snapshots)
     models = {
-        share: SurgeryModel(problem.module, {FINAL: kept}, problem.tasks, forward=problem.forward, kind="online")
-        for share, kept in snapshots.items()
+        share: SurgeryModel(problem.module, {FINAL: copied}, problem.tasks, forward=problem.forward, kind="online")
+        for share, copied in snapshots.items()
     }
     last = models[max(models)]
     history = pad_sequence([losses[task] for task in problem.tasks], padding_value=math.nan)
@@ -93,25 +92,25 @@ def _run(
     modules: SurgeryModules,
     task: int,
     merged: Tensor,
-    wanted: Tensor,
+    targets: Tensor,
     lr: float,
     snapshots: Mapping[float, SurgeryModules],
 ) -> tuple[Tensor, Tensor]:
-    """One task's stream: its outputs and losses, both before each step. The snapshots get the task's modules."""
+    """Fit one task's stream; returns its outputs and losses before each step, and updates the snapshots."""
     which, ends = slice(task, task + 1), {share: math.ceil(share * len(merged)) for share in snapshots}
     rows, outputs = merged[:, None], []
-    losses = fit_constants(modules, which, [rows], [wanted], lambda step: [torch.tensor([step])])
+    losses = constant_losses(modules, which, [rows], [targets], lambda step: [torch.tensor([step])])
 
-    def before(step: int, group: slice) -> Tensor:
+    def losses_and_output(step: int, group: slice) -> Tensor:
         with torch.no_grad():
             outputs.append(modules(rows[step : step + 1].to(modules.down.device), which)[:, 0].cpu())
         return losses(step, group)
 
-    def keep(step: int, loss: Tensor, places: Mapping[str, SurgeryModules]) -> None:
+    def snapshot(step: int, loss: Tensor, layers: Mapping[str, SurgeryModules]) -> None:
         for share, end in ends.items():
             if end == step + 1:
                 snapshots[share].take(modules, task)
 
-    descent, places = Descent([modules], [which], lr, "adam"), {FINAL: modules}
-    history = descend(descent, len(merged), before, places, small=True, on_step=keep)
+    descent = Descent([modules], [which], lr, "adam")
+    history = descend(descent, len(merged), losses_and_output, {FINAL: modules}, small=True, on_step=snapshot)
     return torch.cat(outputs), history[:, 0]

@@ -1,4 +1,4 @@
-"""What a repair starts from: a merged module, its experts and unlabelled inputs; and encodings made once and kept."""
+"""The input of a repair: a merged module, its experts and unlabelled inputs, with encodings that are cached."""
 
 import hashlib
 import os
@@ -22,13 +22,13 @@ from suture.repairs.network import Block, Network, position_mean
 from suture.storage.resume import Resume
 
 Experts = Callable[[str], nn.Module] | Mapping[str, nn.Module] | nn.ModuleDict
-#: on_step(step, losses (task,), place → modules) after each step; the modules are live: copy what is to be kept.
+#: on_step(step, losses (task,), layer → modules) after each step. The modules are live, so copy them to keep a state.
 OnStep = Callable[[int, Tensor, Mapping[str, SurgeryModules]], None]
 
 
 @dataclass
 class ForwardPasses:
-    """How many inputs went through the merged module and through experts."""
+    """The number of inputs that went through the merged module and through experts."""
 
     merged: int = 0
     experts: int = 0
@@ -36,11 +36,11 @@ class ForwardPasses:
 
 @dataclass(frozen=True)
 class Problem:
-    """The merged `module`, the `experts`, and each task's unlabelled `inputs`; nothing of it is changed.
+    """The merged `module`, the `experts`, and each task's unlabelled `inputs`, none of which is changed.
 
-    `experts` is a mapping task → module, or a function that gives the task's module; it may load all of them into one
-    and the same, but not into `module`. Encodings are made `encode_batch` inputs at a time, and kept as memory-mapped
-    files in the folder `cache` if one is given.
+    `experts` is a mapping task → module, or a function that returns a task's module and may load all of them into one
+    shared module, but not into `module`. Inputs are encoded `encode_batch` at a time; with a folder `cache` the
+    encodings are stored there in memory-mapped files.
     """
 
     module: nn.Module
@@ -80,22 +80,22 @@ class Problem:
 
     @property
     def device(self) -> torch.device:
-        """Where the merged module is, and its repair will be."""
+        """The device of the merged module and of its repair."""
         return device_of(self.module)
 
     def expert(self, task: str) -> nn.Module:
         """The task's fine-tuned module."""
-        found = self.experts[task] if isinstance(self.experts, Mapping | nn.ModuleDict) else self.experts(task)
-        if not isinstance(found, nn.Module):
-            raise ConfigError(f"The expert of task {task!r} is a {type(found).__name__}; wanted a module.")
-        return found
+        module = self.experts[task] if isinstance(self.experts, Mapping | nn.ModuleDict) else self.experts(task)
+        if not isinstance(module, nn.Module):
+            raise ConfigError(f"The expert of task {task!r} is a {type(module).__name__}; wanted a module.")
+        return module
 
     def merged_rows(self, task: str, inputs: Inputs, blocks: tuple[Block, ...] = ()) -> Float[Tensor, "input width"]:
-        """What the merged module gives for inputs; see `rows`."""
+        """Encodings by the merged module; see `rows`."""
         return self.rows("merged", self.module, task, inputs, blocks)
 
     def expert_rows(self, task: str, inputs: Inputs, blocks: tuple[Block, ...] = ()) -> Float[Tensor, "input width"]:
-        """What the task's expert gives for inputs; see `rows`."""
+        """Encodings by the task's expert; see `rows`."""
         return self.rows("experts", self.expert(task), task, inputs, blocks)
 
     def rows(
@@ -106,16 +106,13 @@ class Problem:
         inputs: Inputs,
         blocks: tuple[Block, ...] = (),
     ) -> Float[Tensor, "input width"]:
-        """For each input, one after another: the mean over positions of every block's output, then the feature.
+        """Encodings, one row per input: the mean over positions of every block's output, then the feature.
 
-        On the CPU; from the cache if these weights have met these inputs before.
+        On the CPU; from the cache if these weights have encoded these inputs before.
         """
-        network = Network(module, self.forward, blocks)
-        path = (
-            None
-            if self.cache is None
-            else Path(self.cache) / f"{_key(module, self.forward, inputs, blocks)}.safetensors"
-        )
+        network, path = Network(module, self.forward, blocks), None
+        if self.cache is not None:
+            path = Path(self.cache) / f"{_key(module, self.forward, inputs, blocks)}.safetensors"
         cached = None if path is None else _cached(path, size(inputs))
         if cached is not None:
             self._check_width(kind, task, cached, inputs, blocks)
@@ -133,19 +130,19 @@ class Problem:
     ) -> Iterator[Tensor]:
         with self.track(description, size(inputs)) as advance:
             for batch in split(inputs, self.encode_batch):
-                rows = place_means(network, to_device(batch, network.device)).cpu()
+                rows = layer_means(network, to_device(batch, network.device)).cpu()
                 check(rows)
                 yield rows
                 advance(size(batch))
 
     def _check_width(self, kind: str, task: str, rows: Tensor, inputs: Inputs, blocks: tuple[Block, ...]) -> None:
-        """`IncompatibleModels` for an expert whose outputs are not as wide as the merged module's."""
+        """Raise `IncompatibleModels` for an expert whose outputs have another width than the merged module's."""
         if kind == "merged":
             self._widths[blocks] = rows.shape[1]
         elif blocks not in self._widths:
             network = Network(self.module, self.forward, blocks)
             first = to_device(take(inputs, slice(0, 1)), network.device)
-            self._widths[blocks] = place_means(network, first).shape[1]
+            self._widths[blocks] = layer_means(network, first).shape[1]
         if rows.shape[1] != self._widths[blocks]:
             what = "blocks and features" if blocks else "features"
             raise IncompatibleModels(
@@ -155,40 +152,40 @@ class Problem:
 
 
 class Order:
-    """Which inputs make up each step's batch of each task, and which of them are used at all.
+    """The batches of every step and task, and the inputs that are used at all.
 
-    `seen`: task → positions among the task's inputs, sorted; all of them if `whole`. Batches are positions in `seen`.
+    `used`: task → sorted positions of the used inputs, all of them if `whole`. Batches are positions in `used`.
     """
 
     def __init__(self, inputs: Mapping[str, Inputs], steps: int, batch_size: int, seed: int, *, whole: bool = False):
         streams = {task: ShuffledBatches(rows, batch_size, seed=seed, name=task) for task, rows in inputs.items()}
         self._streams, self._inputs = list(streams.values()), inputs
-        self.seen: dict[str, Int[Tensor, " input"]] = {}
+        self.used: dict[str, Int[Tensor, " input"]] = {}
         for task, stream in streams.items():
             everything = torch.arange(size(inputs[task]))
             few = not whole and steps * batch_size < len(everything)
-            self.seen[task] = torch.cat([stream.indices(s) for s in range(steps)]).unique() if few else everything
+            self.used[task] = torch.cat([stream.indices(s) for s in range(steps)]).unique() if few else everything
 
     def inputs(self, task: str) -> Inputs:
         """The inputs that are used."""
-        everything = len(self.seen[task]) == size(self._inputs[task])
-        return self._inputs[task] if everything else take(self._inputs[task], self.seen[task])
+        everything = len(self.used[task]) == size(self._inputs[task])
+        return self._inputs[task] if everything else take(self._inputs[task], self.used[task])
 
     def __call__(self, step: int) -> list[Int[Tensor, " batch"]]:
-        seen = self.seen.values()
-        return [torch.searchsorted(s, stream.indices(step)) for s, stream in zip(seen, self._streams, strict=True)]
+        pairs = zip(self.used.values(), self._streams, strict=True)
+        return [torch.searchsorted(used, stream.indices(step)) for used, stream in pairs]
 
 
 @torch.no_grad()
-def place_means(network: Network, inputs: Any) -> Float[Tensor, "input width"]:
-    """The mean over positions of every block's output and then the feature, side by side."""
+def layer_means(network: Network, inputs: Any) -> Float[Tensor, "input width"]:
+    """The means over positions of every block's output, and the feature, concatenated."""
     means: list[Tensor] = []
     network(inputs, lambda i, rows: means.append(position_mean(rows, inputs)))
     return torch.cat(means, dim=1)
 
 
 def _check_tensors(task: str, inputs: Any) -> None:
-    """`DataError` for inputs that are not tensors with a first axis for the inputs."""
+    """Raise `DataError` for inputs that are not tensors with a first axis for the inputs."""
     if isinstance(inputs, Mapping | tuple | list) and len(inputs):
         for part in inputs.values() if isinstance(inputs, Mapping) else inputs:
             _check_tensors(task, part)
@@ -201,20 +198,20 @@ def _check_tensors(task: str, inputs: Any) -> None:
 
 
 def split(inputs: Inputs, batch_size: int) -> Iterator[Any]:
-    """The inputs in their order, in batches."""
+    """The inputs in order, in batches."""
     for start in range(0, size(inputs), batch_size):
         yield take(inputs, slice(start, start + batch_size))
 
 
 def _key(module: nn.Module, forward: Forward, inputs: Inputs, blocks: tuple[Block, ...]) -> str:
-    """One name for the weights, the architecture, the inputs and what is asked for."""
+    """A hash of weights, architecture, `forward`, inputs and blocks."""
     tensors = inputs if isinstance(inputs, Mapping) else {"": inputs}
     facts = [content_hash(module.state_dict()), repr(module), _described(forward), content_hash(tensors), repr(blocks)]
     return hashlib.sha256("\0".join(facts).encode()).hexdigest()
 
 
 def _described(function: Any) -> str:
-    """What tells one function from another: its code and what it closes over; an object's address counts too."""
+    """The identity of a function: its code, defaults and closure, or for other objects their repr."""
     if isinstance(function, partial):
         return repr((_described(function.func), function.args, function.keywords))
     if not isinstance(function, types.FunctionType):
@@ -232,7 +229,7 @@ def _code(code: types.CodeType) -> tuple[Any, ...]:
 def _cached(path: Path, count: int) -> Tensor | None:
     try:
         rows = open_checkpoint(path)["rows"] if path.is_file() else None
-    except (CheckpointError, KeyError):  # damaged: made again
+    except (CheckpointError, KeyError):  # a damaged file is replaced
         return None
     return rows if rows is not None and len(rows) == count else None
 

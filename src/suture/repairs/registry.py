@@ -1,4 +1,4 @@
-"""The kinds of repair: every function of this package that is decorated with `repair_kind`, found by themselves.
+"""The registry of repair kinds: every function of this package that is decorated with `repair_kind`.
 
 A kind is one function of a `Problem`. Its keyword-only arguments are the knobs; the configuration schema, `--help` and
 the documentation are read from them.
@@ -20,9 +20,9 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 @dataclass(frozen=True)
 class RepairKind:
-    """One kind: `function(problem, **knobs)` fits it and gives a `RepairResult`.
+    """One kind of repair: `function(problem, **knobs)` fits it and returns a `RepairResult`.
 
-    `scored_while_fitting`: whether a run may score it every few steps, because its modules alone are live.
+    `scored_while_fitting`: whether a run may score it every few steps, because only its modules change.
     """
 
     name: str
@@ -32,7 +32,7 @@ class RepairKind:
 
     @cached_property
     def knobs(self) -> Knobs:
-        """The function's knobs: names, defaults and what they may be."""
+        """The function's knobs: names, defaults and allowed values."""
         return Knobs(f"repair={self.name}", self.function, group="repair")
 
 

@@ -1,4 +1,4 @@
-"""The one entry to all kinds of repair: `repair(module, experts, inputs, kind)`."""
+"""The entry point to all kinds of repair: `repair(module, experts, inputs, kind)`."""
 
 import os
 from collections.abc import Mapping
@@ -30,15 +30,15 @@ def repair(
 ) -> RepairResult:
     """Fit a repair of a merged module to its experts' features, on unlabelled inputs.
 
-    `module` and the experts give features (batch, dim) through `forward(module, inputs)`; they are run in evaluation
-    mode and never changed. `inputs[task]` is (N, …), or a mapping of such tensors for keyword arguments. `experts` is a
-    mapping task → module, or a function that gives the task's module and may load all of them into one (not into
-    `module`). `kind`: see `repair_kinds()`, whose functions have the `knobs`. Encodings are kept in the folder `cache`,
+    `forward(module, inputs)` returns features (batch, dim); `module` and the experts run in evaluation mode and are
+    never changed. `inputs[task]` is (N, …), or a mapping of such tensors for keyword arguments. `experts` is a mapping
+    task → module, or a function that returns a task's module and may load all of them into one (but not into `module`).
+    `kind` is a name from `repair_kinds()`, and `knobs` are that kind's. Encodings are cached in the folder `cache`,
     keyed by the content of weights and inputs. With `resume` an interrupted loop continues with bit-identical results.
-    `on_step(step, losses, modules)` sees the live modules by place after every step.
+    `on_step(step, losses, modules)` gets the live modules of every layer after each step.
 
-    Raises `ConfigError` for an unknown kind, knob or value, `DataError` for a task without inputs or a loss that is not
-    finite.
+    Raises `ConfigError` for an unknown kind, knob or value, and `DataError` for a task without inputs or a loss that is
+    not finite.
 
     >>> import torch
     >>> merged, expert = nn.Linear(3, 4), nn.Linear(3, 4)

@@ -21,8 +21,8 @@ RepairedModel = SurgeryModel | BlendModel
 class Stream(NamedTuple):
     """One pass over single inputs.
 
-    - `order`: per task, the positions of its inputs in the order in which they came.
-    - `outputs`: per task, (input, dim) the repaired feature of each input in that order, before its own step.
+    - `order`: per task, the positions of its inputs in the order of their arrival.
+    - `outputs`: per task, (input, dim) the repaired feature of each input in that order, before the step on it.
     """
 
     order: Mapping[str, Int[Tensor, " input"]]
@@ -31,19 +31,19 @@ class Stream(NamedTuple):
 
 @dataclass(frozen=True)
 class RepairResult:
-    """A repaired model and how it was fitted.
+    """A repaired model, and the record of its fit.
 
     - `model`: inputs, task → repaired features; `model.for_task(task)` is a plain module.
     - `losses`: (step, task) the loss of each task before each step; nan where a task had no step.
     - `active`: per task, the share of its modules' units that were active on its inputs; empty for blends.
-    - `warnings`: one line each for a user to read.
-    - `added_parameters`: how many numbers the repair adds to the model, for all tasks.
-    - `passes`: how many inputs went through the merged module and through experts; cached ones are not counted.
-    - `encoders`: how many encoders run at inference.
-    - `stages`: share of the stream → the repaired model after it, and `stream`, where inputs came one at a time.
+    - `warnings`: warnings for the user, one line each.
+    - `added_parameters`: the number of parameters that the repair adds, for all tasks.
+    - `passes`: the number of inputs through the merged module and through experts, without cached ones.
+    - `encoders`: the number of encoders that run at inference.
+    - `stages`: share of the stream → the repaired model after it, and `stream`, for online repairs.
 
-    A run adds the `name` of the repair's row, the `split` that it learned from, `scores`: step → mean accuracy on the
-    way, the `representation` beside the experts', and the folder of the `encodings` of merged model and experts.
+    A run adds the `name` of the repair's row, the `split` that it was fitted on, `scores` (step → mean accuracy while
+    fitting), the `representation` compared with the experts', and the folder of the cached `encodings`.
     """
 
     kind: str
@@ -71,7 +71,7 @@ class RepairResult:
 def surgery_result(
     kind: str, problem: Problem, repairs: dict[str, SurgeryModules], losses: Tensor, blocks: tuple[Block, ...] = ()
 ) -> RepairResult:
-    """The result of a repair with surgery modules that have noted which of their units were active."""
+    """The result of a repair with surgery modules that have recorded their active units."""
     active, warnings = active_shares(repairs, problem.tasks), dead_warnings(repairs, problem.tasks)
     for modules in repairs.values():
         modules.fired = None

@@ -1,6 +1,6 @@
-"""Which task an input belongs to, from the merged model's feature alone: for use without a task's name.
+"""Routers choose an input's task from the merged model's feature, for use without a task's name.
 
-Fitted on the same unlabelled inputs as the repair: what is known of each is the task that it came with.
+They are fitted on the same inputs as the repair, which have no labels but belong to a known task.
 """
 
 from collections.abc import Mapping
@@ -66,11 +66,11 @@ def fit_router(
     ridge: Annotated[float, Gt(0)] = 1e-3,
     seed: int = 0,
 ) -> Router:
-    """A router for the tasks in the order of `features`, which are the merged model's; directions alone count.
+    """A router fitted to the merged model's `features` of each task; only their directions count.
 
-    `centroids`: the mean direction of each task, or so many k-means centroids of it, seeded. `linear`: ridge regression
-    onto the task's indicator, in closed form, each task weighing the same; `ridge` is relative to the features' mean
-    variance.
+    `kind="centroids"` takes the mean direction of each task, or this number of seeded k-means centroids.
+    `kind="linear"` is ridge regression onto the task's indicator, in closed form, with equal weight for each task;
+    `ridge` is relative to the features' mean variance. Task indices follow the order of `features`.
 
     >>> router = fit_router({"a": torch.eye(2)[:1], "b": torch.eye(2)[1:]})
     >>> router(torch.tensor([[3.0, 1.0], [0.0, 2.0]]))
@@ -84,13 +84,13 @@ def fit_router(
     if kind == "linear":
         weight, bias = _ridge(list(directions.values()), ridge)
         return LinearRouter(weight.to(dtype), bias.to(dtype))
-    found = [_k_means(rows, centroids, seed, task) for task, rows in directions.items()]
-    owner = torch.cat([torch.full((len(rows),), i) for i, rows in enumerate(found)])
-    return CentroidRouter(torch.cat(found).to(dtype), owner)
+    by_task = [_k_means(rows, centroids, seed, task) for task, rows in directions.items()]
+    owner = torch.cat([torch.full((len(rows),), i) for i, rows in enumerate(by_task)])
+    return CentroidRouter(torch.cat(by_task).to(dtype), owner)
 
 
 def routing_accuracy(router: Router, features: Mapping[str, Float[Tensor, "input dim"]]) -> dict[str, float]:
-    """Per task, the share of its inputs that are sent to it; the tasks in the order that the router was fitted with."""
+    """Per task, the share of its inputs that the router sends to it; tasks in the order of `fit_router`."""
     return {task: (router(rows) == i).double().mean().item() for i, (task, rows) in enumerate(features.items())}
 
 
@@ -99,7 +99,7 @@ def _nearest(directions: Tensor, centroids: Tensor) -> Tensor:
 
 
 def _k_means(directions: Tensor, count: int, seed: int, task: str) -> Float[Tensor, "centroid dim"]:
-    """Spherical k-means from seeded inputs; a centroid that loses all its inputs stays where it is."""
+    """Spherical k-means from seeded inputs; a centroid that loses all its inputs does not move."""
     count = min(count, len(directions))
     if count == 1:
         return normalize(directions.mean(0, keepdim=True), dim=-1)

@@ -1,7 +1,7 @@
-"""A chart: one Vega-Lite specification, shown on the page and written to files.
+"""Charts: one Vega-Lite specification each, shown on the page and written to files.
 
-Specifications are plain dicts. A name that comes from a user is only ever a value of the data, never part of an
-expression. Where page and file differ is said here: theme, width, legend, selectors.
+Specifications are plain dicts. A name from a user is only ever a value of the data, never part of an expression. Only
+this module knows how page and file differ: in theme, width, legend and selectors.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from textwrap import wrap
 from typing import Any
 
-INK = "currentColor"  # of the page, so that charts follow its theme; files have `_INK_IN_FILES`
+INK = "currentColor"  # charts on the page follow its theme; in files it is replaced by `_INK_IN_FILES`
 _INK_IN_FILES = "#24303b"
 PALETTE = (
     *("#3b82c4", "#e08a2e", "#3aa76d", "#b463b4", "#d0524a", "#6b78d6", "#a07c4f", "#35a3b0"),
@@ -18,7 +18,7 @@ PALETTE = (
 )
 _SCHEMA = "https://vega.github.io/schema/vega-lite/v6.json"
 _PICKED = {"name": "picked", "value": None}
-_ACROSS = 4  # facets beside each other
+_ACROSS = 4  # facets in a row
 _LETTER = 5.6  # width of a letter of a title, in pixels
 _CONFIG: Mapping[str, Any] = {
     "view": {"stroke": None},
@@ -33,15 +33,15 @@ _CONFIG: Mapping[str, Any] = {
 }
 _ON_PAGE = {**_CONFIG, "background": "transparent", "font": "system-ui, sans-serif"}
 _IN_FILES = {**_CONFIG, "background": "white", "font": "DejaVu Sans, Verdana, Arial, sans-serif"}
-_IN_FILES |= {"padding": 10, "aria": False}  # of each mark: four times the size of a file with many points
+_IN_FILES |= {"padding": 10, "aria": False}  # aria labels for each mark make files with many points four times larger
 
 
 @dataclass(frozen=True)
 class Choice:
-    """A selector of the page: the parameter `name` takes one of `options`.
+    """A selector on the page, which sets the parameter `name` to one of `options`.
 
-    A file shows the first option; or, if `facets` is a height, all of them beside each other, each that high, with
-    scales of their own along the axes in `independent`.
+    A file shows the first option. If `facets` is a height in pixels, it shows all of them side by side, with separate
+    scales for the axes in `independent`.
     """
 
     name: str
@@ -52,7 +52,7 @@ class Choice:
 
     @property
     def filter(self) -> dict[str, str]:
-        """The transform that leaves the rows whose field of the same name has the value chosen."""
+        """The transform that keeps the rows whose field `name` has the chosen value."""
         return {"filter": f"datum.{self.name} === {self.name}"}
 
 
@@ -60,9 +60,9 @@ class Choice:
 class Chart:
     """One figure.
 
-    - `spec`: Vega-Lite, with its data, without width and parameters.
-    - `legend`: name → colour. On the page a click on a name sets the parameter `picked`.
-    - `about`: a sentence below the chart. `width`: pixels of a file's plot.
+    - `spec`: Vega-Lite with data, but without width and parameters.
+    - `legend`: name → colour. On the page, a click on a name sets the parameter `picked`.
+    - `about`: a sentence below the chart. `width`: the width of the plot in files, in pixels.
     """
 
     title: str
@@ -73,12 +73,12 @@ class Chart:
     width: int = 560
 
     def on_page(self) -> dict[str, Any]:
-        """As the page's script draws it: as wide as its box, in the page's colours; the legend is the page's."""
+        """The specification for the page: as wide as its container, in the page's colours, without a legend."""
         params = [*self._params(), {"name": "narrow", "expr": "width < 420"}]
         return {"$schema": _SCHEMA, "width": "container", "config": _ON_PAGE, **self.spec, "params": params}
 
     def in_file(self, model: str = "") -> dict[str, Any]:
-        """Complete in itself: title with the model that it is of, legend, a white background, a fixed width."""
+        """The specification for a file: with title, `model`, legend, white background and a fixed width."""
         spec = {"width": self.width, **{key: part for key, part in self.spec.items() if key != "data"}}
         for choice in self.choices:
             spec = _facets(spec, choice) if choice.facets else spec
@@ -91,11 +91,11 @@ class Chart:
 
     def _heading(self, model: str) -> dict[str, Any]:
         title = f"{self.title}: {model}" if model else self.title
-        shown = [choice.options[0] for choice in self.choices if not choice.facets]
-        lines = [line for text in (", ".join(shown), self.about) for line in wrap(text, int(self.width / _LETTER))]
-        look = {"anchor": "start", "fontSize": 13, "fontWeight": "normal", "color": INK, "offset": 8}
-        under = {"subtitleFontSize": 10, "subtitleColor": INK, "subtitlePadding": 4}
-        return {"text": title, "subtitle": lines, **look, **under}
+        chosen = [choice.options[0] for choice in self.choices if not choice.facets]
+        lines = [line for text in (", ".join(chosen), self.about) for line in wrap(text, int(self.width / _LETTER))]
+        style = {"anchor": "start", "fontSize": 13, "fontWeight": "normal", "color": INK, "offset": 8}
+        subtitle = {"subtitleFontSize": 10, "subtitleColor": INK, "subtitlePadding": 4}
+        return {"text": title, "subtitle": lines, **style, **subtitle}
 
     def _printed_legend(self) -> dict[str, Any] | None:
         if len(self.legend) < 2:
@@ -103,15 +103,15 @@ class Chart:
         longest = min(40, max(map(len, self.legend)))
         columns = max(1, min(len(self.legend), int(self.width / (6.5 * longest + 26))))
         symbols = {"symbolType": "square", "symbolOpacity": 1, "symbolSize": 90, "symbolStrokeWidth": 0}
-        look = {"titleLimit": 0, "labelLimit": 270, "columnPadding": 14, "symbolFillColor": {"expr": _OWN_COLOUR}}
-        return {"orient": "top", "title": None, "columns": columns, **symbols, **look}
+        style = {"titleLimit": 0, "labelLimit": 270, "columnPadding": 14, "symbolFillColor": {"expr": _OWN_COLOUR}}
+        return {"orient": "top", "title": None, "columns": columns, **symbols, **style}
 
 
 _OWN_COLOUR = "scale('color', datum.value)"
 
 
 def colours(names: Iterable[str], fixed: Mapping[str, str] | None = None) -> dict[str, str]:
-    """Name → colour; those in `fixed` have theirs, the others take the palette in their order."""
+    """Name → colour: that of `fixed`, or else the next of the palette, in the order of the names."""
     fixed = fixed or {}
     names = list(dict.fromkeys(names))
     drawn = {name: PALETTE[i % len(PALETTE)] for i, name in enumerate(n for n in names if n not in fixed)}
@@ -119,7 +119,7 @@ def colours(names: Iterable[str], fixed: Mapping[str, str] | None = None) -> dic
 
 
 def specification(rows: Sequence[Mapping[str, Any]], **parts: Any) -> dict[str, Any]:
-    """A spec of these rows of data."""
+    """A specification with these rows of data."""
     return {"data": {"values": rows}, **parts}
 
 
@@ -131,7 +131,7 @@ def coloured(
     full: float = 1.0,
     unpicked: float | None = None,
 ) -> dict[str, Any]:
-    """Colour by the field `key`; `full` opacity for the name picked in the legend, `faint` for the others.
+    """Colour by the field `key`, with `full` opacity for the name picked in the legend and `faint` for the others.
 
     `unpicked` is the opacity while no name is picked, by default `full`.
     """
@@ -155,14 +155,14 @@ def names_across(name: str, order: Sequence[str]) -> dict[str, Any]:
 
 
 def names_down(name: str, order: Sequence[str], most: str = "(narrow ? 24 : 48)", **axis: Any) -> dict[str, Any]:
-    """A nominal y axis; of labels longer than `most`, an expression, the ends are left, where names differ."""
+    """A nominal y axis; labels longer than `most`, an expression, are cut to their ends, where names differ."""
     ends = f"length(datum.label) > {most} ? '…' + slice(datum.label, 1 - {most}) : datum.label"
-    look = {"labelOverlap": True, "grid": False, "labelLimit": 280, "labelExpr": ends}
-    return {"field": name, "type": "nominal", "title": None, "sort": list(order), "axis": {**look, **axis}}
+    style = {"labelOverlap": True, "grid": False, "labelLimit": 280, "labelExpr": ends}
+    return {"field": name, "type": "nominal", "title": None, "sort": list(order), "axis": {**style, **axis}}
 
 
 def tip(name: str, kind: str = "quantitative", **more: str) -> dict[str, Any]:
-    """A line of what the pointer shows."""
+    """A line of the tooltip."""
     return {"field": name, "type": kind, **more}
 
 
@@ -184,19 +184,19 @@ def heat_map(
     height: float,
     numbers: str = "",
 ) -> dict[str, Any]:
-    """Coloured cells of `value`; with numbers in them where there is a format for these."""
+    """Cells coloured by `value`, with its number in them if `numbers` is a format."""
     channel = {"field": "value", "type": "quantitative", "legend": None, **colour}
     layers: list[dict[str, Any]] = [{"mark": "rect", "encoding": {"color": channel, "tooltip": tips}}]
     if numbers:
         dark = {"test": "luminance(scale('color', datum.value)) < 0.35", "value": "white"}
         text = {"field": "value", "type": "quantitative", "format": numbers}
-        written = {"text": text, "color": {"condition": dark, "value": "black"}, "tooltip": tips}
-        layers.append({"mark": {"type": "text", "fontSize": 10}, "encoding": written})
+        encoding = {"text": text, "color": {"condition": dark, "value": "black"}, "tooltip": tips}
+        layers.append({"mark": {"type": "text", "fontSize": 10}, "encoding": encoding})
     return specification(rows, layer=layers, encoding={"x": x, "y": y}, height=height)
 
 
 def _facets(spec: Mapping[str, Any], choice: Choice) -> dict[str, Any]:
-    """Every option of a choice in a panel of its own."""
+    """The specification with a panel for every option of a choice."""
     across = min(_ACROSS, len(choice.options))
     transform = [step for step in spec.get("transform", ()) if step != choice.filter]
     size = {"width": spec["width"] // across - 16, "height": choice.facets}
@@ -208,7 +208,7 @@ def _facets(spec: Mapping[str, Any], choice: Choice) -> dict[str, Any]:
 
 
 def _for_print(part: Any, legend: Mapping[str, Any] | None) -> Any:
-    """The same specification with a dark ink instead of the page's, and the legend that the page draws itself."""
+    """The specification with a dark ink instead of the page's colour, and with the legend that the page draws."""
     if isinstance(part, list | tuple):
         return [_for_print(one, legend) for one in part]
     if not isinstance(part, Mapping):

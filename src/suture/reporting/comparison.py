@@ -1,4 +1,4 @@
-"""Comparison of finished runs: one page with all rows in one table, and a selector for each run's charts."""
+"""Comparison of finished runs: one page with all rows in one table, and selectors for each run's charts."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -6,7 +6,7 @@ from typing import Any
 
 from suture.errors import ConfigError
 from suture.reporting.page import page
-from suture.reporting.run_folder import Finished, is_reference, read, read_all
+from suture.reporting.run_folder import FinishedRun, is_reference, read, read_all
 from suture.reporting.sweep import curves_of, knobs_that_differ
 from suture.storage.atomic import write_text
 
@@ -14,20 +14,20 @@ _OF_A_MODEL = ("learning", "objective", "scatter", "explained")
 
 
 def compare(folders: Sequence[Path], output: str | Path | None, *, interactive: bool) -> Path:
-    """The page of one finished run made anew, or one page of several; see `suture.report`."""
+    """Write the page of one finished run again, or one page of several; see `suture.report`."""
     if not folders:
         raise ConfigError("There is nothing to report on. Wanted: suture report RUN [RUN …], folders of finished runs.")
     single = len(folders) == 1
     path = Path(output) if output else folders[0] / "report.html" if single else Path("comparison.html")
-    shown = read(folders[0]) if single else compared(read_all(folders))
+    run = read(folders[0]) if single else compared(read_all(folders))
     if not path.parent.is_dir():
         raise ConfigError(f"'{path.parent}' is no folder. Remedy: make it, or choose another --output.")
-    write_text(path, page(shown, interactive=interactive))
+    write_text(path, page(run, interactive=interactive))
     return path
 
 
-def compared(runs: Sequence[Finished]) -> Finished:
-    """One run's data with the rows of all; what two runs have in common comes once."""
+def compared(runs: Sequence[FinishedRun]) -> FinishedRun:
+    """The data of several runs as those of one; rows that they have in common appear once."""
     _refuse_other_tasks(runs)
     names = _names(runs)
     merged = {key: _joined(runs, names, lambda run, key=key: run.data.get(key, {})) for key in ("learning", "repairs")}
@@ -43,11 +43,11 @@ def compared(runs: Sequence[Finished]) -> Finished:
         "runs": [{**run.data, "label": run.label} for run in runs],
         **merged,
     }
-    return Finished(data["title"], data, points, [picture for run in runs for picture in run.pictures])
+    return FinishedRun(data["title"], data, points, [picture for run in runs for picture in run.pictures])
 
 
-def _names(runs: Sequence[Finished]) -> list[dict[str, str]]:
-    """What the rows of each run are called beside the others: with the knobs that differ, and the run if need be."""
+def _names(runs: Sequence[FinishedRun]) -> list[dict[str, str]]:
+    """For each run, row → its name in the comparison: with the knobs that differ, and the run's label if needed."""
     datas = [run.data for run in runs]
     accuracies: dict[str, Any] = {}
     names: list[dict[str, str]] = []
@@ -63,9 +63,9 @@ def _names(runs: Sequence[Finished]) -> list[dict[str, str]]:
 
 
 def _different_rows(
-    runs: Sequence[Finished], names: Sequence[Mapping[str, str]]
+    runs: Sequence[FinishedRun], names: Sequence[Mapping[str, str]]
 ) -> list[tuple[int, Mapping[str, Any]]]:
-    """(number of the run, row) for every row but repetitions, the references first."""
+    """(number of the run, row) for every different row, the references first."""
     rows: dict[str, tuple[int, Mapping[str, Any]]] = {}
     for i, run in enumerate(runs):
         for row in run.data["rows"]:
@@ -73,11 +73,11 @@ def _different_rows(
     return sorted(rows.values(), key=lambda numbered: not is_reference(numbered[1]))
 
 
-def _joined(runs: Sequence[Finished], names: Sequence[Mapping[str, str]], part: Any) -> dict[str, Any]:
+def _joined(runs: Sequence[FinishedRun], names: Sequence[Mapping[str, str]], part: Any) -> dict[str, Any]:
     return {names[i].get(name, name): value for i, run in enumerate(runs) for name, value in part(run).items()}
 
 
-def _refuse_other_tasks(runs: Sequence[Finished]) -> None:
+def _refuse_other_tasks(runs: Sequence[FinishedRun]) -> None:
     first = runs[0]
     for run in runs[1:]:
         if run.data["tasks"] != first.data["tasks"]:

@@ -1,9 +1,11 @@
-"""The contents of a report; every way of showing it starts here. `Report.as_data()` is report.json."""
+"""The contents of a report, from which all its forms are made. `Report.as_data()` is report.json."""
 
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
+
+from torch import Tensor
 
 from suture.adaptation import AdaMergingResult
 from suture.evaluation import Row
@@ -12,11 +14,10 @@ from suture.repairs import RepairResult, Representation
 
 @dataclass(frozen=True)
 class Report:
-    """Accuracies of several models on the same tasks, and what it takes to repeat the run.
+    """Accuracies of several models on the same tasks, and the information to repeat the run.
 
-    `curves`: knob → model → value of the knob → mean accuracy. `matrix`: a row for each expert, on every task.
-
-    `pretrained` and `experts` are among the `rows`; without them nothing can be said of the gap. Times are seconds.
+    `pretrained` and `experts` are among the `rows`; without them there is no gap to report. `curves`: knob → model →
+    value of the knob → mean accuracy. `matrix`: a row per expert, on every task. `profile`: activity → seconds.
     """
 
     title: str
@@ -40,7 +41,7 @@ class Report:
 
     @property
     def samples(self) -> dict[str, int]:
-        """How many test inputs each task was scored on."""
+        """Task → the number of test inputs that it was scored on."""
         return {task: count for row in self.rows for task, count in row.samples.items()}
 
     def normalised(self, row: Row) -> float:
@@ -54,7 +55,7 @@ class Report:
         return row.gap_closed(self.pretrained, self.experts)
 
     def as_data(self) -> dict[str, Any]:
-        """Everything as JSON can hold it; what is not known is null."""
+        """The report as JSON data, with null for unknown values."""
         return {
             "title": self.title,
             "command": self.command,
@@ -88,7 +89,7 @@ class Report:
 
 
 def learning_data(learned: AdaMergingResult) -> dict[str, Any]:
-    """What was learned, as JSON can hold it; the history is in a file of its own."""
+    """The learned coefficients as JSON data, without their history, which is in history.safetensors."""
     coefficients = learned.coefficients
     return {
         "tasks": list(coefficients.tasks),
@@ -103,7 +104,7 @@ def learning_data(learned: AdaMergingResult) -> dict[str, Any]:
 
 
 def repair_data(fitted: RepairResult) -> dict[str, Any]:
-    """A repair's cost and effect, as JSON can hold them; losses are those of each task's first and last step."""
+    """A repair's cost and effect as JSON data; losses are those of each task's first and last step."""
     columns = zip(fitted.tasks, fitted.losses.T.tolist(), strict=True)
     losses = {task: [value for value in column if math.isfinite(value)] for task, column in columns}
     data: dict[str, Any] = {
@@ -128,22 +129,24 @@ def _known(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def _distances(found: Representation) -> dict[str, Any]:
-    """Mean L1 and linear CKA to the expert, before and after, by task and place."""
-    table = lambda values: {
-        t: dict(zip(found.places, row, strict=True)) for t, row in zip(found.tasks, values.tolist(), strict=True)
-    }
-    sides = {"before": found.before, "after": found.after}
+def _distances(compared: Representation) -> dict[str, Any]:
+    """Mean L1 and linear CKA to the expert, before and after, by task and layer."""
+
+    def table(values: Tensor) -> dict[str, dict[str, float]]:
+        rows = zip(compared.tasks, values.tolist(), strict=True)
+        return {task: dict(zip(compared.layers, row, strict=True)) for task, row in rows}
+
+    sides = {"before": compared.before, "after": compared.after}
     return {side: {"l1": table(distances.l1), "cka": table(distances.cka)} for side, distances in sides.items()}
 
 
 def percent(value: float | None) -> str:
-    """One decimal, or a dash where there is nothing to say."""
+    """A share as a percentage with one decimal, or a dash if it is undefined."""
     return "–" if value is None or not math.isfinite(value) else f"{100 * value:.1f}"
 
 
 def columns(report: Report) -> list[str]:
-    """The heads of the accuracy table."""
+    """The column heads of the accuracy table."""
     return ["", *report.tasks, "mean", "norm.", "gap closed"]
 
 

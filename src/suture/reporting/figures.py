@@ -1,6 +1,6 @@
-"""The figures of a run: each is drawn on the page and saved as PNG and SVG, from one specification.
+"""The figures of a run, drawn on the page and saved as PNG and SVG from one specification each.
 
-A figure is one function in a file of `charts/`; its decorator says everything else.
+A figure is one function in a file of `charts/`, with the decorator `figure`.
 """
 
 import pkgutil
@@ -14,19 +14,19 @@ from suture.reporting import charts
 from suture.reporting.chart import Chart
 from suture.reporting.labels import file_name
 from suture.reporting.rendering import save
-from suture.reporting.run_folder import Finished
+from suture.reporting.run_folder import FinishedRun
 
-#: The first sections of the page, in their order; others come behind them.
+#: The first sections of the page, in order; any others follow.
 _SECTIONS = ("Task by task", "Sweeps", "Every model on every task", "Coefficients", "Repair")
-_OF_MODELS = ("learning", "repairs")  # parts of report.json that go by the names of models
+_OF_MODELS = ("learning", "repairs")  # parts of report.json whose keys are names of models
 
 
 @dataclass(frozen=True)
 class Figure:
     """A kind of figure.
 
-    `draw(run)` gives the chart, or None where the run has nothing for it. With `each`, a key of report.json such as
-    "learning", `draw(run, name)` is called for every name in there.
+    `draw(run)` returns the chart, or None if the run has no data for it. With `each`, a key of report.json such as
+    "learning", `draw(run, name)` is called for every name under that key.
     """
 
     name: str
@@ -37,7 +37,7 @@ class Figure:
 
 @dataclass(frozen=True)
 class Drawn:
-    """A chart of a run: `file` is its name without suffix, `model` the one that it is of, if it is of one."""
+    """A chart of a run: `file` is its name without suffix, and `model` the model that it shows, if it is only one."""
 
     section: str
     model: str
@@ -46,13 +46,13 @@ class Drawn:
 
 
 def figure(name: str, *, section: str, each: str = "") -> Callable[[Callable[..., Chart | None]], Figure]:
-    """Make a function of `charts/` the figure that is saved as NAME.png, or NAME_MODEL.png with `each`."""
+    """Make a function of `charts/` a figure, saved as NAME.png, or with `each` as NAME_MODEL.png."""
     return lambda draw: Figure(name, section, draw, each)
 
 
 @cache
 def figures() -> list[Figure]:
-    """All figures, in the order of the page: by section, then as they come in their files."""
+    """All figures in the order of the page: by section, then by file and position in it."""
     modules = sorted(module.name for module in pkgutil.iter_modules(charts.__path__))
     members = [vars(import_module(f"{charts.__name__}.{module}")).values() for module in modules]
     defined = [member for module in members for member in module if isinstance(member, Figure)]
@@ -60,8 +60,8 @@ def figures() -> list[Figure]:
     return sorted(defined, key=lambda one: order.get(one.section, len(order)))
 
 
-def charts_of(run: Finished) -> Iterator[Drawn]:
-    """Every chart that the run has data for."""
+def charts_of(run: FinishedRun) -> Iterator[Drawn]:
+    """Every chart for which the run has data."""
     for one in figures():
         if not one.each and (chart := one.draw(run)):
             yield Drawn(one.section, "", one.name, chart)
@@ -70,7 +70,7 @@ def charts_of(run: Finished) -> Iterator[Drawn]:
                 yield Drawn(one.section, name if one.each in _OF_MODELS else "", file_name(one.name, name), chart)
 
 
-def draw(run: Finished, folder: Path) -> list[Path]:
-    """Save every figure of a run; returns the SVG files, whose PNG twins lie beside them."""
+def draw(run: FinishedRun, folder: Path) -> list[Path]:
+    """Save every figure of a run as SVG and PNG; returns the paths of the SVG files."""
     folder.mkdir(parents=True, exist_ok=True)
     return [save(drawn.chart, folder / drawn.file, drawn.model) for drawn in charts_of(run)]

@@ -1,4 +1,4 @@
-"""Names cut to the room that a table or a figure has for them."""
+"""Names shortened for tables and figures."""
 
 import re
 from collections.abc import Sequence
@@ -7,17 +7,17 @@ from suture.repairs.network import FINAL
 
 
 def label(name: str, most: int = 24) -> str:
-    """The beginning of a name."""
+    """The beginning of a name, in at most `most` characters."""
     return name if len(name) <= most else f"{name[: most - 1]}…"
 
 
 def end_label(text: str, most: int) -> str:
-    """The end of a tensor's name: such names differ at their ends."""
+    """The end of a tensor's name, where such names differ, in at most `most` characters."""
     return text if len(text) <= most else f"…{text[1 - most :]}"
 
 
 def short_names(names: Sequence[str], *, keep: int = 0) -> list[str]:
-    """Dotted names without the levels that all of them begin with, but for the last `keep` of these.
+    """Dotted names without the levels that all of them begin with, except the last `keep` of these.
 
     >>> short_names(["vision.layers.0.bias", "vision.layers.1.bias"], keep=1)
     ['layers.0.bias', 'layers.1.bias']
@@ -27,19 +27,19 @@ def short_names(names: Sequence[str], *, keep: int = 0) -> list[str]:
     return [".".join(levels[max(0, shared - keep) :]) for levels in parts]
 
 
-def layer_names(places: Sequence[str]) -> dict[str, str]:
-    """Path of a block → its short name; the final feature is called "final".
+def layer_names(layers: Sequence[str]) -> dict[str, str]:
+    """Layer → its short name; the final feature is called "final".
 
     >>> layer_names(["vision.layers.0", "vision.layers.1", "(features)"])
     {'vision.layers.0': 'layers.0', 'vision.layers.1': 'layers.1', '(features)': 'final'}
     """
-    blocks = [place for place in places if place != FINAL]
+    blocks = [layer for layer in layers if layer != FINAL]
     short = dict(zip(blocks, short_names(blocks, keep=1), strict=True))
-    return {place: short.get(place, "final") for place in places}
+    return {layer: short.get(layer, "final") for layer in layers}
 
 
 def file_name(figure: str, name: str) -> str:
-    """The name of a figure's file, whatever the model is called.
+    """The name of a figure's file, safe for any model name.
 
     >>> file_name("coefficients", "../my model + final")
     'coefficients_my_model_final'

@@ -1,7 +1,7 @@
-"""report.html: one self-contained page of one finished run, or of several side by side.
+"""report.html: one self-contained page for one finished run, or for several side by side.
 
-Everything in it comes from what the runs left, as checked data, and is escaped. Its policy forbids the browser every
-connection and every script but the two of the page, which it knows by their hashes.
+All its contents come from checked data of the runs, and are escaped. Its policy forbids all connections and all scripts
+except the page's own two, which it lists by their hashes.
 """
 
 import base64
@@ -16,18 +16,18 @@ from suture.reporting.chart import Chart
 from suture.reporting.data import percent
 from suture.reporting.figures import charts_of
 from suture.reporting.rendering import runtime
-from suture.reporting.run_folder import Finished, flat, is_reference
+from suture.reporting.run_folder import FinishedRun, flat, is_reference
 
 Block = Chart | str
-_DESTINATIONS = ("output", "overwrite", "reuse", "choices.", "hydra")  # where a run went, not what it did
+_DESTINATIONS = ("output", "overwrite", "reuse", "choices.", "hydra")  # keys that do not affect a run's results
 _ABOUT = """Accuracy in %. Norm.: mean over tasks of accuracy / expert accuracy. Gap closed: (model − pretrained) /
 (experts − pretrained) of the means. Click a column head to sort."""
 
 
-def page(run: Finished, *, interactive: bool = True) -> str:
-    """The whole page as HTML; without `interactive` it shows the run's pictures."""
-    charted: list[Chart] = []
-    body = _sections(run, charted if interactive else None)
+def page(run: FinishedRun, *, interactive: bool = True) -> str:
+    """The page as HTML; without `interactive` it shows the run's pictures instead of charts."""
+    charts: list[Chart] = []
+    body = _sections(run, charts if interactive else None)
     scripts = [*([runtime()] if interactive else []), _asset("page.js")]
     title = escape(run.data["title"])
     return f"""<!doctype html>
@@ -38,78 +38,78 @@ def page(run: Finished, *, interactive: bool = True) -> str:
 <main>
 {body}
 </main>
-<script type="application/json" id="charts">{_as_json(charted)}</script>
+<script type="application/json" id="charts">{_as_json(charts)}</script>
 {"".join(f"<script>{script}</script>" for script in scripts)}
 </body></html>
 """
 
 
 def _policy(scripts: Sequence[str]) -> str:
-    """A Content-Security-Policy under which only these scripts run and nothing is loaded."""
+    """A Content-Security-Policy that allows only these scripts and loads nothing."""
     hashes = (base64.b64encode(sha256(script.encode()).digest()).decode() for script in scripts)
     allowed = " ".join(f"'sha256-{value}'" for value in hashes)
     rest = "style-src 'unsafe-inline'; img-src data:; base-uri 'none'; form-action 'none'"
     return f"default-src 'none'; script-src {allowed}; {rest}"
 
 
-def _as_json(charted: Sequence[Chart]) -> str:
-    """What JSON.parse takes and no HTML parser trips over: all ASCII, without a <."""
-    charts = [
+def _as_json(charts: Sequence[Chart]) -> str:
+    """The charts as JSON that is safe inside HTML: all ASCII, without a <."""
+    data = [
         {
             "spec": chart.on_page(),
             "legend": list(chart.legend.items()),
             "choices": [[choice.name, choice.label, list(choice.options)] for choice in chart.choices],
         }
-        for chart in charted
+        for chart in charts
     ]
-    return json.dumps(charts, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
+    return json.dumps(data, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
 
 
-def _sections(run: Finished, charted: list[Chart] | None) -> str:
-    """The sections of the page; charts go into `charted`, or pictures onto the page if it is None."""
+def _sections(run: FinishedRun, charts: list[Chart] | None) -> str:
+    """The sections of the page; appends its charts to `charts`, or shows pictures if that is None."""
     data = run.data
     parts = [_best(data), _table(data), _notes(data)]
-    if charted is None:
+    if charts is None:
         parts += _pictures(run)
     else:
-        parts += [_section(title, panels, charted) for title, panels in _panels(run).items()]
+        parts += [_section(title, panels, charts) for title, panels in _panels(run).items()]
     several = data.get("runs")
     parts += [_differences(several), _each(several)] if several else [_section_of("The run", _details(data))]
     return "\n".join(part for part in parts if part)
 
 
-def _panels(run: Finished) -> dict[str, dict[str, list[Block]]]:
-    """Section → panel → charts; where a section has a panel for each of several models, a selector chooses one."""
+def _panels(run: FinishedRun) -> dict[str, dict[str, list[Block]]]:
+    """Section → panel → charts; a selector chooses among the panels of a section, one for each model."""
     sections: dict[str, dict[str, list[Block]]] = {}
     for drawn in charts_of(run):
         sections.setdefault(drawn.section, {}).setdefault(drawn.model, []).append(drawn.chart)
     if run.data["repairs"]:
         charts = sections.get("Repair", {})
         facts = {name: _facts(repair) for name, repair in run.data["repairs"].items()}
-        sections["Repair"] = {name: [said, *charts.get(name, ())] for name, said in facts.items()}
+        sections["Repair"] = {name: [text, *charts.get(name, ())] for name, text in facts.items()}
     return sections
 
 
-def _section(title: str, panels: Mapping[str, Sequence[Block]], charted: list[Chart]) -> str:
+def _section(title: str, panels: Mapping[str, Sequence[Block]], charts: list[Chart]) -> str:
     options = "".join(f"<option>{escape(name)}</option>" for name in panels)
-    chooser = f"<label>of <select class=panels>{options}</select></label>" if len(panels) > 1 else ""
-    shown = []
+    selector = f"<label>of <select class=panels>{options}</select></label>" if len(panels) > 1 else ""
+    divisions = []
     for i, blocks in enumerate(panels.values()):
-        inside = "".join(block if isinstance(block, str) else _figure(block, charted) for block in blocks)
-        shown.append(f"<div class=panel{' hidden' * (i > 0)}>{inside}</div>")
-    return f"<section><h2>{escape(title)} {chooser}</h2>{''.join(shown)}</section>"
+        inside = "".join(block if isinstance(block, str) else _figure(block, charts) for block in blocks)
+        divisions.append(f"<div class=panel{' hidden' * (i > 0)}>{inside}</div>")
+    return f"<section><h2>{escape(title)} {selector}</h2>{''.join(divisions)}</section>"
 
 
-def _figure(chart: Chart, charted: list[Chart]) -> str:
-    charted.append(chart)
+def _figure(chart: Chart, charts: list[Chart]) -> str:
+    charts.append(chart)
     about = f"<p class=note>{escape(chart.about)}</p>" if chart.about else ""
     caption = escape(chart.title)
     inside = f"<figcaption>{caption}</figcaption><div class=chart></div>{about}"
-    return f'<figure data-chart="{len(charted) - 1}">{inside}</figure>'
+    return f'<figure data-chart="{len(charts) - 1}">{inside}</figure>'
 
 
-def _pictures(run: Finished) -> Iterator[str]:
-    """The SVG files as images: a browser runs no script and loads nothing in these."""
+def _pictures(run: FinishedRun) -> Iterator[str]:
+    """The SVG files as images, in which browsers run no scripts and load nothing."""
     for picture in run.pictures:
         encoded = base64.b64encode(picture.read_bytes()).decode()
         title = escape(picture.stem.replace("_", " "))
@@ -118,16 +118,16 @@ def _pictures(run: Finished) -> Iterator[str]:
 
 
 def _best(data: Mapping[str, Any]) -> str:
-    """The sentence that a reader wants first."""
+    """The first sentence: the best model, its accuracy, and the references."""
     scored = [row for row in data["rows"] if not is_reference(row) and row["mean"] is not None]
     if not scored:
         return ""
     best = max(scored, key=lambda row: row["mean"])
     closed = f", which closes {_percents(best['gap_closed'])} of the gap" if best["gap_closed"] is not None else ""
     references = (f"{row['name']} {_percents(row['mean'])}" for row in data["rows"] if is_reference(row))
-    between = escape("; ".join(references))
-    said = f"Best: <strong>{escape(best['name'])}</strong> with {_percents(best['mean'])}{closed}."
-    return f"<p class=lead>{said}{f' <span class=note>({between})</span>' if between else ''}</p>"
+    compared = escape("; ".join(references))
+    sentence = f"Best: <strong>{escape(best['name'])}</strong> with {_percents(best['mean'])}{closed}."
+    return f"<p class=lead>{sentence}{f' <span class=note>({compared})</span>' if compared else ''}</p>"
 
 
 def _percents(value: float | None) -> str:
@@ -165,9 +165,9 @@ def _notes(data: Mapping[str, Any]) -> str:
 
 
 def _facts(repair: Mapping[str, Any]) -> str:
-    """What a repair cost, and each task's loss at its first and last step."""
+    """A repair's cost, and each task's loss at its first and last step."""
     encoded, encoders = repair["inputs_encoded"], repair["encoders_at_inference"]
-    said = (
+    cost = (
         f"{repair['kind']}: {repair['added_parameters']:,} numbers added, {repair['steps']:,} steps, "
         f"{encoded.get('merged', 0):,} inputs through the merged model, {encoded.get('experts', 0):,} through experts, "
         f"{encoders} encoder{'s' * (encoders > 1)} at inference."
@@ -180,7 +180,7 @@ def _facts(repair: Mapping[str, Any]) -> str:
     heads = "<thead><tr><th scope=col>task</th><th scope=col>first loss</th><th scope=col>last loss</th></tr></thead>"
     table = f"<details><summary>Losses</summary><table>{heads}<tbody>{lines}</tbody></table></details>" if lines else ""
     warnings = "".join(f"<li>{escape(line)}</li>" for line in repair["warnings"])
-    return f"<p>{escape(said)}</p>{f'<ul class=notes>{warnings}</ul>' if warnings else ''}{table}"
+    return f"<p>{escape(cost)}</p>{f'<ul class=notes>{warnings}</ul>' if warnings else ''}{table}"
 
 
 def _differences(runs: Sequence[Mapping[str, Any]]) -> str:
@@ -201,8 +201,8 @@ def _differences(runs: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _each(runs: Sequence[Mapping[str, Any]]) -> str:
-    shown = (f"<details class=run><summary>{escape(r['label'])}</summary>{_details(r)}</details>" for r in runs)
-    return _section_of("The runs", "".join(shown))
+    details = (f"<details class=run><summary>{escape(r['label'])}</summary>{_details(r)}</details>" for r in runs)
+    return _section_of("The runs", "".join(details))
 
 
 def _section_of(title: str, inside: str) -> str:
@@ -210,12 +210,12 @@ def _section_of(title: str, inside: str) -> str:
 
 
 def _details(run: Mapping[str, Any]) -> str:
-    """Where the time went, the command, the configuration and the provenance of one run."""
+    """The profile, the command, the configuration and the provenance of one run."""
     command = run.get("command", "")
     repeat = f"<h3>To repeat it</h3><pre class=command>{escape(command)}</pre>" if command else ""
     names = {"config": "Configuration", "provenance": "Provenance: versions and the sha256 of every input"}
-    shown = [(name, json.dumps(run[key], indent=2, ensure_ascii=False)) for key, name in names.items() if run.get(key)]
-    data = [f"<details><summary>{name}</summary><pre>{escape(text)}</pre></details>" for name, text in shown]
+    texts = [(name, json.dumps(run[key], indent=2, ensure_ascii=False)) for key, name in names.items() if run.get(key)]
+    data = [f"<details><summary>{name}</summary><pre>{escape(text)}</pre></details>" for name, text in texts]
     return _profile(run.get("profile_seconds", {})) + repeat + "".join(data)
 
 

@@ -1,4 +1,4 @@
-"""figures.json: the points of curves and scatters, thinned out to what an eye can tell apart."""
+"""figures.json: the points of curves and scatter plots, thinned to what is visible."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -9,15 +9,16 @@ from suture.adaptation import AdaMergingResult
 from suture.repairs import Representation
 from suture.reporting.data import Report
 
-_STEPS = 200  # of a curve
-_INPUTS = 128  # of a task in the scatter
+_STEPS = 200  # at most, in a curve
+_INPUTS = 128  # at most, for each task of a scatter plot
 
 
 def points_of(report: Report) -> dict[str, Any]:
-    """What `figures.json` holds: curves of what was learned, and the scatter of each repair.
+    """The contents of figures.json: curves of what was learned, and the scatter plot of each repair.
 
     `learning`: name → steps, and per task the mean, the lowest and the highest coefficient over layers at each;
-    `objective`: name → step and loss. `scatter`: name → task → model → [x, y] of each input.
+    `objective`: name → steps and losses; `scatter`: name → task → model → [x, y] of each input; `explained`: name →
+    task → the share of the variance in the plot.
     """
     compared = {name: r.representation for name, r in report.repairs.items() if r.representation is not None}
     return {
@@ -41,9 +42,9 @@ def _coefficients(learning: AdaMergingResult) -> dict[str, Any]:
 
 
 def _losses(losses: Tensor) -> dict[str, Any]:
-    """The mean of the steps around each that is kept."""
+    """The losses, each the mean from its step to the next that is kept."""
     taken = _thinned(len(losses), _STEPS)
-    ends = [*taken[1:], len(losses)][: len(taken)]  # no steps, no losses
+    ends = [*taken[1:], len(losses)][: len(taken)]  # empty if there are no steps
     return {"steps": taken, "loss": [_number(losses[a:b].mean()) for a, b in zip(taken, ends, strict=True)]}
 
 
@@ -57,7 +58,7 @@ def _points(points: Tensor) -> list[list[float]]:
 
 
 def _thinned(length: int, most: int) -> list[int]:
-    """At most so many indices of a sequence, evenly spread, the first and the last among them."""
+    """At most `most` evenly spread indices of a sequence, including the first and the last."""
     if length <= most:
         return list(range(length))
     return [round(i * (length - 1) / (most - 1)) for i in range(most)]

@@ -1,6 +1,6 @@
-"""Vega-Lite outside a browser: charts as SVG and PNG files, and the runtime script of the page.
+"""Vega-Lite outside a browser: charts as SVG and PNG files, and the page's runtime script.
 
-All of it comes from `vl-convert-python`, which holds Vega-Lite and a JavaScript engine and fetches nothing.
+Both come from `vl-convert-python`, which contains Vega-Lite and a JavaScript engine and downloads nothing.
 """
 
 import contextlib
@@ -13,13 +13,13 @@ from suture.reporting.chart import Chart
 from suture.storage.atomic import write_text
 from suture.storage.cache import cache_directory
 
-_SCALE = 1.5  # pixels of a PNG for one of the specification
+_SCALE = 1.5  # PNG pixels per pixel of the specification
 _REFERENCE = re.compile(r"""(<[^<>]*?(?:id="|url\(#))(gradient_|clip)(\d+)""")  # in tags only, not in text
 _ENTRY = "window.vegaEmbed = vegaEmbed;"
 
 
 def save(chart: Chart, stem: Path, model: str = "") -> Path:
-    """Write STEM.svg and STEM.png; returns the SVG's path. The same chart gives the same bytes."""
+    """Write STEM.svg and STEM.png, byte-identical for equal charts; returns the SVG's path."""
     import vl_convert
 
     picture = _renumbered(vl_convert.vegalite_to_svg(chart.in_file(model), allowed_base_urls=[]))
@@ -30,19 +30,19 @@ def save(chart: Chart, stem: Path, model: str = "") -> Path:
 
 
 def _renumbered(svg: str) -> str:
-    """The same picture with its own numbering of gradients: Vega goes on counting from picture to picture."""
+    """The picture with gradients numbered from 0, because Vega continues its count from picture to picture."""
     numbers: dict[str, str] = {}
     return _REFERENCE.sub(lambda m: f"{m[1]}{m[2]}{numbers.setdefault(m[3], str(len(numbers)))}", svg)
 
 
 def runtime() -> str:
-    """The script that defines `vegaEmbed`, 0.9 MB, made once and then taken from the cache."""
+    """The script that defines `vegaEmbed` (0.9 MB), bundled once and then read from the cache."""
     import vl_convert
 
     path = cache_directory() / f"vega-embed-{version('vl-convert-python')}.js"
     if path.is_file():
         return path.read_text("utf-8")
     script = vl_convert.javascript_bundle(_ENTRY).replace("</script", "<\\/script").replace("<!--", "<\\!--")
-    with contextlib.suppress(OutputError):  # a cache that cannot be written costs seconds, not the page
+    with contextlib.suppress(OutputError):  # without a cache the script is bundled again, which takes seconds
         write_text(path, script)
     return script

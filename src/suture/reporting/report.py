@@ -1,4 +1,4 @@
-"""The one entry to reports: `report(results, …)`, or `report(folders)` of finished runs."""
+"""The entry point to reports: `report(results, …)`, or `report(folders)` for finished runs."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -26,18 +26,18 @@ def report(
     overwrite: bool = False,
     interactive: bool = True,
 ) -> Path:
-    """Report on results by name, or make the page of finished runs; returns the page's path.
+    """Report on results, or write the page of finished runs; returns the page's path.
 
-    `results`: name → what `merge`, `adapt`, `repair`, `evaluate_row` gave, or any checkpoint or model. Each is scored
-    on `tasks`, beside `pretrained` and the `experts` (task → model), where these are given; weights are loaded into
-    copies of `module`. The folder `output` (by default one below `outputs/report`) gets what a run's folder has of
-    reports: `report.html`, `report.md`, `report.json`, figures. Nothing given is changed.
+    `results`: name → a result of `merge`, `adapt`, `repair` or `evaluate_row`, or any checkpoint or model. Each is
+    scored on `tasks`, and compared with `pretrained` and the `experts` (task → model), if given; weights are loaded
+    into copies of `module`. The folder `output` (by default a new one below `outputs/report`) gets `report.html`,
+    `report.md`, `report.json` and the figures, as a run's folder does. None of the arguments is changed.
 
-    A list holds folders that runs left. Of one its page is made anew; several are one page side by side, which goes to
-    `output`, by default `comparison.html`. `interactive=False` shows still pictures.
+    A list is one of folders of finished runs. The page of a single run is written again; several are compared on one
+    page, at `output`, by default `comparison.html`. `interactive=False` shows still pictures.
 
-    Raises `ConfigError` for a folder without a finished run, runs that were scored on different tasks, weights without
-    a `module`, a task without an expert, and `OutputError` where the folder is in use, unless `overwrite` is given.
+    Raises `ConfigError` for a folder without a finished run, for runs that were scored on different tasks, for weights
+    without a `module`, and for a task without an expert; and `OutputError` for a folder in use, unless `overwrite`.
 
     >>> import tempfile, torch
     >>> from suture.evaluation import TaskInputs
@@ -51,8 +51,8 @@ def report(
         return compare([Path(run) for run in results], output, interactive=interactive)
     if not results:
         raise ConfigError("There is nothing to report on. Wanted: results={name: what merge, adapt or repair gave}.")
-    told = Scoring(tasks or {}, module, pretrained, experts).report(results, title)
+    scored = Scoring(tasks or {}, module, pretrained, experts).report(results, title)
     folder = Path(output) if output else new_folder("report")
-    with new_directory(folder, overwrite=overwrite) as made:
-        write(told, made, interactive=interactive)
+    with new_directory(folder, overwrite=overwrite) as partial:
+        write(scored, partial, interactive=interactive)
     return folder / "report.html"

@@ -1,4 +1,4 @@
-"""A report on what the functions of `suture` gave back: merged weights, adaptations, repairs, modules of any kind."""
+"""Reports on results of suture's functions: merged weights, adaptations, repairs, modules of any kind."""
 
 import copy
 import os
@@ -19,15 +19,15 @@ from suture.repairs import RepairResult, SurgeryModel, representation
 from suture.reporting.data import Report
 
 _SCORER = Scorer(track=bar)
-#: A row of accuracies, an adaptation, a repair, weights of any kind, or a model: anything from inputs to logits.
+#: A row of accuracies, an adaptation, a repair, weights of any kind, or any function from inputs to logits.
 Result = Row | AdaMergingResult | RepairResult | Source | Callable[[Tensor], Tensor]
-Weights = str | os.PathLike | nn.Module | Mapping  # what a checkpoint can be opened from
-COMPARED = 256  # inputs of each task that representations are compared on
+Weights = str | os.PathLike | nn.Module | Mapping  # anything that can be opened as a checkpoint
+COMPARED = 256  # inputs of each task on which representations are compared
 
 
 @dataclass(frozen=True)
 class Scoring:
-    """The tasks that results are scored on, the models to compare with, and the module that weights are loaded into."""
+    """The tasks to score results on, the models to compare with, and the module to load weights into."""
 
     tasks: Mapping[str, TaskInputs]
     module: nn.Module | None = None
@@ -42,12 +42,12 @@ class Scoring:
             raise ConfigError(f"experts lacks {missing[0]!r}; wanted a model for each of {', '.join(self.tasks)}.")
 
     def report(self, results: Mapping[str, Result], title: str) -> Report:
-        """Score every result and put together all that is known of it."""
+        """Score every result and collect its report."""
         profile = Profile()
         with profile("evaluation"):
             base = None if self.pretrained is None else self._row("pretrained", self.pretrained, role="pretrained")
-            best = _SCORER.experts(self.teachers.__getitem__, self.tasks) if self.experts else None
-            rows = [row for row in (base, best) if row is not None]
+            experts = _SCORER.experts(self.teachers.__getitem__, self.tasks) if self.experts else None
+            rows = [row for row in (base, experts) if row is not None]
             rows += [self._row(name, result) for name, result in results.items()]
         with profile("comparing representations"):
             repairs = {name: self._compared(r) for name, r in results.items() if isinstance(r, RepairResult)}
@@ -55,7 +55,7 @@ class Scoring:
             title or _title(results, self.tasks),
             rows,
             base,
-            best,
+            experts,
             provenance=self._provenance(),
             profile=profile.seconds,
             learning={name: result for name, result in results.items() if isinstance(result, AdaMergingResult)},
@@ -76,7 +76,7 @@ class Scoring:
         return _SCORER.row(row, self._model(result), self.tasks)
 
     def _model(self, result: Any) -> Any:
-        """The model to score, or one for each task."""
+        """The model to score, or a mapping task → model."""
         if isinstance(result, RepairResult):
             return {task: result.model.for_task(task) for task in self.tasks}
         if isinstance(result, AdaMergingResult):
@@ -84,7 +84,7 @@ class Scoring:
         return self._loaded(result) if isinstance(result, Weights) else result
 
     def _loaded(self, source: Source) -> nn.Module:
-        """The module itself, or weights of any kind in a copy of `module`."""
+        """A module unchanged, or weights of any kind in a copy of `module`."""
         if isinstance(source, nn.Module):
             return source
         if self.module is None:
@@ -103,10 +103,10 @@ class Scoring:
         return replace(result, representation=representation(model, self.teachers, few, track=bar))
 
     def _provenance(self) -> dict[str, Any]:
-        named = {PRETRAINED: self.pretrained, **(self.experts or {})}
-        return provenance({name: open_checkpoint(source) for name, source in named.items() if source is not None})
+        sources = {PRETRAINED: self.pretrained, **(self.experts or {})}
+        return provenance({name: open_checkpoint(source) for name, source in sources.items() if source is not None})
 
 
 def _title(results: Mapping[str, Result], tasks: Mapping[str, TaskInputs]) -> str:
-    named = ", ".join(results) if len(results) < 3 else f"{len(results)} results"
-    return f"{named} on {len(tasks)} task{'s' * (len(tasks) > 1)}"
+    names = ", ".join(results) if len(results) < 3 else f"{len(results)} results"
+    return f"{names} on {len(tasks)} task{'s' * (len(tasks) > 1)}"

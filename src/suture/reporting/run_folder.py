@@ -1,4 +1,4 @@
-"""A finished run, read back from its folder: the same plain data that `write` left there, checked."""
+"""A finished run, read from its folder: the plain data that `write` stored there, checked."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -10,8 +10,8 @@ from suture.reporting.schema import load_points, load_report
 
 
 @dataclass(frozen=True)
-class Finished:
-    """One run as its folder has it: `data` is report.json, `points` figures.json, `pictures` the SVG of each figure."""
+class FinishedRun:
+    """The contents of a run's folder: `data` is report.json, `points` figures.json, `pictures` the SVG figures."""
 
     label: str
     data: Mapping[str, Any]
@@ -19,10 +19,10 @@ class Finished:
     pictures: Sequence[Path] = ()
 
 
-def read(folder: Path, label: str = "") -> Finished:
-    """Read a run's folder, also one of an earlier version.
+def read(folder: Path, label: str = "") -> FinishedRun:
+    """Read a run's folder, also that of an earlier version.
 
-    Raises `ConfigError` where there is no finished run, or a file holds something else than a run leaves there.
+    Raises `ConfigError` if there is no finished run, or if a file does not have a run's contents.
     """
     try:
         data = load_report(folder / "report.json")
@@ -30,21 +30,23 @@ def read(folder: Path, label: str = "") -> Finished:
         raise ConfigError(f"'{shown(folder)}' has no report.json. Remedy: name the folder of a finished run.") from None
     points = folder / "figures.json"
     pictures = sorted(path for path in (folder / "figures").glob("*.svg") if path.is_file())
-    return Finished(label or data["title"], _up_to_date(data), load_points(points) if points.exists() else {}, pictures)
+    return FinishedRun(
+        label or data["title"], _up_to_date(data), load_points(points) if points.exists() else {}, pictures
+    )
 
 
-def read_all(folders: Sequence[Path]) -> list[Finished]:
-    """Read several runs; their labels are the parts of their paths in which they differ."""
+def read_all(folders: Sequence[Path]) -> list[FinishedRun]:
+    """Read several runs, labelled by the parts of their paths that differ."""
     return [read(folder, label) for folder, label in zip(folders, short_paths(folders), strict=True)]
 
 
 def is_reference(row: Mapping[str, Any]) -> bool:
-    """Whether a row is one to compare with: the pretrained model or the experts."""
+    """Whether a row is the pretrained model's or the experts'."""
     return row["role"] in ("pretrained", "experts")
 
 
 def short_paths(folders: Sequence[Path]) -> list[str]:
-    """The path of each folder without what all of them begin and end with.
+    """The path of each folder without the common beginning and end of all.
 
     >>> short_paths([Path("out/ties/1"), Path("out/dare/1")])
     ['ties', 'dare']
@@ -58,7 +60,7 @@ def short_paths(folders: Sequence[Path]) -> list[str]:
 
 
 def flat(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Every value of a nested configuration with its dotted key."""
+    """(dotted key, value) for every value of a nested configuration."""
     for key, value in config.items():
         if isinstance(value, Mapping):
             yield from flat(value, f"{prefix}{key}.")
@@ -67,7 +69,7 @@ def flat(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any
 
 
 def _up_to_date(data: dict[str, Any]) -> dict[str, Any]:
-    """What a report of an earlier version lacks, filled in; the only place that reads meaning out of names."""
+    """A report with defaults for the keys that earlier versions lack. Only here is meaning read from row names."""
     empty: dict[str, Any] = {"samples": {}, "command": "", "notes": [], "provenance": {}, "profile_seconds": {}}
     empty |= {"curves": {}, "matrix": {}, "learning": {}, "repairs": {}}
     config = {"repair" if key == "surgery" else key: value for key, value in data.get("config", {}).items()}

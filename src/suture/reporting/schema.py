@@ -1,6 +1,6 @@
-"""The shapes of report.json and figures.json, checked on reading: numbers are numbers, names are text.
+"""The schemas of report.json and figures.json, checked on reading: numbers are numbers, names are text.
 
-Keys that are not named here are kept as they are; nothing shows them but as text.
+Other keys are passed through, and are only ever shown as text.
 """
 
 import json
@@ -14,16 +14,16 @@ from typing_extensions import TypedDict
 from suture.errors import ConfigError, shown
 
 _LARGEST = 256 << 20  # bytes of a file
-_DEEPEST = 64  # levels of lists and objects in each other
+_DEEPEST = 64  # levels of nested lists and objects
 
 Number = Annotated[float, Ge(-1e300), Le(1e300)]
 Count = Annotated[int, Ge(0), Le(1 << 62)]
 Scores = dict[str, Number | None]  # step → mean accuracy
-Table = dict[str, dict[str, Number | None]]  # task → place
+Table = dict[str, dict[str, Number | None]]  # task → layer
 
 
 class RowData(TypedDict):
-    """A row of the table of accuracies."""
+    """A row of the accuracy table."""
 
     name: str
     accuracies: dict[str, Number | None]
@@ -37,7 +37,7 @@ class RowData(TypedDict):
 
 
 class LearningData(TypedDict):
-    """What a method learned."""
+    """The learned coefficients of one method."""
 
     tasks: list[str]
     layers: list[str] | None
@@ -46,7 +46,7 @@ class LearningData(TypedDict):
 
 
 class DistancesData(TypedDict):
-    """Task → place → distance."""
+    """Task → layer → distance."""
 
     l1: Annotated[Table, Len(1)]
     cka: Annotated[Table, Len(1)]
@@ -60,7 +60,7 @@ class RepresentationData(TypedDict):
 
 
 class RepairData(TypedDict):
-    """What a repair cost and what it moved."""
+    """A repair's cost and effect."""
 
     kind: str
     added_parameters: Count
@@ -126,7 +126,7 @@ class PointsData(TypedDict):
 
 
 def load_report(path: Path) -> dict[str, Any]:
-    """report.json, checked. Raises `ConfigError` that names file and key."""
+    """report.json, checked; raises `ConfigError` with file and key if it does not fit."""
     data = _checked(ReportData, path)
     for name, learned in data.get("learning", {}).items():
         _check_coefficients(path, name, learned)
@@ -138,7 +138,7 @@ def load_report(path: Path) -> dict[str, Any]:
 
 
 def load_points(path: Path) -> dict[str, Any]:
-    """figures.json, checked. Raises `ConfigError` that names file and key."""
+    """figures.json, checked; raises `ConfigError` with file and key if it does not fit."""
     data = _checked(PointsData, path)
     for name, curves in data.get("learning", {}).items():
         lengths = [len(curve) for side in ("mean", "low", "high") for curve in curves[side].values()]
@@ -157,8 +157,8 @@ def load_points(path: Path) -> dict[str, Any]:
 def _check_coefficients(path: Path, name: str, learned: Mapping[str, Any]) -> None:
     shape = [len(learned["tasks"])] + ([len(learned["layers"])] if learned["layers"] else [])
     if _shape(learned["coefficients"]) != shape:
-        wanted = "one for each task" + (" and layer" if learned["layers"] else "")
-        raise _refusal(path, f"learning.{name}.coefficients", f"wanted {wanted}")
+        expected = "one for each task" + (" and layer" if learned["layers"] else "")
+        raise _refusal(path, f"learning.{name}.coefficients", f"wanted {expected}")
     _check_steps(path, f"learning.{name}", learned["scores"])
 
 
@@ -179,8 +179,8 @@ def _check_steps(path: Path, key: str, scores: Mapping[str, float]) -> None:
 def _check_tables(path: Path, name: str, representation: Mapping[str, Any]) -> None:
     tables = [representation[when][key] for when in ("before", "after") for key in ("l1", "cka")]
     layouts = {tuple((task, tuple(sorted(line))) for task, line in sorted(table.items())) for table in tables}
-    places = {line for layout in layouts for _, line in layout}
-    if len(layouts) != 1 or len(places) != 1 or not next(iter(places)):
+    layers = {line for layout in layouts for _, line in layout}
+    if len(layouts) != 1 or len(layers) != 1 or not next(iter(layers)):
         raise _refusal(path, f"repairs.{name}.representation", "its tables need the same tasks and layers")
 
 
@@ -197,7 +197,7 @@ def _checked(shape: Any, path: Path) -> dict[str, Any]:
 
 
 def _loaded(path: Path) -> Any:
-    """The JSON of a file of bounded size and depth; NaN and Infinity are null."""
+    """The JSON of a file, with limits on size and depth; NaN and Infinity become null."""
     if path.exists() and not path.is_file():
         raise ConfigError(f"'{shown(path)}' is not a file. Remedy: name the folder of a finished run.")
     try:
@@ -234,7 +234,7 @@ def _check_depth(data: Any) -> None:
 
 
 def _key(location: Sequence[str | int]) -> str:
-    """A place in a file, as people write it: rows[0].name."""
+    """The path of a value in usual notation: rows[0].name."""
     return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in location).lstrip(".")
 
 

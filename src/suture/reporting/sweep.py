@@ -1,4 +1,4 @@
-"""Several runs side by side: one table, and the curve of accuracy over what was swept."""
+"""The summary of a sweep: one table of all its runs, and curves of accuracy over the swept knobs."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,16 +16,16 @@ Curves = dict[str, dict[str, dict[float, float]]]  # knob → model → value of
 
 @dataclass(frozen=True)
 class Summary:
-    """The report of a sweep, and the folder that it was written into."""
+    """The report of a sweep, and its folder."""
 
     report: Report
     folder: Path
 
 
 def summarise(folders: Sequence[Path]) -> Summary | None:
-    """Write the rows of finished runs as one table, with the curves, into the folder they share.
+    """Write one report of finished runs, with the curves, into their common parent folder.
 
-    Runs that were not scored give nothing to compare: then nothing is written and None returned.
+    Returns None, and writes nothing, if none of the runs was scored.
     """
     runs = [run for run in (read(folder).data for folder in folders) if run["rows"]]
     if not runs:
@@ -45,12 +45,12 @@ def summarise(folders: Sequence[Path]) -> Summary | None:
 
 
 def knobs_that_differ(run: Mapping[str, Any], runs: Sequence[Mapping[str, Any]], row: Mapping[str, Any]) -> str:
-    """The knobs that differ between the runs of this method, and of this repair if the row is one of a repair."""
+    """The knobs in which runs of this method differ, and for a repair's row those of the repair: "knob=value …"."""
     return " ".join(f"{knob}={value}" for knob, value in _differing_of(run, runs, row).items())
 
 
 def curves_of(runs: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, list[list[float]]]]:
-    """Mean accuracy over each numeric knob that took several values while nothing else differed, as in report.json."""
+    """Mean accuracy over each numeric knob that alone took several values, as in report.json."""
     swept = _curves(runs).items()
     return {knob: {name: [list(p) for p in curve.items()] for name, curve in curves.items()} for knob, curves in swept}
 
@@ -61,7 +61,7 @@ def _row(data: Mapping[str, Any], run: Mapping[str, Any], name: str | None = Non
 
 
 def _swept(runs: Sequence[Mapping[str, Any]]) -> dict[str, Row]:
-    """The rows of all runs, without the references; rows that several runs have in common come once."""
+    """The rows of all runs, without the references; rows that several runs have in common appear once."""
     rows: dict[str, Row] = {}
     for run in runs:
         for data in run["rows"]:
@@ -77,7 +77,7 @@ def _differing_of(run: Mapping[str, Any], runs: Sequence[Mapping[str, Any]], row
 
 
 def _differing(run: Mapping[str, Any], runs: Sequence[Mapping[str, Any]], group: str) -> dict[str, Any]:
-    """Of a run of several methods, or a sweep, the knobs are not those of one row: there are none to name."""
+    """The knobs of a group in which runs differ; none for a run of several methods, whose knobs fit no single row."""
     own, kind = run["config"].get(group), "name" if group == "method" else "kind"
     if not isinstance(own, Mapping):
         return {}

@@ -1,4 +1,4 @@
-"""report.json, figures.json, report.md, report.html and the figures, written into the folder of a run."""
+"""Writing the files of a report: report.json, figures.json, report.md, report.html and the figures."""
 
 import json
 import math
@@ -16,9 +16,9 @@ from suture.storage.atomic import disk_errors
 
 
 def write(report: Report, folder: Path, *, interactive: bool = True) -> None:
-    """Write every form of the report into an existing folder. Raises `OutputError` if it cannot be written.
+    """Write every form of the report into an existing folder; raises `OutputError` if it cannot be written.
 
-    The figures and the page are made from report.json and figures.json, as they would be later.
+    The figures and the page are made from the written report.json and figures.json, just as `suture report` does later.
     """
     with disk_errors(folder):
         data, points = _finite(report.as_data()), _finite(points_of(report))
@@ -27,16 +27,16 @@ def write(report: Report, folder: Path, *, interactive: bool = True) -> None:
         run = read(folder)
         pictures = draw(run, folder / "figures")
         (folder / "report.md").write_text(_markdown(report, pictures), "utf-8")
-        whole = page(replace(run, pictures=sorted(pictures)), interactive=interactive)
-        (folder / "report.html").write_text(whole, "utf-8")
+        html = page(replace(run, pictures=sorted(pictures)), interactive=interactive)
+        (folder / "report.html").write_text(html, "utf-8")
 
 
 def _finite(value: Any) -> Any:
-    """The same data with null for what is not finite, which JSON cannot hold."""
+    """The data with None for numbers that are not finite, which JSON cannot represent."""
     if isinstance(value, Mapping):
-        return {key: _finite(one) for key, one in value.items()}
+        return {key: _finite(each) for key, each in value.items()}
     if isinstance(value, list | tuple):
-        return [_finite(one) for one in value]
+        return [_finite(each) for each in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 

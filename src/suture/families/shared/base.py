@@ -1,4 +1,4 @@
-"""What a family of models has to provide so that its models can be merged, evaluated and saved."""
+"""The interface of a model family, through which its models are merged, evaluated and saved."""
 
 import shutil
 from abc import ABC, abstractmethod
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from suture.families.shared.pictures import PictureReader
     from suture.families.shared.texts import TextReader
 
-# Configuration, tokenizer and image processor, as the Hugging Face libraries name them.
+# Configuration, tokenizer and image processor, by the file names of the Hugging Face libraries.
 _COMPANIONS = (
     "added_tokens.json",
     "config.json",
@@ -37,27 +37,27 @@ _COMPANIONS = (
 
 
 def companion_files(directory: Path) -> list[Path]:
-    """The files of a model directory that go with the weights: configuration, tokenizer, processor."""
+    """The files of a model directory that accompany the weights: configuration, tokenizer, processor."""
     return [path for name in _COMPANIONS if (path := Path(directory) / name).is_file()]
 
 
 class Encoder(nn.Module, ABC):
-    """A frozen float32 module from a batch of inputs to features (B, D), which are not normalised.
+    """A frozen float32 module that maps a batch of inputs to features (B, D), not normalised.
 
-    Its parameters carry the canonical names of the family, so a merged state fits without renaming.
+    Its parameters have the family's canonical names, so a merged state fits without renaming.
     """
 
     @abstractmethod
     def load(self, state: Mapping[str, Tensor]) -> "Encoder":
-        """Copy the weights of another model of this architecture into this one, in place, and return it."""
+        """Copy the weights of another model of this architecture into this one, and return it."""
 
 
 class Family(ABC):
-    """One pretrained model on disk, and what depends on it: encoder, inputs, heads, saving.
+    """One pretrained model on disk: its encoder, inputs, heads, and how merged models are saved.
 
-    `directory` is the pretrained model as the family saves it. `weights` are its tensors, if already open. `settings`
-    are the keys of a model pool that only this family knows, `known_settings`. `experts` are the whole fine-tuned
-    models by name, for families whose heads are theirs.
+    `directory` holds the pretrained model as the family saves it. `weights` are its tensors, if already open.
+    `settings` are those keys of a model pool that only this family has (`known_settings`). `experts` are the whole
+    fine-tuned models by name, for families whose heads come from them.
     """
 
     name: ClassVar[str]
@@ -72,11 +72,12 @@ class Family(ABC):
         experts: Mapping[str, "Checkpoint"] | None = None,
     ):
         self._directory = None if directory is None else Path(directory)
-        self._weights, self.settings, self.experts = weights, settings or {}, {} if experts is None else experts
+        self._weights, self.settings = weights, settings or {}
+        self.experts = {} if experts is None else experts
 
     @property
     def directory(self) -> Path:
-        """The pretrained model's directory; raises `ConfigError` if it is a file alone."""
+        """The pretrained model's directory; raises `ConfigError` if the model is a single file."""
         if self._directory is None:
             label = getattr(self._weights, "label", "_pretrained_")
             raise ConfigError(f"'{label}' is no model directory. Remedy: give one with config and tokenizer.")
@@ -93,25 +94,25 @@ class Family(ABC):
 
     @abstractmethod
     def canonical_names(self, names: Iterable[str]) -> dict[str, str]:
-        """Canonical name → stored name, for the tensors that take part in a merge."""
+        """Canonical name → stored name, for the tensors that are merged."""
 
     @abstractmethod
     def encoder(self, state: Mapping[str, Tensor] | None = None) -> Encoder:
-        """A new encoder with these weights (the pretrained ones when None)."""
+        """A new encoder with these weights, or the pretrained ones for None."""
 
     @property
     @abstractmethod
     def reader(self) -> "PictureReader | TextReader":
-        """The model's own way from a picture to pixels, or from a text to tokens."""
+        """The model's preprocessing: pictures to pixels, or texts to tokens."""
 
     def decode(
         self, images: Images, track: Track = untracked, description: str = "Decoding", out: Tensor | None = None
     ) -> Tensor:
-        """The inputs of the encoder for all images, compact: uint8 (N, *input_shape), written into `out` if given."""
+        """All images as inputs of the encoder: uint8 (N, *input_shape), written into `out` if given."""
         return cast("PictureReader", self.reader).decode(images, track, description, out)
 
     def tokens(self, texts: Texts, track: Track = untracked, description: str = "Reading texts") -> dict[str, Tensor]:
-        """The inputs of the encoder for all texts: int32 (N, length), each under the name of an argument."""
+        """All texts as inputs of the encoder: argument name → int32 (N, length)."""
         return cast("TextReader", self.reader).tokens(texts, track, description)
 
     @property
@@ -120,19 +121,17 @@ class Family(ABC):
         return cast("PictureReader", self.reader).shape
 
     @property
-    def recipe(self) -> str:
-        """All that `decode` or `tokens` depends on beside its input, for the key of a cache."""
-        return self.reader.recipe
+    def preprocessing(self) -> str:
+        """Everything that `decode` or `tokens` depends on beside its input, as JSON, for the key of a cache."""
+        return self.reader.preprocessing
 
     def problems(self, task: Task) -> list[str]:
-        """What of a task does not fit this family or its models, one line each; from words and headers alone."""
-        if (task.text_columns is not None) == (self.reads == "texts"):
+        """Reasons why a task does not fit this family or its models, one line each, from settings and headers alone."""
+        texts = self.reads == "texts"
+        if (task.text_columns is not None) == texts:
             return self._reader_problems()
-        found, remedy = (
-            ("no text_columns", "name them") if self.reads == "texts" else ("text_columns", "leave them out")
-        )
-        reads = f"family={self.name} reads {self.reads}"
-        return [f"Task {task.name!r} has {found}, but {reads}. Remedy: {remedy}, or choose another family."]
+        problem = f"Task {task.name!r} has {'no ' * texts}text_columns, but family={self.name} reads {self.reads}."
+        return [f"{problem} Remedy: {'name them' if texts else 'leave them out'}, or choose another family."]
 
     def _reader_problems(self) -> list[str]:
         """What of the tokenizer's settings does not fit the model."""
@@ -144,22 +143,22 @@ class Family(ABC):
 
     @abstractmethod
     def head(self, task: Task, track: Track = untracked) -> Head:
-        """From features to the task's classes."""
+        """The task's head, from features (B, D) to logits (B, C)."""
 
-    def kept(self, base: "Checkpoint") -> "Checkpoint":
-        """The part of the pretrained model that a merged model is saved with: all of it, unless a family says less."""
+    def saved_part(self, base: "Checkpoint") -> "Checkpoint":
+        """The part of the pretrained model that is saved with a merged model; by default all of it."""
         return base
 
     def complete(self, out: Path) -> None:
-        """Add what a model needs beside the merged weights, `model.safetensors`, to their directory."""
+        """Add the other files that a model needs to the directory of the merged weights, `model.safetensors`."""
         for path in companion_files(self.directory) if self._directory else ():
             shutil.copyfile(path, out / path.name)
 
     def save(self, state: Mapping[str, Tensor], out: Path) -> None:
-        """Write a directory that loads without suture: the merged tensors in the base's names and dtypes, and more."""
+        """Write a directory that loads without suture: merged tensors in the base's names and dtypes, companions."""
         from suture.checkpoints import open_checkpoint, save_checkpoint
 
-        base, out = self.kept(open_checkpoint(self.weights)), Path(out)
+        base, out = self.saved_part(open_checkpoint(self.weights)), Path(out)
         stored, tensors = self.canonical_names(base), dict(base.items())
         for name, key in self.canonical_names(state).items():
             tensors[stored[name]] = state[key].detach().to(tensors[stored[name]].dtype)

@@ -1,4 +1,4 @@
-"""Models of `transformers` from a directory's configuration, and weights copied into them by today's names."""
+"""Models of `transformers` built from a directory's configuration, and weights copied into them by current names."""
 
 from collections.abc import Callable, Mapping
 from copy import deepcopy
@@ -15,18 +15,18 @@ Naming = Callable[[Any], Mapping[str, str]]  # names of a state → canonical na
 
 
 def config_of(directory: Path) -> Any:
-    """The configuration in a model's directory; raises `CheckpointError`."""
+    """The configuration in a model's directory; raises `CheckpointError` if it cannot be read."""
     with quiet():
         from transformers import AutoConfig
 
         try:
             return AutoConfig.from_pretrained(directory, local_files_only=True)
-        except Exception as error:  # the library has an exception class of its own for almost everything
+        except Exception as error:  # the library raises a different class for almost every problem
             raise CheckpointError(f"'{directory}' has no usable config.json: {one_line(error)}") from error
 
 
 def build(auto: str, config: Any, family: str, directory: Path, **changes: Any) -> Any:
-    """A model of a configuration, float32, in evaluation mode; it takes nothing from torch's generator."""
+    """A model of a configuration, float32 and in evaluation mode; torch's generator is left unchanged."""
     config = deepcopy(config)
     for key, value in changes.items():
         setattr(config, key, value)
@@ -41,18 +41,19 @@ def build(auto: str, config: Any, family: str, directory: Path, **changes: Any) 
 
 @torch.no_grad()
 def copy_into(module: nn.Module, state: Mapping[str, Tensor], naming: Naming) -> None:
-    """Copy weights and statistics in, all checked before the first is written; raises `CheckpointError`.
+    """Copy in weights and statistics after checking all of them; raises `CheckpointError` if they do not fit.
 
-    A tensor under several names in the module counts under the first. Tensors of whole numbers stay as they are.
+    Tied tensors of the module count under their first name. Integer tensors are not copied.
     """
-    found, label, own = naming(state), getattr(state, "label", "the model"), first_names(module)
-    for name, tensor in own.items():
-        if name not in found:
+    stored, label = naming(state), getattr(state, "label", "the model")
+    targets = first_names(module)
+    for name, tensor in targets.items():
+        if name not in stored:
             raise CheckpointError(f"'{name}' is missing from '{label}'; wanted a model of the base's architecture.")
-        if (shape := state[found[name]].shape) != tensor.shape:
+        if (shape := state[stored[name]].shape) != tensor.shape:
             raise CheckpointError(f"'{name}' has shape {tuple(shape)}, not {tuple(tensor.shape)}, in '{label}'.")
-    for name, tensor in own.items():
-        tensor.copy_(state[found[name]])
+    for name, tensor in targets.items():
+        tensor.copy_(state[stored[name]])
 
 
 def first_names(module: nn.Module) -> dict[str, Tensor]:
@@ -63,5 +64,5 @@ def first_names(module: nn.Module) -> dict[str, Tensor]:
 
 def tied_names(module: nn.Module) -> dict[str, str]:
     """Every name in a module's state → the first name of the same tensor."""
-    seen: dict[int, str] = {}
-    return {name: seen.setdefault(id(t), name) for name, t in module.state_dict(keep_vars=True).items()}
+    first: dict[int, str] = {}
+    return {name: first.setdefault(id(t), name) for name, t in module.state_dict(keep_vars=True).items()}

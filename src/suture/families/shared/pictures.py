@@ -1,4 +1,4 @@
-"""From pictures to pixels: the image processors of `transformers`, on several cores."""
+"""Pictures to pixels, with the image processors of `transformers`, on several cores."""
 
 import json
 import os
@@ -20,13 +20,17 @@ _BATCH = 64
 
 
 class PictureReader:
-    """Resizes and crops as an image processor does; `shape` is that of one input and `label` what messages call it."""
+    """Resizes and crops pictures with an image processor.
+
+    `shape` is the shape of one input, and `label` the model's name in messages.
+    """
 
     def __init__(self, processor: Any, shape: tuple[int, ...], label: str):
-        self.processor, self.shape, self.label = processor, shape, label
+        self.processor, self.shape = processor, shape
+        self.label = label
 
     def decode(self, images: Images, track: Track, description: str, out: Tensor | None = None) -> Tensor:
-        """uint8 (N, *shape), written into `out` if given."""
+        """All images, resized and cropped: uint8 (N, *shape), written into `out` if given."""
         pixels = torch.empty((len(images), *self.shape), dtype=torch.uint8) if out is None else out
 
         def work(start: int) -> int:
@@ -40,37 +44,37 @@ class PictureReader:
         return pixels
 
     def shape_of(self, picture: Any) -> tuple[int, ...]:
-        """The shape that the processor gives to a picture."""
-        return tuple(self._made([picture])[0].shape)
+        """The shape of a picture after the processor."""
+        return tuple(self._processed([picture])[0].shape)
 
     @property
-    def recipe(self) -> str:
-        """All that decides the pixels beside the picture."""
+    def preprocessing(self) -> str:
+        """Everything that determines the pixels beside the picture, as JSON."""
         libraries = {name: version(name) for name in ("pillow", "transformers")}
         return json.dumps([self.processor.to_dict(), self.shape, libraries], sort_keys=True, default=str)
 
     def standardise(self) -> "Standardise":
-        """What follows on the device; raises `CheckpointError` when the processor does not say how."""
+        """The step that follows on the device; raises `CheckpointError` without image_mean or image_std."""
         if self.processor.do_normalize and not (self.processor.image_mean and self.processor.image_std):
             raise CheckpointError(f"The processor of '{self.label}' normalises without image_mean or image_std.")
         return Standardise(self.processor)
 
-    def _made(self, pictures: list) -> list[Tensor]:
+    def _processed(self, pictures: list) -> list[Tensor]:
         geometry = {"do_rescale": False, "do_normalize": False, "do_convert_rgb": True}
         return [torch.from_numpy(np.asarray(x)) for x in self.processor(pictures, **geometry)["pixel_values"]]
 
     def _resized(self, pictures: list) -> Tensor:
-        made = self._made(pictures)
-        if wrong := [tuple(x.shape) for x in made if tuple(x.shape) != self.shape]:
+        images = self._processed(pictures)
+        if wrong := [tuple(x.shape) for x in images if tuple(x.shape) != self.shape]:
             raise CheckpointError(
                 f"The processor of '{self.label}' makes images of shape {wrong[0]}, the model "
-                f"wants {self.shape}; correct its size or crop_size."
+                f"wants {self.shape}. Remedy: correct its size or crop_size."
             )
-        return torch.stack(made)
+        return torch.stack(images)
 
 
 class Standardise(nn.Module):
-    """uint8 (B, 3, H, W) → float32, rescaled and normalised as an image processor says."""
+    """uint8 (B, 3, H, W) → float32, rescaled and normalised as the image processor specifies."""
 
     mean: Tensor
     std: Tensor
@@ -88,7 +92,7 @@ class Standardise(nn.Module):
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """No load reports and no progress bars from transformers, only while we call it."""
+    """Silence load reports and progress bars of transformers inside the block."""
     from transformers.utils import logging
 
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()

@@ -1,4 +1,4 @@
-"""Names of tensors as a library's models have them today, for those that checkpoints were saved with.
+"""Stored names of tensors mapped to the current names of a model's modules.
 
 transformers stores many models under older names than its modules have (`vit.encoder.layer.0.…`, `LayerNorm.gamma`) and
 maps them when it loads a checkpoint. The same mapping is used here, where there is one.
@@ -12,20 +12,20 @@ _OLD = ((re.compile(r"LayerNorm\.gamma$"), "LayerNorm.weight"), (re.compile(r"La
 
 
 def spelling_of(model: Any) -> Callable[[str], str]:
-    """A function from stored names to those of a model's modules; names that change with a tensor's shape stay."""
+    """A function from stored names to the names in a model's modules. It leaves names whose tensors change shape."""
     try:
         from transformers.conversion_mapping import get_model_conversion_mapping
         from transformers.core_model_loading import WeightRenaming
-    except ImportError:  # before version 5 all but these were stored as they are
+    except ImportError:  # before version 5 only these names differed
         return _by_rules
     renamings = [change for change in get_model_conversion_mapping(model) if isinstance(change, WeightRenaming)]
 
-    def today(name: str) -> str:
+    def current(name: str) -> str:
         for change in renamings:
             name = change.rename_source_key(name)[0]
         return _by_rules(name)
 
-    return today
+    return current
 
 
 def _by_rules(name: str) -> str:

@@ -1,4 +1,4 @@
-"""From texts to token ids: the tokenizers of `transformers`, one text or a pair of them to an input."""
+"""Texts to token ids, with the tokenizers of `transformers`; an input is one text or a pair."""
 
 import json
 from importlib.metadata import version
@@ -15,53 +15,54 @@ from suture.tasks.base import Texts
 
 SETTINGS = frozenset({"max_length", "padding"})
 _BATCH = 1024
-_LONGEST = 512  # tokens, where neither setting nor model says
+_LONGEST = 512  # tokens, where neither the settings nor the model give a limit
 
 
 class TextReader:
     """Tokenizes texts, or the prompts that their template makes of them, and pads them on the right.
 
-    Settings: `max_length` in tokens, where texts are cut (by default what the model can take, 512 at most), and
-    `padding`: "batch" pads to the longest text of a batch, "max_length" to that length always.
+    Settings: `max_length`, the tokens after which texts are cut (by default the model's limit, at most 512), and
+    `padding`: "batch" pads to the longest text of a batch, "max_length" always to that length.
     """
 
     def __init__(self, directory: Path, settings: Any, positions: int | None, *, prompts: bool = False):
-        self.label, self.asks = str(directory), prompts
+        self.label, self.prompts = str(directory), prompts
         self.tokenizer = _tokenizer(directory)
         self.max_length = _max_length(settings.get("max_length"), self.tokenizer, positions)
         self.padding = settings.get("padding", "batch")
         if self.padding not in ("batch", "max_length"):
             raise ConfigError(f"modelpool.padding={shown(self.padding)!r}: wanted batch or max_length.")
-        self.recipe = self._recipe()  # now: a tokenizer's state changes when it is used
+        self.preprocessing = self._describe()  # before its first use, which changes a tokenizer's state
 
     def tokens(self, texts: Texts, track: Track, description: str) -> dict[str, Tensor]:
-        """int32 (N, length) for each argument of the model, `length` being that of the longest text, or max_length."""
+        """Argument of the model → int32 (N, length); `length` is that of the longest text, or `max_length`."""
         encoded, options = [], {"truncation": True, "max_length": self.max_length, "padding": False}
         with track(description, len(texts)) as advance:
             for start in range(0, len(texts), _BATCH):
                 stop = start + _BATCH
-                rows = [texts.prompts(start, stop)] if self.asks else texts.rows(start, stop)
+                rows = [texts.prompts(start, stop)] if self.prompts else texts.rows(start, stop)
                 encoded.append(self.tokenizer(*rows, **options))
                 advance(len(rows[0]))
         longest = max((len(ids) for part in encoded for ids in part["input_ids"]), default=0)
         length = self.max_length if self.padding == "max_length" else longest
-        found = {name: [row for part in encoded for row in part[name]] for name in (encoded[0] if encoded else ())}
+        rows = {name: [row for part in encoded for row in part[name]] for name in (encoded[0] if encoded else ())}
         pads = {"input_ids": self.tokenizer.pad_token_id}
-        return {name: _padded(rows, length, pads.get(name, 0)) for name, rows in found.items()}
+        return {name: _padded(ids, length, pads.get(name, 0)) for name, ids in rows.items()}
 
     def trim(self) -> "Trim":
-        """What a batch goes through before the model."""
+        """The module that cuts a batch's common padding off before the model."""
         return Trim(self.padding == "batch")
 
-    def _recipe(self) -> str:
+    def _describe(self) -> str:
+        """Everything that determines the tokens beside the text, as JSON."""
         backend = getattr(self.tokenizer, "backend_tokenizer", None)
-        words = backend.to_str() if backend is not None else self.tokenizer.get_vocab()
+        tokenizer = backend.to_str() if backend is not None else self.tokenizer.get_vocab()
         libraries = {name: version(name) for name in ("tokenizers", "transformers")}
-        return json.dumps([words, self.max_length, self.padding, self.asks, libraries], sort_keys=True)
+        return json.dumps([tokenizer, self.max_length, self.padding, self.prompts, libraries], sort_keys=True)
 
 
 class Trim(nn.Module):
-    """Token ids with their mask as the model takes them: without columns in which every text of the batch is padded."""
+    """Token ids and their mask without the columns that are padding in every text of the batch."""
 
     def __init__(self, trims: bool):
         super().__init__()
@@ -80,27 +81,26 @@ def _tokenizer(directory: Path) -> Any:
 
         try:
             tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
-        except Exception as error:  # a tokenizer's files fail in any way they like
+        except Exception as error:  # a damaged file can raise anything
             raise CheckpointError(f"'{directory}' has no usable tokenizer: {one_line(error)}") from error
     if tokenizer.pad_token_id is None:
-        raise CheckpointError(f"The tokenizer of '{directory}' has no token to pad with; give it a pad_token.")
+        raise CheckpointError(f"The tokenizer of '{directory}' has no token to pad with. Remedy: give it a pad_token.")
     tokenizer.padding_side = "right"
     return tokenizer
 
 
-def _max_length(asked: Any, tokenizer: Any, positions: int | None) -> int:
-    most = min(tokenizer.model_max_length, positions or _LONGEST)
-    if asked is None:
-        return min(most, _LONGEST)
-    if not isinstance(asked, int) or isinstance(asked, bool) or asked < 1:
-        raise ConfigError(f"modelpool.max_length={shown(asked)!r}: wanted a number of tokens.")
-    if positions is not None and asked > positions:
-        raise ConfigError(f"modelpool.max_length={asked}, but the model has {positions} positions. Remedy: give less.")
-    return asked
+def _max_length(length: Any, tokenizer: Any, positions: int | None) -> int:
+    if length is None:
+        return min(tokenizer.model_max_length, positions or _LONGEST, _LONGEST)
+    if not isinstance(length, int) or isinstance(length, bool) or length < 1:
+        raise ConfigError(f"modelpool.max_length={shown(length)!r}: wanted a number of tokens.")
+    if positions is not None and length > positions:
+        raise ConfigError(f"modelpool.max_length={length}, but the model has {positions} positions. Remedy: give less.")
+    return length
 
 
 def _padded(rows: list[list[int]], length: int, pad: int) -> Tensor:
     out = torch.full((len(rows), length), pad, dtype=torch.int32)
-    for into, row in zip(out, rows, strict=True):
-        into[: len(row)] = torch.tensor(row, dtype=torch.int32)
+    for target, row in zip(out, rows, strict=True):
+        target[: len(row)] = torch.tensor(row, dtype=torch.int32)
     return out

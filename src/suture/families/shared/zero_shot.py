@@ -1,6 +1,6 @@
-"""Zero-shot heads, and a cache of them that is keyed by content.
+"""Zero-shot heads, and their cache on disk, keyed by content.
 
-Per class: encode all templates, normalise each, average, normalise. CLIP's own recipe,
+For each class: encode all templates, normalise each, average, normalise. This is CLIP's own procedure,
 https://arxiv.org/abs/2103.00020, section 3.1.4.
 """
 
@@ -42,16 +42,16 @@ def zero_shot_head(
         directions = normalize(torch.cat(encoded).float(), dim=-1)
         directions = directions.unflatten(0, (len(classnames), len(templates)))
         head = normalize(directions.mean(1), dim=-1)
-    return head.clone()  # made outside of inference mode, so that a head can take part in a backward pass
+    return head.clone()  # outside of inference mode, so that the head can be part of a backward pass
 
 
 def without_templates(task: Task) -> list[str]:
-    """One line where a zero-shot head is wanted and there is nothing to make it of."""
+    """One line if a task has no templates to make its zero-shot head from, else none."""
     return [] if task.templates else [f"Task {task.name!r}: it has no templates; {ONE_TEMPLATE}"]
 
 
 def cached(key: str, make: Callable[[], Tensor]) -> Tensor:
-    """The tensor stored under `key`, or `make()`, stored for the next time. A damaged entry is made again."""
+    """The tensor stored under `key`, or else `make()`, which is then stored. A damaged entry is replaced."""
     from suture.storage.cache import cache_directory
 
     path = cache_directory() / "heads" / f"{key}.safetensors"
@@ -67,14 +67,14 @@ def _read(path: Path) -> Tensor | None:
 
     try:
         with safe_open(path, "pt") as file:
-            head, stated = file.get_tensor("head"), (file.metadata() or {}).get("sha256")
+            head, checksum = file.get_tensor("head"), (file.metadata() or {}).get("sha256")
     except (OSError, SafetensorError, ValueError):
         return None
-    return head if stated == _sha256(head) else None
+    return head if checksum == _sha256(head) else None
 
 
 def _write(path: Path, head: Tensor) -> None:
-    """A cache that cannot be written costs time, not the run."""
+    """Write the head whole or not at all. If it cannot be written, only the cache is lost."""
     from safetensors.torch import save
 
     data = save({"head": head.contiguous()}, {"sha256": _sha256(head)})

@@ -17,7 +17,7 @@ Gamma = Annotated[float, Ge(0), Lt(1)]
 
 
 class Band(NamedTuple):
-    """(task,) the smallest and the largest magnitude that is kept."""
+    """(task,) the smallest and the largest magnitude that survive."""
 
     low: Float[Tensor, " task"]
     high: Float[Tensor, " task"]
@@ -26,21 +26,19 @@ class Band(NamedTuple):
 def breadcrumbs_band(
     deltas: DeltaStream, *, density: float | Sequence[float] = 0.1, gamma: float | Sequence[float] = 0.01, **_
 ) -> Band:
-    """Which magnitudes stay when the largest ones, a share `gamma`, and enough of the smallest ones are removed.
+    """The band of magnitudes that remain without a share `gamma` of the largest and enough of the smallest entries.
 
-    With d entries, int(d · density) stay, in floats: 28 of 100 for 0.29. If gamma leaves fewer, fewer of the largest
-    are removed. Both as in mergekit.
+    Of d entries int(d · density) remain, computed in floats: 28 of 100 for 0.29. Where `gamma` would leave fewer, fewer
+    of the largest are removed. Both as in mergekit.
     """
     count, num_rows = deltas.num_entries, len(deltas.sample(1))
-    densities, gammas = (
-        [told] * num_rows if isinstance(told, int | float) else one_each(told, num_rows, knob)
-        for told, knob in ((density, "density"), (gamma, "gamma"))
-    )
-    kept = [count if share == 1 else int(share * count) for share in densities]
-    removed = [max(0, count - k - int(top * count)) for k, top in zip(kept, gammas, strict=True)]
-    low = kth_magnitudes(deltas, [r + 1 if k else 0 for r, k in zip(removed, kept, strict=True)])
-    high = kth_magnitudes(deltas, [r + k if k else 0 for r, k in zip(removed, kept, strict=True)])
-    return Band(torch.where(torch.tensor(kept) > 0, low, torch.inf), high)
+    densities = one_each(density, num_rows, "density")
+    gammas = one_each(gamma, num_rows, "gamma")
+    remaining = [count if share == 1 else int(share * count) for share in densities]
+    removed = [max(0, count - k - int(top * count)) for k, top in zip(remaining, gammas, strict=True)]
+    low = kth_magnitudes(deltas, [r + 1 if k else 0 for r, k in zip(removed, remaining, strict=True)])
+    high = kth_magnitudes(deltas, [r + k if k else 0 for r, k in zip(removed, remaining, strict=True)])
+    return Band(torch.where(torch.tensor(remaining) > 0, low, torch.inf), high)
 
 
 @merge_method(
@@ -58,9 +56,9 @@ def breadcrumbs(
 ) -> Float[Tensor, " *shape"]:
     """Drop the outliers and the smallest entries of each task vector, tensor by tensor, and add the sum of the rest.
 
-    `density` is the share that stays, `gamma` the share of the largest that goes; entries of equal magnitude stay or go
-    together. Either may be one for each model; `weights`: (task,) multiply the task vectors. Without a `statistic` (the
-    magnitudes that stay) the tensor given is taken as the whole.
+    `density` is the share that remains, `gamma` the share of the largest that is dropped; entries of equal magnitude
+    share one fate. Either may be one value per model; `weights`: (task,) multiply the task vectors. Without a
+    `statistic` (the magnitudes that remain) it is computed from the tensors given.
 
     >>> deltas = torch.tensor([[9.0, -2.0, 3.0, 0.1]])
     >>> breadcrumbs(torch.zeros(4), deltas, scaling_factor=1.0, density=0.5, gamma=0.25)
@@ -76,6 +74,6 @@ def breadcrumbs(
 
 
 def inside(row: Tensor, low: Tensor, high: Tensor) -> Tensor:
-    """Which entries stay."""
+    """Mask of the entries whose magnitude lies in the band."""
     magnitudes = row.abs()
     return (magnitudes >= low) & (magnitudes <= high)

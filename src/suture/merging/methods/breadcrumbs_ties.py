@@ -30,8 +30,8 @@ def breadcrumbs_ties(
 ) -> Float[Tensor, " *shape"]:
     """Drop entries as `breadcrumbs` does, then elect a sign per column and merge as TIES does.
 
-    Columns whose remaining entries cancel count as positive. The knobs are those of `breadcrumbs`, `merge_func` and
-    `weights` those of `dare_ties`.
+    Columns whose remaining entries cancel count as positive. The knobs are those of `breadcrumbs`; `merge_func` and
+    `weights` are those of `dare_ties`.
 
     >>> deltas = torch.tensor([[9.0, -2.0, 3.0, 0.1], [0.1, 4.0, 2.0, 9.0]])
     >>> breadcrumbs_ties(torch.zeros(4), deltas, scaling_factor=1.0, density=0.5, gamma=0.25)

@@ -1,4 +1,4 @@
-"""DELLA without the election of signs, as mergekit has it. https://arxiv.org/abs/2406.11617"""
+"""DELLA without the election of signs, as in mergekit. https://arxiv.org/abs/2406.11617"""
 
 from collections.abc import Sequence
 from typing import Literal
@@ -6,7 +6,7 @@ from typing import Literal
 from jaxtyping import Float
 from torch import Tensor
 
-from suture.merging.counter_random import Place
+from suture.merging.counter_random import SlicePosition
 from suture.merging.methods.dare import Density
 from suture.merging.methods.dare_ties import l1_passes
 from suture.merging.methods.della import Epsilon, della_ratios, magnitude_drop
@@ -19,7 +19,7 @@ def della_linear(
     base: Float[Tensor, " *shape"],
     deltas: Float[Tensor, " task *shape"],
     statistic: Float[Tensor, " task"] | None = None,
-    place: Place | None = None,
+    position: SlicePosition | None = None,
     *,
     scaling_factor: float = 0.3,
     density: Density | Sequence[Density] = 0.5,
@@ -28,7 +28,7 @@ def della_linear(
     weights: Sequence[float] | None = None,
     seed: int = 0,
 ) -> Float[Tensor, " *shape"]:
-    """Drop entries by magnitude as `della` does and add the sum of what stays, scaled.
+    """Drop entries by magnitude as `della` does and add the sum of the rest, scaled.
 
     `weights`: (task,) multiply the task vectors; the other knobs are those of `della`.
 
@@ -37,5 +37,5 @@ def della_linear(
     >>> della_linear(base, deltas, scaling_factor=0.5, density=1.0, epsilon=0.0)
     tensor([ 3., -2., -2.])
     """
-    thinned = magnitude_drop(deltas, statistic, place, density=density, epsilon=epsilon, rescale=rescale, seed=seed)
+    thinned = magnitude_drop(deltas, statistic, position, density=density, epsilon=epsilon, rescale=rescale, seed=seed)
     return base + scaling_factor * weighted(thinned, weights).sum(0)

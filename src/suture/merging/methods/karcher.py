@@ -1,7 +1,7 @@
 """Karcher mean: the mean of directions on a sphere, https://arxiv.org/abs/2603.04972
 
-Every point that the iteration visits is a combination of the models, so it needs their inner products and nothing else:
-one pass over the tensor, however many iterations.
+Every point that the iteration visits is a combination of the models, so it needs only their inner products: one pass
+over the tensor, however many iterations.
 """
 
 import math
@@ -15,11 +15,11 @@ from torch import Tensor
 from suture.merging.registry import merge_method
 from suture.merging.streams import DeltaStream, OneTensor, combination, inner_products
 
-_NOISE = 1e-6  # nearer to 180° an angle, from the cosine in float64, is rounding
+_NOISE = 1e-6  # an angle this close to 180° is only rounding of the float64 cosine
 
 
 def karcher_weights(models: DeltaStream, *, max_iter: int = 10, tol: float = 1e-5) -> Float[Tensor, " task"]:
-    """What each model is multiplied with: mean direction × mean norm, as a combination of the models."""
+    """(task,) factors of the models whose combination is mean direction × mean norm."""
     products = inner_products(models)
     norms = products.diagonal().sqrt()
     used, weights = norms > tol, torch.zeros_like(norms)
@@ -31,7 +31,10 @@ def karcher_weights(models: DeltaStream, *, max_iter: int = 10, tol: float = 1e-
 
 def _mean_direction(cosines: Float[Tensor, "unit unit"], max_iter: int, tol: float) -> Float[Tensor, " unit"]:
     """The mean on the sphere as a combination of the unit vectors with these cosines."""
-    length = lambda vector: (vector @ cosines @ vector).clamp_min(0).sqrt()
+
+    def length(vector: Tensor) -> Tensor:
+        return (vector @ cosines @ vector).clamp_min(0).sqrt()
+
     opposite = math.pi - max(tol, _NOISE)
     mean = torch.full_like(cosines[0], 1 / len(cosines))
     mean = mean / length(mean) if length(mean) > tol else torch.eye(len(cosines), dtype=mean.dtype)[0]
@@ -60,8 +63,8 @@ def karcher(
 ) -> Float[Tensor, " *shape"]:
     """Average the directions of the models' tensors on the sphere, and their norms; the base takes no part.
 
-    A model exactly opposite to the mean does not move it. Without a `statistic` (one weight a model) the tensor given
-    is taken as the whole.
+    A model exactly opposite to the mean does not move it. Without a `statistic` (one factor per model) it is computed
+    from the tensors given.
 
     >>> karcher(torch.zeros(2), torch.tensor([[1.0, 0.0], [0.0, 3.0]]))
     tensor([1.4142, 1.4142])

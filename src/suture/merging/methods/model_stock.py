@@ -9,7 +9,7 @@ from suture.merging.streams import DeltaStream, OneTensor, inner_products
 
 
 def stock_ratio(deltas: DeltaStream) -> Float[Tensor, ""]:
-    """How far to go from the base to the average: T·cos θ / (1 + (T − 1)·cos θ), θ the mean angle of task vectors."""
+    """The interpolation ratio T·cos θ / (1 + (T − 1)·cos θ), with the mean pairwise cosine of the T task vectors."""
     products = inner_products(deltas)
     count, norms = len(products), products.diagonal().sqrt()
     cosines = (products / torch.outer(norms, norms).clamp_min(1e-6)).clamp(-1, 1)
@@ -26,7 +26,7 @@ def model_stock(
 ) -> Float[Tensor, " *shape"]:
     """Move from the base towards the average of the models, the further the more their task vectors point one way.
 
-    The ratio is one number for each tensor. Without a `statistic` (the ratio) the tensor given is taken as the whole.
+    The ratio is one number per tensor. Without a `statistic` (the ratio) it is computed from the tensors given.
 
     >>> model_stock(torch.zeros(2), torch.tensor([[2.0, 0.0], [2.0, 0.0]]))  # all agree: the average
     tensor([2., 0.])

@@ -1,6 +1,6 @@
-"""Multi-SLERP: the mean direction of several models on a sphere, and their mean norm, as mergekit has it.
+"""Multi-SLERP: the mean direction of several models on a sphere, and their mean norm, as in mergekit.
 
-The description has a step in the tangent space at the mean direction; the weighted tangents sum to zero there, so the
+The description has a step in the tangent space at the mean direction. The weighted tangents sum to zero there, so the
 step is left out.
 """
 
@@ -25,15 +25,14 @@ def multislerp_weights(
     normalize: bool = True,
     origin: str = "zero",
 ) -> Float[Tensor, " task"]:
-    """What each model is multiplied with, seen from the origin."""
+    """(task,) factors of the models, as vectors from the origin."""
     products = inner_products(from_origin(models, origin))
     norms = products.diagonal().sqrt()
-    told = one_each(weights or [1.0] * len(norms), len(norms), "weights")
-    shares = torch.tensor(list(told), dtype=norms.dtype)
+    shares = torch.tensor(list(one_each(weights or 1.0, len(norms), "weights")), dtype=norms.dtype)
     shares = shares / shares.sum() if normalize else shares
     units = shares / (norms + _EPS)
     length = (units @ products @ units).clamp_min(0).sqrt()
-    if not length < _EPS:  # NaN is met again where it can be named
+    if not length < _EPS:  # NaN passes too; the check of the merged slice names the tensor
         return units / length * (norms @ shares)
     if not norms.any() or len(norms) == 2:
         return shares
@@ -52,9 +51,9 @@ def multislerp(
 ) -> Float[Tensor, " *shape"]:
     """Average the directions of the models' tensors by their weights, and their norms.
 
-    `normalize` lets the weights sum to 1; `origin=base` averages the task vectors, otherwise the base takes no part.
-    Two models whose directions cancel are averaged on a line. Without a `statistic` (one factor a model) the tensor
-    given is taken as the whole.
+    `normalize` scales the weights to sum to 1. `origin=base` averages the task vectors; otherwise the base takes no
+    part. Two models whose directions cancel are averaged on a line. Without a `statistic` (one factor per model) it is
+    computed from the tensors given.
 
     >>> multislerp(torch.zeros(2), torch.tensor([[1.0, 0.0], [0.0, 3.0]]))
     tensor([1.4142, 1.4142])

@@ -1,4 +1,4 @@
-"""NearSwap, from the models named QuartetAnemoi: the nearer two weights are, the more of the other model is taken."""
+"""NearSwap, from the QuartetAnemoi models: the closer two weights are, the more of the other model is taken."""
 
 from typing import Annotated
 
@@ -13,7 +13,7 @@ from suture.merging.registry import merge_method
 def nearswap(
     base: Float[Tensor, " *shape"], deltas: Float[Tensor, " task *shape"], *, t: Annotated[float, Ge(0)] = 0.0001
 ) -> Float[Tensor, " *shape"]:
-    """Take the one model's weight where it is within `t` of the base's, and the less of it the further it is away.
+    """Take the model's weight where it is within `t` of the base's, and less of it the farther away it is.
 
     >>> import torch
     >>> nearswap(torch.zeros(3), torch.tensor([[0.1, 0.2, -0.4]]), t=0.2)

@@ -1,4 +1,4 @@
-"""NuSLERP: SLERP of two models, or of two task vectors, by their weights, as model mergers use it. Shoemake 1985"""
+"""NuSLERP: SLERP between two models, or two task vectors, by weights, as in mergekit. Shoemake 1985"""
 
 from collections.abc import Sequence
 from typing import Literal
@@ -10,13 +10,13 @@ from torch import Tensor
 from suture.merging.registry import merge_method
 from suture.merging.streams import DeltaStream, OneTensor, combined, from_origin, inner_products, one_each
 
-_COLLINEAR = 1e-12  # a squared sine; below it the arc is a line, and the sine of nearly 180° is rounding
+_COLLINEAR = 1e-12  # a squared sine; below it the arc is a line, and the sine near 180° is only rounding
 
 
 def nuslerp_weights(
     models: DeltaStream, *, weights: Sequence[float] | None = None, origin: str = "zero"
 ) -> Float[Tensor, "2"]:
-    """What the two models are multiplied with, seen from the origin."""
+    """(2,) factors of the two models, as vectors from the origin."""
     products = inner_products(from_origin(models, origin))
     one, two = weights or (1.0, 1.0)
     t = 0.5 if abs(one + two) < 1e-6 else two / (one + two)
@@ -39,8 +39,8 @@ def nuslerp(
 ) -> Float[Tensor, " *shape"]:
     """Go along the arc from one model to the other by the share of the other's weight, tensor by tensor.
 
-    `weights`: (2,) equal by default. `origin=base` takes the arc between the task vectors; otherwise the base takes no
-    part. Without a `statistic` (the two factors) the tensor given is taken as the whole.
+    `weights`: (2,) equal by default. `origin=base` follows the arc between the task vectors; otherwise the base takes
+    no part. Without a `statistic` (the two factors) it is computed from the tensors given.
 
     >>> nuslerp(torch.zeros(2), torch.tensor([[1.0, 0.0], [0.0, 1.0]]), weights=[1.0, 2.0])
     tensor([0.5000, 0.8660])

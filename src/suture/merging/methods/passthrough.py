@@ -1,4 +1,4 @@
-"""Passthrough: the one model as it is. For models put together from slices of others' layers."""
+"""Passthrough: one model's weights unchanged, for models assembled from layers of others."""
 
 from jaxtyping import Float
 from torch import Tensor
@@ -10,7 +10,7 @@ from suture.merging.registry import merge_method
 def passthrough(
     base: Float[Tensor, " *shape"], models: Float[Tensor, " task *shape"], *, scale: float = 1.0
 ) -> Float[Tensor, " *shape"]:
-    """Take the one model's weights as they are, times `scale`; the base takes no part.
+    """Take the one model's weights, times `scale`; the base takes no part.
 
     >>> import torch
     >>> passthrough(torch.zeros(2), torch.tensor([[1.0, 2.0]]), scale=0.5)

@@ -29,7 +29,7 @@ def ram(
 def unique_factors(
     deltas: DeltaStream, *, r: float = 0.1, alpha: float = 0.2, epsilon: float = 1e-5
 ) -> Float[Tensor, " task"]:
-    """What a task's own entries are multiplied with: 1 + r · min(α, shared entries / own entries)."""
+    """(task,) factors of the entries that one task alone changed: 1 + r · min(α, shared entries / own entries)."""
 
     def counts(_, rows: Tensor) -> Tensor:
         changed, count = _changed(rows, epsilon)
@@ -49,10 +49,11 @@ def ramplus_tl(
     alpha: Annotated[float, Ge(0)] = 0.2,
     epsilon: Epsilon = 1e-5,
 ) -> Float[Tensor, " *shape"]:
-    """Average as `ram` does, and enlarge the entries that one model alone changed, as many as it shares with others.
+    """Average as `ram` does, and enlarge the entries that only one model changed.
 
-    Such a model's entries are multiplied with 1 + r · min(alpha, shared / own), counted over the tensor. Without a
-    `statistic` (that factor for each task) the tensor given is taken as the whole.
+    A model's own entries are multiplied by 1 + r · min(alpha, shared / own), where shared and own count the entries of
+    the tensor that it changed with others and alone. Without a `statistic` (this factor for each task) it is computed
+    from the tensors given.
 
     >>> ramplus_tl(torch.zeros(3), torch.tensor([[1.0, 2.0, 0.0], [0.0, 4.0, 0.0]]), alpha=1.0)
     tensor([1.1000, 3.0000, 0.0000])
@@ -61,12 +62,12 @@ def ramplus_tl(
         statistic = unique_factors(OneTensor(deltas), r=r, alpha=alpha, epsilon=epsilon)
     changed, count = _changed(deltas, epsilon)
     merged = torch.zeros_like(base)
-    for row, mine, factor in zip(deltas, changed, statistic.to(base.dtype), strict=True):
-        merged += row * mine * torch.where(count == 1, factor, 1 / count.clamp_min(1))
+    for row, mask, factor in zip(deltas, changed, statistic.to(base.dtype), strict=True):
+        merged += row * mask * torch.where(count == 1, factor, 1 / count.clamp_min(1))
     return base + merged
 
 
 def _changed(deltas: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
-    """Which entries each model changed, and how many models did."""
+    """Mask (task, …) of the entries that each model changed, and the number of models (…) that changed each."""
     changed = deltas.abs() > epsilon
     return changed, changed.sum(0)

@@ -20,13 +20,14 @@ class SceStatistic(NamedTuple):
 
 
 def sce_statistic(deltas: DeltaStream, *, select_topk: float = 1.0) -> SceStatistic:
-    """The variance that the selected entries reach, and the share of each task in what they hold of squares."""
+    """The variance that selected entries reach, and each task's share of the sum of their squares."""
     threshold = _variance_threshold(deltas, select_topk)
-    squares = (
-        total(deltas, lambda base, rows: _select(rows, threshold).to(torch.float64, copy=True).square_().sum(1))
-        / deltas.num_entries
-    )
-    if squares.sum().abs() < 1e-6:  # as the published code has it; the paper has no such case
+
+    def squares_of(_, rows: Tensor) -> Tensor:
+        return _select(rows, threshold).to(torch.float64, copy=True).square_().sum(1)
+
+    squares = total(deltas, squares_of) / deltas.num_entries
+    if squares.sum().abs() < 1e-6:  # from the published code; the paper does not mention this case
         return SceStatistic(threshold, torch.full_like(squares, 1 / len(squares)))
     return SceStatistic(threshold, squares / squares.sum())
 
@@ -40,7 +41,7 @@ def _variance_threshold(deltas: DeltaStream, select_topk: float) -> float:
 
 
 def _passes(*, select_topk: float) -> int:
-    """What varies is counted, and the variance searched for, where only some entries are selected."""
+    """Two more passes where only some entries are selected: one counts those that vary, one finds the threshold."""
     return 2 if select_topk >= 1 else 4
 
 
@@ -60,8 +61,8 @@ def sce(
 ) -> Float[Tensor, " *shape"]:
     """Select the entries that vary most over tasks, weigh tasks by their squares, erase entries of the minority sign.
 
-    `select_topk` is the share, of the entries of a tensor that vary at all, that is selected. Columns whose selected
-    entries cancel count as positive. Without a `statistic` the tensor given is taken as the whole.
+    `select_topk` is the share that is selected of a tensor's entries that vary at all. Columns whose selected entries
+    cancel count as positive. Without a `statistic` it is computed from the tensors given.
 
     >>> sce(torch.zeros(2), torch.tensor([[3.0, 0.0], [1.0, -1.0]]))
     tensor([ 2.6364, -1.0000])

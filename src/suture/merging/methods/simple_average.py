@@ -19,7 +19,7 @@ def simple_average(
 ) -> Float[Tensor, " *shape"]:
     """Average the weights of the fine-tuned models; the pretrained weights take no part.
 
-    `weights`: (task,) how much each counts; `normalize=False` leaves their sum as it is.
+    `weights`: (task,) the weight of each model; `normalize=False` does not divide by their sum.
 
     >>> import torch
     >>> simple_average(torch.zeros(2), torch.tensor([[1.0, 2.0], [3.0, 4.0]]))

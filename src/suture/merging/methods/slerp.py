@@ -14,7 +14,7 @@ _PARALLEL = 0.9995  # beyond this cosine the arc is a line
 
 
 def slerp_weights(models: DeltaStream, *, t: float = 0.5) -> Float[Tensor, "2"]:
-    """What base and model are multiplied with, from the angle between the two tensors."""
+    """(2,) factors of base and model, from the angle between the two tensors."""
     products = inner_products(models, with_base=True)
     norms = products.diagonal().sqrt()
     cosine = (products[0, 1] / torch.where(norms > 1e-8, norms, 1.0).prod()).clamp(-1, 1)
@@ -34,8 +34,8 @@ def slerp(
 ) -> Float[Tensor, " *shape"]:
     """Go a share `t` of the way along the arc from the base to the one model, tensor by tensor.
 
-    Tensors that are nearly parallel or opposite are interpolated on a line. Without a `statistic` (the two weights) the
-    tensor given is taken as the whole.
+    Tensors that are nearly parallel or opposite are interpolated on a line. Without a `statistic` (the two factors) it
+    is computed from the tensors given.
 
     >>> slerp(torch.tensor([1.0, 0.0]), torch.tensor([[0.0, 1.0]]), t=0.5)
     tensor([0.7071, 0.7071])

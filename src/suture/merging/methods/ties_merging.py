@@ -1,8 +1,8 @@
 """TIES-Merging: trim, elect sign, disjoint merge. https://arxiv.org/abs/2306.01708
 
-Trim needs one number per task, the magnitude that the kept entries reach. With scope `model` (the authors) it is taken
+The trim needs one number per task: the smallest magnitude that survives. With scope `model` (the authors) it is taken
 over the whole model, so it is gathered from the stream of task vectors before anything is merged; with scope `tensor`
-(as mergekit does) over one tensor. Everything after that works entry by entry.
+(mergekit) over each tensor. Everything after that works entry by entry.
 """
 
 from collections.abc import Sequence
@@ -24,10 +24,10 @@ _EXACT = 1 << 24  # up to here float32 counts without error
 
 
 class TiesStatistic(NamedTuple):
-    """What TIES must know of the whole before it can merge a part.
+    """The numbers of the whole model that TIES needs before it can merge a part.
 
-    `thresholds`: (task,) magnitude at which an entry survives the trim. `majority`: the sign, +1, −1 or 0, given to
-    columns whose survivors cancel exactly; None while the votes are still being counted.
+    `thresholds`: (task,) the smallest magnitude that survives the trim. `majority`: the sign, +1, −1 or 0, given to
+    columns whose survivors cancel exactly; None while the votes are being counted.
     """
 
     thresholds: Float[Tensor, " task"]
@@ -42,20 +42,21 @@ def trim_thresholds(
     With d entries and a kept fraction K, the authors keep `|τ| ≥` the (d − int(dK))-th smallest magnitude; mergekit
     keeps max(1, int(dK)) entries of each tensor. Memory is a few MB whatever the size of the model.
     """
-    rank = lambda told: _rank(deltas.num_entries, told / 100 if told > 1 else told, scope)
-    ranks = rank(threshold) if isinstance(threshold, int | float) else list(map(rank, threshold))
-    return TiesStatistic(kth_magnitudes(deltas, ranks), None if scope == "model" else 1)
+    single = isinstance(threshold, int | float)
+    ranks = [_rank(deltas.num_entries, each, scope) for each in ([threshold] if single else threshold)]
+    return TiesStatistic(kth_magnitudes(deltas, ranks[0] if single else ranks), None if scope == "model" else 1)
 
 
-def _rank(num_entries: int, fraction: float, scope: str) -> int:
-    kept = int(num_entries * fraction)  # in floats, as the authors and mergekit have it: 28 of 100 for 0.29
-    return num_entries - kept if scope == "model" else num_entries - max(1, kept) + 1
+def _rank(num_entries: int, threshold: float, scope: str) -> int:
+    fraction = threshold / 100 if threshold > 1 else threshold
+    survivors = int(num_entries * fraction)  # in floats, as the authors and mergekit compute it: 28 of 100 for 0.29
+    return num_entries - survivors if scope == "model" else num_entries - max(1, survivors) + 1
 
 
 def _merge_and_vote(base, deltas, statistic, *, merge_func="sum", scaling_factor=0.3, weights=None, **_):
-    """Like `ties_merging`, and beside it (votes, cancelled): Σ of column signs, and which columns wait for it.
+    """As `ties_merging`, and (votes, cancelled): Σ of the column signs, and a mask of the columns that wait for it.
 
-    While the votes are being counted cancelled columns are merged as positive.
+    While the votes are being counted, cancelled columns are merged as positive.
     """
     trimmed = [_trim(row, t) for row, t in zip(deltas, statistic.thresholds.tolist(), strict=True)]
     if weights is not None:
@@ -79,7 +80,7 @@ def _merge_and_vote(base, deltas, statistic, *, merge_func="sum", scaling_factor
 
 
 def _disjoint_merge(trimmed: list[Tensor], side: Tensor, merge_func: str, weights: Sequence[float] | None) -> Tensor:
-    """Sum, mean or largest of the entries of each column that are on its side, which is +1 or −1 for every column."""
+    """Sum, mean or largest of the entries of each column whose sign is the column's `side`, +1 or −1."""
     merged, agreeing = torch.zeros_like(side), torch.empty_like(side)
     mass = torch.zeros_like(side) if merge_func == "mean" else None
     for row, weight in zip(trimmed, weights or [1.0] * len(trimmed), strict=True):
@@ -111,12 +112,11 @@ def ties_merging(
 ) -> Float[Tensor, " *shape"]:
     """Trim each task vector to its largest entries, elect a sign per column, merge the entries that agree with it.
 
-    `threshold` above 1 is a percentage, else a fraction; it may be one for each model. `scope=model` trims over the
-    whole model, with the authors' count; `scope=tensor` per tensor, with mergekit's count, its `+` for cancelled
-    columns, and `mean` as Σwδ/Σw.
-    `weights`: (task,) multiply the task vectors after the trim. `remove_keys` stay at the base.
-
-    Without a `statistic` the tensor given is taken as the whole model.
+    `threshold` above 1 is a percentage, else a fraction; it may be one value per model. `scope=model` trims over the
+    whole model and counts entries as the authors do; `scope=tensor` trims each tensor and follows mergekit: its count,
+    positive cancelled columns, and Σwδ/Σw for `mean`. `weights`: (task,) multiply the task vectors after the trim.
+    Tensors named in `remove_keys` stay at the base. Without a `statistic` it is computed from the tensors given, as if
+    they were the whole model.
 
     >>> base, deltas = torch.zeros(3), torch.tensor([[4.0, 1.0, -3.0], [2.0, -5.0, -1.0]])
     >>> ties_merging(base, deltas, threshold=60, scaling_factor=1.0)
@@ -134,12 +134,12 @@ def ties_merging(
 
 
 def settle(statistic: TiesStatistic, votes: int) -> TiesStatistic:
-    """The statistic with the majority sign that the votes of the whole model give."""
+    """The statistic with the majority sign of the whole model's votes."""
     return statistic._replace(majority=int(np.sign(votes)))
 
 
 def as_merged(statistic: TiesStatistic) -> bool:
-    """Whether cancelled columns come out as they did while the votes were being counted: on the positive side."""
+    """Whether cancelled columns are positive, as they were merged while the votes were being counted."""
     return statistic.majority == 1
 
 
@@ -155,14 +155,14 @@ def ties_rows(deltas: Float[Tensor, " task *shape"], statistic: TiesStatistic) -
 
 
 def _trim(row: Tensor, threshold: float) -> Tensor:
-    """Zero the entries whose magnitude is below the threshold, a float64, without rounding either.
+    """Zero the entries whose magnitude is below the float64 threshold, without rounding the entries or the threshold.
 
-    `hardshrink` keeps |x| > λ, so λ is the largest number of the row's dtype that is below the threshold.
+    `hardshrink` keeps |x| > λ, so λ is the largest number of the row's dtype below the threshold.
     """
     if threshold == 0:
         return row
     dtype = np.float64 if row.dtype == torch.float64 else np.float32
-    with np.errstate(over="ignore"):  # beyond float32 nothing of a float32 row survives
+    with np.errstate(over="ignore"):  # a threshold beyond float32 becomes Inf, and no entry of a float32 row survives
         below = dtype(threshold)
     if float(below) >= threshold:
         below = np.nextafter(below, dtype(0))
@@ -170,9 +170,9 @@ def _trim(row: Tensor, threshold: float) -> Tensor:
 
 
 def _cancelled(column_sum: Tensor, merged: Tensor) -> Tensor | None:
-    """Which columns have survivors that sum to exactly 0; None if there is no such column.
+    """Mask of the columns whose survivors sum to exactly 0; None if there is no such column.
 
-    `merged` has the columns that sum to 0 on the positive side, where each of them has a survivor.
+    In `merged` the columns that sum to 0 are on the positive side, so each with survivors is above 0 there.
     """
     survivors = torch.eq(column_sum, 0, out=torch.empty_like(merged)).mul_(merged)
     return survivors > 0 if survivors.sum() > 0 else None

@@ -1,6 +1,6 @@
 """Accuracy by task, over a swept knob, and of every expert on every task."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from suture.reporting.chart import (
@@ -17,77 +17,85 @@ from suture.reporting.chart import (
     tip,
 )
 from suture.reporting.figures import figure
-from suture.reporting.run_folder import Finished, is_reference
+from suture.reporting.run_folder import FinishedRun, is_reference
 
 _REFERENCES = {"pretrained": "#8a94a0", "experts": INK}  # by role
-_MANY = 8  # models from which on bars are too thin and a heat map shows them
+_MANY = 8  # with more models than this, bars would be too thin, so a heat map is drawn
 _MEASURES = ("accuracy (%)", "relative to the expert (%)", "gap closed (%)")
 
 
 @figure("accuracy", section="Task by task")
-def accuracy(run: Finished) -> Chart | None:
-    """Every model on every task: bars, or a heat map where there are many models."""
+def accuracy(run: FinishedRun) -> Chart | None:
+    """Every model on every task: bars, or a heat map if there are many models."""
     data = run.data
     if not data["rows"] or not data["tasks"]:
         return None
     names, tasks = [row["name"] for row in data["rows"]], [*data["tasks"], "mean"]
     rows = [row for task in tasks for row in _on_task(data, task)]
     measure = Choice("measure", "show", _MEASURES)
-    tips = [tip("model", "nominal"), tip("task", "nominal"), tip("value", format=".1f")]
     if len(names) > _MANY:
-        cells = heat_map(
-            rows,
-            names_across("task", tasks),
-            names_down("model", names),
-            {"scale": {"scheme": "blues"}},
-            tips=tips,
-            height=22 * len(names),
-            numbers=".0f",
-        )
-        width = max(400, 34 * len(tasks))
-        return Chart("Accuracy by task", {**cells, "transform": [measure.filter]}, choices=[measure], width=width)
+        cells = {**_cells(rows, names, tasks), "transform": [measure.filter]}
+        return Chart("Accuracy by task", cells, choices=[measure], width=max(400, 34 * len(tasks)))
     palette = model_colours(data)
     legend = {name: palette[name] for name in names}
-    bars = specification(
-        rows,
-        transform=[measure.filter],
-        mark={"type": "bar", "cornerRadiusEnd": 2},
-        height=len(tasks) * (10 if len(names) > 4 else 14) * len(names),
-        encoding={
-            "y": {"field": "task", "type": "nominal", "sort": tasks, "title": None, "scale": {"paddingInner": 0.25}},
-            "yOffset": {"field": "model", "sort": names},
-            "x": number("value", zero=True),
-            **coloured("model", legend),
-            "tooltip": tips,
-        },
-    )
+    bars = {**_bars(rows, legend, tasks), "transform": [measure.filter]}
     return Chart("Accuracy by task", bars, legend, [measure])
 
 
+_TIPS = [tip("model", "nominal"), tip("task", "nominal"), tip("value", format=".1f")]
+
+
+def _cells(rows: Sequence[Mapping[str, Any]], names: Sequence[str], tasks: Sequence[str]) -> dict[str, Any]:
+    return heat_map(
+        rows,
+        names_across("task", tasks),
+        names_down("model", names),
+        {"scale": {"scheme": "blues"}},
+        tips=_TIPS,
+        height=22 * len(names),
+        numbers=".0f",
+    )
+
+
+def _bars(rows: Sequence[Mapping[str, Any]], legend: Mapping[str, str], tasks: Sequence[str]) -> dict[str, Any]:
+    return specification(
+        rows,
+        mark={"type": "bar", "cornerRadiusEnd": 2},
+        height=len(tasks) * (10 if len(legend) > 4 else 14) * len(legend),
+        encoding={
+            "y": {"field": "task", "type": "nominal", "sort": tasks, "title": None, "scale": {"paddingInner": 0.25}},
+            "yOffset": {"field": "model", "sort": list(legend)},
+            "x": number("value", zero=True),
+            **coloured("model", legend),
+            "tooltip": _TIPS,
+        },
+    )
+
+
 @figure("accuracy_over", section="Sweeps", each="curves")
-def curves(run: Finished, knob: str) -> Chart | None:
-    """Mean accuracy against a knob, with the pretrained model and the experts as lines to compare with."""
+def curves(run: FinishedRun, knob: str) -> Chart | None:
+    """Mean accuracy against a knob, with the pretrained model and the experts as dashed lines."""
     data, swept = run.data, run.data["curves"][knob]
     points = [{"x": x, "y": 100 * y, "model": name} for name, curve in swept.items() for x, y in curve]
     if not points:
         return None
-    known = [{"y": 100 * r["mean"], "model": r["name"]} for r in data["rows"] if is_reference(r) and r["mean"]]
+    references = [{"y": 100 * r["mean"], "model": r["name"]} for r in data["rows"] if is_reference(r) and r["mean"]]
     palette = model_colours(data)
-    legend = {name: palette[name] for name in [*swept, *(row["model"] for row in known)]}
+    legend = {name: palette[name] for name in [*swept, *(row["model"] for row in references)]}
     title = "scaling factor λ" if knob == "scaling_factor" else knob.replace("_", " ")
     tips = [tip("model", "nominal"), tip("x", title=title), tip("y", title="mean accuracy", format=".1f")]
     y = number("y", "mean accuracy (%)")
     x = number("x", title, kind="log" if _spans_decades([point["x"] for point in points]) else "linear")
     curve = {"mark": {"type": "line", "point": {"size": 60, "filled": True}}}
     curve["encoding"] = {"x": x, "y": y, **coloured("model", legend), "tooltip": tips}
-    rule = {"data": {"values": known}, "mark": {"type": "rule", "strokeDash": [5, 4]}}
+    rule = {"data": {"values": references}, "mark": {"type": "rule", "strokeDash": [5, 4]}}
     rule["encoding"] = {"y": y, **coloured("model", legend), "tooltip": tips[::2]}
-    spec = specification(points, layer=[curve, *([rule] if known else [])], height=260)
+    spec = specification(points, layer=[curve, *([rule] if references else [])], height=260)
     return Chart(f"Accuracy against {title}", spec, legend)
 
 
 @figure("expert_matrix", section="Every model on every task")
-def matrix(run: Finished) -> Chart | None:
+def matrix(run: FinishedRun) -> Chart | None:
     """Every fine-tuned model on every task."""
     models, tasks = run.data.get("matrix", {}), run.data["tasks"]
     if not models:
@@ -107,21 +115,21 @@ def matrix(run: Finished) -> Chart | None:
 
 
 def model_colours(data: Mapping[str, Any]) -> dict[str, str]:
-    """The colour that each model of a run has in all its figures."""
+    """The colour of each model of a run, in all its figures."""
     fixed = {row["name"]: _REFERENCES[row["role"]] for row in data["rows"] if is_reference(row)}
     swept = [name for curves in data.get("curves", {}).values() for name in curves]
     return colours([*swept, *(row["name"] for row in data["rows"])], fixed)
 
 
 def _on_task(data: Mapping[str, Any], task: str) -> list[dict[str, Any]]:
-    """Each model's accuracy on a task, or their mean, by every measure, in percent; what is not defined is left out."""
+    """Each model's accuracy on a task, or their mean, by every measure, in percent, without undefined values."""
     if task == "mean":
         measured = [(row["name"], row["mean"], row["normalised_mean"], row["gap_closed"]) for row in data["rows"]]
     else:
-        on = {row["role"]: row["accuracies"].get(task) for row in data["rows"]}
-        low, high = on.get("pretrained"), on.get("experts")
-        known = [(row["name"], row["accuracies"].get(task)) for row in data["rows"]]
-        measured = [(name, value, _share(value, 0, high), _share(value, low, high)) for name, value in known]
+        by_role = {row["role"]: row["accuracies"].get(task) for row in data["rows"]}
+        low, high = by_role.get("pretrained"), by_role.get("experts")
+        scored = [(row["name"], row["accuracies"].get(task)) for row in data["rows"]]
+        measured = [(name, value, _share(value, 0, high), _share(value, low, high)) for name, value in scored]
     return [
         {"model": name, "task": task, "measure": measure, "value": 100 * value}
         for name, *values in measured
@@ -131,7 +139,7 @@ def _on_task(data: Mapping[str, Any], task: str) -> list[dict[str, Any]]:
 
 
 def _share(value: float | None, start: float | None, goal: float | None) -> float | None:
-    """(value − start) / (goal − start); None where it is not defined."""
+    """(value − start) / (goal − start); None if it is undefined."""
     return None if value is None or start is None or goal is None or start == goal else (value - start) / (goal - start)
 
 

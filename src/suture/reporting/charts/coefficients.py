@@ -1,8 +1,8 @@
-"""Learned coefficients: over steps, by layer and task, the objective on the way, and accuracy where it was scored."""
+"""Learned coefficients over steps and by layer and task, with the objective and accuracy over steps."""
 
 from typing import Any
 
-from suture.core.names import natural
+from suture.core.names import sort_key
 from suture.reporting.chart import (
     PALETTE,
     Chart,
@@ -18,14 +18,14 @@ from suture.reporting.chart import (
 )
 from suture.reporting.figures import figure
 from suture.reporting.labels import short_names
-from suture.reporting.run_folder import Finished
+from suture.reporting.run_folder import FinishedRun
 
-_DOTTED = 60  # steps up to which a curve shows each of them
+_DOTTED = 60  # curves of at most so many steps show a dot for each
 
 
 @figure("coefficients_over_steps", section="Coefficients", each="learning")
-def over_steps(run: Finished, name: str) -> Chart | None:
-    """One line a task; for several layers their mean, with the range from the lowest to the highest behind it."""
+def over_steps(run: FinishedRun, name: str) -> Chart | None:
+    """One line per task; for several layers their mean, on a band from the lowest to the highest."""
     curves, layers = run.points.get("learning", {}).get(name, {}), run.data["learning"][name]["layers"]
     if len(curves.get("steps", ())) < 2:
         return None
@@ -44,14 +44,14 @@ def over_steps(run: Finished, name: str) -> Chart | None:
     dots = {"size": 14, "filled": True} if len(curves["steps"]) <= _DOTTED else False
     curve: dict[str, Any] = {"mark": {"type": "line", "point": dots}}
     curve["encoding"] = {"y": y, "tooltip": tips, **coloured("task", legend)}
-    shown = [*([band] if layers else []), curve]
-    spec = specification(rows, layer=shown, encoding={"x": number("step", "step", tickMinStep=1)}, height=260)
+    marks = [*([band] if layers else []), curve]
+    spec = specification(rows, layer=marks, encoding={"x": number("step", "step", tickMinStep=1)}, height=260)
     return Chart("Coefficients over steps", spec, legend)
 
 
 @figure("coefficients", section="Coefficients", each="learning")
-def by_layer(run: Finished, name: str) -> Chart | None:
-    """Heat map of layers and tasks, white at the mean; bars where each task has one coefficient."""
+def by_layer(run: FinishedRun, name: str) -> Chart | None:
+    """A heat map of layers and tasks, white at the mean, or bars if each task has one coefficient."""
     learned = run.data["learning"][name]
     if not learned["layers"]:
         return _by_task(learned)
@@ -61,13 +61,13 @@ def by_layer(run: Finished, name: str) -> Chart | None:
         for i, layer in enumerate(layers)
         for t, task in enumerate(tasks)
     ]
-    known = [row["value"] for row in rows if row["value"] is not None]
-    middle = sum(known) / max(1, len(known))
-    reach = max([abs(value - middle) for value in known] + [1e-6])
+    finite = [row["value"] for row in rows if row["value"] is not None]
+    middle = sum(finite) / max(1, len(finite))
+    reach = max([abs(value - middle) for value in finite] + [1e-6])
     spec = heat_map(
         rows,
         names_across("task", tasks),
-        names_down("layer", sorted(layers, key=natural), "(narrow ? 29 : 60)", labelFontSize=8),
+        names_down("layer", sorted(layers, key=sort_key), "(narrow ? 29 : 60)", labelFontSize=8),
         {
             "scale": {"scheme": "redblue", "reverse": True, "domain": [middle - reach, middle + reach]},
             "legend": {"orient": "top", "title": "coefficient", "format": ".3~f", "gradientLength": 180},
@@ -89,8 +89,8 @@ def _by_task(learned: dict[str, Any]) -> Chart:
 
 
 @figure("objective_over_steps", section="Coefficients", each="learning")
-def objective(run: Finished, name: str) -> Chart | None:
-    """The objective of every step, and its running mean."""
+def objective(run: FinishedRun, name: str) -> Chart | None:
+    """The objective at every step, and its running mean."""
     losses = run.points.get("objective", {}).get(name, {})
     steps = losses.get("steps", ())
     if len(steps) < 2:
@@ -111,12 +111,12 @@ def objective(run: Finished, name: str) -> Chart | None:
 
 
 @figure("accuracy_over_steps", section="Coefficients", each="learning")
-def accuracy_over_steps(run: Finished, name: str) -> Chart | None:
-    """Mean accuracy where it was scored on the way."""
-    return accuracy_on_the_way(run.data["learning"][name]["scores"])
+def accuracy_over_steps(run: FinishedRun, name: str) -> Chart | None:
+    """Mean accuracy over steps, where it was scored."""
+    return accuracy_curve(run.data["learning"][name]["scores"])
 
 
-def accuracy_on_the_way(scores: dict[str, float | None]) -> Chart | None:
-    """The curve of mean accuracies by step; None without any."""
+def accuracy_curve(scores: dict[str, float | None]) -> Chart | None:
+    """The curve of mean accuracies by step; None if there are none."""
     points = [{"step": int(step), "value": 100 * value} for step, value in scores.items() if value is not None]
     return Chart("Accuracy over steps", line(points, "mean accuracy (%)")) if points else None

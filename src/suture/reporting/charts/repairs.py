@@ -1,13 +1,13 @@
-"""Repairs: accuracy on the way, distance to the experts layer by layer, and the final features."""
+"""Repairs: accuracy over steps, distance to the experts by layer, and the final features."""
 
 from collections.abc import Mapping
 from typing import Any
 
 from suture.reporting.chart import INK, Chart, Choice, coloured, names_across, number, specification, tip
-from suture.reporting.charts.coefficients import accuracy_on_the_way
+from suture.reporting.charts.coefficients import accuracy_curve
 from suture.reporting.figures import figure
 from suture.reporting.labels import layer_names
-from suture.reporting.run_folder import Finished
+from suture.reporting.run_folder import FinishedRun
 
 _SIDES = {"merged": "#d0524a", "repaired": "#3b82c4", "expert": INK}
 _MEAN = "mean over tasks"
@@ -15,14 +15,14 @@ _MEASURES = {"L1: mean |model − expert|": "l1", "linear CKA to the expert": "c
 
 
 @figure("accuracy_over_steps", section="Repair", each="repairs")
-def accuracy_over_steps(run: Finished, name: str) -> Chart | None:
-    """Mean accuracy where it was scored on the way."""
-    return accuracy_on_the_way(run.data["repairs"][name]["scores"])
+def accuracy_over_steps(run: FinishedRun, name: str) -> Chart | None:
+    """Mean accuracy over steps, where it was scored."""
+    return accuracy_curve(run.data["repairs"][name]["scores"])
 
 
 @figure("l1_by_layer", section="Repair", each="repairs")
-def by_layer(run: Finished, name: str) -> Chart | None:
-    """L1 and CKA to the expert after each block, before and after: one task or the mean, every task behind it."""
+def by_layer(run: FinishedRun, name: str) -> Chart | None:
+    """L1 and CKA to the expert after each block, before and after the repair: a task or the mean, over faint others."""
     distances = run.data["repairs"][name].get("representation")
     if distances is None:
         return None
@@ -58,8 +58,8 @@ def by_layer(run: Finished, name: str) -> Chart | None:
 
 
 @figure("representation", section="Repair", each="repairs")
-def scatter(run: Finished, name: str) -> Chart | None:
-    """The final features of merged, repaired and expert model on the two main axes of all three, task by task."""
+def scatter(run: FinishedRun, name: str) -> Chart | None:
+    """The final features of merged, repaired and expert model on the principal axes of all three, by task."""
     points = run.points.get("scatter", {}).get(name, {})
     if not points:
         return None
@@ -89,20 +89,20 @@ _TASK = {"field": "task", "type": "nominal"}
 
 
 def _distances(distances: Mapping[str, Any], layers: Mapping[str, str]) -> list[dict[str, Any]]:
-    """A row for each measure, side, task and layer; the means over tasks among them."""
+    """A row for each measure, side, task and layer, and for the means over tasks."""
     rows = []
     for measure, key in _MEASURES.items():
         for side, when in (("merged", "before"), ("repaired", "after")):
             table = distances[when][key]
-            for place, layer in layers.items():
-                values = {task: line[place] for task, line in table.items()}
-                known = [value for value in values.values() if value is not None]
-                values[_MEAN] = sum(known) / len(known) if known else None
+            for path, layer in layers.items():
+                values = {task: line[path] for task, line in table.items()}
+                finite = [value for value in values.values() if value is not None]
+                values[_MEAN] = sum(finite) / len(finite) if finite else None
                 cell = {"measure": measure, "side": side, "place": layer}
                 rows += [{**cell, "task": task, "value": value} for task, value in values.items()]
     return rows
 
 
 def _larger(merged: float, repaired: float) -> dict[str, Any]:
-    """The merged model's marks larger than the repaired one's, so that both are seen where they are the same."""
+    """A larger size for the merged model's marks, so that both are visible where they coincide."""
     return {"condition": {"test": "datum.side === 'merged'", "value": merged}, "value": repaired}
