@@ -82,7 +82,7 @@ def test_a_failure_while_decoding_leaves_no_file(task, family, cache, monkeypatc
     monkeypatch.setattr(family, "decode", fail)
     with pytest.raises(RuntimeError):
         decoded(family, tasks.load(task, "test"))
-    assert list(cache.iterdir()) == []
+    assert [path for path in cache.rglob("*") if path.is_file()] == []
 
 
 def test_the_first_images_alone_are_not_kept(task, family, cache):
