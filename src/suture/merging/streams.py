@@ -1,5 +1,6 @@
 """Streams: a whole tensor or model read in chunks, and sums over it, for methods that gather a statistic."""
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol, runtime_checkable
 
@@ -11,6 +12,7 @@ from torch import Tensor
 from suture.errors import ConfigError
 from suture.merging.counter_random import SlicePosition, default_position
 
+BLOCK = 1 << 10  # entries: the length of every chunk but the last is a multiple of it
 _NEGLIGIBLE = 1e-7  # rows with a smaller L1 norm are not rescaled
 
 
@@ -102,12 +104,36 @@ def total(stream: DeltaStream, function: Callable[[Tensor, Tensor], Tensor]) -> 
     next buffers, of the same size, would no longer fit there.
     """
     parts: list[Any] = []
-    stream.each(lambda base, rows: parts.append(function(base, rows).double().tolist()))
+    stream.each(lambda base, rows: parts.extend(_sums(function, base, rows)))
     return _in_any_order(parts)
 
 
+def _sums(function: Callable[[Tensor, Tensor], Tensor], base: Tensor, rows: Tensor) -> list[Any]:
+    """Terms of the sum of one chunk.
+
+    The sum over a float64 chunk would round differently for every length of chunk, which `memory=` decides. Its terms
+    are those of blocks that every length is a multiple of, added without a rounding error that matters.
+    """
+    if rows.dtype != torch.float64:
+        return [function(base, rows).double().tolist()]
+    starts = range(0, max(1, rows.shape[1]), BLOCK)
+    blocks = torch.stack([function(base[at : at + BLOCK], rows[:, at : at + BLOCK]).double() for at in starts])
+    pairs = [_sum_and_rest(column) for column in blocks.reshape(len(blocks), -1).T.tolist()]
+    return [
+        torch.tensor(side, dtype=torch.float64).view(blocks.shape[1:]).tolist() for side in zip(*pairs, strict=True)
+    ]
+
+
+def _sum_and_rest(terms: Sequence[float]) -> tuple[float, float]:
+    """The sum, correctly rounded, and the part that was rounded away."""
+    whole = math.fsum(terms)
+    return whole, math.fsum([*terms, -whole]) if math.isfinite(whole) else 0.0
+
+
 def _in_any_order(parts: Sequence[Any]) -> Tensor:
-    return torch.tensor(parts, dtype=torch.float64).sort(dim=0).values.sum(0)
+    terms = torch.tensor(parts, dtype=torch.float64)
+    sums = [math.fsum(column) for column in terms.reshape(len(terms), -1).T.tolist()]
+    return torch.tensor(sums, dtype=torch.float64).view(terms.shape[1:])
 
 
 def inner_products(stream: DeltaStream, *, with_base: bool = False) -> Float[Tensor, "row row"]:
@@ -128,13 +154,21 @@ def from_origin(models: DeltaStream, origin: str) -> DeltaStream:
 def l1_ratios(stream: DeltaStream, thinned: Callable[[SlicePosition, Tensor], Tensor]) -> Float[Tensor, " task"]:
     """(task,) Σ|δ| over Σ|thinned δ|, in float64; 1 where either is negligible."""
     parts: list[Any] = []
-    stream.each_with_position(lambda position, rows: parts.append([_l1(rows), _l1(thinned(position, rows))]))
+    stream.each_with_position(
+        lambda position, rows: parts.extend(
+            [list(pair) for pair in zip(_l1(rows), _l1(thinned(position, rows)), strict=True)]
+        )
+    )
     before, after = _in_any_order(parts)
     return torch.where((before < _NEGLIGIBLE) | (after < _NEGLIGIBLE), 1.0, before / after)
 
 
-def _l1(rows: Tensor) -> list[float]:
-    return rows.abs().reshape(len(rows), -1).sum(1, dtype=torch.float64).tolist()
+def _l1(rows: Tensor) -> list[Sequence[float]]:
+    """Terms of Σ|row| of one chunk, as `_sums` has them."""
+    magnitudes = rows.abs().reshape(len(rows), -1)
+    if rows.dtype != torch.float64:
+        return [magnitudes.sum(1, dtype=torch.float64).tolist()]
+    return list(zip(*map(_sum_and_rest, magnitudes.tolist()), strict=True))
 
 
 def weighted(rows: Float[Tensor, " row *shape"], weights: Sequence[float] | None) -> Float[Tensor, " row *shape"]:

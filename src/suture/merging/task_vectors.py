@@ -20,11 +20,12 @@ from suture.merging.compatibility import compatibility, merged_names, open_model
 from suture.merging.counter_random import SlicePosition, draw_names
 from suture.merging.order_statistic import kth_memory
 from suture.merging.registry import MergeMethod
+from suture.merging.streams import BLOCK
 
 _CHUNK = 1 << 17  # entries of one model handled at once: the chunks of all models together fit in the cache
 _DEVICE_CHUNK = 1 << 21  # on a device, calls cost more than a cache saves
 _SHORT_CHUNK = 1 << 14  # below this, giving up a thread costs less than the calls for shorter slices
-_GRAIN = 1 << 10
+_GRAIN = BLOCK
 _LARGE_BLOCK = 30 << 20  # bytes; glibc adapts its threshold to freed blocks of up to 32 MB
 _FIXED_BYTES = 8_000_000  # for Python, threads and manifests
 Flat = Tensor | Parts
