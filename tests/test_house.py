@@ -101,3 +101,11 @@ def test_importing_suture_imports_nothing_heavy():
 def test_the_public_names_are_sorted_and_exist():
     assert sorted(suture.__all__) == suture.__all__
     assert all(hasattr(suture, name) for name in suture.__all__)
+
+
+def test_no_room_gives_a_name_of_one_of_its_files_to_something_else():
+    for init in ROOT.rglob("__init__.py"):
+        files = {path.stem for path in init.parent.glob("*.py")}
+        for node in ast.parse(init.read_text("utf-8")).body:
+            taken = {alias.asname or alias.name for alias in getattr(node, "names", ())} & files
+            assert not taken, f"{init} takes {taken}, which are files beside it"

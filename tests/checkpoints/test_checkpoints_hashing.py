@@ -10,7 +10,7 @@ import pytest
 import torch
 from checkpoint_files import refused, small_model
 
-from suture.checkpoints import content_hash, file_sha256, open_checkpoint, provenance, save_checkpoint
+from suture.checkpoints import content_hash, file_sha256, open_checkpoint, provenance_of, save_checkpoint
 from suture.errors import CheckpointError
 from suture.storage.cache import cache_directory
 
@@ -93,7 +93,7 @@ def test_the_content_hash_depends_on_names_dtypes_shapes_and_values_only(tmp_pat
 def test_provenance_is_ready_for_json(tmp_path):
     save_checkpoint(small_model(), tmp_path / "x.safetensors")
     models = {"base": open_checkpoint(tmp_path / "x.safetensors"), "mnist": open_checkpoint(small_model())}
-    found = json.loads(json.dumps(provenance(models)))
+    found = json.loads(json.dumps(provenance_of(models)))
     path = str(tmp_path / "x.safetensors")
     assert found["inputs"]["base"]["files"] == {path: file_sha256(path)}
     assert found["inputs"]["mnist"]["sha256"] == content_hash(small_model().state_dict())

@@ -5,8 +5,9 @@ import torch
 from torch import nn
 
 from suture.errors import ConfigError
-from suture.repairs import BlendModel, Problem, SurgeryModules, online, repair
+from suture.repairs import BlendModel, Problem, SurgeryModules, repair
 from suture.repairs.network import FINAL
+from suture.repairs.online import online
 from suture.storage.resume import Resume
 
 

@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from clip_layouts import to_open_clip, to_transformers
 from desk import CLASSES, write_idx
 from open_clip.model import CLIP, CLIPTextCfg, CLIPVisionCfg
 from tiny_clip import save_tiny_clip
 
 from suture.checkpoints import open_checkpoint, save_checkpoint
-from suture.checkpoints.clip_layouts import to_open_clip, to_transformers
 from suture.cli.main import main
 from suture.families.open_clip import OpenClip
 

@@ -15,7 +15,7 @@ What happens to the tensors that are no ordinary weights:
 from suture.checkpoints.adapters import open_fine_tuned
 from suture.checkpoints.checkpoint import Checkpoint, Factors, Parts, TensorSpec
 from suture.checkpoints.opening import Source, open_checkpoint
-from suture.checkpoints.provenance import content_hash, file_sha256, provenance
+from suture.checkpoints.provenance import content_hash, file_sha256, provenance_of
 from suture.checkpoints.writing import allocate_checkpoint, save_checkpoint
 from suture.storage.atomic import new_directory
 from suture.storage.cache import cache_directory
@@ -33,6 +33,6 @@ __all__ = [
     "new_directory",
     "open_checkpoint",
     "open_fine_tuned",
-    "provenance",
+    "provenance_of",
     "save_checkpoint",
 ]

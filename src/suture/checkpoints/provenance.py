@@ -24,7 +24,7 @@ PROVENANCE = "suture_merge.json"  # beside the weights of a merge of files
 _SETTLED = 2_000_000_000  # ns; a file changed this recently may change again without its time stamp showing it
 
 
-def provenance(checkpoints: Mapping[str, Checkpoint]) -> dict[str, Any]:
+def provenance_of(checkpoints: Mapping[str, Checkpoint]) -> dict[str, Any]:
     """Versions of what ran, and each model's source with the sha256 of its files, ready for JSON.
 
     A model without files, such as a module, has the sha256 of its tensors.

@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from suture.checkpoints import Checkpoint, open_checkpoint, provenance, save_checkpoint
+from suture.checkpoints import Checkpoint, open_checkpoint, provenance_of, save_checkpoint
 from suture.checkpoints.adapters import adapter_files, factor_name, module_and_side, scale_of
 from suture.checkpoints.provenance import PROVENANCE
 from suture.errors import ConfigError, IncompatibleModels
@@ -63,7 +63,7 @@ def merge_adapters(
         save_checkpoint(tensors, folder / "adapter_model.safetensors")
         config = _merged_config([adapter.config for adapter in adapters], ranks)
         (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n", "utf-8")
-        origin = provenance({adapter.weights.label: adapter.weights for adapter in adapters})
+        origin = provenance_of({adapter.weights.label: adapter.weights for adapter in adapters})
         (folder / PROVENANCE).write_text(json.dumps(origin, indent=2) + "\n", "utf-8")
 
 

@@ -9,7 +9,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from suture.checkpoints import Checkpoint, content_hash, open_checkpoint, open_fine_tuned, provenance
+from suture.checkpoints import Checkpoint, content_hash, open_checkpoint, open_fine_tuned, provenance_of
 from suture.checkpoints.adapters import is_adapter
 from suture.errors import PRETRAINED, IncompatibleModels, SutureError, refusal
 from suture.file_merge.options import MergeOptions
@@ -85,7 +85,7 @@ class Inputs:
 
         def work() -> None:
             with suppress(SutureError):  # is met again by whoever asks
-                self._provenance.update(provenance(self.opened))
+                self._provenance.update(provenance_of(self.opened))
 
         self._hashing = threading.Thread(target=work, daemon=True)
         self._hashing.start()
@@ -94,7 +94,7 @@ class Inputs:
         """Versions, and the sha256 of every input file."""
         if self._hashing is not None:
             self._hashing.join()
-        return self._provenance or provenance(self.opened)
+        return self._provenance or provenance_of(self.opened)
 
 
 def open_inputs(options: MergeOptions) -> Inputs:

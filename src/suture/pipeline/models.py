@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from suture.checkpoints import Checkpoint, allocate_checkpoint, open_checkpoint, open_fine_tuned, provenance
+from suture.checkpoints import Checkpoint, allocate_checkpoint, open_checkpoint, open_fine_tuned, provenance_of
 from suture.errors import PRETRAINED
 from suture.families import Encoder, Family, family
 from suture.merging.task_vectors import TaskVectors
@@ -61,7 +61,7 @@ class Models:
     @cached_property
     def provenance(self) -> dict[str, Any]:
         """Versions, and the hashes of all files."""
-        return provenance({PRETRAINED: self.whole_base, **self.experts})
+        return provenance_of({PRETRAINED: self.whole_base, **self.experts})
 
     @contextmanager
     def new_model(self, folder: Path) -> Iterator[dict[str, Tensor]]:

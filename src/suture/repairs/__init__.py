@@ -1,14 +1,13 @@
 """Representation Surgery: small modules that bring a merged model's features back to its experts'."""
 
 from suture.repairs.blended_model import BlendModel
+from suture.repairs.comparison import Distances, Representation, linear_cka, project, representation
+from suture.repairs.entry import repair
 from suture.repairs.model import SurgeryModel, TaskModel
 from suture.repairs.modules import SurgeryModules
 from suture.repairs.network import FINAL, Block, find_blocks
-from suture.repairs.online import online
 from suture.repairs.problem import ForwardPasses, Problem
 from suture.repairs.registry import RepairKind, get_repair_kind, repair_kind, repair_kinds
-from suture.repairs.repair import repair
-from suture.repairs.representation import Distances, Representation, linear_cka, project, representation
 from suture.repairs.results import RepairResult, Stream
 from suture.repairs.router import CentroidRouter, LinearRouter, fit_router, routing_accuracy
 
@@ -32,7 +31,6 @@ __all__ = [
     "fit_router",
     "get_repair_kind",
     "linear_cka",
-    "online",
     "project",
     "repair",
     "repair_kind",

@@ -9,11 +9,11 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from suture.repairs.blended_model import BlendModel
+from suture.repairs.comparison import Representation
 from suture.repairs.model import SurgeryModel
 from suture.repairs.modules import SurgeryModules, active_shares, dead_warnings
 from suture.repairs.network import Block
 from suture.repairs.problem import ForwardPasses, Problem
-from suture.repairs.representation import Representation
 
 RepairedModel = SurgeryModel | BlendModel
 

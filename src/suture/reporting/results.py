@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from suture.adaptation import AdaMergingResult
-from suture.checkpoints import Source, open_checkpoint, provenance
+from suture.checkpoints import Source, open_checkpoint, provenance_of
 from suture.core.progress import Profile, bar
 from suture.errors import PRETRAINED, ConfigError
 from suture.evaluation import Role, Row, Scorer, TaskInputs
@@ -104,7 +104,7 @@ class Scoring:
 
     def _provenance(self) -> dict[str, Any]:
         sources = {PRETRAINED: self.pretrained, **(self.experts or {})}
-        return provenance({name: open_checkpoint(source) for name, source in sources.items() if source is not None})
+        return provenance_of({name: open_checkpoint(source) for name, source in sources.items() if source is not None})
 
 
 def _title(results: Mapping[str, Result], tasks: Mapping[str, TaskInputs]) -> str:

@@ -8,8 +8,8 @@ from typing import Any
 
 from suture.evaluation import Row
 from suture.reporting.data import Report
+from suture.reporting.files import write
 from suture.reporting.run_folder import is_reference, read
-from suture.reporting.write import write
 
 Curves = dict[str, dict[str, dict[float, float]]]  # knob → model → value of the knob → mean accuracy
 

@@ -9,8 +9,8 @@ from suture.checkpoints import Source
 from suture.errors import ConfigError
 from suture.evaluation import TaskInputs
 from suture.reporting.comparison import compare
+from suture.reporting.files import write
 from suture.reporting.results import Result, Scoring
-from suture.reporting.write import write
 from suture.storage.atomic import new_directory, new_folder
 
 
