@@ -33,7 +33,7 @@ LINES = [
 def scripts(tmp_path):
     (tmp_path / "own_pool.yaml").touch()
     for shell in SHELLS:
-        (tmp_path / f"suture.{shell}").write_text(script(shell))
+        (tmp_path / f"suture.{shell}").write_text(script(shell, VERBS))
     return tmp_path
 
 
@@ -77,7 +77,7 @@ def test_fish_completes(scripts):
 
 def test_the_command_line_prints_the_script(capsys):
     assert main(["completion", "bash"]) == 0
-    assert capsys.readouterr().out == script("bash")
+    assert capsys.readouterr().out == script("bash", VERBS)
     assert main(["completion"]) == 0
     assert "source <(suture completion bash)" in capsys.readouterr().out
     assert main(["completion", "basj"]) == 2
@@ -87,7 +87,7 @@ def test_the_command_line_prints_the_script(capsys):
 def test_every_verb_and_method_is_offered():
     from suture.pipeline.methods import all_methods
 
-    words = names_by_context()
+    words = names_by_context(VERBS)
     assert set(VERBS) < set(words[""])
     assert set(all_methods()) < set(words["method="])
     assert all(f"method:{name}" in words for name in words["method="])

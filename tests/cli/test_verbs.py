@@ -96,13 +96,13 @@ def test_the_word_run_may_be_left_out():
 
 @pytest.mark.parametrize("verb", VERBS.values(), **IDS)
 def test_completion_offers_exactly_what_the_table_has(verb):
-    offered = names_by_context()[verb.name]
+    offered = names_by_context(VERBS)[verb.name]
     options = [name for option in (*verb.options, *EVERYWHERE) for name in option.names]
     keys = ["models." if key.name == "models.NAME" else f"{key.name}=" for key in verb.all_keys]
     values = [value for argument in verb.arguments for value in argument.values()]
     assert sorted(offered) == sorted({*options, *keys, *values})
-    start = names_by_context()[""]
-    assert set(start) == {*VERBS, *VERSION.names, *names_by_context()["run"]}
+    start = names_by_context(VERBS)[""]
+    assert set(start) == {*VERBS, *VERSION.names, *names_by_context(VERBS)["run"]}
 
 
 @pytest.mark.parametrize("shell", SHELLS)

@@ -212,17 +212,16 @@ def completion(request: Request) -> None:
     shell = request.values["SHELL"]
     if shell is None:
         return explain(request)
-    print(script(shell), end="")
+    print(script(shell, request.verbs), end="")
 
 
 def explain(request: Request) -> None:
     """The help: all verbs, or the one of the request."""
     from suture.cli.help import overview, page
-    from suture.cli.verbs import VERBS
 
     named = request.values.get("VERB")
-    verb = VERBS[named] if named else request.verb
-    print(overview(VERBS) if verb.name == "help" else page(verb))
+    verb = request.verbs[named] if named else request.verb
+    print(overview(request.verbs) if verb.name == "help" else page(verb))
 
 
 def version() -> Answer:

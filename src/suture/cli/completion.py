@@ -1,43 +1,43 @@
 """Completion in a shell: a script that holds all names, so that a press of Tab starts no Python."""
 
-from collections.abc import Iterable, Iterator
-from functools import cache
+from collections.abc import Iterable, Iterator, Mapping
 from importlib.resources import files
 from typing import Any, Literal, get_args, get_origin
 
 from suture.cli.grammar import EVERYWHERE, VERSION, Key, Option, Verb, shipped_pools
-from suture.cli.verbs import VERBS
 from suture.core.knobs import Knobs
 
+Verbs = Mapping[str, Verb]
 
-def script(shell: str) -> str:
+
+def script(shell: str, verbs: Verbs) -> str:
     """The completion script of a shell: its template with all names in it."""
     template = (files("suture.cli") / "shells" / f"suture.{shell}").read_text("utf-8")
     contexts: dict[tuple[str, ...], list[str]] = {}
-    for context, names in names_by_context().items():
+    for context, names in names_by_context(verbs).items():
         contexts.setdefault(names, []).append(f"'{context}'")
     case, between = (_fish_case, " ") if shell == "fish" else (_case, " | ")
     marks = {
         "@NAMES@": "\n".join(case(shared, " ".join(names)) for names, shared in contexts.items()),
-        "@CONFIGURED@": between.join(verb.name for verb in VERBS.values() if verb.configuration),
-        "@PATHS@": between.join(_pattern(key, shell) for key in _paths()),
-        "@FILES@": between.join(verb.name for verb in VERBS.values() if any(a.path for a in verb.arguments)),
+        "@CONFIGURED@": between.join(verb.name for verb in verbs.values() if verb.configuration),
+        "@PATHS@": between.join(_pattern(key, shell) for key in _paths(verbs)),
+        "@FILES@": between.join(verb.name for verb in verbs.values() if any(a.path for a in verb.arguments)),
     }
     for mark, text in marks.items():
         template = template.replace(mark, text)
     return template
 
 
-@cache
-def names_by_context() -> dict[str, tuple[str, ...]]:
+def names_by_context(verbs: Verbs) -> dict[str, tuple[str, ...]]:
     """What may be typed: "" at the start, VERB after it, `KEY=` before a value, `method:NAME` its knobs.
 
-    >>> "ties_merging" in names_by_context()["method="]
+    >>> from suture.cli.verbs import VERBS
+    >>> "ties_merging" in names_by_context(VERBS)["method="]
     True
     """
-    contexts = {verb.name: tuple(_typed(verb)) for verb in VERBS.values()}
-    contexts[""] = (*VERBS, *contexts["run"], *_spellings([VERSION]))
-    contexts |= dict(_values_of_keys())
+    contexts = {verb.name: tuple(_typed(verb)) for verb in verbs.values()}
+    contexts[""] = (*verbs, *contexts["run"], *_spellings([VERSION]))
+    contexts |= dict(_values_of_keys(verbs))
     return contexts | dict(_methods()) | dict(_repairs())
 
 
@@ -53,7 +53,7 @@ def _spellings(options: Iterable[Option]) -> list[str]:
     return [name for option in options for name in option.names]
 
 
-def _values_of_keys() -> Iterator[tuple[str, tuple[str, ...]]]:
+def _values_of_keys(verbs: Verbs) -> Iterator[tuple[str, tuple[str, ...]]]:
     """The values of every key that has a closed list of them."""
     from suture.core.fabric import LOGGERS, PRECISIONS
     from suture.file_merge.options import DTYPES, VOCABULARY
@@ -61,7 +61,7 @@ def _values_of_keys() -> Iterator[tuple[str, tuple[str, ...]]]:
     yield from {"fabric.precision=": PRECISIONS, "fabric.loggers.kind=": LOGGERS}.items()
     yield from {"dtype=": DTYPES, "vocabulary=": VOCABULARY}.items()
     yield from ((f"{group}=", shipped_pools(group)) for group in ("modelpool", "taskpool"))
-    for key in (key for verb in VERBS.values() for key in verb.all_keys):
+    for key in (key for verb in verbs.values() for key in verb.all_keys):
         if values := tuple(key.values()):
             yield f"{key.name}=", values
 
@@ -102,8 +102,8 @@ def _named(annotation: Any) -> tuple[str, ...]:
     return ()
 
 
-def _paths() -> list[Key]:
-    keys = {key.name: key for verb in VERBS.values() for key in verb.all_keys if key.path}
+def _paths(verbs: Verbs) -> list[Key]:
+    keys = {key.name: key for verb in verbs.values() for key in verb.all_keys if key.path}
     return list(keys.values())
 
 

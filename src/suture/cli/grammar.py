@@ -114,12 +114,13 @@ class Verb:
 
 @dataclass(frozen=True)
 class Request:
-    """A command line, taken apart: the verb, its own values by name, and the words of the configuration."""
+    """A command line, taken apart: the verb, its own values by name, the words of the configuration, and all verbs."""
 
     verb: Verb
     values: Mapping[str, Any] = field(default_factory=dict)
     words: Sequence[str] = ()
     everywhere: frozenset[str] = frozenset()
+    verbs: Mapping[str, Verb] = field(default_factory=dict)
 
 
 EVERYWHERE = (
@@ -160,7 +161,7 @@ def parse(verbs: Mapping[str, Verb], arguments: Sequence[str], implied: str = "r
             raise ConfigError(unknown_name(f"option of suture {verb.name}", word.partition("=")[0], _names(verb)))
     everywhere = frozenset(option.name for option in (*EVERYWHERE, VERSION) if parsed.get(_field(option)))
     if everywhere & {"--help", "--version"}:
-        return Request(verb if parsed["verb"] else verbs["help"], everywhere=everywhere)
+        return Request(verb if parsed["verb"] else verbs["help"], everywhere=everywhere, verbs=verbs)
     values, words = _sorted_out(verb, [*parsed.get("words", ()), *extra])
     for option in verb.options:
         value = parsed.get(_field(option))
@@ -169,7 +170,7 @@ def parse(verbs: Mapping[str, Verb], arguments: Sequence[str], implied: str = "r
         if option.key and value:
             words.append(f"{option.key}={'true' if value is True else value}")
         values[option.name] = value
-    return Request(verb, values, words, everywhere)
+    return Request(verb, values, words, everywhere, verbs)
 
 
 def _with_verb(verbs: Mapping[str, Verb], arguments: Sequence[str], implied: str) -> list[str]:
