@@ -1,4 +1,4 @@
-"""Tell by its first bytes what a file is, and read the entries of what holds weights."""
+"""Formats of files, told by their first bytes, and the entries of those that hold weights."""
 
 from pathlib import Path
 

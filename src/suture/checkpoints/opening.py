@@ -1,4 +1,4 @@
-"""Open a checkpoint of any kind: a file, a model directory, a hub id, a module or a mapping."""
+"""Opening a checkpoint of any kind: a file, a model directory, a hub id, a module or a mapping."""
 
 import os
 from collections.abc import Mapping

@@ -1,4 +1,4 @@
-"""What a pickle may ask to call. Each answer is a function of this file; no name is ever looked up.
+"""The calls that a pickle may ask for. Each answer is a function of this file; no name is ever looked up.
 
 Tensors, storages and the few plain containers that PyTorch saves are rebuilt. Classes become inert records
 that hold their arguments and state. Anything else, a function above all, is refused.

@@ -1,4 +1,4 @@
-"""Find the weights in what a PyTorch file holds: a state dict, a training checkpoint, a whole module."""
+"""The weights in what a PyTorch file holds: a state dict, a training checkpoint, a whole module."""
 
 from collections.abc import Mapping
 from typing import Any

@@ -1,4 +1,4 @@
-"""Read a pickle as data: a small machine for pickle's opcodes that imports nothing and runs nothing.
+"""Pickles read as data: a small machine for pickle's opcodes that imports nothing and runs nothing.
 
 It keeps the stack, the marks and the memo of the pickle format (PEP 3154 and `pickletools`). Names stay
 names, objects become inert records, and each call goes through `pickle_calls`, which knows the few that

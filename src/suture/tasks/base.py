@@ -1,4 +1,4 @@
-"""What a task is, what its images or texts look like once found, and what a kind of source has to provide."""
+"""Tasks, their images or texts once read, and the interface of a kind of source."""
 
 import hashlib
 import re

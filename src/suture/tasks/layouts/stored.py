@@ -1,4 +1,4 @@
-"""What the files of a data set hold, by address: `FILE`, or `FILE:NAME` for one of the things in a file.
+"""Contents of the files of a data set, by address: `FILE`, or `FILE:NAME` for one of the things in a file.
 
 MATLAB and HDF5 files, IDX, pickled arrays, columns of a CSV, raw bytes, lines of a text, folders of pictures. `*` in an
 address stands for several files, one after another; `FILE:NAME[COLUMN=VALUE,…]` for some rows of a CSV.
