@@ -4,17 +4,14 @@ import json
 import os
 import pickle
 import shutil
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
 from desk import refused
 
-from suture.checkpoints import open_checkpoint
 from suture.cli.main import main
 from suture.core.fabric import OneDevice
 from suture.evaluation import Scorer
@@ -273,32 +270,6 @@ def test_an_output_folder_that_is_in_use(desk, capsys):
     (desk.folder / "out" / "mine").write_text("precious")
     assert "out" in refused(capsys, desk.words())
     assert (desk.folder / "out" / "mine").read_text() == "precious"
-
-
-def kill_after(desk, delay):
-    """Kill a run after some seconds; the output folder must then be whole or not there. Returns whether it is there."""
-    process = subprocess.Popen([sys.executable, "-m", "suture", *desk.words("overwrite=true")], stderr=subprocess.PIPE)
-    time.sleep(delay)
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
-    out = desk.folder / "out"
-    if out.exists():
-        assert (out / "report.json").exists()
-        assert set(open_checkpoint(out / "model")) == set(open_checkpoint(desk.models["_pretrained_"]))
-    return out.exists()
-
-
-def test_a_kill_leaves_no_result_that_looks_whole(desk):
-    assert not kill_after(desk, 0.5)
-    kill_after(desk, 3.5)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("moments", [pytest.param(5, id="sampled"), pytest.param(40, id="many")])
-def test_kills_at_many_moments_leave_the_old_result_or_the_new(desk, moments):
-    assert main(desk.words()) == 0
-    for i in range(moments):
-        assert kill_after(desk, 1.0 + 5.0 * i / moments)
 
 
 def test_pickles_of_the_standard_library_are_not_taken_for_checkpoints(desk, capsys):

@@ -3,11 +3,6 @@
 import csv
 import json
 import os
-import random
-import signal
-import subprocess
-import sys
-import time
 
 import numpy as np
 import pytest
@@ -131,66 +126,6 @@ def test_two_processes_learn_what_one_learns(desk):
     one, two = (load_file(desk.folder / f"out{n}" / "history.safetensors")["coefficients"] for n in (1, 2))
     torch.testing.assert_close(two, one, rtol=0, atol=1e-4)
     assert (desk.folder / "out2" / "logs" / "layer_wise_adamerging" / "metrics.csv").is_file()
-
-
-def run_until_killed(words, folder, seconds):
-    """Start the command, kill it after so many seconds of its adaptation; True if it was alive then."""
-    program = (
-        "import sys, time\n"
-        "from suture.storage import resume as resuming\n"
-        "resuming.Resume.due = lambda self: True\n"
-        "from suture.adaptation import trajectory\n"
-        "advance = trajectory.Trajectory.advance\n"
-        "def slowly(self, *a, **k):\n"
-        "    time.sleep(0.02)\n"
-        "    advance(self, *a, **k)\n"
-        "trajectory.Trajectory.advance = slowly\n"
-        "from suture.cli.main import main\n"
-        "sys.exit(main(sys.argv[1:]))\n"
-    )
-    process = subprocess.Popen([sys.executable, "-c", program, *words], cwd=folder)
-    try:
-        states = folder / "outputs" / "resume"
-        while process.poll() is None and not list(states.glob("*.pt")):
-            time.sleep(0.01)
-        time.sleep(seconds)
-        alive = process.poll() is None
-        process.send_signal(signal.SIGKILL)
-    finally:
-        process.wait()
-    return alive
-
-
-def kill_and_resume(desk, moments):
-    words = desk.words("method.max_steps=40", "method.batch_size=4", "fabric.loggers.kind=csv", method="adamerging")
-    assert main([*words, "output=whole", "method.cache_dir=elsewhere"]) == 0
-    whole = desk.folder / "whole"
-    killed = 0
-    for moment in moments:
-        killed += run_until_killed(words, desk.folder, moment)
-        assert not (desk.folder / "out").exists() or killed == 0
-        if (desk.folder / "out").exists():
-            continue
-        assert main(words) == 0
-        assert (desk.folder / "out" / "history.safetensors").read_bytes() == (
-            whole / "history.safetensors"
-        ).read_bytes()
-        assert same(weights(desk.folder / "out"), weights(whole))
-        with (desk.folder / "out" / "logs" / "layer_wise_adamerging" / "metrics.csv").open() as file:
-            assert [int(row["step"]) for row in csv.DictReader(file)] == list(range(40))
-        for state in (desk.folder / "outputs" / "resume").glob("*"):
-            state.unlink()
-        subprocess.run(["rm", "-r", str(desk.folder / "out")], check=True)
-    return killed
-
-
-def test_a_run_killed_while_it_learns_goes_on_to_the_same_bits(desk):
-    assert kill_and_resume(desk, [0.1]) == 1
-
-
-@pytest.mark.slow
-def test_kills_at_random_steps_change_nothing_sampled(desk):
-    assert kill_and_resume(desk, [random.Random(i).uniform(0, 0.7) for i in range(10)]) >= 8
 
 
 def test_bad_input_is_refused_in_one_line_before_anything_is_decoded(desk, capsys, monkeypatch):
