@@ -18,12 +18,18 @@ from suture.errors import SutureError
 MOST = {"default": 20, "slow": 500}  # events of each kind
 
 
+LAYERS = {"default": 8, "slow": 70}
+
+
 @pytest.fixture(scope="module")
 def work(tmp_path_factory):
-    """Three small checkpoints in which columns cancel, and their merge in two shards."""
-    folder = tmp_path_factory.mktemp("kills")
+    return made(tmp_path_factory.mktemp("kills"), LAYERS["default"])
+
+
+def made(folder, layers):
+    """Three small checkpoints in which columns cancel, and their merge in several shards."""
     generator = torch.Generator().manual_seed(0)
-    base = {f"layers.{i}.w": torch.randn(40, 50, generator=generator).bfloat16() for i in range(8)}
+    base = {f"layers.{i}.w": torch.randn(40, 50, generator=generator).bfloat16() for i in range(layers)}
     for name in ("base", "one", "two"):
         noise = 0.0 if name == "base" else 1.0
         moved = {k: (t + noise * torch.randn(t.shape, generator=generator)).bfloat16() for k, t in base.items()}
@@ -56,7 +62,8 @@ def events_of(work, folder):
 
 def spread(count, most):
     """So many of the numbers 1 to `count`, the first and the last among them."""
-    return sorted({1 + round(i * (count - 1) / max(1, most - 1)) for i in range(min(most, count))})
+    number = min(most, count)
+    return sorted({1 + round(i * (count - 1) / max(1, number - 1)) for i in range(number)})
 
 
 def killed_then_whole(work, folder, kind, number, lose=False):
@@ -73,8 +80,11 @@ def killed_then_whole(work, folder, kind, number, lose=False):
 
 @pytest.mark.parametrize("lose", [False, True], ids=["kill", "power cut"])
 @pytest.mark.parametrize("size", ["default", pytest.param("slow", marks=pytest.mark.slow)])
-def test_a_merge_goes_on_to_the_same_bytes_whatever_event_it_is_killed_at(work, tmp_path, monkeypatch, size, lose):
+def test_a_merge_goes_on_to_the_same_bytes_whatever_event_it_is_killed_at(
+    tmp_path_factory, tmp_path, monkeypatch, size, lose
+):
     monkeypatch.chdir(tmp_path)
+    work = made(tmp_path_factory.mktemp("inputs"), LAYERS[size])
     counts = events_of(work, tmp_path)
     assert {"write", "allocate", "sync", "rename"} <= set(counts)
     total = 0
@@ -82,7 +92,7 @@ def test_a_merge_goes_on_to_the_same_bytes_whatever_event_it_is_killed_at(work, 
         for number in spread(count, MOST[size]):
             killed_then_whole(work, tmp_path, kind, number, lose)
             total += 1
-    assert total >= 30
+    assert total >= (30 if size == "default" else 200)
 
 
 @pytest.mark.slow
@@ -164,7 +174,7 @@ def test_a_run_goes_on_to_the_same_bytes_whatever_event_it_is_killed_at(desk, si
 def test_overwriting_a_run_that_is_killed_leaves_the_old_result_or_the_new(desk, size):
     assert main(desk.words()) == 0
     words = desk.words("method.scaling_factor=0.9", "overwrite=true")
-    for kind, number in [("swap", 1), ("sync", 5), ("write", 2), ("rename", 1)][: 2 if size == "default" else None]:
+    for kind, number in [("swap", 1), ("sync", 5), ("rename", 1), ("sync", 1)][: 2 if size == "default" else None]:
         assert faults.command_line(words, desk.folder, kind, number).returncode == -9, (kind, number)
         report = json.loads((desk.folder / "out" / "report.json").read_text())
         assert report["config"]["method"]["scaling_factor"] == 0.3
