@@ -97,7 +97,10 @@ def in_a_fork(function, events):
 
 def command_line(arguments, folder, kind, number):
     """The command line in a process of its own, killed at an event; what `subprocess.run` gives."""
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    import torch
+
+    threads = str(torch.get_num_threads())  # another number of threads rounds differently
+    environment = os.environ | {"OMP_NUM_THREADS": threads, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     command = [sys.executable, __file__, kind, str(number), *arguments]
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
 
