@@ -82,5 +82,5 @@ def data_refusal(where: object, found: str, remedy: str) -> DataError:
 
 
 def one_line(error: BaseException) -> str:
-    """What another library says, on one printable line of at most 160 characters."""
+    """The message of another library's error, on one printable line of at most 160 characters."""
     return shown(" ".join(str(error).split()))[:160]

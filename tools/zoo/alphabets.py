@@ -1,4 +1,4 @@
-"""Which glyphs the zoo knows: the classes it is pretrained on, and its eight tasks.
+"""The glyphs of the zoo: the classes it is pretrained on, and its eight tasks.
 
 Class names are the lower-cased Unicode names ("greek small letter alpha"), so captions need no table of ours.
 Every font is one that matplotlib ships; the tasks are drawn in fonts that the pretraining never sees.

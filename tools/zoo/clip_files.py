@@ -83,7 +83,7 @@ def _tower(width: int, layers: int, mlp: int) -> dict[str, object]:
 
 
 def as_pixels(images: Tensor) -> Tensor:
-    """What the processor does to uint8 images (n, 16, 16), in one step: float32 (n, 3, 16, 16)."""
+    """The processor's work on uint8 images (n, 16, 16), in one step: float32 (n, 3, 16, 16)."""
     return ((images.float() - MEAN) / STD)[:, None].expand(-1, 3, -1, -1)
 
 

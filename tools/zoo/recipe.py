@@ -1,4 +1,4 @@
-"""How large the zoo's CLIP is and how long it is trained. The shipped files were made with the defaults."""
+"""The size of the zoo's CLIP and the length of its training. The shipped files were made with the defaults."""
 
 from dataclasses import dataclass
 

@@ -90,7 +90,7 @@ def factor_name(module: str, side: str) -> str:
 
 
 def module_and_side(stored: str) -> tuple[str, str] | None:
-    """What `factor_name` was made of; None for a tensor that is no factor."""
+    """The module and side that make up a factor's name; None for a tensor that is no factor."""
     match = _FACTOR.fullmatch(stored.removeprefix(_PREFIX))
     return (match["module"], match["side"]) if match else None
 
@@ -153,7 +153,7 @@ def _replaced_name(stored: str, folder: Path) -> str:
 
 
 def _names_in_base(names: Sequence[str], base: Checkpoint, canonical_names: Naming) -> dict[str, str]:
-    """What the base calls the tensors that an adapter names; names that it has itself stay."""
+    """The base's names of the tensors that an adapter names; names that the base has stay."""
     of_base = {given: name for name, given in canonical_names(names).items()}
     return {name: name if name in base else of_base.get(name, name) for name in names}
 
@@ -209,7 +209,7 @@ def _fits(
 
 
 def _own_name(stored: Mapping[str, str]) -> str:
-    """What the adapter itself calls a module, which the patterns of its configuration go by."""
+    """The adapter's own name of a module, for the patterns of its configuration."""
     return (module_and_side(stored["A"]) or ("", ""))[0]
 
 

@@ -87,7 +87,7 @@ def _is_file_name(file: Any) -> bool:
 
 
 def _unlisted(index: Path, weight_map: Mapping[str, str], read: Mapping[str, Mapping[str, Entry]]) -> dict[str, Entry]:
-    """What the shards hold beyond the index: kept, unless two shards disagree about it."""
+    """Tensors of the shards that the index does not list: kept, unless two shards disagree about it."""
     entries: dict[str, Entry] = {}
     for shard in read.values():
         for name in shard.keys() - weight_map.keys():

@@ -44,7 +44,7 @@ def _entry(name: str, tensor: Any, label: str) -> Entry:
 
 
 def _unsupported(tensor: Tensor) -> str | None:
-    """What is wrong with a tensor, in words; None if it is dense, in memory and of a supported dtype."""
+    """The problem with a tensor; None if it is dense, in memory and of a supported dtype."""
     if tensor.is_quantized:
         return "a quantised tensor"
     if tensor.is_nested or tensor.layout != torch.strided:

@@ -31,7 +31,7 @@ class Name(NamedTuple):
 
 
 class Inert:
-    """What stands for an object of a class that is not imported: its arguments, state and items.
+    """A record in place of an object of a class that is not imported: its arguments, state and items.
 
     `built` is the state as the pickle gave it, which for arrays is no mapping.
     """
@@ -79,7 +79,7 @@ def named(module: str, qualname: str) -> Name:
 
 
 def call(where: object, function: Any, arguments: tuple) -> Any:
-    """What REDUCE gives. Raises `CheckpointError` for everything that is not known to be harmless."""
+    """The result of REDUCE. Raises `CheckpointError` for everything that is not known to be harmless."""
     if isinstance(function, Name):
         if str(function) == "functools.partial":
             return _partial(where, function, arguments)
@@ -95,7 +95,7 @@ def call(where: object, function: Any, arguments: tuple) -> Any:
 
 
 def instantiate(where: object, cls: Any, arguments: tuple) -> Any:
-    """What NEWOBJ gives: an instance that was never initialised. Only classes are asked for in this way."""
+    """The result of NEWOBJ: an instance that was never initialised. Only classes are asked for in this way."""
     if isinstance(cls, Name) and (_third_party(cls) or (_root(cls) == "torch" and _like_a_class(cls))):
         rebuild = _REBUILDERS.get(str(cls))
         return rebuild(*arguments) if rebuild else Inert(cls, arguments)
@@ -115,7 +115,7 @@ def refused_request(where: object, request: str) -> CheckpointError:
 
 
 def storage(identifier: Any) -> Any:
-    """What a persistent id stands for: ('storage', type, key, location, numel), or a class and its source."""
+    """The meaning of a persistent id: ('storage', type, key, location, numel), or a class and its source."""
     kind, named_type, *rest = identifier
     if kind == "module":
         return named_type

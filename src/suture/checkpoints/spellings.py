@@ -35,7 +35,7 @@ def spelling_problem(label: str, names: Iterable[str], base: Collection[str], mo
 
 
 def _prefix(names: list[str], others: list[str]) -> str | None:
-    """What most of the names have before them among the others."""
+    """The prefix that most of the names have."""
     there = set(others)
     guesses = (
         other.removesuffix(name) for name in names[:_LOOKED_AT] for other in others if other.endswith(f".{name}")

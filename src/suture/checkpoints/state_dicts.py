@@ -91,7 +91,7 @@ def _is_module(value: Any) -> bool:
 
 
 def _module_tensors(module: Inert, where: object) -> dict[str, Any]:
-    """What `state_dict()` would give: parameters and persistent buffers of the module and those in it."""
+    """The state dict of a module: parameters and persistent buffers of the module and those in it."""
     found: dict[str, Any] = {}
     waiting: list[tuple[str, Inert, frozenset[int]]] = [("", module, frozenset())]
     parts = 0  # modules without a tensor count too: a tangle of those has paths without end and not one name

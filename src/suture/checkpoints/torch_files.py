@@ -30,7 +30,7 @@ _PLAIN = "save it anew as safetensors or with torch.save(model.state_dict(), …
 
 
 class Extent(NamedTuple):
-    """Where a run of bytes lies in a file."""
+    """The position of a run of bytes in a file."""
 
     begin: int
     nbytes: int

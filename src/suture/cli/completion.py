@@ -29,7 +29,7 @@ def script(shell: str, verbs: Verbs) -> str:
 
 
 def names_by_context(verbs: Verbs) -> dict[str, tuple[str, ...]]:
-    """What may be typed: "" at the start, VERB after it, `KEY=` before a value, `method:NAME` its knobs.
+    """Names that may be typed: "" at the start, VERB after it, `KEY=` before a value, `method:NAME` its knobs.
 
     >>> from suture.cli.verbs import VERBS
     >>> "ties_merging" in names_by_context(VERBS)["method="]

@@ -101,7 +101,7 @@ class Verb:
 
     @property
     def usage(self) -> str:
-        """How the verb is typed, in one line."""
+        """The verb's usage, in one line."""
         words = [f"suture {self.name}"]
         for argument in self.arguments:
             name = f"{argument.name} …" if argument.many else argument.name
@@ -201,7 +201,7 @@ def _parser(verbs: Mapping[str, Verb]) -> Parser:
 
 
 def _add(parser: Parser, option: Option) -> None:
-    """What goes with every verb may stand before the verb and behind it: neither place's default hides the other."""
+    """Options that go with every verb may stand before or after it: neither default hides the other."""
     action = "store" if option.metavar else "store_true"
     parser.add_argument(*option.names, dest=_field(option), default=argparse.SUPPRESS, action=action)
 

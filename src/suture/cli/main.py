@@ -130,7 +130,7 @@ def _one_line(text: str) -> str:
 
 
 def _discard_output() -> None:
-    """What standard output could not take stays in its buffer: let the interpreter flush that into nothing."""
+    """Let the interpreter flush to nowhere the bytes that standard output could not take."""
     with suppress(OSError, ValueError):
         null = os.open(os.devnull, os.O_WRONLY)
         os.dup2(null, sys.stdout.fileno())

@@ -23,7 +23,7 @@ class Answer:
 
 
 class Manner(Enum):
-    """How a command answers."""
+    """The form of a command's output."""
 
     TABLES = "tables"
     QUIET = "--quiet"

@@ -86,7 +86,7 @@ def _open(folder: Path, name: str) -> Adapter:
 
 
 def _factors(method: MergeMethod, knobs: Mapping[str, Any], count: int) -> list[float]:
-    """What each task vector is multiplied with."""
+    """The factor of each task vector."""
     weights = one_each(knobs.get("weights") or [1.0] * count, count, "weights")
     if method.name not in _LINEAR:
         raise ConfigError(

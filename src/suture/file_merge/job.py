@@ -72,7 +72,7 @@ class Job:
 
     @cached_property
     def folder(self) -> WorkingFolder:
-        """Where the result is made."""
+        """The folder in which the result is made."""
         return WorkingFolder(self.options.output, self.shards, self.options.part)
 
     @cached_property
@@ -165,7 +165,7 @@ class Job:
                 raise damaged(self.folder.model / self.folder.locations[record.name].file, f"'{record.name}'")
 
     def _gather(self) -> None:
-        """What the method must know of the whole model: as it was saved before, or anew."""
+        """Gather the statistic of the whole model, or take the one that was saved."""
         if not self.merging.whole_model():
             return
         if saved := self.folder.statistic():

@@ -13,7 +13,7 @@ _NAME = "model"
 
 
 class Location(NamedTuple):
-    """Where a tensor of the result lies: its file, its first byte there, its shape and dtype."""
+    """The place of a tensor in the result: its file, its first byte there, its shape and dtype."""
 
     file: str
     begin: int

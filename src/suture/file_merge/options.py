@@ -27,7 +27,7 @@ _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
 @dataclass(frozen=True)
 class MergeOptions:
-    """Which models are merged, how, and where the result goes.
+    """The models of a merge, its method and options, and its output.
 
     `knobs` are the method's, as they were given (see `tensor_knobs`), `part` is (i, n) for the i-th of n shares, and
     `command` is the command line to record, if there was one.

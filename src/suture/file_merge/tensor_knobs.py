@@ -65,7 +65,7 @@ def tensor_knobs(method: MergeMethod, values: Mapping[str, Any], names: Sequence
 
 
 def _check_scope(all_knobs: Sequence[Mapping[str, Any]]) -> None:
-    """What is decided over the whole model cannot differ from tensor to tensor."""
+    """Refuse knobs that differ from tensor to tensor where the whole model decides."""
     if not any(knobs.get("scope") == "model" for knobs in all_knobs):
         return
     for knob in ("scope", "threshold", "merge_func", "weights"):
@@ -77,7 +77,7 @@ def _check_scope(all_knobs: Sequence[Mapping[str, Any]]) -> None:
 
 
 def value_at(setting: Any, name: str, depth: float, is_list: bool = False) -> Any:
-    """What a setting says for one tensor; `depth` is 0 at the first layer and 1 at the last."""
+    """The value of a setting for one tensor; `depth` is 0 at the first layer and 1 at the last."""
     if isinstance(setting, Mapping):
         setting = [setting]
     if not isinstance(setting, Sequence) or isinstance(setting, str):
@@ -103,7 +103,7 @@ def _interpolated(stops: Sequence[Any], depth: float) -> float:
 
 
 def depth_of(names: Iterable[str]) -> Callable[[str], float]:
-    """How deep in the model a tensor lies: its layer's number over that of the last of its stack of layers."""
+    """The depth of a tensor in the model: its layer's number over that of the last of its stack of layers."""
     last: dict[str, int] = {}
     for name in names:
         if match := _LAYER.search(name):

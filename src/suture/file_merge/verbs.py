@@ -18,7 +18,7 @@ from suture.merging.registry import methods
 
 @dataclass(frozen=True)
 class ConfiguredMerge:
-    """What came of a configured merge.
+    """The result of a configured merge.
 
     `finished` says whether the result is in `output`; it is not where only a plan was asked for, or where other shares
     are still to be done. `notes` say what differs from mergekit.
@@ -106,7 +106,7 @@ def plan_files(
     output: str | Path,
     **options: Any,
 ) -> Plan:
-    """What `merge_files` with the same arguments would read, write and hold, and how long it would take here.
+    """The bytes that `merge_files` with the same arguments would read, write and hold, and its time here.
 
     Disk and method are measured for a moment; a probe is written beside the output and removed.
     """

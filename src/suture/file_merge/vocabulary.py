@@ -115,7 +115,7 @@ class _Table:
 
 
 def _runs(rows: RowMap, offset: int) -> Iterator[tuple[int, int]]:
-    """Where rows follow one another, or are all lacking."""
+    """Runs of rows that follow one another, or are all lacking."""
     if not len(rows):
         return
     steps = np.diff(rows)
@@ -133,7 +133,7 @@ def _first(count: int, target: int) -> RowMap:
 def _by_token(
     base: Checkpoint, models: Mapping[str, Checkpoint], counts: Sequence[int]
 ) -> tuple[list[RowMap], str | None]:
-    """Where each model has each token's row, and the base's tokenizer with the tokens that only models have."""
+    """Each model's row of every token, and the base's tokenizer with the tokens that only models have."""
     base_rows = counts[0]
     own = _tokens(base, base_rows)
     known = [

@@ -99,7 +99,7 @@ class WorkingFolder:
 
     @property
     def model(self) -> Path:
-        """What becomes the result."""
+        """The folder that becomes the result."""
         return self.path / "model"
 
     @contextmanager
@@ -294,7 +294,7 @@ class WorkingFolder:
         write_text(self.path / "statistic.json", json.dumps(statistic))
 
     def statistic(self) -> dict[str, Any] | None:
-        """What `save_statistic` saved. A file that cannot be read is set aside, with a warning."""
+        """The statistic that `save_statistic` saved. A file that cannot be read is set aside, with a warning."""
         file = self.path / "statistic.json"
         if not file.exists():
             return None
@@ -334,7 +334,7 @@ class WorkingFolder:
 
 
 def recorded_work(folder: Path) -> Any:
-    """What a result says that it was merged from and how; None for what is no result of a merge."""
+    """The record of a result's inputs and options; None for a folder that is no result of a merge."""
     record = _read_json(folder / PROVENANCE)
     return record.get("work") if isinstance(record, dict) else None
 

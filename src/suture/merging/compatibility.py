@@ -71,7 +71,7 @@ def merged_names(base: Checkpoint, frozen: Sequence[str] = ()) -> list[str]:
 def _files_problems(
     base: Checkpoint, models: Mapping[str, Checkpoint], frozen: Sequence[str], by_row: bool
 ) -> list[str]:
-    """What forbids a merge whatever the names and shapes: quantised weights, and rows of different tokens."""
+    """Reasons against a merge whatever the names and shapes: quantised weights, and rows of different tokens."""
     try:
         problems = [problem for each in (base, *models.values()) if (problem := quantised_problem(each))]
         tables = [base.specs[name].shape for name in merged_names(base, frozen) if _is_vocabulary(name, base)]

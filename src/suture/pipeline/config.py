@@ -18,11 +18,13 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from suture.errors import ConfigError, unknown_name
+from suture.errors import ConfigError, one_line, unknown_name
 from suture.pipeline.methods import all_methods
 from suture.pipeline.repairs import NONE, Repair
 from suture.repairs import repair_kinds
 
+_LARGEST_POOL = 1_000_000  # bytes
+_MOST_NODES = 100_000
 _MULTIRUN = {"-m", "--multirun"}
 _GROUPS = ("modelpool", "taskpool")
 _TYPED: dict[str, str] = {}  # Hydra's name for a user's pool → the path that was typed
@@ -273,7 +275,10 @@ def _read_pool(group: str, path: Path) -> dict[Any, Any]:
     from yaml import YAMLError
 
     try:
+        _check_expansion(group, path)
         pool = OmegaConf.load(path) if path.stat().st_size else None
+    except RecursionError:
+        raise ConfigError(f"{group}={path} is nested too deeply. Remedy: write it out without anchors.") from None
     except YAMLError as error:
         raise ConfigError(f"{group}={path} is not valid YAML: {' '.join(str(error).split())}") from None
     except UnicodeDecodeError:
@@ -289,6 +294,29 @@ def _read_pool(group: str, path: Path) -> dict[Any, Any]:
     if "defaults" in content:
         raise ConfigError(f"{group}={path} has a list of defaults. Remedy: write out what it refers to.")
     return content
+
+
+def _check_expansion(group: str, path: Path) -> None:
+    """Refuse a YAML file too large for a pool, every alias written out: 500 bytes can stand for billions of values."""
+    import yaml
+
+    size_on_disk = path.stat().st_size  # raises for a file that is not there
+    if not path.is_file() or size_on_disk > _LARGEST_POOL:
+        raise OSError(None, f"it is no file of at most {_LARGEST_POOL} bytes")
+    sizes: dict[int, int] = {}
+
+    def size(node: yaml.Node) -> int:
+        if id(node) not in sizes:
+            parts = node.value if isinstance(node, yaml.CollectionNode) else ()
+            sizes[id(node)] = 1 + sum(
+                size(each) for part in parts for each in (part if type(part) is tuple else (part,))
+            )
+        return sizes[id(node)]
+
+    root = yaml.compose(path.read_text("utf-8"), yaml.SafeLoader)
+    if root is not None and size(root) > _MOST_NODES:
+        remedy = "write out what its anchors stand for"
+        raise ConfigError(f"{group}={path} stands for more than {_MOST_NODES} values. Remedy: {remedy}.")
 
 
 @contextmanager
@@ -314,6 +342,12 @@ def _one_line_errors() -> Iterator[None]:
         yield
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(_explain(error)) from None
+    except ValueError as error:  # hydra's own: a group that is given a number
+        if not str(error).startswith("Config group override"):
+            raise
+        raise ConfigError(f"{one_line(error)} Remedy: give the name of one.") from None
+    except RecursionError:
+        raise ConfigError("The configuration is nested too deeply. Remedy: give values that are not nested.") from None
 
 
 def _explain(error: BaseException) -> str:

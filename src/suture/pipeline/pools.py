@@ -89,7 +89,8 @@ def _task(name: str, config: Mapping[str, Any], root: str | None) -> Task:
     missing = [key for key in ("source", "classnames") if not keys.get(key)]
     if missing:
         raise ConfigError(f"taskpool.tasks.{name} has no {missing[0]}. Wanted: source and classnames, at least.")
-    keys |= {"source": str(keys["source"]), "classnames": tuple(map(str, keys["classnames"]))}
+    names = keys["classnames"]
+    keys |= {"source": str(keys["source"]), "classnames": list(map(str, names)) if isinstance(names, list) else names}
     return Task(name, **{key: value for key, value in keys.items() if key != "folders"})
 
 

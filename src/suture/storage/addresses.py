@@ -34,7 +34,7 @@ def ships(name: str) -> bool:
 
 
 def home(name: str) -> Path:
-    """Where a zoo that does not ship is built, by default, and looked for: a folder of suture's cache."""
+    """The folder in suture's cache in which a zoo that does not ship is built and looked for."""
     return cache_directory() / "zoo" / name
 
 

@@ -189,7 +189,7 @@ def check_writable(folder: Path) -> None:
 
 
 def _relation(output: Path, source: Path) -> str | None:
-    """How an output would touch an input, as a verb; None where it does not."""
+    """The relation of an output to an input, as a verb; None where they are apart."""
     if output == source:
         return "is"
     if output in source.parents:

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 def cache_directory() -> Path:
-    """Where what can be made again is kept: $SUTURE_CACHE, or suture in $XDG_CACHE_HOME or ~/.cache."""
+    """The folder of files that can be made again: $SUTURE_CACHE, or suture in $XDG_CACHE_HOME or ~/.cache."""
     if os.environ.get("SUTURE_CACHE"):
         return Path(os.environ["SUTURE_CACHE"])
     home = os.environ.get("XDG_CACHE_HOME")

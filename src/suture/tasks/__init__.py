@@ -46,7 +46,7 @@ def check(task: Task, split: Split) -> list[str]:
 
 
 def notes(task: Task, split: Split) -> list[str]:
-    """What a reader should know of a task that is in order: data not there yet, or not as many as published."""
+    """Notes on a task without problems: data that are not there yet, or another number than published."""
     if _is_on_hub(task) and hub.cached_dataset(task.source) is None:
         return [f"Task {task.name!r}: '{task.source}' will be downloaded from the hub."]
     with _reading(task):
@@ -165,7 +165,7 @@ def _is_on_hub(task: Task) -> bool:
 
 
 def _source(folder: Path, split: Split, task: Task) -> tuple[Path, Source]:
-    """Where the data lie and what reads them: a layout of the task, any other kind, or a layout without this split."""
+    """The folder of the data and their reader: a layout of the task, any other kind, or a layout without this split."""
     if found := layouts.source(folder, split, task, of=(split,)):
         return found
     fitting = [source for source in source_kinds().values() if source.texts or not task.text_columns]

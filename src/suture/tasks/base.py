@@ -80,7 +80,7 @@ class Task:
 
     @property
     def own_names(self) -> tuple[str, ...]:
-        """What the source calls the classes, in label order."""
+        """The names that the source has for the classes, in label order."""
         return self.labels or self.classnames
 
 

@@ -29,7 +29,7 @@ RECIPE = Recipe(finetuning_batch=64, train_images=12_000, test_images=2_000)
 TEMPLATES = ("a picture of {}", "a small image of {}")
 
 FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
-"""Where Debian's package puts it."""
+"""The path of Debian's package."""
 
 CLOTHING = (
     "t-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot",
@@ -104,7 +104,7 @@ def _some(images: Images, count: int, generator: torch.Generator) -> Labelled:
 
 
 def _photographs(recipe: Recipe, seed: int) -> ZooTask:
-    """Which photograph a patch is from; no pixel is in patches of both splits."""
+    """The photograph that a patch is from; no pixel is in patches of both splits."""
     from PIL import Image
 
     package = importlib.util.find_spec("skimage")

@@ -134,7 +134,7 @@ class Family(ABC):
         return [f"{problem} Remedy: {'name them' if texts else 'leave them out'}, or choose another family."]
 
     def _reader_problems(self) -> list[str]:
-        """What of the tokenizer's settings does not fit the model."""
+        """Settings of the tokenizer that do not fit the model, one line each."""
         try:
             _ = self.reader if self.reads == "texts" else None
         except SutureError as error:

@@ -22,7 +22,7 @@ class Slice(NamedTuple):
 
 
 class Origin(NamedTuple):
-    """Where a tensor of a model made of slices comes from: which slice, its name there, and how deep in that slice."""
+    """The origin of a tensor in a model made of slices: which slice, its name there, and how deep in that slice."""
 
     slice: int
     name: str
@@ -78,7 +78,7 @@ def assemble(slices: Sequence[Slice], label: str) -> Checkpoint:
 
 
 def configuration(config: Mapping[str, Any], slices: Sequence[Slice]) -> dict[str, Any]:
-    """What changes in a model's configuration when it is made of slices."""
+    """Changes to a model's configuration when it is made of slices."""
     layers = [layer for piece in slices for layer in range(piece.start, piece.stop)]
     changes: dict[str, Any] = {key: len(layers) for key in _COUNTS if key in config}
     kinds = config.get("layer_types")
@@ -88,7 +88,7 @@ def configuration(config: Mapping[str, Any], slices: Sequence[Slice]) -> dict[st
 
 
 def module_of(tensors: Iterable[str], modules: Sequence[str]) -> dict[str, int]:
-    """Which module each tensor belongs to: the one whose name is first among the parts of the tensor's name.
+    """The module of each tensor: the one whose name is first among the parts of the tensor's name.
 
     The others belong to the module `text_decoder` or `shared`, whichever there is. `ConfigError` for a tensor without a
     module, and for a module without tensors.

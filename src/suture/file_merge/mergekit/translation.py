@@ -33,7 +33,7 @@ class Section(NamedTuple):
 
 @dataclass(frozen=True)
 class Translation:
-    """What a file asks for, with its models opened. `content` is the file's."""
+    """The merge that a file describes, with its models opened. `content` is the file's."""
 
     content: Mapping[str, Any]
     base: Checkpoint | None
@@ -48,7 +48,7 @@ class Translation:
     chat_template: str | None = None
 
     def config(self, config: Mapping[str, Any]) -> dict[str, Any]:
-        """What changes in a model's configuration."""
+        """Changes to a model's configuration."""
         return configuration(config, self.slices) if self.slices else {}
 
 

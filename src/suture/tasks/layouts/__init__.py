@@ -31,7 +31,7 @@ def layout(words: Mapping[str, Any]) -> Layout:
 
 
 def source(folder: Path, split: Split, task: Task, *, of: Sequence[Split]) -> tuple[Path, Source] | None:
-    """Where a layout lies of which something is there for one of the splits `of`, and what reads it."""
+    """The folder of a layout with something in it for one of the splits `of`, and its reader."""
     for words in task.layouts:
         found = layout(words)
         for place in (folder, *(folder / name for name in words.get("within", ()))):
@@ -41,7 +41,7 @@ def source(folder: Path, split: Split, task: Task, *, of: Sequence[Split]) -> tu
 
 
 def wanted(split: Split, task: Task) -> list[str]:
-    """What a message calls the task's layouts."""
+    """The task's layouts, as messages name them."""
     found = [layout(words) for words in task.layouts]
     return [each.wanted(split) for each in found if split in _splits(each)]
 

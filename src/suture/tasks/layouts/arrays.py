@@ -44,7 +44,7 @@ class Arrays:
         return any(split in part and stored.find(folder, part[split]) for part in (self.images, self.labels))
 
     def wanted(self, split: Split) -> str:
-        """What a message calls the layout."""
+        """The layout, as messages name it."""
         return stored.shown(self.images[split])
 
     def load(self, folder: Path, split: Split, task: Task) -> Images:
@@ -54,7 +54,7 @@ class Arrays:
         return Images(self._pixels(images), torch.from_numpy(self._labels(labels)), identity=identity)
 
     def count(self, folder: Path, split: Split, task: Task) -> int:
-        """How many images there are, from the header."""
+        """The number of images, from the header."""
         return self._shape(stored.required(folder, self.images[split], split))[0]
 
     def problems(self, folder: Path, split: Split, task: Task) -> list[str]:

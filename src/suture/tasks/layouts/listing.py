@@ -56,7 +56,7 @@ class Listing:
         return split in self.index and stored.find(folder, self.index[split]) is not None
 
     def wanted(self, split: Split) -> str:
-        """What a message calls the layout."""
+        """The layout, as messages name it."""
         return stored.shown(self.index[split])
 
     def load(self, folder: Path, split: Split, task: Task) -> Images:
@@ -66,7 +66,7 @@ class Listing:
         return Images(PictureFiles(paths), torch.tensor([e.label for e in entries]), identity=files_identity(paths))
 
     def count(self, folder: Path, split: Split, task: Task) -> int:
-        """How many pictures the index lists."""
+        """The number of pictures in the index."""
         return len(stored.rows(stored.required(folder, self.index[split], split)))
 
     def problems(self, folder: Path, split: Split, task: Task) -> list[str]:

@@ -90,7 +90,7 @@ def names(address: Address) -> list[str]:
 
 
 def rows(address: Address) -> list[dict[str, Any]]:
-    """What an index lists: columns by name, or `line`; of a folder the paths of its pictures. Raises `DataError`."""
+    """The rows of an index, by column name or `line`, or the pictures of a folder. Raises `DataError`."""
     path = address.paths[0]
     if path.is_dir():
         return [{"line": line} for line in _pictures_below(path)]

@@ -156,7 +156,7 @@ def _wrong_size(path: Path, header: Header, found: int) -> str:
 
 
 def _uncompressed_size(path: Path) -> int:
-    """What a gzip file says it holds, modulo 2³², in its last four bytes; arbitrary when it is cut short."""
+    """The size that a gzip file states, modulo 2³², in its last four bytes; arbitrary when it is cut short."""
     with path.open("rb") as file:
         file.seek(max(0, path.stat().st_size - 4))
         return int.from_bytes(file.read(4), "little")
