@@ -1,6 +1,7 @@
 """The pass over the whole model that processes share: each block once, whoever comes first, whoever dies."""
 
 import fcntl
+import shutil
 import threading
 from pathlib import Path
 
@@ -99,3 +100,26 @@ def test_what_another_process_has_in_the_making_is_left_for_last(tmp_path, dies)
     assert (folder.path / "a").read_text() == ("mine" if dies else "another's")
     assert made == (["b", "c", "a"] if dies else ["b", "c"])
     assert sorted(path.name for path in Path(folder.path).iterdir() if path.suffix != ".lock") == ["a", "b", "c"]
+
+
+def test_a_share_that_is_lost_after_it_was_synced_is_merged_again(models, tmp_path):
+    """As if a power cut had taken the folder with the tensors and left the lines that say that they are there."""
+    out = tmp_path / "out"
+    merge_files(*models, "ties_merging", out, shard="1/2")
+    shutil.rmtree(tmp_path / ".out.merging" / "model")
+    merge_files(*models, "ties_merging", out, shard="2/2")
+    assert not out.exists()
+    merge_files(*models, "ties_merging", out, shard="1/2")
+    assert same(out, merge(*models, "ties_merging"))
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_line_that_was_never_synced_does_not_count_with_later_ones(models, tmp_path):
+    merge_files(*models, "ties_merging", tmp_path / "out", shard="1/2")
+    lines = tmp_path / ".out.merging" / "1-of-2.jsonl"
+    records = [line for line in lines.read_text().splitlines() if "synced" not in line]
+    lines.write_text("\n".join([*records, '{"synced": false}', records[0], '{"synced": true}', ""]))
+    merge_files(*models, "ties_merging", tmp_path / "out", shard="2/2")
+    assert not (tmp_path / "out").exists()
+    merge_files(*models, "ties_merging", tmp_path / "out", shard="1/2")
+    assert same(tmp_path / "out", merge(*models, "ties_merging"))

@@ -140,6 +140,7 @@ class Job:
         records, synced = self.folder.records()
         earlier = [record for name, record in records.items() if name in share]
         intact = {record.name for record, whole in self._read_back(earlier) if whole}
+        self.folder.withdraw_unsynced()
         for name in intact - synced:
             self.folder.record(records[name])
         left = [name for name in self.folder.locations if name in share - intact]
@@ -215,6 +216,9 @@ class Job:
         records, synced = self.folder.records()
         if set(records) != set(self.specs) or not set(records) <= synced:
             return False
+        share = set(self.share())  # which this process has read back
+        if not all(whole for _, whole in self._read_back(r for r in records.values() if r.name not in share)):
+            return False  # whoever does that share again mends it
         self._settle(records)
         if len(self.shards) > 1:
             index_path(self.folder.model).write_text(index_text(self.shards), "utf-8")

@@ -6,7 +6,8 @@
     .NAME.merging/model/         the result; it becomes NAME in one step when nothing is missing
 
 After a kill, what a line names is there; after a power cut it may not be. So whoever resumes reads it back. A line that
-says "synced" is written when all that the lines before it name has reached the disk and was read back.
+says "synced" is written when all that the lines before it name has reached the disk and was read back; one that denies
+it takes them back.
 """
 
 import hashlib
@@ -213,6 +214,14 @@ class WorkingFolder:
         for descriptor in self._files.values():
             os.fsync(descriptor)
 
+    def withdraw_unsynced(self) -> None:
+        """Take back what this process's manifest says and was never synced; what is intact is then recorded anew.
+
+        Otherwise a line about a tensor of another share, which a power cut has spoilt and that share merged again,
+        would count as synced with this process's next ones.
+        """
+        self._append({"synced": False})
+
     def record_synced(self) -> None:
         """Note that all that was recorded has reached the disk and was read back."""
         self._append({"synced": True})
@@ -230,15 +239,27 @@ class WorkingFolder:
         records: dict[str, TensorRecord] = {}
         synced: set[str] = set()
         for manifest in sorted(self.path.glob("*-of-*.jsonl")):
-            fresh: set[str] = set()
-            for line in _lines(manifest):
-                if line.get("synced") is True:
-                    synced |= fresh
-                    fresh = set()
-                elif (record := _record(line)) and record.name in self.locations:
-                    records[record.name] = record
-                    synced.discard(record.name)
-                    fresh.add(record.name)
+            own, own_synced = self._records_of(manifest)
+            records |= own
+            synced = (synced - own.keys()) | own_synced
+        return records, synced
+
+    def _records_of(self, manifest: Path) -> tuple[dict[str, TensorRecord], set[str]]:
+        records: dict[str, TensorRecord] = {}
+        synced: set[str] = set()
+        fresh: set[str] = set()
+        for line in _lines(manifest):
+            if line.get("synced") is True:
+                synced |= fresh
+                fresh = set()
+            elif line.get("synced") is False:
+                for name in fresh:
+                    del records[name]
+                fresh = set()
+            elif (record := _record(line)) and record.name in self.locations:
+                records[record.name] = record
+                synced.discard(record.name)
+                fresh.add(record.name)
         return records, synced
 
     def is_intact(self, record: TensorRecord) -> bool:
