@@ -10,8 +10,14 @@ from suture.adaptation import AdaMergingResult
 
 @dataclass(frozen=True)
 class MergeResult:
-    """One merged model: its tensors, and its learned coefficients, if any. `label` names its row in the report."""
+    """One merged model: its tensors, and its learned coefficients, if any. `label` names its row in the report.
+
+    `how` says in words what was learned, and from which inputs; it is empty where only weights were read. `seconds`
+    is the time that the merge took.
+    """
 
     label: str
     tensors: Mapping[str, Tensor]
     learned: AdaMergingResult | None = None
+    how: str = ""
+    seconds: float = 0.0
