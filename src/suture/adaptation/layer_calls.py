@@ -27,7 +27,8 @@ class Layer(NamedTuple):
     """A weight in use: a matrix, a kernel, or the scale of a normalisation.
 
     `weight` and `bias` are names of parameters; for a BatchNorm layer `weight` is the name of its running mean. A
-    matrix may be `size` rows of a larger parameter, from `start` on; a `transposed` one is stored as (in, out).
+    matrix may be `size` rows of a larger parameter, from `start` on; a `transposed` one is stored as (in, out). The rows
+    of a `routed` one, a single expert's of a stack, are those that the model sends to it.
     """
 
     kind: Kind
@@ -37,6 +38,7 @@ class Layer(NamedTuple):
     size: int = 0
     transposed: bool = False
     groups: int = 1
+    routed: bool = False
 
 
 class Window(NamedTuple):
@@ -104,6 +106,7 @@ class LayerCalls(TorchFunctionMode):
         self._names = _Names(module)
         self._scaled = [(name, part) for name, part in module.named_modules() if with_norms and _only_scales(part)]
         self._hooks: list[Any] = []
+        self._evaluating = False
 
     def __enter__(self) -> "LayerCalls":
         self._hooks = [part.register_forward_hook(partial(self._after_norm, name)) for name, part in self._scaled]
@@ -120,6 +123,8 @@ class LayerCalls(TorchFunctionMode):
             return self._linear(*args, **kwargs)
         if func in _CONVOLUTIONS:
             return self._convolution(func, *args, **kwargs)
+        if func is F.grouped_mm:
+            return self._grouped(func, *args, **kwargs)
         if func is torch.addmm and not kwargs:
             return self._transposed(*args)
         if func is F.multi_head_attention_forward:
@@ -134,6 +139,15 @@ class LayerCalls(TorchFunctionMode):
     def _transposed(self, bias: Tensor, input: Tensor, weight: Tensor) -> Tensor:
         layer = self._names.matrix(weight.T, bias)
         return self._used(layer if layer and layer.transposed else None, input, torch.addmm(bias, input, weight))
+
+    def _grouped(self, func: Any, input: Tensor, weight: Tensor, *, offs: Tensor | None = None, **named: Any) -> Tensor:
+        """A stack of experts (expert, in, out) on the rows that are sent to each: up to `offs` of it."""
+        output = func(input, weight, offs=offs, **named)
+        if offs is None or input.dim() != 2 or weight.dim() != 3:
+            return output
+        for matrix, stop, start in zip(weight, stops := offs.tolist(), [0, *stops[:-1]], strict=True):
+            self._used(self._names.matrix(matrix.T, None), input[start:stop], output[start:stop])
+        return output
 
     def _used(self, layer: Layer | None, input: Tensor, output: Tensor, **facts: Any) -> Tensor:
         changed = None if layer is None else self._see(Call(layer, input, output, **facts))
@@ -170,10 +184,15 @@ class LayerCalls(TorchFunctionMode):
 
     def _after_norm(self, path: str, module: nn.Module, arguments: Any, output: Any) -> None:
         """A norm of another library: its output is affine in its scale, so two evaluations give its input."""
+        if self._evaluating:
+            return
         weight = module.get_parameter("weight")
-        with torch._C.DisableTorchFunction():
+        self._evaluating = True
+        try:
             one = functional_call(module, {"weight": torch.ones_like(weight)}, arguments)
             zero = functional_call(module, {"weight": torch.zeros_like(weight)}, arguments)
+        finally:
+            self._evaluating = False
         self._see(Call(Layer("norm", f"{path}.weight".lstrip(".")), one - zero))
 
 
@@ -204,7 +223,8 @@ class _Names:
             return None
         start = entry // width
         bias_name, _, first = self._around(bias)
-        return Layer("matrix", name, bias_name if first == start else None, start, out)
+        bias_name = bias_name if first == start else None
+        return Layer("matrix", name, bias_name, start, out, routed=whole.dim() > 2)
 
     def kernel(self, weight: Tensor, bias: Tensor | None, groups: int) -> Layer | None:
         """The layer of a kernel (out, in / groups, …)."""

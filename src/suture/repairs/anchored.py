@@ -18,7 +18,7 @@ from suture.adaptation.layer_calls import Call, Layer
 from suture.errors import ConfigError
 
 _SMALLEST = 1e-8
-_JITTER = 1e-8
+_JITTER = 2e-7  # of the ridge: 1e-8 at the default, as in the authors' code
 _DETERMINANT = 1e-8
 _SINGULAR = 1e12  # the condition number from which a solution is not to be trusted
 Calls = Mapping[Layer, Sequence[Call]]
@@ -29,7 +29,7 @@ class Matrix:
     """The sums of one task for a matrix or a kernel: Σω, Σω x_s, Σω y_e and Σω x_s y_eᵀ, in groups.
 
     x_s are the student's inputs and y_e the expert's outputs without bias. `unpaired`: the two paths have different
-    rows, as where they choose different experts, so there is no y_e.
+    rows, as where each chooses experts, so there is no y_e.
     """
 
     source: Layer
@@ -78,8 +78,9 @@ class TaskSums:
         sums = self.layers.setdefault(layer, Norm())
         assert isinstance(sums, Norm)
         for call in calls:
-            rows = call.rows()[0].double()
-            weights = _weights(positions, call, rows)
+            weights, counted = _counted(positions.weights(call.positions, full=False), slice(None))
+            rows = call.rows()[0, counted].double()
+            weights = torch.ones(len(rows)).to(rows) if weights is None else weights.to(rows)
             sums.weight += float(weights.sum())
             sums.squares = sums.squares + weights @ rows.square()
             sums.values = sums.values + weights @ rows
@@ -93,21 +94,22 @@ class TaskSums:
         biases: Mapping[str, Tensor],
         positions: Positions,
     ) -> None:
-        same = [call.positions for call in calls] == [other.positions for other in others]
+        same = not layer.routed and [c.positions for c in calls] == [other.positions for other in others]
         sums.unpaired |= not same
         for call, other in zip(calls, others if same else [None] * len(calls), strict=True):
             weights = positions.weights(call.positions, full=layer in self.full)
             for rows, results, which in pieces(call, other):
-                x = rows.double() if self.double else rows.float()
-                w = None if weights is None else weights[which].to(x)
+                w, counted = _counted(weights, which)
+                x = rows[:, counted].double() if self.double else rows[:, counted].float()
+                w = None if w is None else w.to(x)
                 if sums.source == layer:
                     self.grams[layer] = _added(self.grams.get(layer), gram(x, w))
                 weighed = x if w is None else x * w[:, None]
                 sums.weight += x.shape[1] if w is None else float(w.sum(dtype=torch.float64))
-                sums.rows += x.shape[1] if w is None else int((w > 0).sum())
+                sums.rows += x.shape[1]
                 sums.inputs = sums.inputs + weighed.sum(1, dtype=torch.float64)
                 if results is not None:
-                    y = results.to(x) - _bias(layer, biases, results).to(x)
+                    y = results[:, counted].to(x) - _bias(layer, biases, results).to(x)
                     sums.cross = _added(sums.cross, weighed.mT @ y)
                     sums.outputs = sums.outputs + (y if w is None else y * w[:, None]).sum(1, dtype=torch.float64)
 
@@ -188,7 +190,7 @@ class LayerSums:
                 f"'{source.weight}' has {rows} input rows for {width} columns: the ridge decides the rest. "
                 "Remedy: more inputs."
             )
-        left = left + (self.ridge + _JITTER) * torch.eye(width, dtype=left.dtype, device=left.device)
+        left = left + self.ridge * (1 + _JITTER) * torch.eye(width, dtype=left.dtype, device=left.device)
         factor, failed = torch.linalg.cholesky_ex(left)
         diagonal = factor.diagonal(dim1=-2, dim2=-1)
         if failed.any() or bool((diagonal.amax(-1) / diagonal.amin(-1) > _SINGULAR**0.5).any()):
@@ -294,9 +296,13 @@ def _shift(layer: Layer, tensors: Mapping[str, Tensor]) -> Any:
     return 0.0 if layer.bias is None else tensors[layer.bias].double()
 
 
-def _weights(positions: Positions, call: Call, rows: Tensor) -> Tensor:
-    weights = positions.weights(call.positions, full=False)
-    return torch.ones(len(rows)).to(rows) if weights is None else weights.to(rows)
+def _counted(weights: Tensor | None, which: slice) -> tuple[Tensor | None, Any]:
+    """The weights of some rows, and those among them that count: padding may hold anything, also NaN."""
+    if weights is None:
+        return None, slice(None)
+    part = weights[which]
+    counted = part > 0
+    return (part, slice(None)) if counted.all() else (part[counted], counted)
 
 
 def _added(total: Any, more: Tensor) -> Tensor:

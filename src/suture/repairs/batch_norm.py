@@ -37,10 +37,11 @@ def calibrate_batch_norm(
     mean = torch.stack([m[1] for m in moments.values()]).mean(0)
     square = torch.stack([m[2] + (m[1] - mean).square() for m in moments.values()]).mean(0)
     count = sum(m[0] for m in moments.values())
-    deviation = (square + module.eps).sqrt()
+    spread = square * count / max(1, count - 1)  # unbiased, as torch measures it
+    deviation = (spread + module.eps).sqrt()
     with torch.no_grad():
         module.running_mean.copy_(mean)
-        module.running_var.copy_(square * count / max(1, count - 1))
+        module.running_var.copy_(spread)
         scale, shift = f"{path}.weight".lstrip("."), f"{path}.bias".lstrip(".")
         if scale not in anchors or shift not in anchors:
             return

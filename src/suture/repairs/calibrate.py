@@ -318,13 +318,14 @@ def _chosen_blocks(problem: Problem, blocks: str | list[str] | None) -> tuple[Bl
 
 
 def _silent(part: nn.Module, path: str, reached: Container[str]) -> Iterator[str]:
-    """One line for the layers of a block whose weights no input has reached."""
-    silent = [
-        f"{path}.{name}".rstrip(".")
+    """One line for the matrices and kernels of a block that no input has reached."""
+    names = {
+        f"{path}.{name}.{own}".replace("..", "."): tensor
         for name, layer in part.named_modules()
-        if isinstance(layer, nn.Linear | nn.modules.conv._ConvNd)
-        and f"{path}.{name}".rstrip(".") + ".weight" not in reached
-    ]
+        for own, tensor in layer.named_parameters(recurse=False)
+        if isinstance(layer, nn.Linear | nn.modules.conv._ConvNd) or tensor.dim() == 3
+    }
+    silent = [name for name, tensor in names.items() if tensor.dim() > 1 and name not in reached]
     if silent:
         rest = f" and {len(silent) - _LISTED} more" if len(silent) > _LISTED else ""
         yield f"No input reaches {', '.join(map(repr, silent[:_LISTED]))}{rest}: left as merged."
