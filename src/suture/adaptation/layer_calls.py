@@ -27,8 +27,8 @@ class Layer(NamedTuple):
     """A weight in use: a matrix, a kernel, or the scale of a normalisation.
 
     `weight` and `bias` are names of parameters; for a BatchNorm layer `weight` is the name of its running mean. A
-    matrix may be `size` rows of a larger parameter, from `start` on; a `transposed` one is stored as (in, out). The rows
-    of a `routed` one, a single expert's of a stack, are those that the model sends to it.
+    matrix may be `size` rows of a larger parameter, from `start` on; a `transposed` one is stored as (in, out). The
+    inputs of a `routed` one, a single expert's of a stack, are those that the model sends to it.
     """
 
     kind: Kind

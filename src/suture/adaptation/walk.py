@@ -100,11 +100,13 @@ class Walk:
         self._arguments: list[dict[int, tuple[Any, dict[int, Any]]]] = [{} for _ in batches]
 
     @torch.no_grad()
-    def run(self, block: int, batch: int, inside: AbstractContextManager | None = None) -> Any:
-        """The output of a block for one batch; the block alone runs `inside` a context."""
+    def run(
+        self, block: int, batch: int, inside: AbstractContextManager | None = None, module: nn.Module | None = None
+    ) -> Any:
+        """The output of a block for one batch. The block, or that of another `module`, runs `inside` a context."""
         args, kwargs = self._arguments_of(block, batch)
         with self._precision(), inside or nullcontext():
-            return submodule(self.module, self.plan.paths[block])(*args, **kwargs)
+            return submodule(module or self.module, self.plan.paths[block])(*args, **kwargs)
 
     def keep(self, block: int, batch: int, output: Any) -> None:
         """Keep a block's output for the next one."""

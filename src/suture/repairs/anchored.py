@@ -11,10 +11,11 @@ from typing import Any
 
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
-from suture.adaptation.grams import Positions, gram, pieces
+from suture.adaptation.grams import Positions, counted, gram
 from suture.adaptation.layer_calls import Call, Layer
+from suture.adaptation.layer_weights import matrix_of
 from suture.errors import ConfigError
 
 _SMALLEST = 1e-8
@@ -78,12 +79,12 @@ class TaskSums:
         sums = self.layers.setdefault(layer, Norm())
         assert isinstance(sums, Norm)
         for call in calls:
-            weights, counted = _counted(positions.weights(call.positions, full=False), slice(None))
-            rows = call.rows()[0, counted].double()
-            weights = torch.ones(len(rows)).to(rows) if weights is None else weights.to(rows)
-            sums.weight += float(weights.sum())
-            sums.squares = sums.squares + weights @ rows.square()
-            sums.values = sums.values + weights @ rows
+            for rows, _, part in counted(call, positions.weights(call.positions, full=False)):
+                z = rows[0].double()
+                weights = z.new_ones(len(z)) if part is None else part.to(z)
+                sums.weight += float(weights.sum())
+                sums.squares = sums.squares + weights @ z.square()
+                sums.values = sums.values + weights @ z
 
     def _add_matrix(
         self,
@@ -98,10 +99,9 @@ class TaskSums:
         sums.unpaired |= not same
         for call, other in zip(calls, others if same else [None] * len(calls), strict=True):
             weights = positions.weights(call.positions, full=layer in self.full)
-            for rows, results, which in pieces(call, other):
-                w, counted = _counted(weights, which)
-                x = rows[:, counted].double() if self.double else rows[:, counted].float()
-                w = None if w is None else w.to(x)
+            for rows, results, part in counted(call, weights, other):
+                x = rows.double() if self.double else rows.float()
+                w = None if part is None else part.to(x)
                 if sums.source == layer:
                     self.grams[layer] = _added(self.grams.get(layer), gram(x, w))
                 weighed = x if w is None else x * w[:, None]
@@ -109,7 +109,7 @@ class TaskSums:
                 sums.rows += x.shape[1]
                 sums.inputs = sums.inputs + weighed.sum(1, dtype=torch.float64)
                 if results is not None:
-                    y = results[:, counted].to(x) - _bias(layer, biases, results).to(x)
+                    y = results.to(x) - _bias(layer, biases, results).to(x)
                     sums.cross = _added(sums.cross, weighed.mT @ y)
                     sums.outputs = sums.outputs + (y if w is None else y * w[:, None]).sum(1, dtype=torch.float64)
 
@@ -225,29 +225,6 @@ class _Solved:
     values: Any = 0.0
 
 
-def matrix_of(layer: Layer, tensors: Mapping[str, Tensor]) -> Float[Tensor, "group out in"]:
-    """A layer's weight as matrices in float64."""
-    whole = tensors[layer.weight].detach()
-    if layer.kind == "conv":
-        return whole.double().reshape(layer.groups, len(whole) // layer.groups, -1)
-    if layer.transposed:
-        return whole.double().mT[None]
-    return whole.reshape(-1, whole.shape[-1])[layer.start : layer.start + layer.size].double()[None]
-
-
-def write_layer(layer: Layer, module: nn.Module, weight: Tensor, bias: Tensor | None) -> None:
-    """Write a solution into the module's own parameters."""
-    whole = module.get_parameter(layer.weight)
-    with torch.no_grad():
-        if layer.kind == "matrix" and not layer.transposed:
-            whole.view(-1, whole.shape[-1])[layer.start : layer.start + layer.size] = weight[0].to(whole)
-        else:
-            whole.copy_((weight[0].mT if layer.transposed else weight.reshape(whole.shape)).to(whole))
-        if layer.bias is not None and bias is not None:
-            target = module.get_parameter(layer.bias).view(-1)
-            target[layer.start : layer.start + len(bias)] = bias.to(target)
-
-
 def _bias(layer: Layer, tensors: Mapping[str, Tensor], like: Tensor) -> Float[Tensor, "group 1 out"]:
     """A layer's bias for outputs (group, …, out), or zeros."""
     if layer.bias is None:
@@ -294,15 +271,6 @@ def _two_by_two(first: Tensor, mixed: Tensor, last: float, right: Tensor, low: T
 
 def _shift(layer: Layer, tensors: Mapping[str, Tensor]) -> Any:
     return 0.0 if layer.bias is None else tensors[layer.bias].double()
-
-
-def _counted(weights: Tensor | None, which: slice) -> tuple[Tensor | None, Any]:
-    """The weights of some rows, and those among them that count: padding may hold anything, also NaN."""
-    if weights is None:
-        return None, slice(None)
-    part = weights[which]
-    counted = part > 0
-    return (part, slice(None)) if counted.all() else (part[counted], counted)
 
 
 def _added(total: Any, more: Tensor) -> Tensor:

@@ -19,11 +19,12 @@ from torch import Tensor, nn
 from suture.adaptation.blocks import Block, find_blocks, frozen_copy, submodule
 from suture.adaptation.grams import Positions
 from suture.adaptation.layer_calls import Call, Layer, LayerCalls
+from suture.adaptation.layer_weights import write_layer
 from suture.adaptation.walk import Store, Walk, make_plan, new_store
 from suture.core.batches import size, take, to_device
 from suture.errors import ConfigError, DataError, IncompatibleModels
 from suture.merging.overflow import refuse_overflow
-from suture.repairs.anchored import LayerSums, TaskSums, write_layer
+from suture.repairs.anchored import LayerSums, TaskSums
 from suture.repairs.batch_norm import calibrate_batch_norm
 from suture.repairs.problem import Problem, split
 from suture.repairs.read_tokens import full_layers, reads_first_token_only
@@ -164,7 +165,7 @@ class _Calibration:
         sequence_first = tokens and block.batch_axis == 1
         length = first.shape[1 - block.batch_axis] if tokens else 1
         others = self.others if i == len(self.blocks) - 1 else 1.0
-        return Positions.of(inputs, size(inputs), length, others=others, sequence_first=sequence_first)
+        return Positions.of(inputs, size(inputs), length=length, others=others, sequence_first=sequence_first)
 
     def _refuse_non_finite(self, sums: TaskSums, task: str, i: int) -> None:
         for layer, each in sums.grams.items():
