@@ -3,6 +3,7 @@
 from suture.adaptation.adamerging import OPTIMIZERS, AdaMergingResult, adapt
 from suture.adaptation.coefficients import Coefficients, Layout, layout, load_coefficients, save_coefficients
 from suture.adaptation.feature_norm import FeatureNorm, feature_norms, norm_drift
+from suture.adaptation.loaded import InputMerge
 from suture.adaptation.objectives import (
     OBJECTIVES,
     Objective,
@@ -13,6 +14,7 @@ from suture.adaptation.objectives import (
     expert_feature_l1,
 )
 from suture.adaptation.options import AdaMergingOptions
+from suture.adaptation.regmean import regmean, regmean_pp
 
 __all__ = [
     "OBJECTIVES",
@@ -21,6 +23,7 @@ __all__ = [
     "AdaMergingResult",
     "Coefficients",
     "FeatureNorm",
+    "InputMerge",
     "Layout",
     "Objective",
     "adapt",
@@ -33,5 +36,7 @@ __all__ = [
     "layout",
     "load_coefficients",
     "norm_drift",
+    "regmean",
+    "regmean_pp",
     "save_coefficients",
 ]
