@@ -5,7 +5,6 @@ import torch
 from torch import nn
 
 from suture.adaptation import regmean, regmean_pp
-from suture.errors import ConfigError, DataError
 from tests.support import second_family as family
 
 DTYPES = [torch.float64, torch.float32]

@@ -17,6 +17,7 @@ from suture.merging.merge import merge_task_vectors
 from suture.merging.registry import MergeMethod, methods
 from suture.pipeline.adamerging import NAMES, AdaMerging, AdaMergingSurgery
 from suture.pipeline.context import Context
+from suture.pipeline.input_methods import FisherMerging, RegMean, RegMeanPP
 from suture.pipeline.models import Models
 from suture.pipeline.repairs import Repair
 from suture.pipeline.results import MergeResult
@@ -115,6 +116,9 @@ def learned_methods() -> dict[str, LearnedMethod]:
     return {
         "adamerging": LearnedMethod("adamerging", AdaMerging, paper, tuple(NAMES)),
         surgery: LearnedMethod(surgery, AdaMergingSurgery, "https://arxiv.org/abs/2402.02705"),
+        "regmean": LearnedMethod("regmean", RegMean, "https://arxiv.org/abs/2212.09849"),
+        "regmean_pp": LearnedMethod("regmean_pp", RegMeanPP, "https://arxiv.org/abs/2508.03121", ("regmean++",)),
+        "fisher": LearnedMethod("fisher", FisherMerging, "https://arxiv.org/abs/2111.09832"),
     }
 
 

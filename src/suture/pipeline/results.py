@@ -13,7 +13,7 @@ class MergeResult:
     """One merged model: its tensors, and its learned coefficients, if any. `label` names its row in the report.
 
     `how` says in words what was learned, and from which inputs; it is empty where only weights were read. `seconds`
-    is the time that the merge took.
+    is the time that the merge took, and `warnings` are lines for the user.
     """
 
     label: str
@@ -21,3 +21,4 @@ class MergeResult:
     learned: AdaMergingResult | None = None
     how: str = ""
     seconds: float = 0.0
+    warnings: tuple[str, ...] = ()
