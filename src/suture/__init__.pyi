@@ -4,6 +4,7 @@
 
 # The verbs, which the command line has too.
 from .pipeline.pipeline import run as run
+from .pipeline.search import search as search
 from .pipeline.preflight import check as check
 from .pipeline.pipeline import evaluate_pool as evaluate_pool
 from .merging.merge import merge as merge
@@ -50,6 +51,7 @@ from .merging.batch_norm import reestimate_statistics as reestimate_statistics
 from .merging.compatibility import compatibility as compatibility
 from .merging.registry import get_method as get_method, merge_method as merge_method, methods as methods
 from .pipeline.pipeline import RunResult as RunResult
+from .pipeline.search import SearchResult as SearchResult
 from .pipeline.pools import ModelPool as ModelPool, TaskPool as TaskPool
 from .pipeline.preflight import preflight as preflight
 from .repairs import SurgeryModel as SurgeryModel

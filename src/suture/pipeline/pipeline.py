@@ -63,9 +63,18 @@ def run(config: Mapping[str, Any] | Sequence[str] | None = None, /, **keywords: 
 
 
 def run_settings(
-    runs: Sequence[Settings], models: Models, config: Mapping[str, Any], notes: Sequence[str] = ()
+    runs: Sequence[Settings],
+    models: Models,
+    config: Mapping[str, Any],
+    notes: Sequence[str] = (),
+    *,
+    how: str = "",
+    search: Mapping[str, Any] | None = None,
 ) -> RunResult:
-    """Merge one pool by one or several methods. The output folder appears when it is complete."""
+    """Merge one pool by one or several methods. The output folder appears when it is complete.
+
+    `how` says how the knobs were chosen; `search` is the record of a search for them, as it is in report.json.
+    """
     first, profile = runs[0], Profile()
     target = new_directory(first.output, overwrite=first.overwrite, inputs=_read_from(models, first))
     with target as folder, _encodings(folder) as encodings:
@@ -74,7 +83,8 @@ def run_settings(
         for settings in runs:
             part = folder if len(runs) == 1 else folder / "models" / settings.method.label
             own = replace(context, folder=part)
-            merged.append(_merge_into(part, settings, models, inputs, own))
+            result = _merge_into(part, settings, models, inputs, own)
+            merged.append(replace(result, how="; ".join(filter(None, (how, result.how)))))
             fits = [each for repair in settings.repairs for each in fit(repair, models, merged[-1], inputs, own)]
             repairs[merged[-1].label] = fits
             _save_repairs(fits, models, merged[-1], part)
@@ -92,6 +102,7 @@ def run_settings(
             notes=[*notes, *context.notes(), *warnings],
             command=config.get("command", ""),
             learning={result.label: result.learned for result in merged if result.learned},
+            search=search,
             repairs={" + ".join((label, *fitted.chain)): fitted for label, fits in repairs.items() for fitted in fits},
         )
         write(report, folder)
