@@ -134,9 +134,10 @@ def merged_until_the_third_tensor(files, method, out):
             raise Stopped
         record(self, line)
 
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(Stopped):
+    with pytest.MonkeyPatch.context() as patch:
         patch.setattr(WorkingFolder, "record", stop)
-        merge_files(*files, method, out, threads=1)
+        with pytest.raises(Stopped):
+            merge_files(*files, method, out, threads=1)
 
 
 def same(out, expected):
