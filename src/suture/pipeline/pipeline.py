@@ -74,9 +74,9 @@ def run_settings(
             part = folder if len(runs) == 1 else folder / "models" / settings.method.label
             own = replace(context, folder=part)
             merged.append(_merge_into(part, settings, models, inputs, own))
-            fits = [fit(repair, models, merged[-1], inputs, own) for repair in settings.repairs]
+            fits = [each for repair in settings.repairs for each in fit(repair, models, merged[-1], inputs, own)]
             repairs[merged[-1].label] = fits
-            _save_repairs(fits, part)
+            _save_repairs(fits, models, merged[-1], part)
         warnings = [line for result in merged if result.learned for line in result.learned.warnings]
         warnings += [line for fits in repairs.values() for fitted in fits for line in fitted.warnings]
         scores = score(models, merged, repairs, inputs, context, reuse=first.reuse) if first.tasks else Scores()
@@ -91,7 +91,7 @@ def run_settings(
             notes=[*notes, *context.notes(), *warnings],
             command=config.get("command", ""),
             learning={result.label: result.learned for result in merged if result.learned},
-            repairs={f"{label} + {fitted.kind}": fitted for label, fits in repairs.items() for fitted in fits},
+            repairs={" + ".join((label, *fitted.chain)): fitted for label, fits in repairs.items() for fitted in fits},
         )
         write(report, folder)
         configuration.save(dict(config), folder / "config.yaml")
@@ -127,7 +127,8 @@ def merge_in_memory(settings: Settings) -> tuple[Models, MergeResult, list[Repai
         quiet = replace(settings, fabric={**settings.fabric, "loggers": {"kind": "none"}})
         context, inputs = prepare(quiet, models, Path(folder), Profile(), Path(folder) / "encodings")
         merged = settings.method.merge(models, inputs, context)
-        return models, merged, [fit(repair, models, merged, inputs, context) for repair in settings.repairs]
+        repairs = [each for repair in settings.repairs for each in fit(repair, models, merged, inputs, context)]
+        return models, merged, repairs
 
 
 _REPAIRS = (("repair=final",), ("repair=deep", "repair.steps=200"))
@@ -216,10 +217,17 @@ def _encodings(folder: Path) -> Iterator[Path]:
         yield Path(name)
 
 
-def _save_repairs(repairs: Sequence[RepairResult], folder: Path) -> None:
+def _save_repairs(repairs: Sequence[RepairResult], models: Models, merged: MergeResult, folder: Path) -> None:
+    """Repaired weights as a model directory of their own, modules as safetensors."""
+    beside = [fitted for fitted in repairs if fitted.tensors is None]
     for fitted in repairs:
-        name = f"surgery_{fitted.kind}" if len(repairs) > 1 else "surgery"
-        fitted.model.save(folder / f"{name}.safetensors")
+        if fitted.tensors is None:
+            name = f"surgery_{fitted.kind}" if len(beside) > 1 else "surgery"
+            fitted.model.save(folder / f"{name}.safetensors")
+            continue
+        with models.new_model(folder / "_".join(("model", *fitted.chain))) as out:
+            for name, tensor in out.items():
+                tensor.copy_(fitted.tensors.get(name, merged.tensors[name]))
 
 
 def _is_finished(output: Path, config: Mapping[str, Any], models: Models) -> bool:

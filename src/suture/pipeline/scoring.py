@@ -71,7 +71,7 @@ def repair_rows(
     An online repair has a row for each share of its stream, and a prequential one, from each input's output before its
     own step.
     """
-    row = Row(result.name, {}, role="repair", merge=label, repair=result.kind)
+    row = Row(result.name, {}, role="repair", merge=label, repair="+".join(result.chain) or result.kind)
     test = {task: inputs["test"][task] for task in tasks}
     if result.stream is not None:
         stages = ((f"{result.name} {share:.0%}", model) for share, model in result.stages.items())

@@ -10,6 +10,7 @@ from suture.repairs.problem import ForwardPasses, Problem
 from suture.repairs.registry import RepairKind, get_repair_kind, repair_kind, repair_kinds
 from suture.repairs.results import RepairResult, Stream
 from suture.repairs.router import CentroidRouter, LinearRouter, fit_router, routing_accuracy
+from suture.repairs.static_model import StaticModel
 
 __all__ = [
     "FINAL",
@@ -23,6 +24,7 @@ __all__ = [
     "RepairKind",
     "RepairResult",
     "Representation",
+    "StaticModel",
     "Stream",
     "SurgeryModel",
     "SurgeryModules",

@@ -14,8 +14,9 @@ from suture.repairs.model import SurgeryModel
 from suture.repairs.modules import SurgeryModules, active_shares, dead_warnings
 from suture.repairs.network import Block
 from suture.repairs.problem import ForwardPasses, Problem
+from suture.repairs.static_model import StaticModel
 
-RepairedModel = SurgeryModel | BlendModel
+RepairedModel = SurgeryModel | BlendModel | StaticModel
 
 
 class Stream(NamedTuple):
@@ -42,7 +43,8 @@ class RepairResult:
     - `encoders`: the number of encoders that run at inference.
     - `stages`: share of the stream → the repaired model after it, and `stream`, for online repairs.
 
-    A run adds the `name` of the repair's row, the `split` that it was fitted on, `scores` (step → mean accuracy while
+    A run adds the `name` of the repair's row, the `chain` of kinds that it is the last of, the `split` that it was
+    fitted on and the number of `inputs` of all tasks, `scores` (step → mean accuracy while
     fitting), the `representation` compared with the experts', and the folder of the cached `encodings`.
     """
 
@@ -57,6 +59,8 @@ class RepairResult:
     stages: Mapping[float, SurgeryModel] = field(default_factory=dict)
     stream: Stream | None = None
     name: str = ""
+    chain: tuple[str, ...] = ()
+    inputs: int = 0
     split: Literal["train", "test"] | None = None
     scores: Mapping[int, float] = field(default_factory=dict)
     representation: Representation | None = None
@@ -66,6 +70,11 @@ class RepairResult:
     def tasks(self) -> tuple[str, ...]:
         """The tasks, in the order of the columns of `losses`."""
         return tuple(self.model.tasks)
+
+    @property
+    def tensors(self) -> Mapping[str, Tensor] | None:
+        """The repaired weights under the module's own names; None if the repair is beside the weights."""
+        return self.model.tensors if isinstance(self.model, StaticModel) else None
 
 
 def surgery_result(
