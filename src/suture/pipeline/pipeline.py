@@ -21,7 +21,7 @@ from suture.pipeline.repairs import fit
 from suture.pipeline.results import MergeResult
 from suture.pipeline.scoring import Scores, expert_matrix, score, score_model
 from suture.pipeline.settings import Settings
-from suture.repairs import RepairResult
+from suture.repairs import MaskedModel, RepairResult
 from suture.reporting import Report, write
 from suture.storage.atomic import new_directory, new_folder
 
@@ -74,7 +74,8 @@ def run_settings(
             part = folder if len(runs) == 1 else folder / "models" / settings.method.label
             own = replace(context, folder=part)
             merged.append(_merge_into(part, settings, models, inputs, own))
-            fits = [each for repair in settings.repairs for each in fit(repair, models, merged[-1], inputs, own)]
+            fits = [merged[-1].masked] if merged[-1].masked else []
+            fits += [each for repair in settings.repairs for each in fit(repair, models, merged[-1], inputs, own)]
             repairs[merged[-1].label] = fits
             _save_repairs(fits, models, merged[-1], part)
         warnings = [line for result in merged if result.learned for line in result.learned.warnings]
@@ -127,7 +128,8 @@ def merge_in_memory(settings: Settings) -> tuple[Models, MergeResult, list[Repai
         quiet = replace(settings, fabric={**settings.fabric, "loggers": {"kind": "none"}})
         context, inputs = prepare(quiet, models, Path(folder), Profile(), Path(folder) / "encodings")
         merged = settings.method.merge(models, inputs, context)
-        repairs = [each for repair in settings.repairs for each in fit(repair, models, merged, inputs, context)]
+        repairs = [merged.masked] if merged.masked else []
+        repairs += [each for repair in settings.repairs for each in fit(repair, models, merged, inputs, context)]
         return models, merged, repairs
 
 
@@ -218,9 +220,12 @@ def _encodings(folder: Path) -> Iterator[Path]:
 
 
 def _save_repairs(repairs: Sequence[RepairResult], models: Models, merged: MergeResult, folder: Path) -> None:
-    """Repaired weights as a model directory of their own, modules as safetensors."""
-    beside = [fitted for fitted in repairs if fitted.tensors is None]
+    """Repaired weights as a model directory of their own, masks and modules as safetensors."""
+    beside = [fitted for fitted in repairs if fitted.tensors is None and not isinstance(fitted.model, MaskedModel)]
     for fitted in repairs:
+        if isinstance(fitted.model, MaskedModel):
+            fitted.model.save(folder / "task_masks.safetensors", models.stored_names, models.whole_base)
+            continue
         if fitted.tensors is None:
             name = f"surgery_{fitted.kind}" if len(beside) > 1 else "surgery"
             fitted.model.save(folder / f"{name}.safetensors")

@@ -10,13 +10,14 @@ from torch import Tensor
 
 from suture.repairs.blended_model import BlendModel
 from suture.repairs.comparison import Representation
+from suture.repairs.masked_model import MaskedModel
 from suture.repairs.model import SurgeryModel
 from suture.repairs.modules import SurgeryModules, active_shares, dead_warnings
 from suture.repairs.network import Block
 from suture.repairs.problem import ForwardPasses, Problem
 from suture.repairs.static_model import StaticModel
 
-RepairedModel = SurgeryModel | BlendModel | StaticModel
+RepairedModel = SurgeryModel | BlendModel | StaticModel | MaskedModel
 
 
 class Stream(NamedTuple):
