@@ -11,7 +11,7 @@ safetensors file beside the pretrained model:
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -67,20 +67,21 @@ class TaskMasks:
         task, and `IncompatibleModels` for weights that are too large for their dtype.
         """
         index = self.index(task)
-        return self._weights(lambda name: self.scales[index].item() * self.mask(task, name), out)
+        scale = self.scales[index].item()
+        return self._weights(lambda name: scale * self.mask(task, name).to(self._computed(name)), out)
 
     def average(self, out: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
         """The mean of all tasks' weights, for use without a task; as `for_task`."""
 
         def share(name: str) -> Tensor:
-            total = torch.zeros(self.update[name].shape, dtype=compute_dtype(self.update[name].dtype))
+            total = torch.zeros(self.update[name].shape, dtype=self._computed(name))
             for task, scale in zip(self.tasks, self.scales.tolist(), strict=True):
-                total += scale * self.mask(task, name)
+                total += scale * self.mask(task, name).to(total.dtype)
             return total / len(self.tasks)
 
         return self._weights(share, out)
 
-    def _weights(self, share: Any, out: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
+    def _weights(self, share: Callable[[str], Tensor], out: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
         specs = {name: spec for name, spec in self.base.specs.items() if name not in self.base.aliases}
         names = specs if out is None else [name for name in specs if name in out]
         result = {n: torch.empty(specs[n].shape, dtype=specs[n].dtype) if out is None else out[n] for n in names}
@@ -88,11 +89,14 @@ class TaskMasks:
             if name not in self.update:
                 tensor.copy_(self.base[name])
                 continue
-            dtype = compute_dtype(specs[name].dtype)
+            dtype = self._computed(name)
             merged = self.base[name].to(dtype) + share(name) * self.update[name].to(dtype)
             tensor.copy_(merged)
             refuse_overflow(name, merged, tensor)
         return result | {alias: result[name] for alias, name in self.base.aliases.items() if name in result}
+
+    def _computed(self, name: str) -> torch.dtype:
+        return compute_dtype(self.base.specs[name].dtype)
 
     def mask(self, task: str, name: str) -> Bool[Tensor, " *shape"]:
         """The mask of one task and tensor, in the tensor's shape."""
@@ -181,7 +185,7 @@ def facts(
     return {_FACTS: json.dumps({"kind": kind, "tasks": list(tasks), "base": _digest(base, names)})}
 
 
-def _digest(base: Checkpoint, names: Sequence[str] | Mapping[str, Any]) -> str:
+def _digest(base: Checkpoint, names: Iterable[str]) -> str:
     return content_hash(base.select({name: name for name in names}))
 
 

@@ -10,9 +10,11 @@ from torch import Tensor
 
 from suture.core.names import in_bytes
 from suture.core.progress import bar
+from suture.errors import SutureError
 from suture.evaluation import SplitInputs
 from suture.merging.masking import emr_masks_of, tall_masks_of
 from suture.merging.methods.consensus import MASK_THRESHOLD, Threshold
+from suture.merging.streams import one_each
 from suture.merging.task_masks import TaskMasks
 from suture.pipeline.context import Context
 from suture.pipeline.models import Models
@@ -25,8 +27,8 @@ from suture.repairs import MaskedModel, Problem, RepairResult, fit_router
 class EmrMerging:
     """EMR-Merging: one update of elected signs and largest magnitudes; each task takes its part of it, rescaled.
 
-    The merged model is the average of all tasks' models. The rows beside it are those of the tasks' own models: with
-    the task given, and chosen by the `router`, which is fitted to the merged model's features of `num_inputs` unlabelled
+    The merged model is the average of all tasks' models. The rows beside it are those of the tasks' own models, with
+    the task given, and chosen by the `router`. That is fitted to the merged model's features of `num_inputs` unlabelled
     inputs of each task's `split`. A routed input takes two encodings, one by the merged model and one by its task's.
     """
 
@@ -121,6 +123,15 @@ class TallMasks(EmrMerging):
     def label(self) -> str:
         """The name of the merged model's row."""
         return "tall_masks"
+
+    def problems(self, models: Models, tasks: tuple[str, ...]) -> list[str]:
+        """As `emr_merging`, and thresholds that are not one for each model."""
+        problems = super().problems(models, tasks)
+        try:
+            one_each(self.mask_threshold, len(models.experts), "mask_threshold")
+        except SutureError as error:
+            problems.append(str(error))
+        return problems
 
     def masks(self, models: Models) -> TaskMasks:
         """The masks of a pool's models."""
