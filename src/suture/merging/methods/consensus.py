@@ -28,6 +28,7 @@ def consensus(
     A task needs an entry if its TALL mask is on: |τ_t| > λ |Σ_s τ_s − τ_t|, with λ the `mask_threshold`, one number or
     one per task. It is independent of `scaling_factor`.
 
+    >>> import torch
     >>> consensus(torch.zeros(2), torch.tensor([[2.0, 4.0], [2.0, -1.0]]), scaling_factor=0.5)
     tensor([2., 0.])
     """

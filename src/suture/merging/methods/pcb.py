@@ -79,7 +79,7 @@ def pcb(
 
     >>> deltas = torch.tensor([[1.0, 2.0, -4.0, 0.0], [1.0, -2.0, -3.0, 0.0]])
     >>> pcb(torch.zeros(4), deltas, density=0.5, clip=0.0, scaling_factor=1.0)
-    tensor([ 0.0000,  0.0000, -2.5000,  0.0000])
+    tensor([ 0.0000,  0.0000, -3.5000,  0.0000])
     """
     if statistic is None:
         statistic = pcb_statistic(OneTensor(deltas), density=density, clip=clip, inter=inter)
