@@ -80,3 +80,25 @@ def test_a_repair_of_a_repaired_model_starts_from_its_weights(desk, halfway):
 )
 def test_chains_that_cannot_be_are_refused_before_any_work(desk, halfway, capsys, words, message):
     assert message in refused(capsys, desk.words(*words, method="task_arithmetic"))
+
+
+def test_every_row_says_what_it_learned_and_whether_it_needs_the_tasks_name(desk, halfway):
+    assert main(desk.words("repair=halfway+final", *QUICK, "repair.final.num_inputs=6", method="task_arithmetic")) == 0
+    rows = rows_of(desk.folder / "out")
+    said = {name: (row["needs_task"], row["learned"]) for name, row in rows.items()}
+    modules = "modules, 3 steps on 6 test inputs a task"
+    assert said == {
+        "pretrained": (False, ""),
+        "experts": (True, ""),
+        "task_arithmetic": (False, ""),
+        "task_arithmetic + halfway": (False, "weights, solved on 12 test inputs a task"),
+        "task_arithmetic + halfway + final": (True, modules),
+        "task_arithmetic + halfway + final, routed": (False, modules),
+    }
+    seconds = [row["seconds"] for row in rows.values()]
+    assert seconds[:2] == [None, None]
+    assert 0 < seconds[2] < seconds[3] < seconds[4] == seconds[5]
+    page = (desk.folder / "out" / "report.html").read_text()
+    assert "needed" in page
+    assert modules in page
+    assert modules in (desk.folder / "out" / "report.md").read_text()

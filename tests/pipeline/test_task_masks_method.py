@@ -30,7 +30,8 @@ def test_a_run_scores_the_average_and_the_tasks_models_named_and_routed(desk, ca
     assert rows_of(out)[2:] == [method, f"{method} + masks", f"{method} + masks, routed"]
     named, routed = report["rows"][3:]
     assert [row["role"] for row in report["rows"][2:]] == ["merge", "repair", "repair"]
-    assert routed["routed"]
+    assert [(row["needs_task"], row["routed"]) for row in (named, routed)] == [(True, False), (False, True)]
+    assert [row["learned"] for row in report["rows"][2:]] == ["", "", "router on 12 train inputs a task"]
     assert all(routed["accuracies"][task] <= named["accuracies"][task] for task in ("first", "second"))
     repair = report["repairs"][f"{method} + masks"]
     assert repair["encoders_at_inference"] == 2

@@ -71,7 +71,7 @@ class Scorer:
 
     def experts(self, expert: Callable[[str], Model], tasks: Mapping[str, TaskInputs]) -> Row:
         """The row of the experts, each on its own task. `expert(task)` may reload one shared module."""
-        return self._each(Row("experts", {}, role="experts"), expert, tasks, "expert")
+        return self._each(Row("experts", {}, role="experts", needs_task=True), expert, tasks, "expert")
 
     def matrix(
         self, expert: Callable[[str], Model], tasks: Mapping[str, TaskInputs], names: Iterable[str] | None = None

@@ -1,6 +1,7 @@
 """The main job on one screen: open, check, merge, repair, score, report."""
 
 import json
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -199,11 +200,13 @@ def evaluate_pool(
 
 def _merge_into(folder: Path, settings: Settings, models: Models, inputs: SplitInputs, context: Context) -> MergeResult:
     """Write the model as its family saves it, and the learned coefficients, if any."""
+    began = time.perf_counter()
     with models.new_model(folder / "model") as out:
         merged = settings.method.merge(models, inputs, context, out)
     if merged.learned is not None:
         merged.learned.save(folder, also_as=settings.method.knobs.get("save_merging_weights"))
-    return replace(merged, tensors=dict(models.mergeable(open_checkpoint(folder / "model"))))
+    seconds = merged.seconds or time.perf_counter() - began
+    return replace(merged, tensors=dict(models.mergeable(open_checkpoint(folder / "model"))), seconds=seconds)
 
 
 def _read_from(models: Models, settings: Settings) -> list[Path]:

@@ -1,5 +1,6 @@
 """Repairs for `repair=…`: fitted to a merged model of a pool, on the inputs of its task pool."""
 
+import time
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -143,7 +144,9 @@ def fit(
 ) -> list[RepairResult]:
     """Fit a repair to one merged model, after those that it follows; returns their results in this order."""
     earlier = [] if repair.after is None else fit(repair.after, models, merged, inputs, context)
-    start = merged if not earlier else replace(merged, tensors=_repaired_weights(merged, earlier[-1]))
+    start = merged
+    if earlier:
+        start = replace(merged, tensors=_repaired_weights(merged, earlier[-1]), seconds=earlier[-1].seconds)
     return [*earlier, _fit_one(repair, models, start, inputs, context)]
 
 
@@ -165,9 +168,10 @@ def _fit_one(
     few = {name: tasks[name].inputs_at(positions) for name, positions in chosen.items()}
     encodings = Path(options.cache_dir) / "encodings" if options.keep_encodings else context.encodings
     sizes = {"encode_batch": context.batch_size, "track": bar, "base": models.base}
-    problem = Problem(module, expert, few, device.call, encodings, **sizes)
+    problem, began = Problem(module, expert, few, device.call, encodings, **sizes), time.perf_counter()
     with context.profile(f"repair: {repair.kind.name}"):
         result = _fitted(repair, problem, merged, inputs, context, encodings)
+        seconds = merged.seconds + time.perf_counter() - began
         if result.stream is not None:
             order = {name: chosen[name][at] for name, at in result.stream.order.items()}
             result = replace(result, stream=result.stream._replace(order=order))
@@ -176,8 +180,9 @@ def _fit_one(
             compared = {name: inputs["test"][name].first(options.compare).inputs for name in models.experts}
             distances = representation(result.model, expert, compared, track=bar) if options.compare else None
             result = replace(result, representation=distances)
-    facts = {"name": repair.name(merged.label), "chain": repair.chain, "split": options.split}
-    return replace(result, **facts, inputs=sum(map(len, chosen.values())), encodings=encodings)
+    facts: dict[str, Any] = {"name": repair.name(merged.label), "chain": repair.chain, "split": options.split}
+    facts |= {"inputs": sum(map(len, chosen.values())), "seconds": seconds}
+    return replace(result, **facts, encodings=encodings)
 
 
 def _fitted(

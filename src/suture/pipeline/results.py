@@ -13,10 +13,13 @@ from suture.repairs import RepairResult
 class MergeResult:
     """One merged model: its tensors, and its learned coefficients, if any. `label` names its row in the report.
 
-    `masked`: the models of the tasks, where the method leaves more than one model.
+    `how` says in words what was learned, and from which inputs; it is empty where only weights were read. `seconds`
+    is the time that the merge took. `masked`: the models of the tasks, where the method leaves more than one model.
     """
 
     label: str
     tensors: Mapping[str, Tensor]
     learned: AdaMergingResult | None = None
+    how: str = ""
+    seconds: float = 0.0
     masked: RepairResult | None = None

@@ -1,5 +1,6 @@
 """The methods `tall_masks` and `emr_merging`: one update, and one bit a weight and task."""
 
+import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Annotated, Any, Literal
@@ -68,9 +69,11 @@ class EmrMerging:
         self, models: Models, inputs: SplitInputs, context: Context, out: Mapping[str, Tensor] | None = None
     ) -> MergeResult:
         """Make the masks, and merge by the average of all tasks' models."""
+        began = time.perf_counter()
         with context.profile("merging weights"):
             masks = self.masks(models)
             merged = masks.average(out)
+        seconds = time.perf_counter() - began
         model = MaskedModel(models.new_encoder(context.device.device), masks, forward=context.device.call)
         with context.profile("fitting a router"):
             passed = self._route(model, inputs, context)
@@ -84,10 +87,11 @@ class EmrMerging:
             name=f"{self.label} + {model.kind}",
             chain=(model.kind,),
             inputs=passed,
+            seconds=seconds,
             split=self.split,
             encodings=context.encodings,
         )
-        return MergeResult(self.label, merged, masked=result)
+        return MergeResult(self.label, merged, seconds=seconds, masked=result)
 
     def masks(self, models: Models) -> TaskMasks:
         """The masks of a pool's models."""

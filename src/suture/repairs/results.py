@@ -45,8 +45,8 @@ class RepairResult:
     - `stages`: share of the stream → the repaired model after it, and `stream`, for online repairs.
 
     A run adds the `name` of the repair's row, the `chain` of kinds that it is the last of, the `split` that it was
-    fitted on and the number of `inputs` of all tasks, `scores` (step → mean accuracy while
-    fitting), the `representation` compared with the experts', and the folder of the cached `encodings`.
+    fitted on and the number of `inputs` of all tasks, the `seconds` that merge and repair took, `scores` (step → mean
+    accuracy while fitting), the `representation` compared with the experts', and the folder of the cached `encodings`.
     """
 
     kind: str
@@ -62,6 +62,7 @@ class RepairResult:
     name: str = ""
     chain: tuple[str, ...] = ()
     inputs: int = 0
+    seconds: float = 0.0
     split: Literal["train", "test"] | None = None
     scores: Mapping[int, float] = field(default_factory=dict)
     representation: Representation | None = None
@@ -71,6 +72,25 @@ class RepairResult:
     def tasks(self) -> tuple[str, ...]:
         """The tasks, in the order of the columns of `losses`."""
         return tuple(self.model.tasks)
+
+    @property
+    def learned(self) -> str:
+        """What was learned, and from which inputs, in words; nothing for masks, which only take weights."""
+        if isinstance(self.model, MaskedModel):
+            return ""
+        what = "modules" if self.tensors is None else "weights"
+        how = f"{len(self.losses):,} steps" if len(self.losses) else "solved"
+        return f"{what}, {how}{self._of_inputs}"
+
+    @property
+    def learned_for_routing(self) -> str:
+        """As `learned`, for use with the router."""
+        return self.learned or f"router{self._of_inputs}"
+
+    @property
+    def _of_inputs(self) -> str:
+        each = self.inputs / max(1, len(self.tasks))
+        return f" on {each:,.0f} {self.split} inputs a task" if self.inputs else ""
 
     @property
     def tensors(self) -> Mapping[str, Tensor] | None:

@@ -81,6 +81,9 @@ class Report:
             "merge": row.merge,
             "repair": row.repair,
             "routed": row.routed,
+            "needs_task": row.needs_task,
+            "learned": row.learned,
+            "seconds": row.seconds,
             "accuracies": dict(row.accuracies),
             "mean": _known(row.mean),
             "normalised_mean": _known(self.normalised(row)),
@@ -154,3 +157,14 @@ def cells(report: Report, row: Row) -> list[str]:
     """One row of the accuracy table, in percent."""
     accuracies = [percent(row.accuracies.get(task)) for task in report.tasks]
     return [row.name, *accuracies, *map(percent, (row.mean, report.normalised(row), report.gap_closed(row)))]
+
+
+#: The column heads of a row's cost: what it needs to be made, and to be used.
+COSTS = ("task's name", "learned", "seconds")
+
+
+def costs(row: Mapping[str, Any]) -> list[str]:
+    """What a row of report.json costs: the task's name at inference, what was learned, and the seconds that it took."""
+    needed = "needed" if row.get("needs_task") else "routed" if row.get("routed") else "–"
+    seconds = row.get("seconds")
+    return [needed, row.get("learned") or "–", "–" if seconds is None else f"{seconds:.1f}"]

@@ -34,6 +34,9 @@ class RowData(TypedDict):
     repair: NotRequired[str | None]
     merge: NotRequired[str | None]
     routed: NotRequired[bool]
+    needs_task: NotRequired[bool]
+    learned: NotRequired[str]
+    seconds: NotRequired[Number | None]
 
 
 class LearningData(TypedDict):
