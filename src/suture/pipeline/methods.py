@@ -26,7 +26,7 @@ from suture.pipeline.task_masks import EmrMerging, TallMasks
 class Method(Protocol):
     """A method with its knobs set.
 
-    `static` is its registered merge, or None if it learns; `frozen` tensors stay at the base. `repairs` are part of the
+    `static` is its registered merge, if it is one; `frozen` tensors stay at the base. `repairs` are part of the
     method, and replace `repair=…`.
     """
 
