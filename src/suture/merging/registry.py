@@ -32,7 +32,7 @@ class MergeMethod:
       over the whole model before some entries can be decided.
     - `whole_rows`: slices are whole rows of a matrix.
     - `num_models`: the fewest and the most models that can be merged.
-    - `searches`: the statistic is an order statistic, which takes memory for every model.
+    - `searches`: the number of a row's order statistics that are searched for at once, each of which takes memory.
     - `passes(**knobs)`: the number of times a tensor is read, where it is not one, or two with `gather`.
 
     A function with an argument `position` gets the `SlicePosition` of its slice.
@@ -46,7 +46,7 @@ class MergeMethod:
     vote: Callable[..., Any] | None = None
     whole_rows: bool = False
     num_models: tuple[int, float] = (1, inf)
-    searches: bool = False
+    searches: int = 0
     passes: Callable[..., int] | None = None
 
     @cached_property

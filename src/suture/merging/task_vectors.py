@@ -273,7 +273,7 @@ def memory_of(method: MergeMethod, num_models: int, threads: int, chunk: int) ->
 
 def _needs(method: MergeMethod, num_models: int) -> tuple[int, int]:
     """Bytes in all, and bytes per entry that a thread is working on."""
-    fixed = max(_FIXED_BYTES, num_models * kth_memory(num_models) if method.searches else 0)
+    fixed = max(_FIXED_BYTES, num_models * kth_memory(num_models, method.searches))
     wider = 2 if method.takes_position else 1  # random numbers are made from 64-bit hashes
     return fixed, _bytes_per_entry(num_models) * wider
 

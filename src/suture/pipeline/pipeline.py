@@ -22,7 +22,7 @@ from suture.pipeline.repairs import fit
 from suture.pipeline.results import MergeResult
 from suture.pipeline.scoring import Scores, expert_matrix, score, score_model
 from suture.pipeline.settings import Settings
-from suture.repairs import RepairResult
+from suture.repairs import MaskedModel, RepairResult
 from suture.reporting import Report, write
 from suture.storage.atomic import new_directory, new_folder
 
@@ -85,7 +85,8 @@ def run_settings(
             own = replace(context, folder=part)
             result = _merge_into(part, settings, models, inputs, own)
             merged.append(replace(result, how="; ".join(filter(None, (how, result.how)))))
-            fits = [each for repair in settings.repairs for each in fit(repair, models, merged[-1], inputs, own)]
+            fits = [result.masked] if result.masked else []
+            fits += [each for repair in settings.repairs for each in fit(repair, models, merged[-1], inputs, own)]
             repairs[merged[-1].label] = fits
             _save_repairs(fits, models, merged[-1], part)
         warnings = [line for result in merged if result.learned for line in result.learned.warnings]
@@ -139,7 +140,8 @@ def merge_in_memory(settings: Settings) -> tuple[Models, MergeResult, list[Repai
         quiet = replace(settings, fabric={**settings.fabric, "loggers": {"kind": "none"}})
         context, inputs = prepare(quiet, models, Path(folder), Profile(), Path(folder) / "encodings")
         merged = settings.method.merge(models, inputs, context)
-        repairs = [each for repair in settings.repairs for each in fit(repair, models, merged, inputs, context)]
+        repairs = [merged.masked] if merged.masked else []
+        repairs += [each for repair in settings.repairs for each in fit(repair, models, merged, inputs, context)]
         return models, merged, repairs
 
 
@@ -214,7 +216,7 @@ def _merge_into(folder: Path, settings: Settings, models: Models, inputs: SplitI
         merged = settings.method.merge(models, inputs, context, out)
     if merged.learned is not None:
         merged.learned.save(folder, also_as=settings.method.knobs.get("save_merging_weights"))
-    seconds = time.perf_counter() - began
+    seconds = merged.seconds or time.perf_counter() - began
     return replace(merged, tensors=dict(models.mergeable(open_checkpoint(folder / "model"))), seconds=seconds)
 
 
@@ -232,9 +234,12 @@ def _encodings(folder: Path) -> Iterator[Path]:
 
 
 def _save_repairs(repairs: Sequence[RepairResult], models: Models, merged: MergeResult, folder: Path) -> None:
-    """Repaired weights as a model directory of their own, modules as safetensors."""
-    beside = [fitted for fitted in repairs if fitted.tensors is None]
+    """Repaired weights as a model directory of their own, masks and modules as safetensors."""
+    beside = [fitted for fitted in repairs if fitted.tensors is None and not isinstance(fitted.model, MaskedModel)]
     for fitted in repairs:
+        if isinstance(fitted.model, MaskedModel):
+            fitted.model.save(folder / "task_masks.safetensors", models.stored_names, models.whole_base)
+            continue
         if fitted.tensors is None:
             name = f"surgery_{fitted.kind}" if len(beside) > 1 else "surgery"
             fitted.model.save(folder / f"{name}.safetensors")

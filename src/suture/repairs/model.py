@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from suture.checkpoints import Checkpoint, open_checkpoint, save_checkpoint
 from suture.core.batches import Forward, call, device_of
-from suture.errors import CheckpointError, ConfigError, unknown_name
+from suture.errors import CheckpointError, ConfigError, shown, unknown_name
 from suture.repairs.modules import SurgeryModules
 from suture.repairs.network import FINAL, Block, Network, layers_of
 from suture.repairs.router import ROUTERS, Router
@@ -108,10 +108,8 @@ class SurgeryModel(nn.Module):
         last = self.repair_at[FINAL]
         facts: dict[str, Any] = {"kind": self.kind, "tasks": self.tasks, "blocks": self.network.blocks}
         facts |= {"rank": last.rank, "variant": last.variant}
-        if self.router is not None:
-            tensors |= {f"router/{name}": tensor for name, tensor in self.router.state_dict().items()}
-            facts["router"] = self.router.name
-        save_checkpoint(tensors, path, {key: json.dumps(value) for key, value in facts.items()})
+        router, name = router_state(self.router)
+        save_checkpoint(tensors | router, path, {key: json.dumps(value) for key, value in facts.items()} | name)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], backbone: nn.Module, *, forward: Forward = call) -> "SurgeryModel":
@@ -123,7 +121,7 @@ class SurgeryModel(nn.Module):
             facts = _facts(file)
             blocks = [Block(*block) for block in facts["blocks"]]
             repairs = {layer: _read_modules(file, layer, facts) for layer in layers_of(blocks)}
-            router = _read_router(file, facts["router"]) if "router" in facts else None
+            router = read_router(file, facts["router"], len(facts["tasks"])) if "router" in facts else None
         model = cls(
             backbone, repairs, facts["tasks"], forward=forward, blocks=blocks, router=router, kind=facts["kind"]
         )
@@ -183,8 +181,22 @@ def _read_modules(file: Checkpoint, layer: str, facts: Mapping[str, Any]) -> Sur
     return modules
 
 
-def _read_router(file: Checkpoint, name: str) -> Router:
-    if name not in ROUTERS:
-        raise CheckpointError(f"'{file.label}': {unknown_name('router', name, ROUTERS)}")
+def router_state(router: Router | None) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """A router's tensors and metadata in a file of a repair; both are empty for None."""
+    if router is None:
+        return {}, {}
+    return {f"router/{name}": t for name, t in router.state_dict().items()}, {"router": json.dumps(router.name)}
+
+
+def read_router(file: Checkpoint, name: Any, tasks: int) -> Router:
+    """The router for so many tasks in a file of a repair; raises `CheckpointError` for an unknown or damaged one."""
+    if not isinstance(name, str) or name not in ROUTERS:
+        raise CheckpointError(f"'{file.label}': {unknown_name('router', shown(name), ROUTERS)}")
     state = {key.removeprefix("router/"): file[key].clone() for key in file if key.startswith("router/")}
-    return ROUTERS[name](**state)
+    try:
+        router = ROUTERS[name](**state)
+    except TypeError:
+        router = None
+    if router is None or not router.fits(tasks):
+        raise CheckpointError(f"'{file.label}': the router is damaged. Remedy: save the model again.")
+    return router
