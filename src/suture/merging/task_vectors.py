@@ -2,17 +2,18 @@
 
 import math
 import threading
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property, reduce
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
 from suture.checkpoints import Checkpoint, Parts, Source, TensorSpec
 from suture.errors import ConfigError, IncompatibleModels
@@ -20,6 +21,7 @@ from suture.merging.compatibility import compatibility, merged_names, open_model
 from suture.merging.counter_random import SlicePosition, draw_names
 from suture.merging.order_statistic import kth_memory
 from suture.merging.registry import MergeMethod
+from suture.merging.roles import Roles
 from suture.merging.streams import BLOCK
 
 _CHUNK = 1 << 17  # entries of one model handled at once: the chunks of all models together fit in the cache
@@ -28,6 +30,7 @@ _SHORT_CHUNK = 1 << 14  # below this, giving up a thread costs less than the cal
 _GRAIN = BLOCK
 _LARGE_BLOCK = 30 << 20  # bytes; glibc adapts its threshold to freed blocks of up to 32 MB
 _FIXED_BYTES = 8_000_000  # for Python, threads and manifests
+T = TypeVar("T")
 Flat = Tensor | Parts
 Work = Callable[["Piece", Tensor, Tensor], None]
 
@@ -47,7 +50,8 @@ class TaskVectors:
     Tensors named in `frozen` stay at the base. Of tied names only the first is merged. Integer and bool tensors always
     come from the base. Arithmetic is in float32, or float64 for float64 tensors. `chunk` entries of each model are
     handled at once; with 0, as many as fit in the cache. Slices are merged on `device`; statistics are always gathered
-    on the CPU.
+    on the CPU. `side_by_side` matrices are merged at once; with 0, one a thread. `module` is the base itself, where it
+    was given as a module.
     """
 
     base: Checkpoint
@@ -56,6 +60,8 @@ class TaskVectors:
     threads: int = 0
     chunk: int = 0
     device: str = "cpu"
+    side_by_side: int = 0
+    module: nn.Module | None = None
     _pools: list[ThreadPoolExecutor] = field(default_factory=list, repr=False, compare=False)
 
     @cached_property
@@ -67,6 +73,11 @@ class TaskVectors:
     def unchanged(self) -> list[str]:
         """Names of the tensors that are copied from the base, sorted; tied names are in neither list."""
         return sorted(set(self.base.specs) - set(self.names) - set(self.base.aliases))
+
+    @cached_property
+    def roles(self) -> Roles:
+        """The role of each tensor, for methods on whole matrices."""
+        return Roles(self.base.specs, self.module)
 
     @property
     def specs(self) -> dict[str, TensorSpec]:
@@ -105,6 +116,21 @@ class TaskVectors:
             for _ in pool.map(work, range(min(self.number_of_threads, len(pieces)))):
                 pass
 
+    def side_by_side_of(self, items: Sequence[str], function: Callable[[str], T]) -> Iterator[T]:
+        """`function` of every item in turn, each on one thread of its own, `side_by_side` at once."""
+        with self.workers() as pool:
+            waiting: deque[Future[T]] = deque()
+            try:
+                for item in items:
+                    if len(waiting) == min(self.side_by_side or self.number_of_threads, self.number_of_threads):
+                        yield waiting.popleft().result()
+                    waiting.append(pool.submit(function, item))
+                while waiting:
+                    yield waiting.popleft().result()
+            finally:
+                for future in waiting:
+                    future.cancel()
+
     @contextmanager
     def workers(self) -> Iterator[ThreadPoolExecutor]:
         """A pool of threads that run torch on one core each; inside the block every pass uses it."""
@@ -136,6 +162,10 @@ class TaskVectors:
         base = self.base
         floating = [n for n, spec in base.specs.items() if spec.dtype.is_floating_point and n not in base.aliases]
         return draw_names(floating, base.aliases)
+
+    def read(self, piece: Piece, operand: str = "deltas", *, device: str = "cpu") -> tuple[Tensor, Tensor]:
+        """Base (entries,) and rows (task, entries) of one piece."""
+        return _rows(piece, *self.flat(piece.name), operand, device)
 
     def position(self, piece: Piece) -> SlicePosition:
         """The position that determines the random numbers of a slice."""
@@ -220,7 +250,8 @@ def open_task_vectors(
     threads: int = 0,
 ) -> TaskVectors:
     """The opened models; raises `IncompatibleModels` if their headers show that they do not fit together."""
-    vectors = TaskVectors(*open_models(base, models), frozen, threads)
+    module = base if isinstance(base, nn.Module) else None
+    vectors = TaskVectors(*open_models(base, models), frozen, threads, module=module)
     problems = compatibility(vectors.base, vectors.models, frozen=frozen, mixed_dtypes=mixed_dtypes)
     if problems:
         more = f" (and {len(problems) - 1} more; `suture check` lists them)" if len(problems) > 1 else ""
