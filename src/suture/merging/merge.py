@@ -4,6 +4,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from math import inf
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -16,7 +17,7 @@ from suture.merging.overflow import refuse_overflow
 from suture.merging.registry import MergeMethod, get_method
 from suture.merging.roles import MatrixOptions, Role
 from suture.merging.streams import DeltaStream
-from suture.merging.task_vectors import Piece, TaskVectors, open_task_vectors
+from suture.merging.task_vectors import Piece, TaskVectors, matrix_memory, open_task_vectors
 
 T = TypeVar("T")
 
@@ -91,7 +92,8 @@ class Merging:
     `knobs_of(name)` returns a tensor's validated knobs; `write(piece, merged)` stores merged entries, on any thread.
     `non_finite(name)` tells whether NaN and Inf are allowed in a tensor; a matrix that holds them takes the mean.
     `statistic` is what the method must know about the whole model: call `gather` first, or pass one that was gathered
-    before. With `update` the difference to the base is written instead of the merged weights.
+    before. With `update` the difference to the base is written instead of the merged weights. `memory` bounds the bytes
+    of the matrices that are merged at once, of which there is always one.
     """
 
     vectors: TaskVectors
@@ -101,6 +103,7 @@ class Merging:
     non_finite: Callable[[str], bool] = lambda name: False
     statistic: Any = None
     update: bool = False
+    memory: float = inf
 
     def run(self) -> None:
         """Merge all tensors."""
@@ -119,12 +122,12 @@ class Merging:
         for knobs in {repr(knobs): knobs for knobs in map(self.knobs_of, self.vectors.names)}.values():
             self.vectors.roles.check(MatrixOptions.of(knobs))
         for name in self.vectors.names:
-            self._role(name)
+            self.role(name)
 
     def each(self, names: Sequence[str], function: Callable[[str], T]) -> Iterator[T]:
         """`function` of every tensor, as it comes: matrices side by side, each on one thread; others on all threads."""
         matrices = sorted(filter(self._is_matrix, names), key=lambda name: (-self.vectors.specs[name].numel, name))
-        yield from self.vectors.side_by_side_of(matrices, function)
+        yield from self.vectors.side_by_side(matrices, function, self.needs, self.memory)
         yield from map(function, [name for name in names if not self._is_matrix(name)])
 
     def whole_model(self) -> bool:
@@ -157,9 +160,21 @@ class Merging:
         """The slices of one tensor that are merged at once: whole matrices for a method on matrices."""
         if not self._is_matrix(name):
             return self.vectors.pieces(name, rows=self.method.whole_rows)
-        role = self._role(name)
+        role = self.role(name)
         size = role.rows * role.columns
         return [Piece(name, start, start + size) for start in range(0, role.count * size, size)]
+
+    def needs(self, name: str) -> int:
+        """The bytes that merging one of a tensor's matrices takes; 0 for a tensor that is merged in slices."""
+        if not self._is_matrix(name):
+            return 0
+        dtype = self.vectors.base.specs[name].dtype
+        return matrix_memory(self.method, len(self.vectors.models), self.role(name), dtype)
+
+    def held(self) -> int:
+        """The most bytes that matrices take at once."""
+        sizes = sorted(map(self.needs, self.vectors.names), reverse=True)[: self.vectors.number_of_threads]
+        return max(sizes[0], int(min(sum(sizes), self.memory))) if sizes else 0
 
     def settle(self, votes: int) -> None:
         """Complete the statistic with the votes of all tensors."""
@@ -178,11 +193,12 @@ class Merging:
         stream = stream or self.vectors.stream(names, self.method.operand, rows=self.method.whole_rows)
         return self.method.gather(stream, **self.knobs_of(names[0]))
 
-    def _role(self, name: str) -> Role:
+    def role(self, name: str) -> Role:
+        """The role of a tensor, for a method on whole matrices."""
         return self.vectors.roles.of(name, MatrixOptions.of(self.knobs_of(name)))
 
     def _is_matrix(self, name: str) -> bool:
-        return self.method.matrices and name in self._merged_names and self._role(name).kind != "vector"
+        return self.method.matrices and name in self._merged_names and self.role(name).kind != "vector"
 
     @cached_property
     def _merged_names(self) -> set[str]:
@@ -224,7 +240,7 @@ class Merging:
     def _merge_matrices(self, pieces: Sequence[Piece]) -> None:
         """Merge a tensor's matrices one by one, on this thread."""
         name = pieces[0].name
-        role, knobs = self._role(name), self.knobs_of(name)
+        role, knobs = self.role(name), self.knobs_of(name)
         own = self.method.knobs.own(knobs)
         for piece in pieces:
             base, deltas = self.vectors.read(piece, device=self.vectors.device)

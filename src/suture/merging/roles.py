@@ -86,8 +86,8 @@ class Role(NamedTuple):
         for part in groups.split(list(self.parts), -2):
             yield part.flatten(-3, -2)
 
-    def joined(self, blocks: Sequence[Float[Tensor, "part inner"]]) -> Float[Tensor, " entry"]:
-        """The entries in their order in the file, of a matrix in `blocks`."""
+    def joined(self, blocks: Sequence[Tensor]) -> Float[Tensor, " entry"]:
+        """The entries in their order in the file, of a matrix in `blocks`, each (part, in)."""
         matrix = blocks[0]
         if self.parts:
             groups = [block.unflatten(0, (-1, rows)) for block, rows in zip(blocks, self.parts, strict=True)]

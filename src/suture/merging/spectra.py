@@ -75,5 +75,5 @@ def _polar_from_gram(matrix: Tensor) -> tuple[Tensor, float] | None:
     root = (vectors / values) @ vectors.mT
     factor = matrix @ root if tall else root @ matrix
     gram = factor.mT @ factor if tall else factor @ factor.mT
-    step = gram.mul_(-0.5).add_(torch.eye(len(gram), dtype=gram.dtype, device=gram.device), alpha=1.5)
-    return (factor @ step if tall else step @ factor), float(values.mean())
+    gram.mul_(-0.5).diagonal().add_(1.5)
+    return (factor @ gram if tall else gram @ factor), float(values.mean())

@@ -21,7 +21,7 @@ from suture.merging.compatibility import compatibility, merged_names, open_model
 from suture.merging.counter_random import SlicePosition, draw_names
 from suture.merging.order_statistic import kth_memory
 from suture.merging.registry import MergeMethod
-from suture.merging.roles import Roles
+from suture.merging.roles import Role, Roles
 from suture.merging.streams import BLOCK
 
 _CHUNK = 1 << 17  # entries of one model handled at once: the chunks of all models together fit in the cache
@@ -29,7 +29,7 @@ _DEVICE_CHUNK = 1 << 21  # on a device, calls cost more than a cache saves
 _SHORT_CHUNK = 1 << 14  # below this, giving up a thread costs less than the calls for shorter slices
 _GRAIN = BLOCK
 _LARGE_BLOCK = 30 << 20  # bytes; glibc adapts its threshold to freed blocks of up to 32 MB
-_FIXED_BYTES = 8_000_000  # for Python, threads and manifests
+FIXED_BYTES = 8_000_000  # for Python, threads and manifests
 T = TypeVar("T")
 Flat = Tensor | Parts
 Work = Callable[["Piece", Tensor, Tensor], None]
@@ -50,8 +50,7 @@ class TaskVectors:
     Tensors named in `frozen` stay at the base. Of tied names only the first is merged. Integer and bool tensors always
     come from the base. Arithmetic is in float32, or float64 for float64 tensors. `chunk` entries of each model are
     handled at once; with 0, as many as fit in the cache. Slices are merged on `device`; statistics are always gathered
-    on the CPU. `side_by_side` matrices are merged at once; with 0, one a thread. `module` is the base itself, where it
-    was given as a module.
+    on the CPU. `module` is the base itself, where it was given as a module.
     """
 
     base: Checkpoint
@@ -60,7 +59,6 @@ class TaskVectors:
     threads: int = 0
     chunk: int = 0
     device: str = "cpu"
-    side_by_side: int = 0
     module: nn.Module | None = None
     _pools: list[ThreadPoolExecutor] = field(default_factory=list, repr=False, compare=False)
 
@@ -116,19 +114,27 @@ class TaskVectors:
             for _ in pool.map(work, range(min(self.number_of_threads, len(pieces)))):
                 pass
 
-    def side_by_side_of(self, items: Sequence[str], function: Callable[[str], T]) -> Iterator[T]:
-        """`function` of every item in turn, each on one thread of its own, `side_by_side` at once."""
+    def side_by_side(
+        self, items: Sequence[str], function: Callable[[str], T], needs: Callable[[str], int], memory: float
+    ) -> Iterator[T]:
+        """`function` of every item in turn, each on a thread of its own, as many at once as `memory` has room for.
+
+        `needs(item)` are the bytes that one takes; one of them is always under way.
+        """
         with self.workers() as pool:
-            waiting: deque[Future[T]] = deque()
+            running: deque[tuple[int, Future[T]]] = deque()
             try:
                 for item in items:
-                    if len(waiting) == min(self.side_by_side or self.number_of_threads, self.number_of_threads):
-                        yield waiting.popleft().result()
-                    waiting.append(pool.submit(function, item))
-                while waiting:
-                    yield waiting.popleft().result()
+                    size = needs(item)
+                    while running and (
+                        len(running) == self.number_of_threads or size + sum(each for each, _ in running) > memory
+                    ):
+                        yield running.popleft()[1].result()
+                    running.append((size, pool.submit(function, item)))
+                while running:
+                    yield running.popleft()[1].result()
             finally:
-                for future in waiting:
+                for _, future in running:
                     future.cancel()
 
     @contextmanager
@@ -302,9 +308,16 @@ def memory_of(method: MergeMethod, num_models: int, threads: int, chunk: int) ->
     return fixed + threads * chunk * each
 
 
+def matrix_memory(method: MergeMethod, num_models: int, role: Role, dtype: torch.dtype) -> int:
+    """Bytes that a method on matrices holds for one of a tensor's matrices."""
+    entries, inner = role.rows * role.columns, role.rows if role.transposed else role.columns
+    read = (num_models + 3) * entries * compute_dtype(dtype).itemsize
+    return read + 8 * (method.workspace * entries + method.square * inner**2)
+
+
 def _needs(method: MergeMethod, num_models: int) -> tuple[int, int]:
     """Bytes in all, and bytes per entry that a thread is working on."""
-    fixed = max(_FIXED_BYTES, num_models * kth_memory(num_models) if method.searches else 0)
+    fixed = max(FIXED_BYTES, num_models * kth_memory(num_models) if method.searches else 0)
     wider = 2 if method.takes_position else 1  # random numbers are made from 64-bit hashes
     return fixed, _bytes_per_entry(num_models) * wider
 

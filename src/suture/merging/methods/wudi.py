@@ -53,8 +53,8 @@ def wudi(
     """Minimise the tasks' interference Σ ‖(M − Δ)Δᵀ‖²/‖Δ‖² by Adam, from the sum of the task vectors.
 
     `lr_scale=rms`: `lr` is relative to the root mean square of that sum, by default 0.01, so that the result does not
-    depend on the size of the task vectors. `lr_scale=absolute` is the authors' setting, by default 1e-5: no entry moves
-    by more than steps × lr, so where the task vectors are larger than those of CLIP the result stays near the sum. The
+    depend on the size of the task vectors. `lr_scale=absolute` is the authors' setting, by default 1e-5: an entry moves
+    by about steps × lr at most, so where the task vectors are larger than CLIP's the result stays near the sum. The
     loop takes minutes for large models; `aswudi` has none, and is better.
 
     >>> wudi(torch.tensor([[[1.0, 0.0]], [[0.0, 1.0]]])).round(decimals=3).float()  # no interference: the sum
