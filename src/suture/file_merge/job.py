@@ -124,8 +124,6 @@ class Job:
 
     def _check(self) -> None:
         method, vectors = self.options.method, self.vectors
-        if problem := method.check_number(len(self.inputs.models)):
-            raise ConfigError(problem)
         widest = max(map(vectors.row_width, vectors.names), default=0) if method.whole_rows else 0
         if widest > vectors.chunk:
             least = math.ceil(memory_of(method, len(vectors.models), 1, widest) / 1e6)

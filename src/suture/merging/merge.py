@@ -18,6 +18,7 @@ from suture.merging.registry import MergeMethod, get_method
 from suture.merging.roles import MatrixOptions, Role
 from suture.merging.streams import DeltaStream
 from suture.merging.task_vectors import Piece, TaskVectors, matrix_memory, open_task_vectors
+from suture.merging.wrapping import After, Wrapped, Wrapping, chosen_wrappers
 
 T = TypeVar("T")
 
@@ -30,13 +31,16 @@ def merge(
     out: Mapping[str, Tensor] | None = None,
     mixed_dtypes: bool = False,
     threads: int = 0,
+    after: After = None,
     **knobs: Any,
 ) -> dict[str, Tensor]:
     """Merge fine-tuned models into one mapping name → tensor.
 
     `base` and `models` are any checkpoints that `open_checkpoint` takes; none of them is changed. `method` is a name or
     alias from `suture.methods()`, and `knobs` are that method's. The result has the base's names, shapes and dtypes;
-    arithmetic is in float32 (float64 for float64 tensors). Tied names share one tensor.
+    arithmetic is in float32 (float64 for float64 tensors). Tied names share one tensor. `after` names wrappers that
+    change the update before it is added to the base, in their order: `["svc", "lines"]`, or with their knobs
+    `{"svc": {"alpha": 0.2}}`.
 
     `out` may hold tensors to write into, such as those of a memory-mapped file; then nothing of the size of a model is
     allocated. Raises `ConfigError` for an unknown method or value, and `IncompatibleModels` for models that do not fit
@@ -47,11 +51,11 @@ def merge(
     >>> merge(base, {"one": tuned}, "task_arithmetic", scaling_factor=0.5)
     {'w': tensor([0.5000, 0.5000])}
     """
-    chosen = get_method(method)
+    chosen, wrapped = get_method(method), chosen_wrappers(after)
     knobs = chosen.knobs.validate(knobs)
     frozen = knobs.get("remove_keys", ())
     vectors = open_task_vectors(base, models, frozen=frozen, mixed_dtypes=mixed_dtypes, threads=threads)
-    return merge_task_vectors(vectors, chosen, knobs, out)
+    return merge_task_vectors(vectors, chosen, knobs, out, wrapped)
 
 
 def merge_task_vectors(
@@ -59,20 +63,20 @@ def merge_task_vectors(
     method: MergeMethod,
     knobs: Mapping[str, Any],
     out: Mapping[str, Tensor] | None = None,
+    after: Sequence[Wrapped] = (),
 ) -> dict[str, Tensor]:
     """As `merge`, for models that are open and checked, with validated knobs."""
     if out is None:
         out = {name: torch.empty(spec.shape, dtype=spec.dtype) for name, spec in vectors.specs.items()}
     merged = dict(out)
-    if problem := method.check_number(len(vectors.models)):
-        raise ConfigError(problem)
 
     def write(piece: Piece, part: Tensor) -> None:
         stored = part.to(merged[piece.name].dtype)
         refuse_overflow(piece.name, part, stored, start=piece.start)
         merged[piece.name].view(-1)[piece.start : piece.stop] = stored
 
-    Merging(vectors, method, lambda name: knobs, write).run()
+    merging = Merging(vectors, method, lambda name: knobs, write)
+    (Wrapping(merging, after, write) if after else merging).run()
     for name in vectors.unchanged:
         merged[name].copy_(vectors.base[name])
     return merged | {alias: merged[name] for alias, name in vectors.base.aliases.items()}
@@ -116,7 +120,9 @@ class Merging:
                 self.again(votes.waiting)
 
     def check(self) -> None:
-        """Refuse options that fit no tensor (`ConfigError`)."""
+        """Refuse a number of models that the method cannot merge, and options that fit no tensor (`ConfigError`)."""
+        if problem := self.method.check_number(len(self.vectors.models)):
+            raise ConfigError(problem)
         if not self.method.matrices:
             return
         for knobs in {repr(knobs): knobs for knobs in map(self.knobs_of, self.vectors.names)}.values():

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from fnmatch import fnmatchcase
 from functools import cached_property
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeVar
 
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -34,29 +34,40 @@ _TOP_HEADS = re.compile(r"(model\.)?(output|fc|decoder)\.weight")
 _NO_MATRIX = re.compile(r"(bias|norm|scale|scales)$")
 
 
+Options = TypeVar("Options", bound="RoleOptions")
+
+
 @dataclass(frozen=True, kw_only=True)
-class MatrixOptions:
+class RoleOptions:
+    """The knobs that change roles.
+
+    - `as_matrix`, `as_vector`: patterns of names (* stands for anything) for tensors whose name or shape misleads.
+    - `split`: pattern → the number of equal parts, or the rows of each part, of tensors that hold several matrices
+      above one another, such as q, k and v. Rows that add up to less than the tensor's repeat: one group a head.
+    """
+
+    as_matrix: Sequence[str] = ()
+    as_vector: Sequence[str] = ()
+    split: Mapping[str, int | Sequence[int]] | None = None
+
+    @classmethod
+    def of(cls: type[Options], knobs: Mapping[str, Any]) -> Options:
+        """Those among some knobs."""
+        return cls(**{field.name: knobs[field.name] for field in fields(cls) if field.name in knobs})
+
+
+@dataclass(frozen=True, kw_only=True)
+class MatrixOptions(RoleOptions):
     """The knobs that all methods on whole matrices share.
 
     - `alpha`: the factor of the whole update.
     - `vectors`: tensors that are no matrices take the mean of the task vectors, or stay at the base.
-    - `as_matrix`, `as_vector`: patterns of names (* stands for anything) for tensors whose name or shape misleads.
-    - `split`: pattern → the number of equal parts, or the rows of each part, of tensors that hold several matrices
-      above one another, such as q, k and v. Rows that add up to less than the tensor's repeat: one group a head.
     - `remove_keys`: tensors that stay at the base.
     """
 
     alpha: float = 1.0
     vectors: Literal["mean", "base"] = "mean"
-    as_matrix: Sequence[str] = ()
-    as_vector: Sequence[str] = ()
-    split: Mapping[str, int | Sequence[int]] | None = None
     remove_keys: Sequence[str] = ()
-
-    @classmethod
-    def of(cls, knobs: Mapping[str, Any]) -> "MatrixOptions":
-        """The shared ones of a method's knobs."""
-        return cls(**{field.name: knobs[field.name] for field in fields(cls) if field.name in knobs})
 
 
 class Role(NamedTuple):
@@ -108,9 +119,9 @@ class Roles:
     specs: Mapping[str, TensorSpec]
     module: nn.Module | None = None
 
-    def of(self, name: str, options: MatrixOptions | None = None) -> Role:
+    def of(self, name: str, options: RoleOptions | None = None) -> Role:
         """The role of one tensor; raises `ConfigError` for options that do not fit it."""
-        options = options or MatrixOptions()
+        options = options or RoleOptions()
         if _matches(name, options.as_vector):
             return VECTOR
         forced = _matches(name, options.as_matrix)
@@ -122,7 +133,7 @@ class Roles:
                 return role._replace(parts=_parts(name, role, parts))
         return role
 
-    def check(self, options: MatrixOptions) -> None:
+    def check(self, options: RoleOptions) -> None:
         """Refuse patterns that fit no tensor (`ConfigError`)."""
         for knob in ("as_matrix", "as_vector", "split"):
             for pattern in getattr(options, knob) or ():
@@ -179,7 +190,7 @@ class Roles:
 
 
 def tensor_roles(specs: Mapping[str, TensorSpec], module: nn.Module | None = None, **options: Any) -> dict[str, Role]:
-    """The role of every floating-point tensor, by name; `options` are those of `MatrixOptions`.
+    """The role of every floating-point tensor, by name; `options` are those of `RoleOptions`.
 
     >>> import torch
     >>> from suture.checkpoints import open_checkpoint
@@ -187,7 +198,7 @@ def tensor_roles(specs: Mapping[str, TensorSpec], module: nn.Module | None = Non
     >>> {name: role.kind for name, role in tensor_roles(model.specs).items()}
     {'fc1.bias': 'vector', 'fc1.weight': 'matrix'}
     """
-    roles, chosen = Roles(specs, module), MatrixOptions(**options)
+    roles, chosen = Roles(specs, module), RoleOptions(**options)
     roles.check(chosen)
     return {name: roles.of(name, chosen) for name, spec in sorted(specs.items()) if spec.dtype.is_floating_point}
 

@@ -30,6 +30,7 @@ _SHORT_CHUNK = 1 << 14  # below this, giving up a thread costs less than the cal
 _GRAIN = BLOCK
 _LARGE_BLOCK = 30 << 20  # bytes; glibc adapts its threshold to freed blocks of up to 32 MB
 FIXED_BYTES = 8_000_000  # for Python, threads and manifests
+_THREAD = threading.local()
 T = TypeVar("T")
 Flat = Tensor | Parts
 Work = Callable[["Piece", Tensor, Tensor], None]
@@ -110,6 +111,8 @@ class TaskVectors:
                     return
                 function(piece, *_rows(piece, base, models, operand, device))
 
+        if getattr(_THREAD, "is_worker", False):  # which waits for no other
+            return work(0)
         with self.workers() as pool:
             for _ in pool.map(work, range(min(self.number_of_threads, len(pieces)))):
                 pass
@@ -145,9 +148,8 @@ class TaskVectors:
             return
         _keep_freed_buffers()
         intra_op = torch.get_num_threads()
-        options = {"initializer": torch.set_num_threads, "initargs": (1,)}
         try:
-            with ThreadPoolExecutor(self.number_of_threads, **options) as pool:
+            with ThreadPoolExecutor(self.number_of_threads, initializer=_begin_worker) as pool:
                 self._pools.append(pool)
                 yield pool
         finally:
@@ -268,6 +270,12 @@ def open_task_vectors(
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype in which tensors of this dtype are merged: float64 for float64, else float32."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _begin_worker() -> None:
+    """Make a thread of a pool one that runs torch on one core."""
+    torch.set_num_threads(1)
+    _THREAD.is_worker = True
 
 
 def _keep_freed_buffers() -> None:
