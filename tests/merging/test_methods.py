@@ -21,6 +21,9 @@ every_random_method = pytest.mark.parametrize("method", [m for m in METHODS if m
 
 def run(method, base, deltas, models="abcd", **knobs):
     """The method on as many of the deltas as it takes; the models' names count where it draws random numbers."""
+    if method.matrices:
+        tuned = [{"w": base + delta} for delta in deltas]
+        return merge({"w": base}, tuned, method.name, **knobs)["w"]
     count = int(min(len(deltas), method.num_models[1]))
     deltas, position = deltas[:count], {"position": SlicePosition("w", models[:count])} if method.takes_position else {}
     operand = base + deltas if method.operand == "models" else deltas

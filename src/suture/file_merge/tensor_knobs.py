@@ -19,7 +19,8 @@ from suture.errors import ConfigError, unknown_name
 from suture.merging.registry import MergeMethod
 
 _LAYER = re.compile(r"(?:^|\.)(\d{1,9})(?:\.|$)")
-_LISTS = ("weights", "remove_keys")  # knobs whose value is a list
+_LISTS = ("weights", "remove_keys", "as_matrix", "as_vector")  # knobs whose value is a list
+_WHOLE = ("split",)  # knobs whose value names tensors itself
 UNSET = object()
 
 
@@ -59,7 +60,10 @@ def tensor_knobs(method: MergeMethod, values: Mapping[str, Any], names: Sequence
     depths = depth_of(names)
 
     def values_of(name: str) -> dict[str, Any]:
-        own = {knob: value_at(value, name, depths(name), knob in _LISTS) for knob, value in values.items()}
+        own = {
+            knob: value if knob in _WHOLE else value_at(value, name, depths(name), knob in _LISTS)
+            for knob, value in values.items()
+        }
         return {knob: value for knob, value in own.items() if value is not UNSET}
 
     return TensorKnobs(method, values_of, names)

@@ -15,6 +15,7 @@ from suture.errors import ConfigError, unknown_name
 from suture.evaluation import SplitInputs
 from suture.merging.merge import merge_task_vectors
 from suture.merging.registry import MergeMethod, methods
+from suture.merging.wrapping import Wrapped, chosen_wrappers, wrapper_problems
 from suture.pipeline.adamerging import NAMES, AdaMerging, AdaMergingSurgery
 from suture.pipeline.context import Context
 from suture.pipeline.models import Models
@@ -62,16 +63,17 @@ class Method(Protocol):
 
 @dataclass(frozen=True)
 class StaticMerge:
-    """A registered merge method with its knobs set. It needs no inputs."""
+    """A registered merge method with its knobs set, and the wrappers around it. It needs no inputs."""
 
     static: MergeMethod
     knobs: Mapping[str, Any]
     repairs: tuple = ()
+    after: tuple[Wrapped, ...] = ()
 
     @property
     def label(self) -> str:
-        """The method's name."""
-        return self.static.name
+        """The method's name, and those of its wrappers."""
+        return "+".join([self.static.name, *(wrapper.name for wrapper, _ in self.after)])
 
     @property
     def frozen(self) -> tuple[str, ...]:
@@ -79,8 +81,8 @@ class StaticMerge:
         return tuple(self.knobs.get("remove_keys", ()))
 
     def problems(self, models: Models, tasks: tuple[str, ...]) -> list[str]:
-        """None beyond those of the preflight."""
-        return []
+        """Those of wrappers, beyond the preflight's."""
+        return wrapper_problems(self.after, models.base.specs)
 
     def memory(self, models: Models) -> int | None:
         """None: it depends on the size of slices."""
@@ -91,7 +93,7 @@ class StaticMerge:
     ) -> MergeResult:
         """Stream the task vectors through the method."""
         with context.profile("merging weights"):
-            merged = merge_task_vectors(models.vectors(self.frozen), self.static, self.knobs, out)
+            merged = merge_task_vectors(models.vectors(self.frozen), self.static, self.knobs, out, self.after)
         return MergeResult(self.label, merged)
 
 
@@ -137,11 +139,15 @@ def find_method(name: str) -> MergeMethod | LearnedMethod:
 def chosen_method(name: str, values: Mapping[str, Any]) -> Method:
     """A method with its knobs set and checked.
 
-    For a method whose names imply different settings, `name` is a knob too.
+    For a method whose names imply different settings, `name` is a knob too. `after` names wrappers around a static
+    merge.
     """
     method, values = find_method(name), dict(values)
+    after = chosen_wrappers(values.pop("after", None)) if isinstance(method, MergeMethod) else []
     if "name" in method.knobs.defaults and name != method.name:
         values["name"] = name
     knobs = method.knobs.validate(values)
     static = methods().get(method.name)
-    return learned_methods()[method.name].function(**knobs) if static is None else StaticMerge(static, knobs)
+    if static is None:
+        return learned_methods()[method.name].function(**knobs)
+    return StaticMerge(static, knobs, after=tuple(after))

@@ -41,7 +41,13 @@ def breadcrumbs_band(
     return Band(torch.where(torch.tensor(remaining) > 0, low, torch.inf), high)
 
 
-@merge_method(paper="https://arxiv.org/abs/2312.06795", gather=breadcrumbs_band, searches=1, passes=lambda **knobs: 3)
+@merge_method(
+    paper="https://arxiv.org/abs/2312.06795",
+    scale="scaling_factor",
+    gather=breadcrumbs_band,
+    searches=1,
+    passes=lambda **knobs: 3,
+)
 def breadcrumbs(
     base: Float[Tensor, " *shape"],
     deltas: Float[Tensor, " task *shape"],

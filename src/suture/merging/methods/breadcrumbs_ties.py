@@ -14,7 +14,13 @@ from suture.merging.registry import merge_method
 from suture.merging.streams import OneTensor
 
 
-@merge_method(paper="https://arxiv.org/abs/2312.06795", gather=breadcrumbs_band, searches=1, passes=lambda **knobs: 3)
+@merge_method(
+    paper="https://arxiv.org/abs/2312.06795",
+    scale="scaling_factor",
+    gather=breadcrumbs_band,
+    searches=1,
+    passes=lambda **knobs: 3,
+)
 def breadcrumbs_ties(
     base: Float[Tensor, " *shape"],
     deltas: Float[Tensor, " task *shape"],
