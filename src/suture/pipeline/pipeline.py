@@ -89,7 +89,8 @@ def run_settings(
             fits += [each for repair in settings.repairs for each in fit(repair, models, merged[-1], inputs, own)]
             repairs[merged[-1].label] = fits
             _save_repairs(fits, models, merged[-1], part)
-        warnings = [line for result in merged if result.learned for line in result.learned.warnings]
+        warnings = [line for result in merged for line in result.warnings]
+        warnings += [line for result in merged if result.learned for line in result.learned.warnings]
         warnings += [line for fits in repairs.values() for fitted in fits for line in fitted.warnings]
         scores = score(models, merged, repairs, inputs, context, reuse=first.reuse) if first.tasks else Scores()
         report = Report(

@@ -14,7 +14,8 @@ class MergeResult:
     """One merged model: its tensors, and its learned coefficients, if any. `label` names its row in the report.
 
     `how` says in words what was learned, and from which inputs; it is empty where only weights were read. `seconds`
-    is the time that the merge took. `masked`: the models of the tasks, where the method leaves more than one model.
+    is the time that the merge took, and `warnings` are lines for the user. `masked`: the models of the tasks, where
+    the method leaves more than one model.
     """
 
     label: str
@@ -22,4 +23,5 @@ class MergeResult:
     learned: AdaMergingResult | None = None
     how: str = ""
     seconds: float = 0.0
+    warnings: tuple[str, ...] = ()
     masked: RepairResult | None = None
