@@ -7,7 +7,6 @@ import pytest
 import torch
 from torch import nn
 
-from suture.checkpoints import open_checkpoint
 from suture.core.batches import ShuffledBatches
 from suture.errors import ConfigError, DataError, IncompatibleModels
 from suture.repairs import StaticModel, repair
@@ -126,7 +125,7 @@ def test_only_the_chosen_weights_change():
     shared = {name: tensor for name, tensor in module.state_dict().items() if name.startswith("0.")}
     assert run(base=shared) == set(shared)
     assert run(base=shared, parameters="lora") == {"0.weight"}
-    with pytest.raises(ConfigError, match="parameters=norms: the module .* has no such weights"):
+    with pytest.raises(ConfigError, match=r"parameters=norms: the module .* has no such weights"):
         run(base=shared, parameters="norms")
 
 
@@ -315,5 +314,5 @@ def test_what_cannot_be_is_refused_in_one_line():
 
 def test_weights_too_large_for_the_modules_dtype_are_refused():
     module, experts, inputs = problem(dtype=torch.float16)
-    with pytest.raises(IncompatibleModels, match="would not be finite .* as float16"):
+    with pytest.raises(IncompatibleModels, match=r"would not be finite .* as float16"):
         repair(module, experts, inputs, "distil", steps=1, lr=1e6, optimizer="adam", schedule="constant")

@@ -107,7 +107,8 @@ class SurgeryModel(nn.Module):
         }
         last = self.repair_at[FINAL]
         facts: dict[str, Any] = {"kind": self.kind, "tasks": self.tasks, "blocks": self.network.blocks}
-        facts |= {"rank": last.rank, "variant": last.variant}
+        variants = {layer: repair.variant for layer, repair in self.repair_at.items()}
+        facts |= {"rank": last.rank, "variant": last.variant if len(set(variants.values())) == 1 else variants}
         if self.router is not None:
             tensors |= {f"router/{name}": tensor for name, tensor in self.router.state_dict().items()}
             facts["router"] = self.router.name
@@ -174,7 +175,8 @@ def _read_modules(file: Checkpoint, layer: str, facts: Mapping[str, Any]) -> Sur
     if f"{layer}/down" not in file:
         raise CheckpointError(f"'{file.label}' has no modules for {layer!r}. Remedy: save the model again.")
     down = file[f"{layer}/down"]
-    modules = SurgeryModules(facts["tasks"], down.shape[2], facts["rank"], variant=facts["variant"], dtype=down.dtype)
+    variant: Any = facts["variant"] if isinstance(facts["variant"], str) else facts["variant"][layer]
+    modules = SurgeryModules(facts["tasks"], down.shape[2], facts["rank"], variant=variant, dtype=down.dtype)
     try:
         modules.load_state_dict({name: file[f"{layer}/{name}"].clone() for name in modules.state_dict()})
     except (KeyError, RuntimeError) as error:
