@@ -112,6 +112,11 @@ two, that of the merged model and that of its task."""
 _COST_OF_REPAIRS = {
     "final": "Each input that a step uses passes once through merged model and expert, forward only.",
     "deep": "Each input passes once through its expert; a step is a forward and a backward pass of the merged model.",
+    "distil": (
+        "Each input passes once through its expert; a step is a forward and a backward pass of the merged model. "
+        "Memory: the weights in float32, twice that for Adam, and one gradient. Nothing at inference."
+    ),
+    "affine": "Each input passes once through merged model and expert, forward only; one eigendecomposition a task.",
     "online": "Each input passes once through the merged model and once through its expert, forward only.",
     "blend": "Each input passes once through the merged model and every expert, forward only. All run at inference.",
 }

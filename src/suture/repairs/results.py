@@ -38,7 +38,7 @@ class RepairResult:
     - `model`: inputs, task → repaired features; `model.for_task(task)` is a plain module.
     - `losses`: (step, task) the loss of each task before each step; nan where a task had no step.
     - `active`: per task, the share of its modules' units that were active on its inputs; empty for blends.
-    - `warnings`: warnings for the user, one line each.
+    - `warnings`: warnings and decisions for the user, one line each.
     - `added_parameters`: the number of parameters that the repair adds, for all tasks.
     - `passes`: the number of inputs through the merged module and through experts, without cached ones.
     - `encoders`: the number of encoders that run at inference.
@@ -99,10 +99,16 @@ class RepairResult:
 
 
 def surgery_result(
-    kind: str, problem: Problem, repairs: dict[str, SurgeryModules], losses: Tensor, blocks: tuple[Block, ...] = ()
+    kind: str,
+    problem: Problem,
+    repairs: dict[str, SurgeryModules],
+    losses: Tensor,
+    blocks: tuple[Block, ...] = (),
+    *,
+    notes: tuple[str, ...] = (),
 ) -> RepairResult:
-    """The result of a repair with surgery modules that have recorded their active units."""
-    active, warnings = active_shares(repairs, problem.tasks), dead_warnings(repairs, problem.tasks)
+    """The result of a repair with surgery modules that have recorded their active units; `notes` are for the user."""
+    active, warnings = active_shares(repairs, problem.tasks), (*notes, *dead_warnings(repairs, problem.tasks))
     for modules in repairs.values():
         modules.fired = None
     model = SurgeryModel(problem.module, repairs, problem.tasks, forward=problem.forward, blocks=blocks)
