@@ -167,7 +167,8 @@ def _fit_one(
     chosen = {name: options.positions(task, context.seed) for name, task in tasks.items()}
     few = {name: tasks[name].inputs_at(positions) for name, positions in chosen.items()}
     encodings = Path(options.cache_dir) / "encodings" if options.keep_encodings else context.encodings
-    sizes = {"encode_batch": context.batch_size, "track": bar, "base": models.base}
+    free = models.base.select({name: name for name in models.vectors().names})
+    sizes = {"encode_batch": context.batch_size, "track": bar, "base": free}
     problem, began = Problem(module, expert, few, device.call, encodings, **sizes), time.perf_counter()
     with context.profile(f"repair: {repair.kind.name}"):
         result = _fitted(repair, problem, merged, inputs, context, encodings)

@@ -10,13 +10,14 @@ from torch import Tensor
 
 from suture.repairs.blended_model import BlendModel
 from suture.repairs.comparison import Representation
+from suture.repairs.masked_model import MaskedModel
 from suture.repairs.model import SurgeryModel
 from suture.repairs.modules import SurgeryModules, active_shares, dead_warnings
 from suture.repairs.network import Block
 from suture.repairs.problem import ForwardPasses, Problem
 from suture.repairs.static_model import StaticModel
 
-RepairedModel = SurgeryModel | BlendModel | StaticModel
+RepairedModel = SurgeryModel | BlendModel | StaticModel | MaskedModel
 
 
 class Stream(NamedTuple):
@@ -37,7 +38,7 @@ class RepairResult:
     - `model`: inputs, task → repaired features; `model.for_task(task)` is a plain module.
     - `losses`: (step, task) the loss of each task before each step; nan where a task had no step.
     - `active`: per task, the share of its modules' units that were active on its inputs; empty for blends.
-    - `warnings`: warnings for the user, one line each.
+    - `warnings`: warnings and decisions for the user, one line each.
     - `added_parameters`: the number of parameters that the repair adds, for all tasks.
     - `passes`: the number of inputs through the merged module and through experts, without cached ones.
     - `encoders`: the number of encoders that run at inference.
@@ -74,12 +75,22 @@ class RepairResult:
 
     @property
     def learned(self) -> str:
-        """What was learned, and from which inputs, in words."""
+        """What was learned, and from which inputs, in words; nothing for masks, which only take weights."""
+        if isinstance(self.model, MaskedModel):
+            return ""
         what = "modules" if self.tensors is None else "weights"
         how = f"{len(self.losses):,} steps" if len(self.losses) else "solved"
+        return f"{what}, {how}{self._of_inputs}"
+
+    @property
+    def learned_for_routing(self) -> str:
+        """As `learned`, for use with the router."""
+        return self.learned or f"router{self._of_inputs}"
+
+    @property
+    def _of_inputs(self) -> str:
         each = self.inputs / max(1, len(self.tasks))
-        inputs = f" on {each:,.0f} {self.split} inputs a task" if self.inputs else ""
-        return f"{what}, {how}{inputs}"
+        return f" on {each:,.0f} {self.split} inputs a task" if self.inputs else ""
 
     @property
     def tensors(self) -> Mapping[str, Tensor] | None:
@@ -88,10 +99,16 @@ class RepairResult:
 
 
 def surgery_result(
-    kind: str, problem: Problem, repairs: dict[str, SurgeryModules], losses: Tensor, blocks: tuple[Block, ...] = ()
+    kind: str,
+    problem: Problem,
+    repairs: dict[str, SurgeryModules],
+    losses: Tensor,
+    blocks: tuple[Block, ...] = (),
+    *,
+    notes: tuple[str, ...] = (),
 ) -> RepairResult:
-    """The result of a repair with surgery modules that have recorded their active units."""
-    active, warnings = active_shares(repairs, problem.tasks), dead_warnings(repairs, problem.tasks)
+    """The result of a repair with surgery modules that have recorded their active units; `notes` are for the user."""
+    active, warnings = active_shares(repairs, problem.tasks), (*notes, *dead_warnings(repairs, problem.tasks))
     for modules in repairs.values():
         modules.fired = None
     model = SurgeryModel(problem.module, repairs, problem.tasks, forward=problem.forward, blocks=blocks)
