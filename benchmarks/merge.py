@@ -1,10 +1,11 @@
 """Merge eight ViT-B/32-sized checkpoints: suture against the textbook TIES and against plain reading and writing.
 
-    python benchmarks/merge.py [--folder DIR] [--repeats 3] [--models 8] [--scale 1.0]
+    python benchmarks/merge.py [--folder DIR] [--repeats 3] [--models 8] [--scale 1.0] [--matrices [METHOD ...]]
 
 The checkpoints are made on the spot (vision tower of CLIP ViT-B/32, 87 M parameters, float32, random weights). Every
 measurement is a process of its own: wall time of the work (imports excluded) and the peak of its anonymous memory above
-what the imports took. Files are read from the page cache in all of them.
+what the imports took. Files are read from the page cache in all of them. --matrices measures the methods on whole
+matrices instead (all but wudi, or those named), beside TIES.
 """
 
 import argparse
@@ -13,6 +14,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -21,7 +23,7 @@ from watching import measure
 
 from suture.checkpoints import allocate_checkpoint
 from suture.merging.merge import merge_task_vectors
-from suture.merging.registry import get_method
+from suture.merging.registry import get_method, methods
 from suture.merging.task_vectors import open_task_vectors
 
 
@@ -109,33 +111,56 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--models", type=int, default=8)
     parser.add_argument("--scale", type=float, default=1.0, help="width relative to ViT-B/32")
+    parser.add_argument("--matrices", nargs="*", metavar="METHOD")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.one:
-        print(json.dumps(measure(lambda: WORK[options.one](options.folder))))
+        work = WORK.get(options.one) or (lambda folder: suture(folder, options.one.removeprefix("suture ")))
+        print(json.dumps(measure(lambda: work(options.folder))))
         return
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
         make(Path(folder), options.models, options.scale)
-        compare(Path(folder), options.repeats, (Path(folder) / "base.safetensors").stat().st_size)
+        if options.matrices is None:
+            compare(Path(folder), options.repeats)
+        else:
+            compare_matrices(Path(folder), options.repeats, options.matrices)
 
 
-def compare(folder: Path, repeats: int, size: int) -> None:
+def measured(folder: Path, repeats: int, names: Sequence[str]) -> dict[str, list[dict[str, float]]]:
+    """The runs of each piece of work, printed as their median."""
     command = [sys.executable, __file__, "--folder", str(folder), "--one"]
-    runs = {name: [] for name in WORK}
+    runs: dict[str, list[dict[str, float]]] = {name: [] for name in names}
     for _ in range(repeats):
-        for name in WORK:  # interleaved, so that a noisy minute hits all of them
+        for name in names:  # interleaved, so that a noisy minute hits all of them
             done = subprocess.run([*command, name], capture_output=True, text=True, check=True)
             runs[name].append(json.loads(done.stdout))
+    size = (folder / "base.safetensors").stat().st_size
     print(f"model size {size / 1e6:.0f} MB; median of {repeats} (min – max)")
-    for name, measured in runs.items():
-        seconds = [run["seconds"] for run in measured]
-        memory = statistics.median(run["memory"] for run in measured)
+    for name, each in runs.items():
+        seconds = [run["seconds"] for run in each]
+        memory = statistics.median(run["memory"] for run in each)
         spread = f"{statistics.median(seconds):7.2f} s ({min(seconds):.2f} – {max(seconds):.2f})"
         print(f"{name:24s} {spread}   {memory / size:5.2f} model sizes")
-    ratio = lambda a, b: statistics.median(x["seconds"] / y["seconds"] for x, y in zip(runs[a], runs[b], strict=True))
-    print(f"textbook TIES / suture TIES: {ratio('textbook ties', 'suture ties_merging'):.1f}")
-    overhead = ratio("suture task_arithmetic", "plain input and output")
+    return runs
+
+
+def ratio(runs: dict[str, list[dict[str, float]]], one: str, other: str) -> float:
+    """How much longer one piece of work took than another in the same round."""
+    return statistics.median(x["seconds"] / y["seconds"] for x, y in zip(runs[one], runs[other], strict=True))
+
+
+def compare(folder: Path, repeats: int) -> None:
+    runs = measured(folder, repeats, list(WORK))
+    print(f"textbook TIES / suture TIES: {ratio(runs, 'textbook ties', 'suture ties_merging'):.1f}")
+    overhead = ratio(runs, "suture task_arithmetic", "plain input and output")
     print(f"suture Task Arithmetic / plain input and output: {overhead:.2f}")
+
+
+def compare_matrices(folder: Path, repeats: int, names: Sequence[str]) -> None:
+    names = names or [name for name, method in methods().items() if method.matrices and name != "wudi"]
+    runs = measured(folder, repeats, ["suture ties_merging", *(f"suture {name}" for name in names)])
+    for name in names:
+        print(f"{name} / TIES: {ratio(runs, f'suture {name}', 'suture ties_merging'):.1f}")
 
 
 if __name__ == "__main__":

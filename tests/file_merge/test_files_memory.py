@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 
-from suture import merge_files, methods, save_checkpoint
+from suture import merge_files, methods, plan_files, save_checkpoint
 from suture.errors import ConfigError
 
 CEILING = 60_000_000
@@ -69,13 +69,40 @@ def test_slices_of_a_large_tensor_stay_below_the_ceiling(large):
     assert max(found.values()) < CEILING, found
 
 
+IN_SLICES = sorted(name for name, method in methods().items() if not method.matrices)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("method", "knobs"), [(method, knobs) for method in sorted(methods()) for knobs in SEVERAL.get(method, [{}])]
+    ("method", "knobs"), [(method, knobs) for method in IN_SLICES for knobs in SEVERAL.get(method, [{}])]
 )
-def test_every_method_stays_below_the_ceiling(large, method, knobs):
+def test_every_method_in_slices_stays_below_the_ceiling(large, method, knobs):
     found = peaks(large, [(method, knobs)])
     assert max(found.values()) < CEILING, found
+
+
+@pytest.fixture(scope="module")
+def matrices(tmp_path_factory):
+    """Checkpoints of twelve matrices of 4 to 17 MB."""
+    folder, generator = tmp_path_factory.mktemp("matrices"), torch.Generator().manual_seed(0)
+    shapes = {f"{i}.w": [(1000, 1000), (3000, 1000), (1000, 1400)][i % 3] for i in range(12)}
+    base = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+    save_checkpoint(base, folder / "base.safetensors")
+    for i in (1, 2):
+        tuned = {name: t + 0.1 * torch.randn(t.shape, generator=generator) for name, t in base.items()}
+        save_checkpoint(tuned, folder / f"model_{i}.safetensors")
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", sorted(name for name, method in methods().items() if method.matrices))
+def test_a_method_on_matrices_holds_no_more_than_its_plan_says(matrices, method, tmp_path):
+    models = sorted(matrices.glob("model_*"))
+    knobs = {"steps": 3} if method == "wudi" else {}
+    plan = plan_files(matrices / "base.safetensors", models, method, tmp_path / "out", memory=CEILING, threads=2)
+    assert plan.matrix <= plan.memory
+    found = peaks(matrices, [(method, knobs)])
+    assert max(found.values()) < plan.memory, (found, plan)
 
 
 def test_rows_that_do_not_fit_are_refused_before_anything_is_written(tmp_path):

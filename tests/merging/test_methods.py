@@ -12,7 +12,7 @@ from suture.merging.registry import get_method, methods
 
 METHODS = list(methods().values())
 ON_A_SPHERE = {"slerp", "karcher", "nuslerp", "multislerp"}  # equal models come back to rounding
-NOT_LINEAR = {*ON_A_SPHERE, "nearswap"}  # in the size of the deltas
+NOT_LINEAR = {*ON_A_SPHERE, "nearswap", "pcb"}  # in the size of the deltas
 one_id = {"ids": lambda method: method.name}
 every_method = pytest.mark.parametrize("method", METHODS, **one_id)
 every_linear_method = pytest.mark.parametrize("method", [m for m in METHODS if m.name not in NOT_LINEAR], **one_id)
@@ -21,6 +21,9 @@ every_random_method = pytest.mark.parametrize("method", [m for m in METHODS if m
 
 def run(method, base, deltas, models="abcd", **knobs):
     """The method on as many of the deltas as it takes; the models' names count where it draws random numbers."""
+    if method.matrices:
+        tuned = [{"w": base + delta} for delta in deltas]
+        return merge({"w": base}, tuned, method.name, **knobs)["w"]
     count = int(min(len(deltas), method.num_models[1]))
     deltas, position = deltas[:count], {"position": SlicePosition("w", models[:count])} if method.takes_position else {}
     operand = base + deltas if method.operand == "models" else deltas

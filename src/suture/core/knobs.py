@@ -11,7 +11,7 @@ from suture.errors import ConfigError, unknown_name
 
 @dataclass(frozen=True)
 class Knobs:
-    """The keyword-only arguments of `function`, which messages call `name`.
+    """The keyword-only arguments of `function`, which messages call `name`, and those that it shares with others.
 
     On the command line a knob is written `group.knob=value`, or `knob=value` without a group.
     """
@@ -19,11 +19,16 @@ class Knobs:
     name: str
     function: Callable[..., Any]
     group: str = "method"
+    shared: Callable[..., Any] | None = None
 
     @cached_property
     def _parameters(self) -> dict[str, inspect.Parameter]:
-        parameters = inspect.signature(self.function).parameters.items()
-        return {name: parameter for name, parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY}
+        return _keyword_only(self.function) | (_keyword_only(self.shared) if self.shared else {})
+
+    def own(self, values: Mapping[str, Any]) -> dict[str, Any]:
+        """Those of some knobs that `function` itself takes."""
+        own = _keyword_only(self.function)
+        return {knob: value for knob, value in values.items() if knob in own}
 
     @property
     def defaults(self) -> dict[str, Any]:
@@ -62,3 +67,8 @@ class Knobs:
     def _in_one_line(self, error: Mapping[str, Any]) -> str:
         knob = ".".join(filter(None, (self.group, str(error["loc"][0]))))
         return f"{knob}={error['input']!r} does not fit {self.name}: {error['msg']}."
+
+
+def _keyword_only(function: Callable[..., Any]) -> dict[str, inspect.Parameter]:
+    parameters = inspect.signature(function).parameters.items()
+    return {name: parameter for name, parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY}

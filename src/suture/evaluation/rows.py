@@ -31,7 +31,7 @@ class Row:
     routed: bool = False
     needs_task: bool = False
     learned: str = ""
-    seconds: float | None = None
+    seconds: float | None = field(default=None, compare=False)
 
     @property
     def mean(self) -> float:

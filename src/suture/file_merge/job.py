@@ -5,10 +5,9 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from suture.checkpoints import TensorSpec
@@ -20,12 +19,12 @@ from suture.file_merge.layout import Shard, index_path, index_text, split_into_s
 from suture.file_merge.options import MergeOptions
 from suture.file_merge.output import write_companions
 from suture.file_merge.sharing import SharedStream
+from suture.file_merge.statistic import as_json, from_json, statistic_type
 from suture.file_merge.tensor_knobs import TensorKnobs
 from suture.file_merge.workspace import Digests, TensorRecord, WorkingFolder, bytes_of, damaged, recorded_work
 from suture.merging.merge import Merging
-from suture.merging.methods.ties_merging import TiesStatistic
 from suture.merging.overflow import refuse_overflow
-from suture.merging.task_vectors import Piece, TaskVectors, chunk_for, memory_of
+from suture.merging.task_vectors import FIXED_BYTES, Piece, TaskVectors, chunk_for, memory_of
 from suture.storage.atomic import check_replaceable
 
 _WIDER = "choose a wider dtype or smaller coefficients, or allow it by name with allow_non_finite=[NAME]"
@@ -79,7 +78,8 @@ class Job:
     def merging(self) -> Merging:
         """The method, writing into the folder."""
         allowed = self.options.may_be_non_finite
-        return Merging(self.vectors, self.options.method, self.knobs.knobs_of, self._write, allowed)
+        method, memory = self.options.method, self.options.memory - FIXED_BYTES
+        return Merging(self.vectors, method, self.knobs.knobs_of, self._write, allowed, memory=memory)
 
     def run(self) -> bool:
         """Merge what is left of this process's share, and publish if nothing is missing; whether it is published."""
@@ -123,8 +123,6 @@ class Job:
 
     def _check(self) -> None:
         method, vectors = self.options.method, self.vectors
-        if problem := method.check_number(len(self.inputs.models)):
-            raise ConfigError(problem)
         widest = max(map(vectors.row_width, vectors.names), default=0) if method.whole_rows else 0
         if widest > vectors.chunk:
             least = math.ceil(memory_of(method, len(vectors.models), 1, widest) / 1e6)
@@ -133,6 +131,7 @@ class Job:
                 f"Remedy: give {least}MB or more."
             )
         self.knobs.check()
+        self.merging.check()
 
     def _merge_share(self) -> None:
         """Merge what no process has finished, and read back all tensors of the share."""
@@ -148,8 +147,9 @@ class Job:
             self._gather()
         with bar("merging", len(left)) as advance:
             written = []
-            for name in left:
-                written.append(self._merge_one(name))
+            for record in self.merging.each(left, self._merge_one):
+                self.folder.record(record)
+                written.append(record)
                 advance(1)
         self.folder.sync_files()
         self._verify(written)
@@ -169,21 +169,18 @@ class Job:
         """Gather the statistic of the whole model, or take the one that was saved."""
         if not self.merging.whole_model():
             return
-        if saved := self.folder.statistic():
-            thresholds = torch.tensor(saved["thresholds"], dtype=getattr(torch, saved["dtype"]))
-            self.merging.statistic = TiesStatistic(thresholds, saved["majority"])
+        kind = statistic_type(self.options.method)
+        if kind is not None and (saved := self.folder.statistic(partial(from_json, kind))) is not None:
+            self.merging.statistic = saved
             return
         alone = self.options.part[1] == 1
         self.merging.gather(None if alone else SharedStream(self.vectors, self.options.method.operand, self.folder))
-        statistic = self.merging.statistic
-        dtype = str(statistic.thresholds.dtype).removeprefix("torch.")
-        self.folder.save_statistic(
-            {"thresholds": statistic.thresholds.tolist(), "dtype": dtype, "majority": statistic.majority}
-        )
+        if kind is not None:
+            self.folder.save_statistic(as_json(self.merging.statistic))
 
     def _merge_one(self, name: str) -> TensorRecord:
         self._digests[name] = Digests()
-        pieces = self.vectors.pieces(name, rows=self.options.method.whole_rows)
+        pieces = self.merging.pieces(name)
         votes = None
         if name in self.vectors.names:
             votes = self.merging.tensor(name)
@@ -194,7 +191,6 @@ class Job:
         if votes is not None:
             record = replace(record, votes=votes.count, waiting=[piece.start for piece in votes.waiting])
         self.folder.start_writing_out(name)
-        self.folder.record(record)
         self.inputs.let_go()
         return record
 

@@ -15,16 +15,20 @@ from suture.file_merge.job import Job
 from suture.file_merge.workspace import Digests, bytes_of
 from suture.merging.compatibility import spec_of
 from suture.merging.merge import Merging
-from suture.merging.task_vectors import Piece, TaskVectors, memory_of
+from suture.merging.task_vectors import FIXED_BYTES, Piece, TaskVectors, memory_of
 from suture.storage.atomic import disk_errors, scratch_file, write_at
 
 _PROBE = 1 << 26  # bytes that are read and written to measure the disk
+_MOMENT = 8 * 1024**3  # multiplications of the matrix that is merged to measure a method on matrices
 _PIECES = 24  # slices that are merged to measure the method
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Sizes are bytes, speeds bytes a second; `compute_speed` counts the bytes of the inputs. One share's figures."""
+    """Sizes are bytes, speeds bytes a second; `compute_speed` counts the bytes of the inputs. One share's figures.
+
+    `matrix` is what the largest matrix takes, for a method on whole matrices, which `memory=` cannot make smaller.
+    """
 
     tensors: int
     parameters: int
@@ -37,6 +41,7 @@ class Plan:
     read_speed: float
     write_speed: float
     compute_speed: float
+    matrix: int = 0
 
     @property
     def seconds(self) -> float:
@@ -52,6 +57,7 @@ class Plan:
             f"write    {in_bytes(self.bytes_written)}, the disk takes {in_bytes(self.write_speed)}/s",
             f"compute  {in_bytes(self.compute_speed)}/s of inputs on {self.threads} threads",
             f"memory   {in_bytes(self.memory)} at most, beside what the system caches of files",
+            *([f"matrix   {in_bytes(self.matrix)} for the largest, whatever memory= says"] if self.matrix else []),
             f"time     {_duration(self.seconds)} for this share, all in all",
         ]
         return "\n".join(lines)
@@ -72,6 +78,7 @@ def make_plan(job: Job) -> Plan:
     merged = [name for name in vectors.names if name in share]
     before = job.options.method.times_read(job.knobs.knobs_of(vectors.names[0])) - 1 if whole else 0
     gathered = before * read(vectors.names) // job.options.part[1]  # the processes share it
+    slices = memory_of(job.options.method, len(models) - 1, vectors.threads, vectors.chunk)
     return Plan(
         tensors=len(share),
         parameters=sum(job.specs[name].numel for name in share),
@@ -79,11 +86,12 @@ def make_plan(job: Job) -> Plan:
         passes=1 + before,
         bytes_read=read(merged) + gathered,
         bytes_written=sum(job.specs[name].nbytes for name in share),
-        memory=memory_of(job.options.method, len(models) - 1, vectors.threads, vectors.chunk),
+        memory=max(slices, FIXED_BYTES + job.merging.held()) if job.options.method.matrices else slices,
         threads=vectors.number_of_threads,
         read_speed=_read_speed([path for c in job.inputs.opened.values() for path in c.files]),
         write_speed=_write_speed(job.options.output),
-        compute_speed=_compute_speed(job),
+        compute_speed=_matrix_speed(job) if job.options.method.matrices else _compute_speed(job),
+        matrix=max(map(job.merging.needs, vectors.names), default=0),
     )
 
 
@@ -136,6 +144,31 @@ def _compute_speed(job: Job) -> float:
             seconds = _timed(lambda: merging.tensor(name))
     each = sum(spec_of(m, name).dtype.itemsize for m in [vectors.base, *vectors.models.values()])
     return each * pieces[-1].stop / seconds
+
+
+def _matrix_speed(job: Job) -> float:
+    """Bytes of inputs a second, from one matrix that takes no more than a moment: work grows with its sides' cubes."""
+    merging, vectors = job.merging, job.vectors
+    work = {name: _work(merging, name) for name in vectors.names if merging.needs(name)}
+    if not work:
+        return _compute_speed(job)
+    name = max((n for n in work if work[n] <= _MOMENT), key=lambda n: work[n], default=min(work, key=lambda n: work[n]))
+    one = Merging(vectors, job.options.method, job.knobs.knobs_of, lambda piece, merged: None, memory=merging.memory)
+    with vectors.workers():
+        seconds = _timed(lambda: list(one.each([name], one.tensor)))
+    models = [vectors.base, *vectors.models.values()]
+    size = sum(spec_of(model, each).nbytes for model in models for each in vectors.names)
+    at_once = min(vectors.number_of_threads, max(1, merging.held() // max(map(merging.needs, work))))
+    return size * at_once / (seconds * sum(work.values()) / work[name])
+
+
+def _work(merging: Merging, name: str) -> float:
+    """What a tensor's matrices cost beside one another."""
+    role = merging.role(name)
+    inner = role.rows if role.transposed else role.columns
+    tasks = len(merging.vectors.models)
+    least = inner if merging.method.square else min(role.rows, role.columns)
+    return role.count * (tasks * role.rows * role.columns * least + (inner**3 if merging.method.square else 0))
 
 
 def _few(vectors: TaskVectors, name: str, count: int) -> TaskVectors:

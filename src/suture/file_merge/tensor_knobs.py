@@ -14,11 +14,13 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+from suture.core.knobs import Knobs
 from suture.errors import ConfigError, unknown_name
 from suture.merging.registry import MergeMethod
 
 _LAYER = re.compile(r"(?:^|\.)(\d{1,9})(?:\.|$)")
-_LISTS = ("weights", "remove_keys")  # knobs whose value is a list
+_LISTS = ("weights", "remove_keys", "as_matrix", "as_vector")  # knobs whose value is a list
+_WHOLE = ("split",)  # knobs whose value names tensors itself
 UNSET = object()
 
 
@@ -48,7 +50,7 @@ class TensorKnobs:
             if key not in known:
                 known[key] = self.method.knobs.validate(values)
             by_name[name] = known[key]
-        _check_scope(list(known.values()))
+        _check_scope(self.method, list(known.values()))
         return by_name
 
 
@@ -58,17 +60,21 @@ def tensor_knobs(method: MergeMethod, values: Mapping[str, Any], names: Sequence
     depths = depth_of(names)
 
     def values_of(name: str) -> dict[str, Any]:
-        own = {knob: value_at(value, name, depths(name), knob in _LISTS) for knob, value in values.items()}
+        own = {
+            knob: value if knob in _WHOLE else value_at(value, name, depths(name), knob in _LISTS)
+            for knob, value in values.items()
+        }
         return {knob: value for knob, value in own.items() if value is not UNSET}
 
     return TensorKnobs(method, values_of, names)
 
 
-def _check_scope(all_knobs: Sequence[Mapping[str, Any]]) -> None:
+def _check_scope(method: MergeMethod, all_knobs: Sequence[Mapping[str, Any]]) -> None:
     """Refuse knobs that differ from tensor to tensor where the whole model decides."""
     if not any(knobs.get("scope") == "model" for knobs in all_knobs):
         return
-    for knob in ("scope", "threshold", "merge_func", "weights"):
+    gathered = Knobs(method.name, method.gather).defaults if method.gather is not None else {}
+    for knob in dict.fromkeys(("scope", *gathered, "merge_func", "weights")):
         if len({repr(knobs.get(knob)) for knobs in all_knobs}) > 1:
             raise ConfigError(
                 f"method.{knob} differs between tensors, but method.scope=model looks at all of them at once. "

@@ -144,7 +144,9 @@ def _configured(config: Mapping[str, Any]) -> MergeOptions:
     method = config.get("method")
     if not isinstance(method, Mapping) or not method.get("name"):
         raise ConfigError(f"Missing argument: method=…. Known: {', '.join(methods())}.")
-    knobs = {key: value for key, value in method.items() if key != "name"}
+    knobs = {key: value for key, value in method.items() if key not in ("name", "after")}
+    if method.get("after"):
+        raise ConfigError("method.after is not for merges of files. Remedy: suture.merge(…, after=…), or a run.")
     return read_options(method=method["name"], knobs=knobs, **arguments)
 
 

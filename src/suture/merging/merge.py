@@ -1,9 +1,11 @@
 """Merging a whole model with one method: slice by slice, in bounded memory, into tensors that are allocated first."""
 
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from functools import cached_property
+from math import inf
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -13,8 +15,12 @@ from suture.errors import ConfigError, IncompatibleModels
 from suture.merging.methods.ties_merging import as_merged, settle
 from suture.merging.overflow import refuse_overflow
 from suture.merging.registry import MergeMethod, get_method
+from suture.merging.roles import MatrixOptions, Role
 from suture.merging.streams import DeltaStream
-from suture.merging.task_vectors import Piece, TaskVectors, open_task_vectors
+from suture.merging.task_vectors import Piece, TaskVectors, matrix_memory, open_task_vectors
+from suture.merging.wrapping import After, Wrapped, Wrapping, chosen_wrappers
+
+T = TypeVar("T")
 
 
 def merge(
@@ -25,13 +31,16 @@ def merge(
     out: Mapping[str, Tensor] | None = None,
     mixed_dtypes: bool = False,
     threads: int = 0,
+    after: After = None,
     **knobs: Any,
 ) -> dict[str, Tensor]:
     """Merge fine-tuned models into one mapping name → tensor.
 
     `base` and `models` are any checkpoints that `open_checkpoint` takes; none of them is changed. `method` is a name or
     alias from `suture.methods()`, and `knobs` are that method's. The result has the base's names, shapes and dtypes;
-    arithmetic is in float32 (float64 for float64 tensors). Tied names share one tensor.
+    arithmetic is in float32 (float64 for float64 tensors). Tied names share one tensor. `after` names wrappers that
+    change the update before it is added to the base, in their order: `["svc", "lines"]`, or with their knobs
+    `{"svc": {"alpha": 0.2}}`.
 
     `out` may hold tensors to write into, such as those of a memory-mapped file; then nothing of the size of a model is
     allocated. Raises `ConfigError` for an unknown method or value, and `IncompatibleModels` for models that do not fit
@@ -42,11 +51,11 @@ def merge(
     >>> merge(base, {"one": tuned}, "task_arithmetic", scaling_factor=0.5)
     {'w': tensor([0.5000, 0.5000])}
     """
-    chosen = get_method(method)
+    chosen, wrapped = get_method(method), chosen_wrappers(after)
     knobs = chosen.knobs.validate(knobs)
     frozen = knobs.get("remove_keys", ())
     vectors = open_task_vectors(base, models, frozen=frozen, mixed_dtypes=mixed_dtypes, threads=threads)
-    return merge_task_vectors(vectors, chosen, knobs, out)
+    return merge_task_vectors(vectors, chosen, knobs, out, wrapped)
 
 
 def merge_task_vectors(
@@ -54,13 +63,12 @@ def merge_task_vectors(
     method: MergeMethod,
     knobs: Mapping[str, Any],
     out: Mapping[str, Tensor] | None = None,
+    after: Sequence[Wrapped] = (),
 ) -> dict[str, Tensor]:
     """As `merge`, for models that are open and checked, with validated knobs."""
     if out is None:
         out = {name: torch.empty(spec.shape, dtype=spec.dtype) for name, spec in vectors.specs.items()}
     merged = dict(out)
-    if problem := method.check_number(len(vectors.models)):
-        raise ConfigError(problem)
 
     def write(piece: Piece, part: Tensor) -> None:
         stored = part.to(merged[piece.name].dtype)
@@ -68,12 +76,7 @@ def merge_task_vectors(
         merged[piece.name].view(-1)[piece.start : piece.stop] = stored
 
     merging = Merging(vectors, method, lambda name: knobs, write)
-    with vectors.workers():
-        merging.gather()
-        all_votes = [merging.tensor(name) for name in vectors.names]
-        merging.settle(sum(votes.count for votes in all_votes))
-        for votes in all_votes:
-            merging.again(votes.waiting)
+    (Wrapping(merging, after, write) if after else merging).run()
     for name in vectors.unchanged:
         merged[name].copy_(vectors.base[name])
     return merged | {alias: merged[name] for alias, name in vectors.base.aliases.items()}
@@ -91,8 +94,10 @@ class Merging:
     """One method, merging one tensor at a time, in any order.
 
     `knobs_of(name)` returns a tensor's validated knobs; `write(piece, merged)` stores merged entries, on any thread.
-    `non_finite(name)` tells whether NaN and Inf are allowed in a tensor. `statistic` is what the method must know about
-    the whole model: call `gather` first, or pass one that was gathered before.
+    `non_finite(name)` tells whether NaN and Inf are allowed in a tensor; a matrix that holds them takes the mean.
+    `statistic` is what the method must know about the whole model: call `gather` first, or pass one that was gathered
+    before. With `update` the difference to the base is written instead of the merged weights. `memory` bounds the bytes
+    of the matrices that are merged at once, of which there is always one.
     """
 
     vectors: TaskVectors
@@ -101,6 +106,35 @@ class Merging:
     write: Callable[[Piece, Tensor], None]
     non_finite: Callable[[str], bool] = lambda name: False
     statistic: Any = None
+    update: bool = False
+    memory: float = inf
+
+    def run(self) -> None:
+        """Merge all tensors."""
+        self.check()
+        with self.vectors.workers():
+            self.gather()
+            all_votes = list(self.each(self.vectors.names, self.tensor))
+            self.settle(sum(votes.count for votes in all_votes))
+            for votes in all_votes:
+                self.again(votes.waiting)
+
+    def check(self) -> None:
+        """Refuse a number of models that the method cannot merge, and options that fit no tensor (`ConfigError`)."""
+        if problem := self.method.check_number(len(self.vectors.models)):
+            raise ConfigError(problem)
+        if not self.method.matrices:
+            return
+        for knobs in {repr(knobs): knobs for knobs in map(self.knobs_of, self.vectors.names)}.values():
+            self.vectors.roles.check(MatrixOptions.of(knobs))
+        for name in self.vectors.names:
+            self.role(name)
+
+    def each(self, names: Sequence[str], function: Callable[[str], T]) -> Iterator[T]:
+        """`function` of every tensor, as it comes: matrices side by side, each on one thread; others on all threads."""
+        matrices = sorted(filter(self._is_matrix, names), key=lambda name: (-self.vectors.specs[name].numel, name))
+        yield from self.vectors.side_by_side(matrices, function, self.needs, self.memory)
+        yield from map(function, [name for name in names if not self._is_matrix(name)])
 
     def whole_model(self) -> bool:
         """Whether the method must see the whole model before it merges a tensor."""
@@ -116,7 +150,10 @@ class Merging:
         """Merge one tensor; returns its share of the votes that `settle` needs from the whole model."""
         if not self.vectors.specs[name].numel:
             return Votes()
-        pieces = self.vectors.pieces(name, rows=self.method.whole_rows)
+        pieces = self.pieces(name)
+        if self.method.matrices:
+            (self._merge_matrices if self._is_matrix(name) else self._merge_vector)(pieces)
+            return Votes()
         statistic = self.statistic
         if statistic is None and self.method.gather is not None:
             statistic = self._gathered([name])
@@ -124,6 +161,26 @@ class Merging:
             return self._vote(pieces, statistic)
         self._merge(pieces, *(() if self.method.gather is None else (statistic,)))
         return Votes()
+
+    def pieces(self, name: str) -> list[Piece]:
+        """The slices of one tensor that are merged at once: whole matrices for a method on matrices."""
+        if not self._is_matrix(name):
+            return self.vectors.pieces(name, rows=self.method.whole_rows)
+        role = self.role(name)
+        size = role.rows * role.columns
+        return [Piece(name, start, start + size) for start in range(0, role.count * size, size)]
+
+    def needs(self, name: str) -> int:
+        """The bytes that merging one of a tensor's matrices takes; 0 for a tensor that is merged in slices."""
+        if not self._is_matrix(name):
+            return 0
+        dtype = self.vectors.base.specs[name].dtype
+        return matrix_memory(self.method, len(self.vectors.models), self.role(name), dtype)
+
+    def held(self) -> int:
+        """The most bytes that matrices take at once."""
+        sizes = sorted(map(self.needs, self.vectors.names), reverse=True)[: self.vectors.number_of_threads]
+        return max(sizes[0], int(min(sum(sizes), self.memory))) if sizes else 0
 
     def settle(self, votes: int) -> None:
         """Complete the statistic with the votes of all tensors."""
@@ -142,6 +199,17 @@ class Merging:
         stream = stream or self.vectors.stream(names, self.method.operand, rows=self.method.whole_rows)
         return self.method.gather(stream, **self.knobs_of(names[0]))
 
+    def role(self, name: str) -> Role:
+        """The role of a tensor, for a method on whole matrices."""
+        return self.vectors.roles.of(name, MatrixOptions.of(self.knobs_of(name)))
+
+    def _is_matrix(self, name: str) -> bool:
+        return self.method.matrices and name in self._merged_names and self.role(name).kind != "vector"
+
+    @cached_property
+    def _merged_names(self) -> set[str]:
+        return set(self.vectors.names)
+
     def _merge(self, pieces: Sequence[Piece], *statistic: Any) -> None:
         method, name = self.method, pieces[0].name
         knobs, width = self.knobs_of(name), self.vectors.row_width(name)
@@ -151,9 +219,44 @@ class Merging:
             position = {"position": self.vectors.position(piece)} if method.takes_position else {}
             if method.whole_rows:
                 base, rows = base.view(-1, width), rows.view(len(rows), -1, width)
-            self.write(piece, method.function(base, rows, *statistic, **position, **knobs).reshape(-1))
+            origin = self._origin(base)
+            merged = method.function(origin, rows, *statistic, **position, **knobs)
+            self.write(piece, self._as_update(merged, base).reshape(-1))
 
         self.vectors.each_of(pieces, merge_piece, method.operand, device=self.vectors.device)
+
+    def _origin(self, base: Tensor) -> Tensor:
+        """What task vectors are added to: nothing where only the update is wanted."""
+        return torch.zeros_like(base) if self.update and self.method.operand == "deltas" else base
+
+    def _as_update(self, merged: Tensor, base: Tensor) -> Tensor:
+        return merged - base if self.update and self.method.operand == "models" else merged
+
+    def _merge_vector(self, pieces: Sequence[Piece]) -> None:
+        """Merge a tensor that is no matrix, for a method on matrices."""
+        options = MatrixOptions.of(self.knobs_of(pieces[0].name))
+
+        def merge_piece(piece: Piece, base: Tensor, deltas: Tensor) -> None:
+            self._check(piece, base, deltas)
+            mean = deltas.mean(0) if options.vectors == "mean" else torch.zeros_like(base)
+            self.write(piece, self._origin(base) + options.alpha * mean)
+
+        self.vectors.each_of(pieces, merge_piece, device=self.vectors.device)
+
+    def _merge_matrices(self, pieces: Sequence[Piece]) -> None:
+        """Merge a tensor's matrices one by one, on this thread."""
+        name = pieces[0].name
+        role, knobs = self.role(name), self.knobs_of(name)
+        own = self.method.knobs.own(knobs)
+        for piece in pieces:
+            base, deltas = self.vectors.read(piece, device=self.vectors.device)
+            self._check(piece, base, deltas)
+            if self.non_finite(name) and not deltas.isfinite().all():
+                update = deltas.mean(0)
+            else:
+                blocks = role.blocks(role.matrices(deltas))
+                update = role.joined([self.method.function(block, **own) for block in blocks]).to(base.dtype)
+            self.write(piece, self._origin(base) + knobs["alpha"] * update)
 
     def _vote(self, pieces: Sequence[Piece], statistic: Any) -> Votes:
         """Merge and count votes in one pass; returns the votes and the slices that have to wait for the total."""
@@ -165,7 +268,7 @@ class Merging:
 
         def merge_piece(piece: Piece, base: Tensor, deltas: Tensor) -> None:
             self._check(piece, base, deltas)
-            merged, votes, cancelled = merge_and_vote(base, deltas, statistic, **knobs)
+            merged, votes, cancelled = merge_and_vote(self._origin(base), deltas, statistic, **knobs)
             self.write(piece, merged)
             with lock:
                 counts.append(votes)
@@ -177,10 +280,11 @@ class Merging:
 
     def _check(self, piece: Piece, base: Tensor, rows: Tensor) -> None:
         if not self.non_finite(piece.name):
-            _refuse_non_finite(self.vectors, piece, base, rows)
+            refuse_non_finite(self.vectors, piece, base, rows)
 
 
-def _refuse_non_finite(vectors: TaskVectors, piece: Piece, base: Tensor, rows: Tensor) -> None:
+def refuse_non_finite(vectors: TaskVectors, piece: Piece, base: Tensor, rows: Tensor) -> None:
+    """Raise `IncompatibleModels` if the base or a model holds NaN or Inf in a slice."""
     if (rows.sum() + base.sum()).isfinite():  # cheap; only a sum that overflowed or met NaN or Inf needs the search
         return
     for label, row in [*zip(vectors.models, rows, strict=True), ("_pretrained_", base)]:

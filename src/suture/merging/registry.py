@@ -3,6 +3,9 @@
 A method is one function of tensors. Its positional arguments are its operands: `base` and either `deltas` (task
 vectors, fine-tuned − base) or `models` (the fine-tuned weights), both stacked along a first `task` axis. Its
 keyword-only arguments are the knobs; the configuration schema, `--help` and the documentation are read from them.
+
+A method on whole matrices is a function of `deltas` (task, out, in) alone that returns the update M (out, in) of one
+matrix. What all of them share is done for them: the base, the factor `alpha`, and the tensors that are no matrices.
 """
 
 import importlib
@@ -16,6 +19,7 @@ from typing import Any, Literal, TypeVar
 
 from suture.core.knobs import Knobs
 from suture.errors import ConfigError, unknown_name
+from suture.merging.roles import MatrixOptions
 
 _METHODS: dict[str, "MergeMethod"] = {}
 _ALIASES: dict[str, str] = {}
@@ -32,8 +36,11 @@ class MergeMethod:
       over the whole model before some entries can be decided.
     - `whole_rows`: slices are whole rows of a matrix.
     - `num_models`: the fewest and the most models that can be merged.
-    - `searches`: the statistic is an order statistic, which takes memory for every model.
+    - `searches`: the number of a row's order statistics that are searched for at once, each of which takes memory.
     - `passes(**knobs)`: the number of times a tensor is read, where it is not one, or two with `gather`.
+    - `matrices`: the function takes one matrix of every task and returns its update. `workspace` is what it holds
+      besides, in float64 matrices of that size, and `square` in square ones of the inner side.
+    - `scale`: the knob that is a factor of the whole update, if there is one: base + scale · update.
 
     A function with an argument `position` gets the `SlicePosition` of its slice.
     """
@@ -46,8 +53,12 @@ class MergeMethod:
     vote: Callable[..., Any] | None = None
     whole_rows: bool = False
     num_models: tuple[int, float] = (1, inf)
-    searches: bool = False
+    searches: int = 0
     passes: Callable[..., int] | None = None
+    matrices: bool = False
+    workspace: int = 0
+    square: int = 0
+    scale: str | None = None
 
     @cached_property
     def _parameters(self) -> Mapping[str, inspect.Parameter]:
@@ -56,7 +67,7 @@ class MergeMethod:
     @cached_property
     def knobs(self) -> Knobs:
         """The function's knobs: names, defaults and allowed values."""
-        return Knobs(self.name, self.function)
+        return Knobs(self.name, self.function, shared=MatrixOptions if self.matrices else None)
 
     @property
     def operand(self) -> Literal["deltas", "models"]:
@@ -93,6 +104,12 @@ def merge_method(*, paper: str, aliases: tuple[str, ...] = (), **properties: Any
         return function
 
     return register
+
+
+def matrix_method(*, paper: str, workspace: int, square: int = 0, aliases: tuple[str, ...] = ()) -> Callable[[F], F]:
+    """Register the decorated function of `deltas` (task, out, in) as a merge method on whole matrices."""
+    size = {"workspace": workspace, "square": square}
+    return merge_method(paper=paper, aliases=aliases, matrices=True, scale="alpha", **size)
 
 
 def methods() -> dict[str, MergeMethod]:

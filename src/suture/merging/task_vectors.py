@@ -2,17 +2,18 @@
 
 import math
 import threading
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property, reduce
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
 from suture.checkpoints import Checkpoint, Parts, Source, TensorSpec
 from suture.errors import ConfigError, IncompatibleModels
@@ -20,6 +21,7 @@ from suture.merging.compatibility import compatibility, merged_names, open_model
 from suture.merging.counter_random import SlicePosition, draw_names
 from suture.merging.order_statistic import kth_memory
 from suture.merging.registry import MergeMethod
+from suture.merging.roles import Role, Roles
 from suture.merging.streams import BLOCK
 
 _CHUNK = 1 << 17  # entries of one model handled at once: the chunks of all models together fit in the cache
@@ -27,7 +29,9 @@ _DEVICE_CHUNK = 1 << 21  # on a device, calls cost more than a cache saves
 _SHORT_CHUNK = 1 << 14  # below this, giving up a thread costs less than the calls for shorter slices
 _GRAIN = BLOCK
 _LARGE_BLOCK = 30 << 20  # bytes; glibc adapts its threshold to freed blocks of up to 32 MB
-_FIXED_BYTES = 8_000_000  # for Python, threads and manifests
+FIXED_BYTES = 8_000_000  # for Python, threads and manifests
+_THREAD = threading.local()
+T = TypeVar("T")
 Flat = Tensor | Parts
 Work = Callable[["Piece", Tensor, Tensor], None]
 
@@ -47,7 +51,7 @@ class TaskVectors:
     Tensors named in `frozen` stay at the base. Of tied names only the first is merged. Integer and bool tensors always
     come from the base. Arithmetic is in float32, or float64 for float64 tensors. `chunk` entries of each model are
     handled at once; with 0, as many as fit in the cache. Slices are merged on `device`; statistics are always gathered
-    on the CPU.
+    on the CPU. `module` is the base itself, where it was given as a module.
     """
 
     base: Checkpoint
@@ -56,6 +60,7 @@ class TaskVectors:
     threads: int = 0
     chunk: int = 0
     device: str = "cpu"
+    module: nn.Module | None = None
     _pools: list[ThreadPoolExecutor] = field(default_factory=list, repr=False, compare=False)
 
     @cached_property
@@ -67,6 +72,11 @@ class TaskVectors:
     def unchanged(self) -> list[str]:
         """Names of the tensors that are copied from the base, sorted; tied names are in neither list."""
         return sorted(set(self.base.specs) - set(self.names) - set(self.base.aliases))
+
+    @cached_property
+    def roles(self) -> Roles:
+        """The role of each tensor, for methods on whole matrices."""
+        return Roles(self.base.specs, self.module)
 
     @property
     def specs(self) -> dict[str, TensorSpec]:
@@ -101,9 +111,34 @@ class TaskVectors:
                     return
                 function(piece, *_rows(piece, base, models, operand, device))
 
+        if getattr(_THREAD, "is_worker", False):  # which waits for no other
+            return work(0)
         with self.workers() as pool:
             for _ in pool.map(work, range(min(self.number_of_threads, len(pieces)))):
                 pass
+
+    def side_by_side(
+        self, items: Sequence[str], function: Callable[[str], T], needs: Callable[[str], int], memory: float
+    ) -> Iterator[T]:
+        """`function` of every item in turn, each on a thread of its own, as many at once as `memory` has room for.
+
+        `needs(item)` are the bytes that one takes; one of them is always under way.
+        """
+        with self.workers() as pool:
+            running: deque[tuple[int, Future[T]]] = deque()
+            try:
+                for item in items:
+                    size = needs(item)
+                    while running and (
+                        len(running) == self.number_of_threads or size + sum(each for each, _ in running) > memory
+                    ):
+                        yield running.popleft()[1].result()
+                    running.append((size, pool.submit(function, item)))
+                while running:
+                    yield running.popleft()[1].result()
+            finally:
+                for _, future in running:
+                    future.cancel()
 
     @contextmanager
     def workers(self) -> Iterator[ThreadPoolExecutor]:
@@ -113,9 +148,8 @@ class TaskVectors:
             return
         _keep_freed_buffers()
         intra_op = torch.get_num_threads()
-        options = {"initializer": torch.set_num_threads, "initargs": (1,)}
         try:
-            with ThreadPoolExecutor(self.number_of_threads, **options) as pool:
+            with ThreadPoolExecutor(self.number_of_threads, initializer=_begin_worker) as pool:
                 self._pools.append(pool)
                 yield pool
         finally:
@@ -136,6 +170,10 @@ class TaskVectors:
         base = self.base
         floating = [n for n, spec in base.specs.items() if spec.dtype.is_floating_point and n not in base.aliases]
         return draw_names(floating, base.aliases)
+
+    def read(self, piece: Piece, operand: str = "deltas", *, device: str = "cpu") -> tuple[Tensor, Tensor]:
+        """Base (entries,) and rows (task, entries) of one piece."""
+        return _rows(piece, *self.flat(piece.name), operand, device)
 
     def position(self, piece: Piece) -> SlicePosition:
         """The position that determines the random numbers of a slice."""
@@ -220,7 +258,8 @@ def open_task_vectors(
     threads: int = 0,
 ) -> TaskVectors:
     """The opened models; raises `IncompatibleModels` if their headers show that they do not fit together."""
-    vectors = TaskVectors(*open_models(base, models), frozen, threads)
+    module = base if isinstance(base, nn.Module) else None
+    vectors = TaskVectors(*open_models(base, models), frozen, threads, module=module)
     problems = compatibility(vectors.base, vectors.models, frozen=frozen, mixed_dtypes=mixed_dtypes)
     if problems:
         more = f" (and {len(problems) - 1} more; `suture check` lists them)" if len(problems) > 1 else ""
@@ -231,6 +270,12 @@ def open_task_vectors(
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype in which tensors of this dtype are merged: float64 for float64, else float32."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _begin_worker() -> None:
+    """Make a thread of a pool one that runs torch on one core."""
+    torch.set_num_threads(1)
+    _THREAD.is_worker = True
 
 
 def _keep_freed_buffers() -> None:
@@ -271,9 +316,16 @@ def memory_of(method: MergeMethod, num_models: int, threads: int, chunk: int) ->
     return fixed + threads * chunk * each
 
 
+def matrix_memory(method: MergeMethod, num_models: int, role: Role, dtype: torch.dtype) -> int:
+    """Bytes that a method on matrices holds for one of a tensor's matrices."""
+    entries, inner = role.rows * role.columns, role.rows if role.transposed else role.columns
+    read = (num_models + 3) * entries * compute_dtype(dtype).itemsize
+    return read + 8 * (method.workspace * entries + method.square * inner**2)
+
+
 def _needs(method: MergeMethod, num_models: int) -> tuple[int, int]:
     """Bytes in all, and bytes per entry that a thread is working on."""
-    fixed = max(_FIXED_BYTES, num_models * kth_memory(num_models) if method.searches else 0)
+    fixed = max(FIXED_BYTES, num_models * kth_memory(num_models, method.searches))
     wider = 2 if method.takes_position else 1  # random numbers are made from 64-bit hashes
     return fixed, _bytes_per_entry(num_models) * wider
 

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from suture.errors import ConfigError, one_line, unknown_name
+from suture.merging.registry import MergeMethod
 from suture.pipeline.methods import all_methods
 from suture.pipeline.repairs import JOIN, NONE, Repair
 from suture.repairs import repair_kinds
@@ -182,7 +183,7 @@ def _register() -> None:
     for kind in (NONE, *repair_kinds()):
         _store_repair(kind)
     for method in all_methods().values():
-        defaults = _node(method.knobs.defaults)
+        defaults = _node(method.knobs.defaults) | ({"after": None} if isinstance(method, MergeMethod) else {})
         for name in (method.name, *method.aliases):
             node = defaults | {"name": name if "name" in defaults else method.name}
             folder, _, last = f"method/{name}".rpartition("/")

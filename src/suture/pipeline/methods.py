@@ -1,4 +1,4 @@
-"""The methods for `method=…`: static merges, and methods that learn from unlabelled inputs.
+"""The methods for `method=…`: static merges, methods that learn from unlabelled inputs, and masks for tasks.
 
 A method with its knobs set is used as `method.merge(models, inputs, context, out)`.
 """
@@ -15,17 +15,19 @@ from suture.errors import ConfigError, unknown_name
 from suture.evaluation import SplitInputs
 from suture.merging.merge import merge_task_vectors
 from suture.merging.registry import MergeMethod, methods
+from suture.merging.wrapping import Wrapped, chosen_wrappers, wrapper_problems
 from suture.pipeline.adamerging import NAMES, AdaMerging, AdaMergingSurgery
 from suture.pipeline.context import Context
 from suture.pipeline.models import Models
 from suture.pipeline.repairs import Repair
 from suture.pipeline.results import MergeResult
+from suture.pipeline.task_masks import EmrMerging, TallMasks
 
 
 class Method(Protocol):
     """A method with its knobs set.
 
-    `static` is its registered merge, or None if it learns; `frozen` tensors stay at the base. `repairs` are part of the
+    `static` is its registered merge, if it is one; `frozen` tensors stay at the base. `repairs` are part of the
     method, and replace `repair=…`.
     """
 
@@ -61,16 +63,17 @@ class Method(Protocol):
 
 @dataclass(frozen=True)
 class StaticMerge:
-    """A registered merge method with its knobs set. It needs no inputs."""
+    """A registered merge method with its knobs set, and the wrappers around it. It needs no inputs."""
 
     static: MergeMethod
     knobs: Mapping[str, Any]
     repairs: tuple = ()
+    after: tuple[Wrapped, ...] = ()
 
     @property
     def label(self) -> str:
-        """The method's name."""
-        return self.static.name
+        """The method's name, and those of its wrappers."""
+        return "+".join([self.static.name, *(wrapper.name for wrapper, _ in self.after)])
 
     @property
     def frozen(self) -> tuple[str, ...]:
@@ -78,8 +81,8 @@ class StaticMerge:
         return tuple(self.knobs.get("remove_keys", ()))
 
     def problems(self, models: Models, tasks: tuple[str, ...]) -> list[str]:
-        """None beyond those of the preflight."""
-        return []
+        """Those of wrappers, beyond the preflight's."""
+        return wrapper_problems(self.after, models.base.specs)
 
     def memory(self, models: Models) -> int | None:
         """None: it depends on the size of slices."""
@@ -90,7 +93,7 @@ class StaticMerge:
     ) -> MergeResult:
         """Stream the task vectors through the method."""
         with context.profile("merging weights"):
-            merged = merge_task_vectors(models.vectors(self.frozen), self.static, self.knobs, out)
+            merged = merge_task_vectors(models.vectors(self.frozen), self.static, self.knobs, out, self.after)
         return MergeResult(self.label, merged)
 
 
@@ -110,9 +113,11 @@ class LearnedMethod:
 
 
 def learned_methods() -> dict[str, LearnedMethod]:
-    """The methods that learn, by name."""
+    """The methods that learn, or leave a model for each task, by name."""
     paper, surgery = "https://arxiv.org/abs/2310.02575", "surgery/adamerging_surgery"
     return {
+        "emr_merging": LearnedMethod("emr_merging", EmrMerging, "https://arxiv.org/abs/2405.17461", ("emr",)),
+        "tall_masks": LearnedMethod("tall_masks", TallMasks, "https://arxiv.org/abs/2405.07813"),
         "adamerging": LearnedMethod("adamerging", AdaMerging, paper, tuple(NAMES)),
         surgery: LearnedMethod(surgery, AdaMergingSurgery, "https://arxiv.org/abs/2402.02705"),
     }
@@ -134,11 +139,15 @@ def find_method(name: str) -> MergeMethod | LearnedMethod:
 def chosen_method(name: str, values: Mapping[str, Any]) -> Method:
     """A method with its knobs set and checked.
 
-    For a method whose names imply different settings, `name` is a knob too.
+    For a method whose names imply different settings, `name` is a knob too. `after` names wrappers around a static
+    merge.
     """
     method, values = find_method(name), dict(values)
+    after = chosen_wrappers(values.pop("after", None)) if isinstance(method, MergeMethod) else []
     if "name" in method.knobs.defaults and name != method.name:
         values["name"] = name
     knobs = method.knobs.validate(values)
     static = methods().get(method.name)
-    return learned_methods()[method.name].function(**knobs) if static is None else StaticMerge(static, knobs)
+    if static is None:
+        return learned_methods()[method.name].function(**knobs)
+    return StaticMerge(static, knobs, after=tuple(after))

@@ -25,7 +25,15 @@ from suture.pipeline.repairs import fit
 from suture.pipeline.results import MergeResult
 from suture.pipeline.scoring import Scores, expert_matrix, score, score_model
 from suture.pipeline.settings import Settings
-from suture.repairs import FINAL, AffineMaps, RepairResult, SurgeryModel, fold_into_heads, unfoldable
+from suture.repairs import (
+    FINAL,
+    AffineMaps,
+    MaskedModel,
+    RepairResult,
+    SurgeryModel,
+    fold_into_heads,
+    unfoldable,
+)
 from suture.reporting import Report, write
 from suture.storage.atomic import new_directory, new_folder
 
@@ -66,9 +74,18 @@ def run(config: Mapping[str, Any] | Sequence[str] | None = None, /, **keywords: 
 
 
 def run_settings(
-    runs: Sequence[Settings], models: Models, config: Mapping[str, Any], notes: Sequence[str] = ()
+    runs: Sequence[Settings],
+    models: Models,
+    config: Mapping[str, Any],
+    notes: Sequence[str] = (),
+    *,
+    how: str = "",
+    search: Mapping[str, Any] | None = None,
 ) -> RunResult:
-    """Merge one pool by one or several methods. The output folder appears when it is complete."""
+    """Merge one pool by one or several methods. The output folder appears when it is complete.
+
+    `how` says how the knobs were chosen; `search` is the record of a search for them, as it is in report.json.
+    """
     first, profile = runs[0], Profile()
     target = new_directory(first.output, overwrite=first.overwrite, inputs=_read_from(models, first))
     with target as folder, _encodings(folder) as encodings:
@@ -77,8 +94,10 @@ def run_settings(
         for settings in runs:
             part = folder if len(runs) == 1 else folder / "models" / settings.method.label
             own = replace(context, folder=part)
-            merged.append(_merge_into(part, settings, models, inputs, own))
-            fits = [each for repair in settings.repairs for each in fit(repair, models, merged[-1], inputs, own)]
+            result = _merge_into(part, settings, models, inputs, own)
+            merged.append(replace(result, how="; ".join(filter(None, (how, result.how)))))
+            fits = [result.masked] if result.masked else []
+            fits += [each for repair in settings.repairs for each in fit(repair, models, merged[-1], inputs, own)]
             repairs[merged[-1].label] = fits
             folding = _save_repairs(fits, models, merged[-1], inputs, part)
             notes = [*notes, *folding]
@@ -96,6 +115,7 @@ def run_settings(
             notes=[*notes, *context.notes(), *warnings],
             command=config.get("command", ""),
             learning={result.label: result.learned for result in merged if result.learned},
+            search=search,
             repairs={" + ".join((label, *fitted.chain)): fitted for label, fits in repairs.items() for fitted in fits},
         )
         write(report, folder)
@@ -132,7 +152,8 @@ def merge_in_memory(settings: Settings) -> tuple[Models, MergeResult, list[Repai
         quiet = replace(settings, fabric={**settings.fabric, "loggers": {"kind": "none"}})
         context, inputs = prepare(quiet, models, Path(folder), Profile(), Path(folder) / "encodings")
         merged = settings.method.merge(models, inputs, context)
-        repairs = [each for repair in settings.repairs for each in fit(repair, models, merged, inputs, context)]
+        repairs = [merged.masked] if merged.masked else []
+        repairs += [each for repair in settings.repairs for each in fit(repair, models, merged, inputs, context)]
         return models, merged, repairs
 
 
@@ -207,7 +228,7 @@ def _merge_into(folder: Path, settings: Settings, models: Models, inputs: SplitI
         merged = settings.method.merge(models, inputs, context, out)
     if merged.learned is not None:
         merged.learned.save(folder, also_as=settings.method.knobs.get("save_merging_weights"))
-    seconds = time.perf_counter() - began
+    seconds = merged.seconds or time.perf_counter() - began
     return replace(merged, tensors=dict(models.mergeable(open_checkpoint(folder / "model"))), seconds=seconds)
 
 
@@ -227,10 +248,16 @@ def _encodings(folder: Path) -> Iterator[Path]:
 def _save_repairs(
     repairs: Sequence[RepairResult], models: Models, merged: MergeResult, inputs: SplitInputs, folder: Path
 ) -> list[str]:
-    """Repaired weights as a model directory of their own, modules as safetensors; returns notes about folded maps."""
-    beside = [fitted for fitted in repairs if fitted.tensors is None]
+    """Repaired weights as a model directory of their own, masks and modules as safetensors.
+
+    Returns notes about maps that are not folded into heads.
+    """
+    beside = [fitted for fitted in repairs if fitted.tensors is None and not isinstance(fitted.model, MaskedModel)]
     notes = []
     for fitted in repairs:
+        if isinstance(fitted.model, MaskedModel):
+            fitted.model.save(folder / "task_masks.safetensors", models.stored_names, models.whole_base)
+            continue
         if fitted.tensors is None:
             name = f"surgery_{fitted.kind}" if len(beside) > 1 else "surgery"
             fitted.model.save(folder / f"{name}.safetensors")

@@ -11,10 +11,11 @@ import torch
 from suture import tasks
 from suture.checkpoints import Checkpoint
 from suture.core.names import in_bytes
-from suture.errors import PRETRAINED, SutureError
+from suture.errors import PRETRAINED, ConfigError, SutureError
 from suture.merging.compatibility import compatibility, merged_names, spec_of
+from suture.merging.merge import Merging
 from suture.merging.registry import MergeMethod
-from suture.merging.task_vectors import working_memory
+from suture.merging.task_vectors import TaskVectors, working_memory
 from suture.pipeline.models import Models, open_models
 from suture.pipeline.pools import TaskPool
 from suture.pipeline.settings import Settings
@@ -70,6 +71,8 @@ def preflight(
         if model.prefix
     ]
     _measure(checked, base, models, names, method, knobs, threads)
+    if method is not None and method.matrices and not checked.problems:
+        _check_matrices(checked, base, models, method, knobs, frozen, threads)
     if bytes_written is not None:
         checked.bytes_written = bytes_written
     if output is not None:
@@ -173,6 +176,18 @@ def _measure(checked, base, models, names, method, knobs, threads) -> None:
     checked.bytes_read = passes * sum(sizes)
     checked.bytes_written = sum(spec.nbytes for spec in base.specs.values())
     checked.memory = working_memory(len(models), threads)
+
+
+def _check_matrices(checked, base, models, method, knobs, frozen, threads) -> None:
+    """Options and memory of a method on whole matrices."""
+    vectors = TaskVectors(base, models, frozen, threads)
+    merging = Merging(vectors, method, lambda name: knobs or {}, lambda piece, merged: None)
+    try:
+        merging.check()
+    except ConfigError as error:
+        checked.problems.append(str(error))
+        return
+    checked.memory = max(checked.memory, merging.held())
 
 
 def _disk_problems(checked: Preflight, output: Path) -> list[str]:

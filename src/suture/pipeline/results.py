@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from suture.adaptation import AdaMergingResult
+from suture.repairs import RepairResult
 
 
 @dataclass(frozen=True)
@@ -13,7 +14,7 @@ class MergeResult:
     """One merged model: its tensors, and its learned coefficients, if any. `label` names its row in the report.
 
     `how` says in words what was learned, and from which inputs; it is empty where only weights were read. `seconds`
-    is the time that the merge took.
+    is the time that the merge took. `masked`: the models of the tasks, where the method leaves more than one model.
     """
 
     label: str
@@ -21,3 +22,4 @@ class MergeResult:
     learned: AdaMergingResult | None = None
     how: str = ""
     seconds: float = 0.0
+    masked: RepairResult | None = None

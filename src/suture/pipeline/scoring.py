@@ -82,8 +82,10 @@ def repair_rows(
     rows = [_row(row, correct)]
     if result.model.router is not None:
         features = _features(result, result.model, test, context)
-        routed = replace(row, name=f"{result.name}, routed", routed=True, needs_task=False)
-        rows.append(_row(routed, _routed(result.model, correct, features)))
+        routed = {"routed": True, "needs_task": False, "learned": result.learned_for_routing}
+        rows.append(
+            _row(replace(row, name=f"{result.name}, routed", **routed), _routed(result.model, correct, features))
+        )
     return rows
 
 

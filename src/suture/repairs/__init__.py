@@ -4,6 +4,7 @@ from suture.repairs.affine_maps import AffineMaps, fold_into_heads, unfoldable
 from suture.repairs.blended_model import BlendModel
 from suture.repairs.comparison import Distances, Representation, linear_cka, project, representation
 from suture.repairs.entry import repair
+from suture.repairs.masked_model import MaskedModel
 from suture.repairs.model import SurgeryModel, TaskModel
 from suture.repairs.modules import SurgeryModules
 from suture.repairs.network import FINAL, Block, find_blocks
@@ -22,6 +23,7 @@ __all__ = [
     "Distances",
     "ForwardPasses",
     "LinearRouter",
+    "MaskedModel",
     "Problem",
     "RepairKind",
     "RepairResult",

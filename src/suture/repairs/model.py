@@ -3,16 +3,16 @@
 import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, cast
+from typing import Any, cast, get_args
 
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from suture.checkpoints import Checkpoint, open_checkpoint, save_checkpoint
 from suture.core.batches import Forward, call, device_of
-from suture.errors import CheckpointError, ConfigError, unknown_name
+from suture.errors import CheckpointError, ConfigError, shown, unknown_name
 from suture.repairs.affine_maps import AffineMaps
-from suture.repairs.modules import SurgeryModules
+from suture.repairs.modules import SurgeryModules, Variant
 from suture.repairs.network import FINAL, Block, Network, layers_of
 from suture.repairs.router import ROUTERS, Router
 
@@ -111,10 +111,8 @@ class SurgeryModel(nn.Module):
         facts: dict[str, Any] = {"kind": self.kind, "tasks": self.tasks, "blocks": self.network.blocks}
         variants = {layer: repair.variant for layer, repair in self.repair_at.items()}
         facts |= {"rank": last.rank, "variant": last.variant if len(set(variants.values())) == 1 else variants}
-        if self.router is not None:
-            tensors |= {f"router/{name}": tensor for name, tensor in self.router.state_dict().items()}
-            facts["router"] = self.router.name
-        save_checkpoint(tensors, path, {key: json.dumps(value) for key, value in facts.items()})
+        router, name = router_state(self.router)
+        save_checkpoint(tensors | router, path, {key: json.dumps(value) for key, value in facts.items()} | name)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], backbone: nn.Module, *, forward: Forward = call) -> "SurgeryModel":
@@ -126,7 +124,7 @@ class SurgeryModel(nn.Module):
             facts = _facts(file)
             blocks = [Block(*block) for block in facts["blocks"]]
             repairs = {layer: _read_modules(file, layer, facts) for layer in layers_of(blocks)}
-            router = _read_router(file, facts["router"]) if "router" in facts else None
+            router = read_router(file, facts["router"], len(facts["tasks"])) if "router" in facts else None
         model = cls(
             backbone, repairs, facts["tasks"], forward=forward, blocks=blocks, router=router, kind=facts["kind"]
         )
@@ -175,11 +173,13 @@ def _facts(file: Checkpoint) -> dict[str, Any]:
 
 def _read_modules(file: Checkpoint, layer: str, facts: Mapping[str, Any]) -> Modules:
     if facts["kind"] == "affine":
-        return _read_maps(file)
+        return _read_maps(file, len(facts["tasks"]))
     if f"{layer}/down" not in file:
         raise CheckpointError(f"'{file.label}' has no modules for {layer!r}. Remedy: save the model again.")
     down = file[f"{layer}/down"]
-    variant: Any = facts["variant"] if isinstance(facts["variant"], str) else facts["variant"][layer]
+    variant: Any = facts["variant"].get(layer) if isinstance(facts["variant"], Mapping) else facts["variant"]
+    if variant not in get_args(Variant):
+        raise CheckpointError(f"'{file.label}': {unknown_name('variant', shown(variant), get_args(Variant))}")
     modules = SurgeryModules(facts["tasks"], down.shape[2], facts["rank"], variant=variant, dtype=down.dtype)
     try:
         modules.load_state_dict({name: file[f"{layer}/{name}"].clone() for name in modules.state_dict()})
@@ -189,15 +189,33 @@ def _read_modules(file: Checkpoint, layer: str, facts: Mapping[str, Any]) -> Mod
     return modules
 
 
-def _read_maps(file: Checkpoint) -> AffineMaps:
+def _read_maps(file: Checkpoint, tasks: int) -> AffineMaps:
     names = [f"{FINAL}/{name}" for name in ("weight", "bias")]
     if missing := [name for name in names if name not in file]:
         raise CheckpointError(f"'{file.label}' has no {missing[0]!r}. Remedy: save the model again.")
-    return AffineMaps(*(file[name].clone() for name in names))
+    weight, bias = (file[name].clone() for name in names)
+    if weight.shape != (tasks, *bias.shape[1:], *bias.shape[1:]) or bias.shape != weight.shape[:2]:
+        shapes = f"{tuple(weight.shape)} and {tuple(bias.shape)}"
+        raise CheckpointError(f"'{file.label}': affine maps of the shapes {shapes} are none of {tasks} tasks.")
+    return AffineMaps(weight, bias)
 
 
-def _read_router(file: Checkpoint, name: str) -> Router:
-    if name not in ROUTERS:
-        raise CheckpointError(f"'{file.label}': {unknown_name('router', name, ROUTERS)}")
+def router_state(router: Router | None) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """A router's tensors and metadata in a file of a repair; both are empty for None."""
+    if router is None:
+        return {}, {}
+    return {f"router/{name}": t for name, t in router.state_dict().items()}, {"router": json.dumps(router.name)}
+
+
+def read_router(file: Checkpoint, name: Any, tasks: int) -> Router:
+    """The router for so many tasks in a file of a repair; raises `CheckpointError` for an unknown or damaged one."""
+    if not isinstance(name, str) or name not in ROUTERS:
+        raise CheckpointError(f"'{file.label}': {unknown_name('router', shown(name), ROUTERS)}")
     state = {key.removeprefix("router/"): file[key].clone() for key in file if key.startswith("router/")}
-    return ROUTERS[name](**state)
+    try:
+        router = ROUTERS[name](**state)
+    except TypeError:
+        router = None
+    if router is None or not router.fits(tasks):
+        raise CheckpointError(f"'{file.label}': the router is damaged. Remedy: save the model again.")
+    return router

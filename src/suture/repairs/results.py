@@ -10,13 +10,14 @@ from torch import Tensor
 
 from suture.repairs.blended_model import BlendModel
 from suture.repairs.comparison import Representation
+from suture.repairs.masked_model import MaskedModel
 from suture.repairs.model import SurgeryModel
 from suture.repairs.modules import SurgeryModules, active_shares, dead_warnings
 from suture.repairs.network import Block
 from suture.repairs.problem import ForwardPasses, Problem
 from suture.repairs.static_model import StaticModel
 
-RepairedModel = SurgeryModel | BlendModel | StaticModel
+RepairedModel = SurgeryModel | BlendModel | StaticModel | MaskedModel
 
 
 class Stream(NamedTuple):
@@ -74,12 +75,22 @@ class RepairResult:
 
     @property
     def learned(self) -> str:
-        """What was learned, and from which inputs, in words."""
+        """What was learned, and from which inputs, in words; nothing for masks, which only take weights."""
+        if isinstance(self.model, MaskedModel):
+            return ""
         what = "modules" if self.tensors is None else "weights"
         how = f"{len(self.losses):,} steps" if len(self.losses) else "solved"
+        return f"{what}, {how}{self._of_inputs}"
+
+    @property
+    def learned_for_routing(self) -> str:
+        """As `learned`, for use with the router."""
+        return self.learned or f"router{self._of_inputs}"
+
+    @property
+    def _of_inputs(self) -> str:
         each = self.inputs / max(1, len(self.tasks))
-        inputs = f" on {each:,.0f} {self.split} inputs a task" if self.inputs else ""
-        return f"{what}, {how}{inputs}"
+        return f" on {each:,.0f} {self.split} inputs a task" if self.inputs else ""
 
     @property
     def tensors(self) -> Mapping[str, Tensor] | None:

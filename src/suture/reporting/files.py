@@ -45,7 +45,7 @@ def _markdown(report: Report, figures: list[Path]) -> str:
     table = [
         _line([*heads, *COSTS]),
         _line(["---", *["---:"] * (len(heads) - 1), "---", "---", "---:"]),
-        *(_line([*cells(report, r), *costs(asdict(r))]) for r in report.rows),
+        *(_line([*cells(report, r), *costs(asdict(r), r.seconds)]) for r in report.rows),
     ]
     counts = ", ".join(f"{task} {count}" for task, count in report.samples.items())
     pictures = [f"![{figure.stem}](figures/{figure.with_suffix('.png').name})" for figure in figures]

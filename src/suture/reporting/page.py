@@ -154,8 +154,9 @@ def _table_row(data: Mapping[str, Any], row: Mapping[str, Any]) -> str:
     kind = " class=reference" if is_reference(row) else ""
     closed = _cell(row["gap_closed"], f' class=bar style="--share: {100 * share:.1f}%"')
     name = escape(row["name"]).replace("_", "_<wbr>")
-    named, learned, seconds = map(escape, costs(row))
-    value = "" if row.get("seconds") is None else float(row["seconds"])
+    taken = data["seconds"].get(row["name"])
+    named, learned, seconds = map(escape, costs(row, taken))
+    value = "" if taken is None else float(taken)
     cost = f'<td class=text>{named}</td><td class=text>{learned}</td><td data-value="{value}">{seconds}</td>'
     return f"<tr{kind}><th scope=row>{name}</th>{''.join(map(_cell, values))}{closed}{cost}</tr>"
 

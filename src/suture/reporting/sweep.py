@@ -57,8 +57,9 @@ def curves_of(runs: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, list[lis
 
 def _row(data: Mapping[str, Any], run: Mapping[str, Any], name: str | None = None) -> Row:
     kind = {key: data[key] for key in ("role", "merge", "repair", "routed")}
-    kind |= {key: data[key] for key in ("needs_task", "learned", "seconds") if key in data}
-    return Row(name or data["name"], data["accuracies"], run["samples"], **kind)
+    kind |= {key: data[key] for key in ("needs_task", "learned") if key in data}
+    seconds = run.get("seconds", {}).get(data["name"])
+    return Row(name or data["name"], data["accuracies"], run["samples"], seconds=seconds, **kind)
 
 
 def _swept(runs: Sequence[Mapping[str, Any]]) -> dict[str, Row]:

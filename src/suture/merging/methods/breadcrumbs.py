@@ -42,7 +42,11 @@ def breadcrumbs_band(
 
 
 @merge_method(
-    paper="https://arxiv.org/abs/2312.06795", gather=breadcrumbs_band, searches=True, passes=lambda **knobs: 3
+    paper="https://arxiv.org/abs/2312.06795",
+    scale="scaling_factor",
+    gather=breadcrumbs_band,
+    searches=1,
+    passes=lambda **knobs: 3,
 )
 def breadcrumbs(
     base: Float[Tensor, " *shape"],

@@ -16,7 +16,7 @@ from suture.merging.streams import one_each, weighted
 Density = Annotated[float, Gt(0), Le(1)]
 
 
-@merge_method(paper="https://arxiv.org/abs/2311.03099")
+@merge_method(paper="https://arxiv.org/abs/2311.03099", scale="scaling_factor")
 def dare(
     base: Float[Tensor, " *shape"],
     deltas: Float[Tensor, " task *shape"],

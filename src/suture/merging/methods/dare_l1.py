@@ -22,7 +22,10 @@ def dare_ratios(
 
 
 @merge_method(
-    paper="https://arxiv.org/abs/2311.03099", gather=dare_ratios, passes=lambda *, rescale, **knobs: 1 + rescale
+    paper="https://arxiv.org/abs/2311.03099",
+    scale="scaling_factor",
+    gather=dare_ratios,
+    passes=lambda *, rescale, **knobs: 1 + rescale,
 )
 def dare_l1(
     base: Float[Tensor, " *shape"],

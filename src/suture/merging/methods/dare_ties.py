@@ -24,7 +24,7 @@ def l1_passes(*, rescale: bool | str, **_) -> int:
     return 2 if rescale == "l1" else 1
 
 
-@merge_method(paper="https://arxiv.org/abs/2311.03099", gather=_ratios, passes=l1_passes)
+@merge_method(paper="https://arxiv.org/abs/2311.03099", scale="scaling_factor", gather=_ratios, passes=l1_passes)
 def dare_ties(
     base: Float[Tensor, " *shape"],
     deltas: Float[Tensor, " task *shape"],

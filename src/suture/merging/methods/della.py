@@ -37,7 +37,13 @@ def della_ratios(
     return l1_ratios(deltas, thinned)
 
 
-@merge_method(paper="https://arxiv.org/abs/2406.11617", gather=della_ratios, whole_rows=True, passes=l1_passes)
+@merge_method(
+    paper="https://arxiv.org/abs/2406.11617",
+    scale="scaling_factor",
+    gather=della_ratios,
+    whole_rows=True,
+    passes=l1_passes,
+)
 def della(
     base: Float[Tensor, " *shape"],
     deltas: Float[Tensor, " task *shape"],

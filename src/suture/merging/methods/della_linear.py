@@ -14,7 +14,13 @@ from suture.merging.registry import merge_method
 from suture.merging.streams import weighted
 
 
-@merge_method(paper="https://arxiv.org/abs/2406.11617", gather=della_ratios, whole_rows=True, passes=l1_passes)
+@merge_method(
+    paper="https://arxiv.org/abs/2406.11617",
+    scale="scaling_factor",
+    gather=della_ratios,
+    whole_rows=True,
+    passes=l1_passes,
+)
 def della_linear(
     base: Float[Tensor, " *shape"],
     deltas: Float[Tensor, " task *shape"],

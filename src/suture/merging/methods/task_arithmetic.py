@@ -9,7 +9,7 @@ from suture.merging.registry import merge_method
 from suture.merging.streams import weighted
 
 
-@merge_method(paper="https://arxiv.org/abs/2212.04089")
+@merge_method(paper="https://arxiv.org/abs/2212.04089", scale="scaling_factor")
 def task_arithmetic(
     base: Float[Tensor, " *shape"],
     deltas: Float[Tensor, " task *shape"],

@@ -97,7 +97,13 @@ def _disjoint_merge(trimmed: list[Tensor], side: Tensor, merge_func: str, weight
     return merged.div_(mass.clamp_min_(1) if weights is None else torch.where(mass.abs() < 1e-8, 1.0, mass))
 
 
-@merge_method(paper="https://arxiv.org/abs/2306.01708", gather=trim_thresholds, vote=_merge_and_vote, searches=True)
+@merge_method(
+    paper="https://arxiv.org/abs/2306.01708",
+    gather=trim_thresholds,
+    vote=_merge_and_vote,
+    searches=1,
+    scale="scaling_factor",
+)
 def ties_merging(
     base: Float[Tensor, " *shape"],
     deltas: Float[Tensor, " task *shape"],
