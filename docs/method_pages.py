@@ -57,7 +57,7 @@ def method_page(method: MergeMethod | LearnedMethod) -> str:
     line = f"    suture method={method.name} modelpool=glyphs8 taskpool=glyphs8"
     if static and method.num_models[1] == 1:
         line = f"    suture merge base=BASE models.one=ONE method={method.name} output=merged"
-    cost = _cost(method) if static else _COST_OF_LEARNING
+    cost = _cost(method) if static else _COST_OF_MASKS if method.name in _MASKS else _COST_OF_LEARNING
     parts = [f"# {method.name}", _described(method.knobs.function), aliases, f"Paper: <{method.paper}>"]
     parts += [_formula(method.name), "## What it costs", cost, _table("method", method.knobs.defaults), line]
     parts += [*_by_hand(method.knobs.function), *_references(method.name), *_figures(method)]
@@ -114,9 +114,18 @@ def _cost(method: MergeMethod) -> str:
 _COST_OF_LEARNING = """Each step takes a forward and a backward pass of every task's batch. Beside the activations,
 memory holds the task vectors (half of it with `vectors_dtype=bfloat16`, none with `stream_vectors=true`), the base, the
 merged weights and one gradient."""
+_MASKS = ("emr_merging", "tall_masks")
+_COST_OF_MASKS = """One pass over the files. Beside the pretrained model one update is stored, in its dtype, and one bit
+a weight and task. An input takes one encoder, whose weights are switched when the task changes; a routed input takes
+two, that of the merged model and that of its task."""
 _COST_OF_REPAIRS = {
     "final": "Each input that a step uses passes once through merged model and expert, forward only.",
     "deep": "Each input passes once through its expert; a step is a forward and a backward pass of the merged model.",
+    "distil": (
+        "Each input passes once through its expert; a step is a forward and a backward pass of the merged model. "
+        "Memory: the weights in float32, twice that for Adam, and one gradient. Nothing at inference."
+    ),
+    "affine": "Each input passes once through merged model and expert, forward only; one eigendecomposition a task.",
     "online": "Each input passes once through the merged model and once through its expert, forward only.",
     "blend": "Each input passes once through the merged model and every expert, forward only. All run at inference.",
 }

@@ -180,4 +180,7 @@ def test_words_that_do_not_fit_an_analysis_are_refused(desk, capsys):
     assert "points" in refused(capsys, ["analyse", "interpolation", "points=a", *run])
     assert "Did you mean 'first'" in refused(capsys, ["analyse", "similarity", "models=firs", *run])
     assert "taskpool" in refused(capsys, ["analyse", "bias", *(w for w in run if not w.startswith("taskpool"))])
-    assert "learns" in refused(capsys, ["analyse", "bias", *desk.words(method="lw_adamerging")])
+    for method in ("lw_adamerging", "tall_masks"):
+        assert "it learns, or leaves a model for each task" in refused(
+            capsys, ["analyse", "bias", *desk.words(method=method)]
+        )

@@ -12,7 +12,7 @@ from suture.merging.registry import get_method, methods
 
 METHODS = list(methods().values())
 ON_A_SPHERE = {"slerp", "karcher", "nuslerp", "multislerp"}  # equal models come back to rounding
-NOT_LINEAR = {*ON_A_SPHERE, "nearswap"}  # in the size of the deltas
+NOT_LINEAR = {*ON_A_SPHERE, "nearswap", "pcb"}  # in the size of the deltas
 one_id = {"ids": lambda method: method.name}
 every_method = pytest.mark.parametrize("method", METHODS, **one_id)
 every_linear_method = pytest.mark.parametrize("method", [m for m in METHODS if m.name not in NOT_LINEAR], **one_id)

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from suture.errors import ConfigError, IncompatibleModels
-from suture.repairs import Block, Problem, find_blocks, repair
+from suture.repairs import Block, Problem, SurgeryModel, find_blocks, repair
 from suture.repairs.deep import deep_losses, new_modules
 from suture.repairs.fitting import Descent, descend
 from suture.repairs.network import FINAL, Network
@@ -312,7 +312,36 @@ def test_the_expert_runs_once_for_each_input_and_targets_are_kept(tmp_path):
     options = {"steps": 12, "batch_size": 8, "forward": embeds, "cache": tmp_path}
     passes = [repair(module, experts, inputs, "deep", rank=rank, **options).passes for rank in (2, 3)]
     assert [p.experts for p in passes] == [40, 0]
-    assert [p.merged for p in passes] == [2 * 12 * 8] * 2
+    assert [p.merged for p in passes] == [2 * (12 + 1) * 8] * 2, "the first batch is looked at to choose the variant"
+
+
+@pytest.mark.parametrize("fit", ["joint", "layerwise"])
+def test_the_variant_is_chosen_for_each_layer_from_its_tokens(tmp_path, fit):
+    def build(seed):
+        torch.manual_seed(seed)
+        block = lambda *parts: nn.Sequential(nn.Conv2d(4, 4, 3, padding=1), *parts)
+        stem, tail = nn.Conv2d(3, 4, 3), (nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 6))
+        return nn.Sequential(stem, nn.Sequential(block(nn.ReLU()), block(nn.Tanh())), *tail).double()
+
+    experts = {f"t{i}": build(i + 1) for i in range(2)}
+    inputs = {task: torch.randn(20, 3, 8, 8, dtype=torch.float64) for task in experts}
+    options = {"steps": 30, "lr": 0.01, "rank": 4, "fit": fit, "blocks": ["1.0", "1.1"]}
+    result = repair(build(0), experts, inputs, "deep", **options)
+    variants = {layer: modules.variant for layer, modules in result.model.repair_at.items()}
+    assert variants == {"1.0": "centred", "1.1": "standard", FINAL: "standard"}
+    assert result.warnings[0] == "variant=centred at 1.0, because 100% of the features are ≥ 0."
+    assert result.model.repair_at["1.0"].mean.abs().min() > 0
+    result.model.save(tmp_path / "modules.safetensors")
+    loaded = SurgeryModel.load(tmp_path / "modules.safetensors", build(0))
+    assert torch.equal(loaded(inputs["t1"], "t1"), result.model(inputs["t1"], "t1"))
+
+
+@pytest.mark.parametrize("fit", ["joint", "layerwise"])
+def test_the_default_equals_the_standard_variant_where_tokens_have_both_signs(fit):
+    options = {"steps": 5, "rank": 3, "fit": fit, "forward": embeds}
+    auto, standard = (repair(*problem(), "deep", **options, **more) for more in ({}, {"variant": "standard"}))
+    for one, other in zip(auto.model.repairs.parameters(), standard.model.repairs.parameters(), strict=True):
+        assert torch.equal(one, other)
 
 
 def test_one_pass_for_all_tasks_and_the_shared_optimizer():

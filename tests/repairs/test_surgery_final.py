@@ -10,7 +10,7 @@ from torch import nn
 
 from suture.core.batches import ShuffledBatches
 from suture.errors import ConfigError, DataError, IncompatibleModels
-from suture.repairs import Problem, SurgeryModules, repair
+from suture.repairs import Problem, SurgeryModel, SurgeryModules, repair
 from suture.repairs.fitting import Descent, constant_losses, descend
 from suture.repairs.network import FINAL
 from suture.storage.resume import Resume
@@ -194,9 +194,38 @@ def test_dead_modules_are_reported():
     blind = nn.Sequential(module, nn.ReLU())
     with torch.no_grad():
         module[3].bias.fill_(-100)  # features that are zero: no unit can ever fire
-    result = repair(blind, experts, inputs, steps=3)
+    result = repair(blind, experts, inputs, steps=3, variant="standard")
     assert result.active == dict.fromkeys(experts, 0.0)
     assert len(result.warnings) == 3
+    assert all(line.endswith("Remedy: variant=centred.") for line in result.warnings)
+    constant = repair(blind, experts, inputs, steps=3)
+    assert constant.warnings[0] == "variant=centred, because 100% of the features are ≥ 0."
+    assert all(line.endswith("Remedy: repair=affine.") for line in constant.warnings[1:])
+
+
+def test_the_variant_is_centred_by_default_where_features_cannot_be_negative(tmp_path):
+    module, experts, inputs = problem()
+    build = lambda encoder: nn.Sequential(encoder, nn.ReLU())
+    positive = build(module), {task: build(expert) for task, expert in experts.items()}, inputs
+    options = {"steps": 200, "lr": 0.01}
+    auto, centred = (repair(*positive, **options, variant=variant) for variant in ("auto", "centred"))
+    assert auto.warnings == ("variant=centred, because 100% of the features are ≥ 0.",)
+    assert auto.model.repair_at[FINAL].variant == "centred"
+    assert torch.equal(auto.losses, centred.losses)
+    assert (auto.losses[-10:].mean(0) < auto.losses[:10].mean(0)).all()
+    assert all(share == 1 for share in auto.active.values())
+    auto.model.save(tmp_path / "modules.safetensors")
+    loaded = SurgeryModel.load(tmp_path / "modules.safetensors", positive[0])
+    assert torch.equal(loaded(inputs["t1"], "t1"), auto.model(inputs["t1"], "t1"))
+
+
+def test_the_default_equals_the_standard_variant_bit_by_bit_where_features_have_both_signs():
+    auto, standard = (repair(*problem(), steps=20, **options) for options in ({}, {"variant": "standard"}))
+    assert auto.warnings == ()
+    assert auto.model.repair_at[FINAL].variant == "standard"
+    for one, other in zip(auto.model.repairs.parameters(), standard.model.repairs.parameters(), strict=True):
+        assert torch.equal(one, other)
+    assert torch.equal(auto.losses, standard.losses)
 
 
 def test_the_caller_s_modules_and_modes_are_left_alone():

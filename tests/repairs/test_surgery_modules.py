@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from suture.repairs.modules import SurgeryModules, active_shares, dead_warnings
+from suture.repairs.modules import SurgeryModules, active_shares, auto_variants, dead_warnings
 
 TASKS = ["cars", "digits", "birds"]
 
@@ -69,6 +69,16 @@ def test_only_the_centred_variant_cannot_die_on_features_far_from_zero(variant):
     warnings = dead_warnings({"p": modules}, TASKS)
     assert len(warnings) == (3 if dead else 0)
     assert not dead or "Task 'cars': only 0% of the repair's units" in warnings[0]
+
+
+def test_the_variant_depends_on_the_share_of_features_that_are_negative():
+    signed, few = torch.randn(50, 6), torch.rand(50, 6)
+    few[0, 0] = -1  # 1 of 300
+    assert auto_variants({"a": [signed], "b": [signed, few]}) == ({"a": "standard", "b": "standard"}, ())
+    variants, notes = auto_variants({"a": [signed], "b": [few, torch.rand(5, 6)]})
+    assert variants == {"a": "standard", "b": "centred"}
+    assert notes == ("variant=centred at b, because 99.7% of the features are ≥ 0.",)
+    assert auto_variants({"a": [few]})[1] == ("variant=centred, because 99.67% of the features are ≥ 0.",)
 
 
 def test_a_lower_precision_goes_in_and_out():

@@ -3,6 +3,8 @@
 from suture.adaptation.adamerging import OPTIMIZERS, AdaMergingResult, adapt
 from suture.adaptation.coefficients import Coefficients, Layout, layout, load_coefficients, save_coefficients
 from suture.adaptation.feature_norm import FeatureNorm, feature_norms, norm_drift
+from suture.adaptation.fisher_merging import fisher
+from suture.adaptation.loaded import InputMerge
 from suture.adaptation.objectives import (
     OBJECTIVES,
     Objective,
@@ -13,6 +15,7 @@ from suture.adaptation.objectives import (
     expert_feature_l1,
 )
 from suture.adaptation.options import AdaMergingOptions
+from suture.adaptation.regression_mean import regmean, regmean_pp
 
 __all__ = [
     "OBJECTIVES",
@@ -21,6 +24,7 @@ __all__ = [
     "AdaMergingResult",
     "Coefficients",
     "FeatureNorm",
+    "InputMerge",
     "Layout",
     "Objective",
     "adapt",
@@ -30,8 +34,11 @@ __all__ = [
     "expert_cross_entropy",
     "expert_feature_l1",
     "feature_norms",
+    "fisher",
     "layout",
     "load_coefficients",
     "norm_drift",
+    "regmean",
+    "regmean_pp",
     "save_coefficients",
 ]

@@ -81,6 +81,36 @@ def evaluate(request: Request) -> Answer:
     return Answer(data, "\n".join(f"{row.name}\t{100 * row.mean:.2f}" for row in report.rows))
 
 
+def search(request: Request) -> Answer:
+    """A search for knobs, then the run with the best."""
+    from suture.cli import tables
+    from suture.cli.overrides import check_overrides
+    from suture.pipeline.search import search
+
+    searched = dict(word.split("=", 1) for word in request.words if _has_several(word))
+    words = [word for word in request.words if word.partition("=")[0] not in searched]
+    check_overrides(words, request.verb.configuration)
+    numbers = {key: _whole(key, request.values[key]) for key in ("trials", "num_inputs") if key in request.values}
+    names = {key: request.values[key] for key in ("sampler", "score", "split") if key in request.values}
+    result = search(words, over=searched, **numbers, **names)
+    tables.print_run(result)
+    trials = [asdict(trial) for trial in result.trials]
+    return Answer(_as_data(result) | {"trials": trials}, str(result.folder))
+
+
+def _has_several(word: str) -> bool:
+    """Whether a word gives a knob of the method several values or an interval."""
+    key, _, value = word.partition("=")
+    return key.startswith("method.") and value[:1] not in "[{'\"" and ("," in value or ".." in value)
+
+
+def _whole(key: str, value: str) -> int:
+    try:
+        return int(value)
+    except ValueError:
+        raise ConfigError(f"{key}={value}: wanted a whole number.") from None
+
+
 def merge(request: Request) -> Answer:
     """A merge of checkpoint files, or its plan."""
     from suture.cli.overrides import check_overrides

@@ -31,6 +31,29 @@ def _scopes() -> Sequence[str]:
     return ("model", "tensor")
 
 
+def _samplers() -> Sequence[str]:
+    from suture.core.samplers import KINDS
+
+    return KINDS
+
+
+def _scores() -> Sequence[str]:
+    return ("agreement", "entropy", "accuracy")
+
+
+def _splits() -> Sequence[str]:
+    return ("train", "test")
+
+
+def _search_defaults() -> dict[str, Any]:
+    """The defaults of the signature of `search`."""
+    from suture.core.knobs import Knobs
+    from suture.pipeline.search import search
+
+    known = Knobs("search", search).defaults
+    return {key: known[key] for key in ("trials", "score", "split", "num_inputs")}
+
+
 _HYDRA = (
     Option("--multirun", "run every combination of the values that keys have, with commas between them", short="-m"),
     Option(
@@ -77,6 +100,25 @@ _TABLE = (
         ),
         configuration="config",
         method="simple_average",
+    ),
+    Verb(
+        "search",
+        "Search for the knobs of a method that score best, and run it with them",
+        "suture search method=tsv_m method.alpha=1,2 modelpool=glyphs8 taskpool=glyphs8",
+        actions.search,
+        details="The knobs to search are keys of the method with several values, as in method.threshold=10,20,40, or "
+        "with an interval, as in method.scaling_factor=0.1..1. Points are scored on inputs set aside, without labels "
+        "unless score=accuracy; the best is run as by suture run. An interrupted search resumes when the same command "
+        "is given again.",
+        keys=(
+            Key("sampler", "how points are chosen; by default grid for lists, sobol for intervals", values=_samplers),
+            Key("trials", "the number of points, unless they are a grid"),
+            Key("score", "how points are compared", values=_scores),
+            Key("split", "the split whose inputs are scored", values=_splits),
+            Key("num_inputs", "the number of inputs of each task"),
+        ),
+        configuration="config",
+        defaults=_search_defaults,
     ),
     Verb(
         "merge",

@@ -42,19 +42,31 @@ class Scorer:
 
     def correct(self, model: Model, task: TaskInputs, name: str = "Evaluating") -> Tensor:
         """Whether each input's largest logit is at its label: bool (N,), on the CPU. Raises as `evaluate` does."""
+        return self.each_batch(model, task, lambda logits, labels: logits.argmax(-1).cpu() == labels, name)
+
+    def each_batch(
+        self,
+        model: Model,
+        task: TaskInputs,
+        function: Callable[[Tensor, Tensor], Tensor],
+        name: str = "Evaluating",
+    ) -> Tensor:
+        """`function(logits, labels)` of every batch, concatenated; raises as `evaluate` does."""
         if len(task) == 0:
             raise DataError(f"Task {task.name!r} has no inputs to evaluate on.")
         if self.batch_size < 1:
             raise ConfigError(f"batch_size={self.batch_size}: wanted 1 or more.")
         device = device_of(model) if isinstance(model, nn.Module) else torch.device("cpu")
-        correct = []
+        results = []
         with torch.inference_mode(), evaluation_mode(model), self.track(f"{name}: {task.name}", len(task)) as advance:
             for start in range(0, len(task), self.batch_size):
                 inputs = to_device(take(task.inputs, slice(start, start + self.batch_size)), device)
                 labels = task.labels[start : start + self.batch_size]
-                correct.append(_correct(task, task.logits(self.forward(model, inputs)), labels))
+                logits = task.logits(self.forward(model, inputs))
+                _check(task, logits, labels)
+                results.append(function(logits, labels))
                 advance(len(labels))
-        return torch.cat(correct)
+        return torch.cat(results)
 
     def accuracy(self, model: Model, task: TaskInputs, name: str = "Evaluating") -> Accuracy:
         """The accuracy of a model on one task."""
@@ -71,7 +83,7 @@ class Scorer:
 
     def experts(self, expert: Callable[[str], Model], tasks: Mapping[str, TaskInputs]) -> Row:
         """The row of the experts, each on its own task. `expert(task)` may reload one shared module."""
-        return self._each(Row("experts", {}, role="experts"), expert, tasks, "expert")
+        return self._each(Row("experts", {}, role="experts", needs_task=True), expert, tasks, "expert")
 
     def matrix(
         self, expert: Callable[[str], Model], tasks: Mapping[str, TaskInputs], names: Iterable[str] | None = None
@@ -103,7 +115,7 @@ def evaluate_row(name: str, model: Model | Mapping[str, Model], tasks: Mapping[s
     return Scorer(**scoring).row(name, model, tasks)
 
 
-def _correct(task: TaskInputs, logits: Tensor, labels: Tensor) -> Tensor:
+def _check(task: TaskInputs, logits: Tensor, labels: Tensor) -> None:
     if not torch.isfinite(logits).all():
         raise CheckpointError(f"The model's output on task {task.name!r} is not finite. Remedy: check its weights.")
     if int(labels.max()) >= logits.shape[-1]:
@@ -111,4 +123,3 @@ def _correct(task: TaskInputs, logits: Tensor, labels: Tensor) -> Tensor:
             f"Task {task.name!r} has labels up to {int(labels.max())} but the model only knows "
             f"{logits.shape[-1]} classes."
         )
-    return logits.argmax(-1).cpu() == labels

@@ -71,6 +71,11 @@ class SplitInputs(Mapping[Split, Mapping[str, TaskInputs]]):
         self._track, self._profile = track, profile or Profile()
         self._decoded: dict[Split, dict[str, TaskInputs]] = {}
 
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        """The names of the tasks."""
+        return tuple(task.name for task in self._tasks)
+
     def __getitem__(self, split: Split) -> dict[str, TaskInputs]:
         if split not in self._decoded:
             with self._profile("data loading"):

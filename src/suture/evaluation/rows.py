@@ -18,7 +18,8 @@ class Row:
 
     `role` says what was scored: the pretrained model, the experts each on its own task, a merge, or a repair. A
     repair's row also has the label of its `merge` and its kind, `repair`. In a `routed` row a router chose each input's
-    task.
+    task. `needs_task`: whether the task's name must be given at inference. `learned` says what was learned and from
+    which inputs, and is empty where only weights were read; `seconds` is the time that making the model took.
     """
 
     name: str
@@ -28,6 +29,9 @@ class Row:
     merge: str | None = None
     repair: str | None = None
     routed: bool = False
+    needs_task: bool = False
+    learned: str = ""
+    seconds: float | None = field(default=None, compare=False)
 
     @property
     def mean(self) -> float:

@@ -5,10 +5,9 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from suture.checkpoints import TensorSpec
@@ -20,10 +19,10 @@ from suture.file_merge.layout import Shard, index_path, index_text, split_into_s
 from suture.file_merge.options import MergeOptions
 from suture.file_merge.output import write_companions
 from suture.file_merge.sharing import SharedStream
+from suture.file_merge.statistic import as_json, from_json, statistic_type
 from suture.file_merge.tensor_knobs import TensorKnobs
 from suture.file_merge.workspace import Digests, TensorRecord, WorkingFolder, bytes_of, damaged, recorded_work
 from suture.merging.merge import Merging
-from suture.merging.methods.ties_merging import TiesStatistic
 from suture.merging.overflow import refuse_overflow
 from suture.merging.task_vectors import FIXED_BYTES, Piece, TaskVectors, chunk_for, memory_of
 from suture.storage.atomic import check_replaceable
@@ -170,17 +169,14 @@ class Job:
         """Gather the statistic of the whole model, or take the one that was saved."""
         if not self.merging.whole_model():
             return
-        if saved := self.folder.statistic():
-            thresholds = torch.tensor(saved["thresholds"], dtype=getattr(torch, saved["dtype"]))
-            self.merging.statistic = TiesStatistic(thresholds, saved["majority"])
+        kind = statistic_type(self.options.method)
+        if kind is not None and (saved := self.folder.statistic(partial(from_json, kind))) is not None:
+            self.merging.statistic = saved
             return
         alone = self.options.part[1] == 1
         self.merging.gather(None if alone else SharedStream(self.vectors, self.options.method.operand, self.folder))
-        statistic = self.merging.statistic
-        dtype = str(statistic.thresholds.dtype).removeprefix("torch.")
-        self.folder.save_statistic(
-            {"thresholds": statistic.thresholds.tolist(), "dtype": dtype, "majority": statistic.majority}
-        )
+        if kind is not None:
+            self.folder.save_statistic(as_json(self.merging.statistic))
 
     def _merge_one(self, name: str) -> TensorRecord:
         self._digests[name] = Digests()

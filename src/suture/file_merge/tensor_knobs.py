@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+from suture.core.knobs import Knobs
 from suture.errors import ConfigError, unknown_name
 from suture.merging.registry import MergeMethod
 
@@ -49,7 +50,7 @@ class TensorKnobs:
             if key not in known:
                 known[key] = self.method.knobs.validate(values)
             by_name[name] = known[key]
-        _check_scope(list(known.values()))
+        _check_scope(self.method, list(known.values()))
         return by_name
 
 
@@ -68,11 +69,12 @@ def tensor_knobs(method: MergeMethod, values: Mapping[str, Any], names: Sequence
     return TensorKnobs(method, values_of, names)
 
 
-def _check_scope(all_knobs: Sequence[Mapping[str, Any]]) -> None:
+def _check_scope(method: MergeMethod, all_knobs: Sequence[Mapping[str, Any]]) -> None:
     """Refuse knobs that differ from tensor to tensor where the whole model decides."""
     if not any(knobs.get("scope") == "model" for knobs in all_knobs):
         return
-    for knob in ("scope", "threshold", "merge_func", "weights"):
+    gathered = Knobs(method.name, method.gather).defaults if method.gather is not None else {}
+    for knob in dict.fromkeys(("scope", *gathered, "merge_func", "weights")):
         if len({repr(knobs.get(knob)) for knobs in all_knobs}) > 1:
             raise ConfigError(
                 f"method.{knob} differs between tensors, but method.scope=model looks at all of them at once. "

@@ -314,16 +314,19 @@ class WorkingFolder:
         """Save what was gathered over the whole model: it need not be gathered again."""
         write_text(self.path / "statistic.json", json.dumps(statistic))
 
-    def statistic(self) -> dict[str, Any] | None:
-        """The statistic that `save_statistic` saved. A file that cannot be read is set aside, with a warning."""
+    def statistic(self, read: Callable[[Any], Any]) -> Any:
+        """What `save_statistic` saved, as `read` returns it; None if there is nothing.
+
+        A file that cannot be read is set aside, with a warning.
+        """
         file = self.path / "statistic.json"
         if not file.exists():
             return None
-        content = _read_json(file)
-        if isinstance(content, dict) and content.keys() == {"thresholds", "dtype", "majority"}:
-            return content
-        self.set_aside(file)
-        return None
+        try:
+            return read(_read_json(file))
+        except (TypeError, ValueError, RuntimeError):
+            self.set_aside(file)
+            return None
 
     def set_aside(self, file: Path) -> None:
         """Put a state file that cannot be read out of the way, and say so."""

@@ -281,10 +281,11 @@ class Merging:
 
     def _check(self, piece: Piece, base: Tensor, rows: Tensor) -> None:
         if not self.non_finite(piece.name):
-            _refuse_non_finite(self.vectors, piece, base, rows)
+            refuse_non_finite(self.vectors, piece, base, rows)
 
 
-def _refuse_non_finite(vectors: TaskVectors, piece: Piece, base: Tensor, rows: Tensor) -> None:
+def refuse_non_finite(vectors: TaskVectors, piece: Piece, base: Tensor, rows: Tensor) -> None:
+    """Raise `IncompatibleModels` if the base or a model holds NaN or Inf in a slice."""
     if (rows.sum() + base.sum()).isfinite():  # cheap; only a sum that overflowed or met NaN or Inf needs the search
         return
     for label, row in [*zip(vectors.models, rows, strict=True), ("_pretrained_", base)]:

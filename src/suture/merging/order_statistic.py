@@ -20,7 +20,7 @@ _SAMPLE = 1 << 20
 _BINS = 1 << 20
 _SMALLEST_SAMPLE, _SAMPLED = 1 << 17, 32  # a small tensor's sample is one entry in _SAMPLED, but at least this many
 _FEWEST_BINS = 1 << 14
-_MANY = 8  # with more rows than this, each gets a quarter of the sample and of the bins
+_MANY = 8  # with more rows than this, or several ranks, each search gets a quarter of the sample and of the bins
 
 
 def kth_magnitudes(deltas, rank: int | Sequence[int]) -> Float[Tensor, " task"]:
@@ -28,33 +28,53 @@ def kth_magnitudes(deltas, rank: int | Sequence[int]) -> Float[Tensor, " task"]:
 
     `rank` is one number for all rows, or one per row. The result has the widest dtype of the stream.
     """
-    sample = deltas.sample(min(_SAMPLE, max(_SMALLEST_SAMPLE, deltas.num_entries // _SAMPLED)))
-    ranks = [rank] * len(sample) if isinstance(rank, int) else list(rank)
-    if sample.shape[1] == deltas.num_entries or max(ranks) <= 0:
-        pairs = zip(sample.abs(), ranks, strict=True)
-        return torch.stack([row.kthvalue(r).values if r > 0 else row.new_zeros(()) for row, r in pairs])
-    thinner = 2 * (len(sample) > _MANY)
-    sample, bins = sample[:, :: 1 << thinner].contiguous(), _BINS >> thinner
+    return _order_statistics(deltas, [rank])[0]
+
+
+def order_statistics(deltas, ranks: Sequence[int]) -> Float[Tensor, "rank task"]:
+    """As `kth_magnitudes`, for several ranks, each that of all rows, in the passes of the slowest of them."""
+    return _order_statistics(deltas, ranks)
+
+
+def _order_statistics(deltas, chosen: Sequence[int | Sequence[int]]) -> Float[Tensor, "rank task"]:
+    fewer = _thinner(1, len(chosen))
+    sample = deltas.sample(min(_SAMPLE >> fewer, max(_SMALLEST_SAMPLE, deltas.num_entries // _SAMPLED)))
+    ranks = [[rank] * len(sample) if isinstance(rank, int) else list(rank) for rank in chosen]
+    if sample.shape[1] == deltas.num_entries or max(map(max, ranks)) <= 0:
+        return torch.stack([_sorted_out(sample.abs(), each) for each in ranks])
+    thinner = _thinner(len(sample), len(ranks))
+    sample, bins = sample[:, :: 1 << thinner - fewer].contiguous(), _BINS >> thinner
     bins = min(bins, max(_FEWEST_BINS, 1 << (deltas.num_entries >> 3).bit_length()))
     dtype = sample.dtype
     searches = [
-        _Search(_patterns(row, dtype), max(1, r), deltas.num_entries, bins)
-        for row, r in zip(sample, ranks, strict=True)
+        [
+            _Search(_patterns(row, dtype), max(1, r), deltas.num_entries, bins)
+            for row, r in zip(sample, each, strict=True)
+        ]
+        for each in ranks
     ]
+    everything = [search for each in searches for search in each]
 
     def count(_, chunk: Tensor) -> None:
-        for search, row in zip(searches, chunk, strict=True):
-            if not search.done:
-                search.count(_patterns(row, dtype))
+        for own, row in zip(zip(*searches, strict=True), chunk, strict=True):
+            waiting = [search for search in own if not search.done]
+            patterns = _patterns(row, dtype) if waiting else None
+            for search in waiting:
+                search.count(patterns)
 
-    while not all(search.done for search in searches):
-        deltas.tally(count, [search.counts for search in searches if not search.done])
-        for search in searches:
+    while not all(search.done for search in everything):
+        deltas.tally(count, [search.counts for search in everything if not search.done])
+        for search in everything:
             search.narrow()
-    values = np.array([search.low for search in searches])
+    values = np.array([[search.low for search in each] for each in searches])
     float_type = sample[:0].numpy().dtype
     magnitudes = torch.from_numpy(values.astype(f"i{float_type.itemsize}").view(float_type))
     return torch.where(torch.tensor(ranks) > 0, magnitudes, 0.0)
+
+
+def _sorted_out(rows: Tensor, ranks: Sequence[int]) -> Tensor:
+    pairs = zip(rows, ranks, strict=True)
+    return torch.stack([row.kthvalue(r).values if r > 0 else row.new_zeros(()) for row, r in pairs])
 
 
 def share_of(count: int, share: float) -> int:
@@ -66,9 +86,14 @@ def share_of(count: int, share: float) -> int:
     return int(count * Fraction(repr(float(share))))
 
 
-def kth_memory(num_rows: int) -> int:
-    """Bytes that a search holds per row: two copies of the sample, a sorted one, and the bins."""
-    return (12 * _SAMPLE + 8 * _BINS) >> 2 * (num_rows > _MANY)
+def kth_memory(num_rows: int, num_ranks: int = 1) -> int:
+    """Bytes that a search for several ranks holds per row: two copies of the sample, a sorted one, and the bins."""
+    return num_ranks * (12 * _SAMPLE + 8 * _BINS) >> _thinner(num_rows, num_ranks)
+
+
+def _thinner(num_rows: int, num_ranks: int) -> int:
+    """By how many powers of two samples and bins are smaller, so that many searches fit in memory."""
+    return 2 * (num_rows > _MANY or num_ranks > 1)
 
 
 def _patterns(row: Tensor, dtype: torch.dtype) -> np.ndarray:

@@ -36,7 +36,7 @@ class MergeMethod:
       over the whole model before some entries can be decided.
     - `whole_rows`: slices are whole rows of a matrix.
     - `num_models`: the fewest and the most models that can be merged.
-    - `searches`: the statistic is an order statistic, which takes memory for every model.
+    - `searches`: the number of a row's order statistics that are searched for at once, each of which takes memory.
     - `passes(**knobs)`: the number of times a tensor is read, where it is not one, or two with `gather`.
     - `matrices`: the function takes one matrix of every task and returns its update. `workspace` is what it holds
       besides, in float64 matrices of that size, and `square` in square ones of the inner side.
@@ -53,7 +53,7 @@ class MergeMethod:
     vote: Callable[..., Any] | None = None
     whole_rows: bool = False
     num_models: tuple[int, float] = (1, inf)
-    searches: bool = False
+    searches: int = 0
     passes: Callable[..., int] | None = None
     matrices: bool = False
     workspace: int = 0

@@ -317,7 +317,7 @@ def matrix_memory(method: MergeMethod, num_models: int, role: Role, dtype: torch
 
 def _needs(method: MergeMethod, num_models: int) -> tuple[int, int]:
     """Bytes in all, and bytes per entry that a thread is working on."""
-    fixed = max(FIXED_BYTES, num_models * kth_memory(num_models) if method.searches else 0)
+    fixed = max(FIXED_BYTES, num_models * kth_memory(num_models, method.searches))
     wider = 2 if method.takes_position else 1  # random numbers are made from 64-bit hashes
     return fixed, _bytes_per_entry(num_models) * wider
 

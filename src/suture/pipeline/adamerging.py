@@ -141,7 +141,9 @@ class AdaMerging(AdaMergingOptions):
         if out is not None:
             for name, tensor in learned.merged.items():
                 out[name].copy_(tensor)
-        return MergeResult(self.label, tensors, learned)
+        steps = len(learned.losses)
+        how = f"coefficients, {steps:,} steps on all {self.split} inputs" if steps else ""
+        return MergeResult(self.label, tensors, learned, how)
 
     @property
     def options(self) -> AdaMergingOptions:

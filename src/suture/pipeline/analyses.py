@@ -116,7 +116,8 @@ def _on_features(
         merged = settings.method.merge(models, inputs, context).tensors
     else:
         label = settings.method.label
-        raise ConfigError(f"method={label} learns. Remedy: run it, then name the model it saved with model=RUN/model.")
+        problem = f"method={label} is more than one merge of weights: it learns, or leaves a model for each task"
+        raise ConfigError(f"{problem}. Remedy: run it, then name the model it saved with model=RUN/model.")
     device, test = context.device.device, inputs["test"]
     module, other = models.new_encoder(device).load(merged), models.new_encoder(device)
 

@@ -21,7 +21,7 @@ from typing import Any
 from suture.errors import ConfigError, one_line, unknown_name
 from suture.merging.registry import MergeMethod
 from suture.pipeline.methods import all_methods
-from suture.pipeline.repairs import NONE, Repair
+from suture.pipeline.repairs import JOIN, NONE, Repair
 from suture.repairs import repair_kinds
 
 _LARGEST_POOL = 1_000_000  # bytes
@@ -181,13 +181,20 @@ def _register() -> None:
 
     store = ConfigStore.instance()
     for kind in (NONE, *repair_kinds()):
-        store.store(group="repair", name=kind, node=_node(Repair.defaults(kind)), provider="suture")
+        _store_repair(kind)
     for method in all_methods().values():
         defaults = _node(method.knobs.defaults) | ({"after": None} if isinstance(method, MergeMethod) else {})
         for name in (method.name, *method.aliases):
             node = defaults | {"name": name if "name" in defaults else method.name}
             folder, _, last = f"method/{name}".rpartition("/")
             store.store(group=folder, name=last, node=node, provider="suture")
+
+
+def _store_repair(kind: str) -> None:
+    """Put a kind, or a chain of kinds, into Hydra's store."""
+    from hydra.core.config_store import ConfigStore
+
+    ConfigStore.instance().store(group="repair", name=kind, node=_node(Repair.defaults(kind)), provider="suture")
 
 
 def _node(defaults: Mapping[str, Any]) -> dict[str, Any]:
@@ -241,6 +248,9 @@ def _rewrite(argument: str) -> str:
     """Resolve a pool's name, with or without its folder, or the path of its YAML file."""
     argument = re.sub(r"^([+~]*)surgery(?=[.=]|$)", r"\1repair", argument)
     group, equals, value = argument.partition("=")
+    if group == "repair" and JOIN in value:
+        for chain in value.split(","):
+            _store_repair(chain)
     if group not in _GROUPS or not equals or not value or value == "null":
         return argument
     return f"{group}={','.join(_pool(group, name) for name in value.split(','))}"

@@ -1,4 +1,4 @@
-"""The methods for `method=…`: static merges, and methods that learn from unlabelled inputs.
+"""The methods for `method=…`: static merges, methods that learn from unlabelled inputs, and masks for tasks.
 
 A method with its knobs set is used as `method.merge(models, inputs, context, out)`.
 """
@@ -18,15 +18,17 @@ from suture.merging.registry import MergeMethod, methods
 from suture.merging.wrapping import Wrapped, chosen_wrappers, wrapper_problems
 from suture.pipeline.adamerging import NAMES, AdaMerging, AdaMergingSurgery
 from suture.pipeline.context import Context
+from suture.pipeline.input_methods import FisherMerging, RegMean, RegMeanPP
 from suture.pipeline.models import Models
 from suture.pipeline.repairs import Repair
 from suture.pipeline.results import MergeResult
+from suture.pipeline.task_masks import EmrMerging, TallMasks
 
 
 class Method(Protocol):
     """A method with its knobs set.
 
-    `static` is its registered merge, or None if it learns; `frozen` tensors stay at the base. `repairs` are part of the
+    `static` is its registered merge, if it is one; `frozen` tensors stay at the base. `repairs` are part of the
     method, and replace `repair=…`.
     """
 
@@ -112,11 +114,16 @@ class LearnedMethod:
 
 
 def learned_methods() -> dict[str, LearnedMethod]:
-    """The methods that learn, by name."""
+    """The methods that learn, or leave a model for each task, by name."""
     paper, surgery = "https://arxiv.org/abs/2310.02575", "surgery/adamerging_surgery"
     return {
+        "emr_merging": LearnedMethod("emr_merging", EmrMerging, "https://arxiv.org/abs/2405.17461", ("emr",)),
+        "tall_masks": LearnedMethod("tall_masks", TallMasks, "https://arxiv.org/abs/2405.07813"),
         "adamerging": LearnedMethod("adamerging", AdaMerging, paper, tuple(NAMES)),
         surgery: LearnedMethod(surgery, AdaMergingSurgery, "https://arxiv.org/abs/2402.02705"),
+        "regmean": LearnedMethod("regmean", RegMean, "https://arxiv.org/abs/2212.09849"),
+        "regmean_pp": LearnedMethod("regmean_pp", RegMeanPP, "https://arxiv.org/abs/2508.03121", ("regmean++",)),
+        "fisher": LearnedMethod("fisher", FisherMerging, "https://arxiv.org/abs/2111.09832"),
     }
 
 

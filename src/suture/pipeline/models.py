@@ -44,6 +44,11 @@ class Models:
         """The tensors of a checkpoint that are merged, under the family's canonical names."""
         return checkpoint.select(self.family.canonical_names(checkpoint))
 
+    @property
+    def stored_names(self) -> Mapping[str, str]:
+        """Canonical name → name in the pretrained model, of the tensors that are merged."""
+        return self.family.canonical_names(self.whole_base)
+
     def unmatched(self, tasks: tuple[str, ...]) -> list[str]:
         """One line for each expert without a task of its name to learn from."""
         return [

@@ -1,12 +1,16 @@
 """The main job on one screen: open, check, merge, repair, score, report."""
 
 import json
+import shutil
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
+
+from torch import Tensor
 
 from suture.checkpoints import open_checkpoint
 from suture.core.progress import Profile, bar
@@ -21,7 +25,15 @@ from suture.pipeline.repairs import fit
 from suture.pipeline.results import MergeResult
 from suture.pipeline.scoring import Scores, expert_matrix, score, score_model
 from suture.pipeline.settings import Settings
-from suture.repairs import RepairResult
+from suture.repairs import (
+    FINAL,
+    AffineMaps,
+    MaskedModel,
+    RepairResult,
+    SurgeryModel,
+    fold_into_heads,
+    unfoldable,
+)
 from suture.reporting import Report, write
 from suture.storage.atomic import new_directory, new_folder
 
@@ -62,9 +74,18 @@ def run(config: Mapping[str, Any] | Sequence[str] | None = None, /, **keywords: 
 
 
 def run_settings(
-    runs: Sequence[Settings], models: Models, config: Mapping[str, Any], notes: Sequence[str] = ()
+    runs: Sequence[Settings],
+    models: Models,
+    config: Mapping[str, Any],
+    notes: Sequence[str] = (),
+    *,
+    how: str = "",
+    search: Mapping[str, Any] | None = None,
 ) -> RunResult:
-    """Merge one pool by one or several methods. The output folder appears when it is complete."""
+    """Merge one pool by one or several methods. The output folder appears when it is complete.
+
+    `how` says how the knobs were chosen; `search` is the record of a search for them, as it is in report.json.
+    """
     first, profile = runs[0], Profile()
     target = new_directory(first.output, overwrite=first.overwrite, inputs=_read_from(models, first))
     with target as folder, _encodings(folder) as encodings:
@@ -73,11 +94,15 @@ def run_settings(
         for settings in runs:
             part = folder if len(runs) == 1 else folder / "models" / settings.method.label
             own = replace(context, folder=part)
-            merged.append(_merge_into(part, settings, models, inputs, own))
-            fits = [fit(repair, models, merged[-1], inputs, own) for repair in settings.repairs]
+            result = _merge_into(part, settings, models, inputs, own)
+            merged.append(replace(result, how="; ".join(filter(None, (how, result.how)))))
+            fits = [result.masked] if result.masked else []
+            fits += [each for repair in settings.repairs for each in fit(repair, models, merged[-1], inputs, own)]
             repairs[merged[-1].label] = fits
-            _save_repairs(fits, part)
-        warnings = [line for result in merged if result.learned for line in result.learned.warnings]
+            folding = _save_repairs(fits, models, merged[-1], inputs, part)
+            notes = [*notes, *folding]
+        warnings = [line for result in merged for line in result.warnings]
+        warnings += [line for result in merged if result.learned for line in result.learned.warnings]
         warnings += [line for fits in repairs.values() for fitted in fits for line in fitted.warnings]
         scores = score(models, merged, repairs, inputs, context, reuse=first.reuse) if first.tasks else Scores()
         report = Report(
@@ -91,7 +116,8 @@ def run_settings(
             notes=[*notes, *context.notes(), *warnings],
             command=config.get("command", ""),
             learning={result.label: result.learned for result in merged if result.learned},
-            repairs={f"{label} + {fitted.kind}": fitted for label, fits in repairs.items() for fitted in fits},
+            search=search,
+            repairs={" + ".join((label, *fitted.chain)): fitted for label, fits in repairs.items() for fitted in fits},
         )
         write(report, folder)
         configuration.save(dict(config), folder / "config.yaml")
@@ -127,7 +153,9 @@ def merge_in_memory(settings: Settings) -> tuple[Models, MergeResult, list[Repai
         quiet = replace(settings, fabric={**settings.fabric, "loggers": {"kind": "none"}})
         context, inputs = prepare(quiet, models, Path(folder), Profile(), Path(folder) / "encodings")
         merged = settings.method.merge(models, inputs, context)
-        return models, merged, [fit(repair, models, merged, inputs, context) for repair in settings.repairs]
+        repairs = [merged.masked] if merged.masked else []
+        repairs += [each for repair in settings.repairs for each in fit(repair, models, merged, inputs, context)]
+        return models, merged, repairs
 
 
 _REPAIRS = (("repair=final",), ("repair=deep", "repair.steps=200"))
@@ -196,11 +224,13 @@ def evaluate_pool(
 
 def _merge_into(folder: Path, settings: Settings, models: Models, inputs: SplitInputs, context: Context) -> MergeResult:
     """Write the model as its family saves it, and the learned coefficients, if any."""
+    began = time.perf_counter()
     with models.new_model(folder / "model") as out:
         merged = settings.method.merge(models, inputs, context, out)
     if merged.learned is not None:
         merged.learned.save(folder, also_as=settings.method.knobs.get("save_merging_weights"))
-    return replace(merged, tensors=dict(models.mergeable(open_checkpoint(folder / "model"))))
+    seconds = merged.seconds or time.perf_counter() - began
+    return replace(merged, tensors=dict(models.mergeable(open_checkpoint(folder / "model"))), seconds=seconds)
 
 
 def _read_from(models: Models, settings: Settings) -> list[Path]:
@@ -216,10 +246,50 @@ def _encodings(folder: Path) -> Iterator[Path]:
         yield Path(name)
 
 
-def _save_repairs(repairs: Sequence[RepairResult], folder: Path) -> None:
+def _save_repairs(
+    repairs: Sequence[RepairResult], models: Models, merged: MergeResult, inputs: SplitInputs, folder: Path
+) -> list[str]:
+    """Repaired weights as a model directory, masks and modules as safetensors; returns notes about folded maps."""
+    beside = [fitted for fitted in repairs if fitted.tensors is None and not isinstance(fitted.model, MaskedModel)]
+    notes = []
     for fitted in repairs:
-        name = f"surgery_{fitted.kind}" if len(repairs) > 1 else "surgery"
-        fitted.model.save(folder / f"{name}.safetensors")
+        if isinstance(fitted.model, MaskedModel):
+            fitted.model.save(folder / "task_masks.safetensors", models.stored_names, models.whole_base)
+            continue
+        if fitted.tensors is None:
+            name = f"surgery_{fitted.kind}" if len(beside) > 1 else "surgery"
+            fitted.model.save(folder / f"{name}.safetensors")
+            notes += _save_folded(fitted, models, merged, inputs, folder)
+        else:
+            _save_weights(fitted.tensors, models, merged, folder / "_".join(("model", *fitted.chain)))
+    return notes
+
+
+def _save_weights(tensors: Mapping[str, Tensor], models: Models, merged: MergeResult, folder: Path) -> None:
+    with models.new_model(folder) as out:
+        for name, tensor in out.items():
+            tensor.copy_(tensors.get(name, merged.tensors[name]))
+
+
+def _save_folded(
+    fitted: RepairResult, models: Models, merged: MergeResult, inputs: SplitInputs, folder: Path
+) -> list[str]:
+    """For affine maps, a model directory with the maps folded into its heads, or a note that says why there is none."""
+    maps = fitted.model.repair_at[FINAL] if isinstance(fitted.model, SurgeryModel) else None
+    if not isinstance(maps, AffineMaps):
+        return []
+    heads = {name: inputs[fitted.split or "test"][name].head for name in fitted.tasks}
+    known = {name: head for name, head in heads.items() if head is not None}
+    reasons = {name: unfoldable(head) or "has no bias" * (head.bias is None) for name, head in known.items()}
+    problem = next((f"that of {name!r} {reason}" for name, reason in reasons.items() if reason), "")
+    if not problem:
+        out = folder / "_".join(("model", *fitted.chain))
+        _save_weights(fitted.model.network.module.state_dict(), models, merged, out)
+        if models.family.write_heads(out, fold_into_heads(maps, fitted.tasks, known)):
+            return []
+        shutil.rmtree(out)
+        problem = f"family={models.family.name} stores no heads of single tasks"
+    return [f"The affine maps stay beside the model and are not folded into the heads: {problem}."]
 
 
 def _is_finished(output: Path, config: Mapping[str, Any], models: Models) -> bool:

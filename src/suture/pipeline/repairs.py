@@ -1,5 +1,6 @@
 """Repairs for `repair=…`: fitted to a merged model of a pool, on the inputs of its task pool."""
 
+import time
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -33,6 +34,7 @@ from suture.repairs import (
 )
 
 NONE = "none"
+JOIN = "+"  # between the kinds of a chain
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,12 +64,16 @@ class RepairOptions:
 
 @dataclass(frozen=True)
 class Repair:
-    """One kind of repair with checked knobs. `row` names its row in the table, by default after the merge and kind."""
+    """One kind of repair with checked knobs, of the merged model or of the model that the repair `after` leaves.
+
+    `row` names its row in the table, by default after the merge and the kinds.
+    """
 
     kind: RepairKind
     knobs: Mapping[str, Any]
     options: RepairOptions
     row: str = ""
+    after: "Repair | None" = None
 
     @classmethod
     def of(cls, kind: str, values: Mapping[str, Any], row: str = "") -> "Repair":
@@ -86,24 +92,74 @@ class Repair:
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> "Repair | None":
-        """The repair of the keys `repair.*`, or None for `repair=none`; raises `ConfigError` for an invalid value."""
+        """The repair of the keys `repair.*`, or None for `repair=none`; raises `ConfigError` for an invalid value.
+
+        For a chain, such as kind=calibrate+final, the keys are `repair.calibrate.*` and `repair.final.*`.
+        """
         values = dict(config)
-        kind = values.pop("kind")
-        return None if kind == NONE else cls.of(kind, values)
+        kinds = values.pop("kind").split(JOIN)
+        if kinds == [NONE]:
+            return None
+        last: Repair | None = None
+        for kind in kinds:
+            own = cls.of(kind, values if len(kinds) == 1 else values[kind])
+            if last is not None and not last.kind.static:
+                static = ", ".join(name for name, each in repair_kinds().items() if each.static)
+                raise ConfigError(
+                    f"repair={JOIN.join(kinds)}: nothing can follow {last.kind.name}, which adds modules. "
+                    f"Remedy: begin with the kinds that change weights: {static}."
+                )
+            last = replace(own, after=last)
+        return last
+
+    @classmethod
+    def defaults(cls, kind: str) -> dict[str, Any]:
+        """Every configuration key of a kind, or of a chain of kinds, with its default."""
+        kinds = kind.split(JOIN)
+        if len(kinds) > 1:
+            if repeated := [name for name in kinds if kinds.count(name) > 1]:
+                raise ConfigError(f"repair={kind}: {repeated[0]} stands there twice. Remedy: name each kind once.")
+            return {"kind": kind} | {each: cls._keys(each) for each in kinds}
+        return {"kind": kind} | ({} if kind == NONE else cls._keys(kind))
 
     @staticmethod
-    def defaults(kind: str) -> dict[str, Any]:
-        """Every configuration key of a kind with its default."""
-        own = {} if kind == NONE else repair_kinds()[kind].knobs.defaults | _shared(kind).defaults
-        return {"kind": kind} | {name: value for name, value in own.items() if name != "seed"}
+    def _keys(kind: str) -> dict[str, Any]:
+        if kind not in (kinds := repair_kinds()):
+            raise ConfigError(unknown_name("repair", kind, [NONE, *kinds]))
+        own = kinds[kind].knobs.defaults | _shared(kind).defaults
+        return {name: value for name, value in own.items() if name != "seed"}
+
+    @property
+    def chain(self) -> tuple[str, ...]:
+        """The kinds that are fitted one after another, this one last."""
+        return (*(self.after.chain if self.after else ()), self.kind.name)
 
     def name(self, label: str) -> str:
         """The name of the row of this repair of the merge `label`."""
-        return self.row or f"{label} + {self.kind.name}"
+        return self.row or " + ".join((label, *self.chain))
 
 
-def fit(repair: Repair, models: Models, merged: MergeResult, inputs: SplitInputs, context: Context) -> RepairResult:
-    """Fit a repair to one merged model, with a router and a comparison of representations if its options say so."""
+def fit(
+    repair: Repair, models: Models, merged: MergeResult, inputs: SplitInputs, context: Context
+) -> list[RepairResult]:
+    """Fit a repair to one merged model, after those that it follows; returns their results in this order."""
+    earlier = [] if repair.after is None else fit(repair.after, models, merged, inputs, context)
+    start = merged
+    if earlier:
+        start = replace(merged, tensors=_repaired_weights(merged, earlier[-1]), seconds=earlier[-1].seconds)
+    return [*earlier, _fit_one(repair, models, start, inputs, context)]
+
+
+def _repaired_weights(merged: MergeResult, result: RepairResult) -> dict[str, Tensor]:
+    """The merged model's tensors, those that a static repair has changed replaced."""
+    assert result.tensors is not None
+    return {**merged.tensors, **{name: t for name, t in result.tensors.items() if name in merged.tensors}}
+
+
+def _fit_one(
+    repair: Repair, models: Models, merged: MergeResult, inputs: SplitInputs, context: Context
+) -> RepairResult:
+    """Fit one repair, with a router and a comparison of representations if its options say so."""
     options, device = repair.options, context.device
     module = models.new_encoder(device.device).load(merged.tensors)
     expert = partial(_expert, models, models.new_encoder(device.device))
@@ -111,9 +167,12 @@ def fit(repair: Repair, models: Models, merged: MergeResult, inputs: SplitInputs
     chosen = {name: options.positions(task, context.seed) for name, task in tasks.items()}
     few = {name: tasks[name].inputs_at(positions) for name, positions in chosen.items()}
     encodings = Path(options.cache_dir) / "encodings" if options.keep_encodings else context.encodings
-    problem = Problem(module, expert, few, device.call, encodings, encode_batch=context.batch_size, track=bar)
+    free = models.base.select({name: name for name in models.vectors().names})
+    sizes = {"encode_batch": context.batch_size, "track": bar, "base": free}
+    problem, began = Problem(module, expert, few, device.call, encodings, **sizes), time.perf_counter()
     with context.profile(f"repair: {repair.kind.name}"):
         result = _fitted(repair, problem, merged, inputs, context, encodings)
+        seconds = merged.seconds + time.perf_counter() - began
         if result.stream is not None:
             order = {name: chosen[name][at] for name, at in result.stream.order.items()}
             result = replace(result, stream=result.stream._replace(order=order))
@@ -122,7 +181,9 @@ def fit(repair: Repair, models: Models, merged: MergeResult, inputs: SplitInputs
             compared = {name: inputs["test"][name].first(options.compare).inputs for name in models.experts}
             distances = representation(result.model, expert, compared, track=bar) if options.compare else None
             result = replace(result, representation=distances)
-    return replace(result, name=repair.name(merged.label), split=options.split, encodings=encodings)
+    facts: dict[str, Any] = {"name": repair.name(merged.label), "chain": repair.chain, "split": options.split}
+    facts |= {"inputs": sum(map(len, chosen.values())), "seconds": seconds}
+    return replace(result, **facts, encodings=encodings)
 
 
 def _fitted(
@@ -135,7 +196,7 @@ def _fitted(
 ) -> RepairResult:
     """Fit the repair, with its loop resumed, logged, and scored every few steps."""
     kind, options = repair.kind, repair.options
-    knobs = {**repair.knobs, "seed": context.seed}
+    knobs = {**repair.knobs, **({"seed": context.seed} if "seed" in kind.knobs.defaults else {})}
     with ExitStack() as stack:
         scores: dict[int, float] = {}
         if "steps" in knobs:

@@ -45,7 +45,7 @@ def score(
         pretrained, experts = _references(models, test, context, reuse)
         encoder, rows = models.new_encoder(context.device.device), []
         for result in merged:
-            row = Row(result.label, {}, merge=result.label)
+            row = Row(result.label, {}, merge=result.label, learned=result.how, seconds=result.seconds)
             rows.append(context.scorer.row(row, encoder.load(result.tensors), test))
             for repair in repairs.get(result.label, ()):
                 rows += repair_rows(repair, result.label, list(models.experts), inputs, context)
@@ -71,7 +71,8 @@ def repair_rows(
     An online repair has a row for each share of its stream, and a prequential one, from each input's output before its
     own step.
     """
-    row = Row(result.name, {}, role="repair", merge=label, repair=result.kind)
+    facts = {"learned": result.learned, "seconds": result.seconds, "needs_task": result.tensors is None}
+    row = Row(result.name, {}, role="repair", merge=label, repair="+".join(result.chain) or result.kind, **facts)
     test = {task: inputs["test"][task] for task in tasks}
     if result.stream is not None:
         stages = ((f"{result.name} {share:.0%}", model) for share, model in result.stages.items())
@@ -81,8 +82,10 @@ def repair_rows(
     rows = [_row(row, correct)]
     if result.model.router is not None:
         features = _features(result, result.model, test, context)
-        routed = replace(row, name=f"{result.name}, routed", routed=True)
-        rows.append(_row(routed, _routed(result.model, correct, features)))
+        routed = {"routed": True, "needs_task": False, "learned": result.learned_for_routing}
+        rows.append(
+            _row(replace(row, name=f"{result.name}, routed", **routed), _routed(result.model, correct, features))
+        )
     return rows
 
 

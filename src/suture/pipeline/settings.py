@@ -9,7 +9,7 @@ from suture.core.fabric import check_fabric
 from suture.errors import ConfigError
 from suture.pipeline.methods import Method, chosen_method
 from suture.pipeline.pools import ModelPool, TaskPool
-from suture.pipeline.repairs import Repair
+from suture.pipeline.repairs import JOIN, Repair
 from suture.storage.atomic import new_folder
 
 _RANGES = {"threads": (0, 4096), "batch_size": (1, 2**31), "seed": (0, 2**63 - 1)}
@@ -50,7 +50,9 @@ class Settings:
         check_output(config["output"])
         repairs = _repairs(config, method)
         if repairs and not config.get("taskpool"):
-            raise ConfigError(f"repair={repairs[0].kind.name} needs unlabelled inputs. Remedy: name a taskpool=…")
+            raise ConfigError(
+                f"repair={JOIN.join(repairs[0].chain)} needs unlabelled inputs. Remedy: name a taskpool=…"
+            )
         return cls(
             pool=ModelPool.from_config(config["modelpool"]),
             taskpool=TaskPool.from_config(config["taskpool"]) if config.get("taskpool") else None,
@@ -83,7 +85,7 @@ def _repairs(config: Mapping[str, Any], method: Method) -> tuple[Repair, ...]:
     chosen = Repair.from_config(config["repair"])
     if chosen and method.repairs:
         raise ConfigError(
-            f"repair={chosen.kind.name}, but the method has a repair of its own. Remedy: leave one of them out."
+            f"repair={JOIN.join(chosen.chain)}, but the method has a repair of its own. Remedy: leave one of them out."
         )
     return (chosen,) if chosen else method.repairs
 

@@ -8,7 +8,7 @@ only gradients of activations are computed.
 Means are over all positions, or, for texts with an `attention_mask`, over those that are not padding.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 import torch
@@ -22,8 +22,8 @@ from suture.merging.task_vectors import compute_dtype
 from suture.repairs.final import set_means
 from suture.repairs.fitting import Descent, Losses, Optimizer, descend
 from suture.repairs.layerwise import fit_layerwise
-from suture.repairs.modules import SurgeryModules
-from suture.repairs.network import FINAL, Block, Network, by_layer, find_blocks, position_mean
+from suture.repairs.modules import SurgeryModules, Variant, auto_variants
+from suture.repairs.network import FINAL, Block, Network, by_layer, find_blocks, layers_of, position_mean
 from suture.repairs.problem import Order, Problem
 from suture.repairs.registry import repair_kind
 from suture.repairs.results import RepairResult, surgery_result
@@ -39,13 +39,16 @@ def deep(
     batch_size: Annotated[int, Ge(1)] = 16,
     seed: int = 0,
     optimizer: Optimizer = "adam",
-    variant: Literal["standard", "centred"] = "standard",
+    variant: Literal["auto", "standard", "centred"] = "auto",
     fit: Literal["joint", "layerwise"] = "joint",
     blocks: str | list[str] | None = None,
     channel_axis: int | None = None,
     concatenate: bool | None = None,
 ) -> RepairResult:
     """Fit modules after every block and on the final feature, by Adam.
+
+    `variant="auto"` is decided for each layer on the tokens of the first batch of every task: `centred` where nearly
+    all are non-negative, as after a ReLU, and `standard` elsewhere; see `auto_variants`.
 
     `fit="layerwise"` fits them one block after another, each to its own term of the loss with the modules before it
     fixed, without a backward pass through the network. It holds all tokens of one block and task in memory. Its steps
@@ -59,12 +62,13 @@ def deep(
     together = check_concatenation(concatenate, network.module, None)
     order = Order(problem.inputs, steps, batch_size, seed, whole=problem.cache is not None)
     targets = [problem.expert_rows(task, order.inputs(task), chosen) for task in problem.tasks]
-    repairs = new_modules(problem, chosen, targets[0], rank, seed, variant)
+    variants, notes = _first_variants(problem, network, order) if variant == "auto" else (variant, ())
+    repairs = new_modules(problem, chosen, targets[0], rank, seed, variants)
 
     if fit == "layerwise":
         history = fit_layerwise(problem, network, repairs, targets, order, steps, lr, optimizer)
-        return surgery_result("deep", problem, repairs, history, chosen)
-    if variant == "centred":
+        return surgery_result("deep", problem, repairs, history, chosen, notes=notes)
+    if any(modules.mean is not None for modules in repairs.values()):
         merged = [problem.merged_rows(task, order.inputs(task), chosen) for task in problem.tasks]
         for modules, *rows in zip(repairs.values(), *(by_layer(task, chosen) for task in merged), strict=True):
             set_means(modules, rows)
@@ -74,18 +78,41 @@ def deep(
     last = -(-max(map(len, targets)) // batch_size)  # the final steps that use every input once
     options = {"resume": problem.resume, "on_step": problem.on_step}
     history = descend(descent, steps, losses, repairs, watched=last, **options)
-    return surgery_result("deep", problem, repairs, history, chosen)
+    return surgery_result("deep", problem, repairs, history, chosen, notes=notes)
+
+
+@torch.no_grad()
+def _first_variants(problem: Problem, network: Network, order: Order) -> tuple[dict[str, Variant], tuple[str, ...]]:
+    """`auto_variants` of the tokens of the first batch of every task."""
+    layers = layers_of(network.blocks)
+    tokens: dict[str, list[Tensor]] = {layer: [] for layer in layers}
+    for task, indices in zip(problem.tasks, order(0), strict=True):
+        batch = to_device(take(order.inputs(task), indices), network.device)
+        network(batch, lambda i, rows: tokens[layers[i]].append(rows.cpu()))
+        problem.passes.merged += size(batch)
+    return auto_variants(tokens)
 
 
 def new_modules(
-    problem: Problem, blocks: Sequence[Block], rows: Tensor, rank: int, seed: int, variant: Any = "standard"
+    problem: Problem,
+    blocks: Sequence[Block],
+    rows: Tensor,
+    rank: int,
+    seed: int,
+    variant: Variant | Mapping[str, Variant] = "standard",
 ) -> dict[str, SurgeryModules]:
-    """Layer → modules, for every block and the final feature; `rows` are encodings of any task."""
+    """Layer → modules, for every block and the final feature; `rows` are encodings of any task.
+
+    `variant`: that of all layers, or of each.
+    """
     dims = {block.path: block.dim for block in blocks}
     dims[FINAL] = rows.shape[1] - sum(dims.values())
-    options = {"variant": variant, "seed": seed, "dtype": compute_dtype(rows.dtype)}
+    options = {"seed": seed, "dtype": compute_dtype(rows.dtype)}
+    variants: Mapping[str, Variant] = variant if isinstance(variant, Mapping) else dict.fromkeys(dims, variant)
     return {
-        layer: SurgeryModules(problem.tasks, dim, rank, layer=layer, **options).to(problem.device)
+        layer: SurgeryModules(problem.tasks, dim, rank, layer=layer, variant=variants[layer], **options).to(
+            problem.device
+        )
         for layer, dim in dims.items()
     }
 

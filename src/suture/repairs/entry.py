@@ -4,7 +4,7 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from suture.core.batches import Forward, Inputs, call
 from suture.core.progress import Track, untracked
@@ -26,6 +26,7 @@ def repair(
     resume: Resume | None = None,
     on_step: OnStep | None = None,
     track: Track = untracked,
+    base: Mapping[str, Tensor] | None = None,
     **knobs: Any,
 ) -> RepairResult:
     """Fit a repair of a merged module to its experts' features, on unlabelled inputs.
@@ -35,6 +36,8 @@ def repair(
     task → module, or a function that returns a task's module and may load all of them into one (but not into `module`).
     `kind` is a name from `repair_kinds()`, and `knobs` are that kind's. Encodings are cached in the folder `cache`,
     keyed by the content of weights and inputs. With `resume` an interrupted loop continues with bit-identical results.
+    `base` is the pretrained model's state under the module's names, for the kinds that change weights: tensors that it
+    lacks stay as they are.
     `on_step(step, losses, modules)` gets the live modules of every layer after each step.
 
     Raises `ConfigError` for an unknown kind, knob or value, and `DataError` for a task without inputs or a loss that is
@@ -48,6 +51,6 @@ def repair(
     >>> result.model(torch.randn(5, 3), "mnist").shape
     torch.Size([5, 4])
     """
-    problem = Problem(module, experts, inputs, forward, cache, encode_batch, resume, on_step, track)
+    problem = Problem(module, experts, inputs, forward, cache, encode_batch, resume, on_step, track, base)
     chosen = get_repair_kind(kind)
     return chosen.function(problem, **chosen.knobs.validate(knobs))

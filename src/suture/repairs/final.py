@@ -6,7 +6,7 @@ gives the same result.
 """
 
 from collections.abc import Sequence
-from typing import Annotated
+from typing import Annotated, Literal
 
 import torch
 from annotated_types import Ge, Gt
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from suture.merging.task_vectors import compute_dtype
 from suture.repairs.fitting import Descent, Optimizer, constant_losses, descend
-from suture.repairs.modules import SurgeryModules, Variant
+from suture.repairs.modules import SurgeryModules, Variant, auto_variants
 from suture.repairs.network import FINAL
 from suture.repairs.problem import Order, Problem
 from suture.repairs.registry import repair_kind
@@ -33,9 +33,11 @@ def final(
     batch_size: Annotated[int, Ge(1)] = 16,
     seed: int = 0,
     optimizer: Optimizer = "adam",
-    variant: Variant = "standard",
+    variant: Variant | Literal["auto"] = "auto",
 ) -> RepairResult:
     """Fit ẑ = z − U·ReLU(D·z) to the expert's feature: mean |ẑ − z_expert| over batch and dim, by Adam.
+
+    `variant="auto"` is `standard`, or `centred` where nearly all features are non-negative; see `auto_variants`.
 
     Without a cache, only the inputs that some step uses are encoded; with a cache, all of them, so that another rank,
     lr, seed or number of steps needs no forward pass.
@@ -44,7 +46,9 @@ def final(
     merged = [problem.merged_rows(task, order.inputs(task)) for task in problem.tasks]
     targets = [problem.expert_rows(task, order.inputs(task)) for task in problem.tasks]
     dim, dtype = merged[0].shape[1], compute_dtype(merged[0].dtype)
-    modules = SurgeryModules(problem.tasks, dim, rank, variant=variant, seed=seed, dtype=dtype).to(problem.device)
+    variants, notes = auto_variants({FINAL: merged}) if variant == "auto" else ({FINAL: variant}, ())
+    options = {"variant": variants[FINAL], "seed": seed, "dtype": dtype}
+    modules = SurgeryModules(problem.tasks, dim, rank, **options).to(problem.device)
     set_means(modules, merged)
 
     tasks, repairs = slice(0, len(merged)), {FINAL: modules}
@@ -52,7 +56,7 @@ def final(
     losses = constant_losses(modules, tasks, [rows[:, None] for rows in merged], targets, order)
     history = descend(descent, steps, losses, repairs, small=True, resume=problem.resume, on_step=problem.on_step)
     record_active(modules, merged)
-    return surgery_result("final", problem, repairs, history)
+    return surgery_result("final", problem, repairs, history, notes=notes)
 
 
 @torch.no_grad()

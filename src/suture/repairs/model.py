@@ -3,18 +3,20 @@
 import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, cast
+from typing import Any, cast, get_args
 
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from suture.checkpoints import Checkpoint, open_checkpoint, save_checkpoint
 from suture.core.batches import Forward, call, device_of
-from suture.errors import CheckpointError, ConfigError, unknown_name
-from suture.repairs.modules import SurgeryModules
+from suture.errors import CheckpointError, ConfigError, shown, unknown_name
+from suture.repairs.affine_maps import AffineMaps
+from suture.repairs.modules import SurgeryModules, Variant
 from suture.repairs.network import FINAL, Block, Network, layers_of
 from suture.repairs.router import ROUTERS, Router
 
+Modules = SurgeryModules | AffineMaps
 _KEYS = ("kind", "tasks", "rank", "blocks", "variant")
 
 
@@ -36,7 +38,7 @@ class SurgeryModel(nn.Module):
     def __init__(
         self,
         backbone: nn.Module,
-        repairs: Mapping[str, SurgeryModules],
+        repairs: Mapping[str, Modules],
         tasks: Sequence[str],
         *,
         forward: Forward = call,
@@ -63,9 +65,9 @@ class SurgeryModel(nn.Module):
         return sum(tensor.numel() for tensor in self.repairs.state_dict().values())
 
     @property
-    def repair_at(self) -> dict[str, SurgeryModules]:
+    def repair_at(self) -> dict[str, Modules]:
         """Layer → modules."""
-        return dict(zip(self.layers, cast(Iterable[SurgeryModules], self.repairs), strict=True))
+        return dict(zip(self.layers, cast(Iterable[Modules], self.repairs), strict=True))
 
     def forward(self, inputs: Any, task: str | Int[Tensor, " row"] | None = None) -> Float[Tensor, "row dim"]:
         """The repaired features. `task`: one name for the batch, a task index per row, or None for the router.
@@ -107,11 +109,10 @@ class SurgeryModel(nn.Module):
         }
         last = self.repair_at[FINAL]
         facts: dict[str, Any] = {"kind": self.kind, "tasks": self.tasks, "blocks": self.network.blocks}
-        facts |= {"rank": last.rank, "variant": last.variant}
-        if self.router is not None:
-            tensors |= {f"router/{name}": tensor for name, tensor in self.router.state_dict().items()}
-            facts["router"] = self.router.name
-        save_checkpoint(tensors, path, {key: json.dumps(value) for key, value in facts.items()})
+        variants = {layer: repair.variant for layer, repair in self.repair_at.items()}
+        facts |= {"rank": last.rank, "variant": last.variant if len(set(variants.values())) == 1 else variants}
+        router, name = router_state(self.router)
+        save_checkpoint(tensors | router, path, {key: json.dumps(value) for key, value in facts.items()} | name)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], backbone: nn.Module, *, forward: Forward = call) -> "SurgeryModel":
@@ -123,7 +124,7 @@ class SurgeryModel(nn.Module):
             facts = _facts(file)
             blocks = [Block(*block) for block in facts["blocks"]]
             repairs = {layer: _read_modules(file, layer, facts) for layer in layers_of(blocks)}
-            router = _read_router(file, facts["router"]) if "router" in facts else None
+            router = read_router(file, facts["router"], len(facts["tasks"])) if "router" in facts else None
         model = cls(
             backbone, repairs, facts["tasks"], forward=forward, blocks=blocks, router=router, kind=facts["kind"]
         )
@@ -137,7 +138,7 @@ class SurgeryModel(nn.Module):
         if isinstance(task, str):
             index = self._index(task)
             return slice(index, index + 1)
-        return task if isinstance(task, slice) else task.to(self.repair_at[FINAL].down.device)
+        return task if isinstance(task, slice) else task.to(device_of(self.repair_at[FINAL]))
 
     def _index(self, task: str) -> int:
         if task not in self.tasks:
@@ -148,7 +149,7 @@ class SurgeryModel(nn.Module):
 class TaskModel(nn.Module):
     """A network with one task's modules: inputs → repaired features (B, dim)."""
 
-    def __init__(self, network: Network, repairs: Sequence[SurgeryModules]):
+    def __init__(self, network: Network, repairs: Sequence[Modules]):
         super().__init__()
         self.network, self.repairs = network, nn.ModuleList(repairs)
         self.eval()
@@ -170,11 +171,16 @@ def _facts(file: Checkpoint) -> dict[str, Any]:
     return facts
 
 
-def _read_modules(file: Checkpoint, layer: str, facts: Mapping[str, Any]) -> SurgeryModules:
+def _read_modules(file: Checkpoint, layer: str, facts: Mapping[str, Any]) -> Modules:
+    if facts["kind"] == "affine":
+        return _read_maps(file, len(facts["tasks"]))
     if f"{layer}/down" not in file:
         raise CheckpointError(f"'{file.label}' has no modules for {layer!r}. Remedy: save the model again.")
     down = file[f"{layer}/down"]
-    modules = SurgeryModules(facts["tasks"], down.shape[2], facts["rank"], variant=facts["variant"], dtype=down.dtype)
+    variant: Any = facts["variant"].get(layer) if isinstance(facts["variant"], Mapping) else facts["variant"]
+    if variant not in get_args(Variant):
+        raise CheckpointError(f"'{file.label}': {unknown_name('variant', shown(variant), get_args(Variant))}")
+    modules = SurgeryModules(facts["tasks"], down.shape[2], facts["rank"], variant=variant, dtype=down.dtype)
     try:
         modules.load_state_dict({name: file[f"{layer}/{name}"].clone() for name in modules.state_dict()})
     except (KeyError, RuntimeError) as error:
@@ -183,8 +189,33 @@ def _read_modules(file: Checkpoint, layer: str, facts: Mapping[str, Any]) -> Sur
     return modules
 
 
-def _read_router(file: Checkpoint, name: str) -> Router:
-    if name not in ROUTERS:
-        raise CheckpointError(f"'{file.label}': {unknown_name('router', name, ROUTERS)}")
+def _read_maps(file: Checkpoint, tasks: int) -> AffineMaps:
+    names = [f"{FINAL}/{name}" for name in ("weight", "bias")]
+    if missing := [name for name in names if name not in file]:
+        raise CheckpointError(f"'{file.label}' has no {missing[0]!r}. Remedy: save the model again.")
+    weight, bias = (file[name].clone() for name in names)
+    if weight.shape != (tasks, *bias.shape[1:], *bias.shape[1:]) or bias.shape != weight.shape[:2]:
+        shapes = f"{tuple(weight.shape)} and {tuple(bias.shape)}"
+        raise CheckpointError(f"'{file.label}': affine maps of the shapes {shapes} are none of {tasks} tasks.")
+    return AffineMaps(weight, bias)
+
+
+def router_state(router: Router | None) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """A router's tensors and metadata in a file of a repair; both are empty for None."""
+    if router is None:
+        return {}, {}
+    return {f"router/{name}": t for name, t in router.state_dict().items()}, {"router": json.dumps(router.name)}
+
+
+def read_router(file: Checkpoint, name: Any, tasks: int) -> Router:
+    """The router for so many tasks in a file of a repair; raises `CheckpointError` for an unknown or damaged one."""
+    if not isinstance(name, str) or name not in ROUTERS:
+        raise CheckpointError(f"'{file.label}': {unknown_name('router', shown(name), ROUTERS)}")
     state = {key.removeprefix("router/"): file[key].clone() for key in file if key.startswith("router/")}
-    return ROUTERS[name](**state)
+    try:
+        router = ROUTERS[name](**state)
+    except TypeError:
+        router = None
+    if router is None or not router.fits(tasks):
+        raise CheckpointError(f"'{file.label}': the router is damaged. Remedy: save the model again.")
+    return router

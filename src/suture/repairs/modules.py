@@ -16,6 +16,7 @@ from suture.repairs.network import FINAL
 
 Variant = Literal["standard", "centred", "normalised"]
 _NEARLY_DEAD = 0.1
+_NON_NEGATIVE = 0.99
 
 
 class SurgeryModules(nn.Module):
@@ -110,6 +111,24 @@ class SurgeryModules(nn.Module):
         return (hidden @ up.mT).view_as(z)
 
 
+def auto_variants(layers: Mapping[str, Sequence[Tensor]]) -> tuple[dict[str, Variant], tuple[str, ...]]:
+    """Layer → variant for `variant=auto`, from the features of every task at every layer, and a line that says so.
+
+    It is `centred` where at least 99% of the features are not negative, as after a ReLU: there D·z hardly changes sign,
+    so that a unit of the standard variant may never be active. Elsewhere it is `standard`.
+    """
+    shares: dict[str, float] = {}
+    for layer, tasks in layers.items():
+        shares[layer] = sum(int((rows >= 0).sum()) for rows in tasks) / max(1, sum(rows.numel() for rows in tasks))
+    centred = [layer for layer, share in shares.items() if share >= _NON_NEGATIVE]
+    variants: dict[str, Variant] = {layer: "centred" if layer in centred else "standard" for layer in layers}
+    if not centred:
+        return variants, ()
+    where = "" if len(centred) == len(layers) else f" at {', '.join(centred[:3])}{' …' if len(centred) > 3 else ''}"
+    share = min(shares[layer] for layer in centred)
+    return variants, (f"variant=centred{where}, because {100 * share:.4g}% of the features are ≥ 0.",)
+
+
 def active_shares(layers: Mapping[str, SurgeryModules], tasks: Sequence[str]) -> dict[str, float]:
     """Per task, the share of its units, over all layers, that have been active."""
     fired = torch.cat([modules.fired.cpu() for modules in layers.values() if modules.fired is not None], dim=1)
@@ -122,10 +141,11 @@ def dead_warnings(layers: Mapping[str, SurgeryModules], tasks: Sequence[str]) ->
     for i, (task, share) in enumerate(active_shares(layers, tasks).items()):
         dead = [layer for layer, m in layers.items() if m.fired is not None and not m.fired[i].any()]
         if share <= _NEARLY_DEAD or dead:
+            remedy = "repair=affine" if all(m.variant == "centred" for m in layers.values()) else "variant=centred"
             where = f", none at {', '.join(dead[:3])}{' …' if len(dead) > 3 else ''}" if dead else ""
             warnings.append(
                 f"Task {task!r}: only {share:.0%} of the repair's units are ever active on its inputs{where}; "
-                f"an inactive module corrects nothing. Remedy: variant=centred."
+                f"an inactive module corrects nothing. Remedy: {remedy}."
             )
     return tuple(warnings)
 

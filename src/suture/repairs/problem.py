@@ -40,7 +40,8 @@ class Problem:
 
     `experts` is a mapping task → module, or a function that returns a task's module and may load all of them into one
     shared module, but not into `module`. Inputs are encoded `encode_batch` at a time; with a folder `cache` the
-    encodings are stored there in memory-mapped files.
+    encodings are stored there in memory-mapped files. `base` is the pretrained model's state under the module's names,
+    without the tensors that no repair may change because all models share them.
     """
 
     module: nn.Module
@@ -52,6 +53,7 @@ class Problem:
     resume: Resume | None = None
     on_step: OnStep | None = None
     track: Track = untracked
+    base: Mapping[str, Tensor] | None = None
     passes: ForwardPasses = field(default_factory=ForwardPasses)
     _widths: dict[tuple[Block, ...], int] = field(init=False, repr=False, compare=False, default_factory=dict)
 

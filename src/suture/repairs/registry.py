@@ -22,13 +22,15 @@ F = TypeVar("F", bound=Callable[..., Any])
 class RepairKind:
     """One kind of repair: `function(problem, **knobs)` fits it and returns a `RepairResult`.
 
-    `scored_while_fitting`: whether a run may score it every few steps, because only its modules change.
+    `scored_while_fitting`: whether a run may score it every few steps, because only its modules change. `static`:
+    whether it changes the weights, so that its result is one model for all tasks, which other repairs can start from.
     """
 
     name: str
     function: Callable[..., Any]
     paper: str
     scored_while_fitting: bool = False
+    static: bool = False
 
     @cached_property
     def knobs(self) -> Knobs:
@@ -36,12 +38,12 @@ class RepairKind:
         return Knobs(f"repair={self.name}", self.function, group="repair")
 
 
-def repair_kind(*, paper: str, scored_while_fitting: bool = False) -> Callable[[F], F]:
-    """Register the decorated function as a kind of repair under its own name."""
+def repair_kind(*, paper: str, **properties: bool) -> Callable[[F], F]:
+    """Register the decorated function as a kind of repair under its own name, with the properties of `RepairKind`."""
 
     def register(function: F) -> F:
         name = function.__name__
-        _KINDS[name] = RepairKind(name, function, paper, scored_while_fitting)
+        _KINDS[name] = RepairKind(name, function, paper, **properties)
         return function
 
     return register

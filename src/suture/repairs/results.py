@@ -10,12 +10,14 @@ from torch import Tensor
 
 from suture.repairs.blended_model import BlendModel
 from suture.repairs.comparison import Representation
+from suture.repairs.masked_model import MaskedModel
 from suture.repairs.model import SurgeryModel
 from suture.repairs.modules import SurgeryModules, active_shares, dead_warnings
 from suture.repairs.network import Block
 from suture.repairs.problem import ForwardPasses, Problem
+from suture.repairs.static_model import StaticModel
 
-RepairedModel = SurgeryModel | BlendModel
+RepairedModel = SurgeryModel | BlendModel | StaticModel | MaskedModel
 
 
 class Stream(NamedTuple):
@@ -36,14 +38,15 @@ class RepairResult:
     - `model`: inputs, task → repaired features; `model.for_task(task)` is a plain module.
     - `losses`: (step, task) the loss of each task before each step; nan where a task had no step.
     - `active`: per task, the share of its modules' units that were active on its inputs; empty for blends.
-    - `warnings`: warnings for the user, one line each.
+    - `warnings`: warnings and decisions for the user, one line each.
     - `added_parameters`: the number of parameters that the repair adds, for all tasks.
     - `passes`: the number of inputs through the merged module and through experts, without cached ones.
     - `encoders`: the number of encoders that run at inference.
     - `stages`: share of the stream → the repaired model after it, and `stream`, for online repairs.
 
-    A run adds the `name` of the repair's row, the `split` that it was fitted on, `scores` (step → mean accuracy while
-    fitting), the `representation` compared with the experts', and the folder of the cached `encodings`.
+    A run adds the `name` of the repair's row, the `chain` of kinds that it is the last of, the `split` that it was
+    fitted on and the number of `inputs` of all tasks, the `seconds` that merge and repair took, `scores` (step → mean
+    accuracy while fitting), the `representation` compared with the experts', and the folder of the cached `encodings`.
     """
 
     kind: str
@@ -57,6 +60,9 @@ class RepairResult:
     stages: Mapping[float, SurgeryModel] = field(default_factory=dict)
     stream: Stream | None = None
     name: str = ""
+    chain: tuple[str, ...] = ()
+    inputs: int = 0
+    seconds: float = 0.0
     split: Literal["train", "test"] | None = None
     scores: Mapping[int, float] = field(default_factory=dict)
     representation: Representation | None = None
@@ -67,12 +73,42 @@ class RepairResult:
         """The tasks, in the order of the columns of `losses`."""
         return tuple(self.model.tasks)
 
+    @property
+    def learned(self) -> str:
+        """What was learned, and from which inputs, in words; nothing for masks, which only take weights."""
+        if isinstance(self.model, MaskedModel):
+            return ""
+        what = "modules" if self.tensors is None else "weights"
+        how = f"{len(self.losses):,} steps" if len(self.losses) else "solved"
+        return f"{what}, {how}{self._of_inputs}"
+
+    @property
+    def learned_for_routing(self) -> str:
+        """As `learned`, for use with the router."""
+        return self.learned or f"router{self._of_inputs}"
+
+    @property
+    def _of_inputs(self) -> str:
+        each = self.inputs / max(1, len(self.tasks))
+        return f" on {each:,.0f} {self.split} inputs a task" if self.inputs else ""
+
+    @property
+    def tensors(self) -> Mapping[str, Tensor] | None:
+        """The repaired weights under the module's own names; None if the repair is beside the weights."""
+        return self.model.tensors if isinstance(self.model, StaticModel) else None
+
 
 def surgery_result(
-    kind: str, problem: Problem, repairs: dict[str, SurgeryModules], losses: Tensor, blocks: tuple[Block, ...] = ()
+    kind: str,
+    problem: Problem,
+    repairs: dict[str, SurgeryModules],
+    losses: Tensor,
+    blocks: tuple[Block, ...] = (),
+    *,
+    notes: tuple[str, ...] = (),
 ) -> RepairResult:
-    """The result of a repair with surgery modules that have recorded their active units."""
-    active, warnings = active_shares(repairs, problem.tasks), dead_warnings(repairs, problem.tasks)
+    """The result of a repair with surgery modules that have recorded their active units; `notes` are for the user."""
+    active, warnings = active_shares(repairs, problem.tasks), (*notes, *dead_warnings(repairs, problem.tasks))
     for modules in repairs.values():
         modules.fired = None
     model = SurgeryModel(problem.module, repairs, problem.tasks, forward=problem.forward, blocks=blocks)

@@ -35,6 +35,12 @@ class CentroidRouter(nn.Module):
         """The task index of each row."""
         return self.owner[_nearest(normalize(features, dim=-1), self.centroids)]
 
+    def fits(self, tasks: int) -> bool:
+        """Whether shapes and owners are those of a router for so many tasks."""
+        shape, owner = self.centroids.shape, self.owner
+        whole = len(shape) == 2 and owner.shape == shape[:1] and owner.dtype == torch.int64 and len(owner) > 0
+        return whole and bool(((owner >= 0) & (owner < tasks)).all())
+
 
 class LinearRouter(nn.Module):
     """The task of the largest output of a linear probe. weight: (task, dim); bias: (task,)."""
@@ -52,6 +58,10 @@ class LinearRouter(nn.Module):
     def forward(self, features: Float[Tensor, "row dim"]) -> Int[Tensor, " row"]:
         """The task index of each row."""
         return (normalize(features, dim=-1) @ self.weight.T + self.bias).argmax(-1)
+
+    def fits(self, tasks: int) -> bool:
+        """Whether the shapes are those of a router for so many tasks."""
+        return self.weight.ndim == 2 and len(self.weight) == tasks and self.bias.shape == (tasks,)
 
 
 Router = CentroidRouter | LinearRouter

@@ -10,6 +10,7 @@ from suture.reporting.run_folder import FinishedRun, is_reference, read, read_al
 from suture.reporting.sweep import curves_of, knobs_that_differ
 from suture.storage.atomic import write_text
 
+_BY_ROW = ("learning", "repairs", "seconds")
 _OF_A_MODEL = ("learning", "objective", "scatter", "explained")
 
 
@@ -30,7 +31,10 @@ def compared(runs: Sequence[FinishedRun]) -> FinishedRun:
     """The data of several runs as those of one; rows that they have in common appear once."""
     _refuse_other_tasks(runs)
     names = _names(runs)
-    merged = {key: _joined(runs, names, lambda run, key=key: run.data.get(key, {})) for key in ("learning", "repairs")}
+    merged = {
+        key: _joined(runs, names, lambda run, key=key: run.data.get(key, {}))
+        for key in ("learning", "repairs", "seconds")
+    }
     points = {key: _joined(runs, names, lambda run, key=key: run.points.get(key, {})) for key in _OF_A_MODEL}
     data = {
         "title": f"{len(runs)} runs compared",

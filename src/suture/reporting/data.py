@@ -18,6 +18,7 @@ class Report:
 
     `pretrained` and `experts` are among the `rows`; without them there is no gap to report. `curves`: knob → model →
     value of the knob → mean accuracy. `matrix`: a row per expert, on every task. `profile`: activity → seconds.
+    `search`: the trials of a search for knobs, and the score and inputs that they were compared by.
     """
 
     title: str
@@ -33,6 +34,7 @@ class Report:
     learning: Mapping[str, AdaMergingResult] = field(default_factory=dict)
     repairs: Mapping[str, RepairResult] = field(default_factory=dict)
     matrix: Sequence[Row] = ()
+    search: Mapping[str, Any] | None = None
 
     @property
     def tasks(self) -> list[str]:
@@ -68,6 +70,8 @@ class Report:
             "matrix": {row.name: dict(row.accuracies) for row in self.matrix},
             "learning": {name: learning_data(learned) for name, learned in self.learning.items()},
             "repairs": {name: repair_data(fitted) for name, fitted in self.repairs.items()},
+            "seconds": {row.name: row.seconds for row in self.rows if row.seconds is not None},
+            "search": None if self.search is None else dict(self.search),
             "profile_seconds": dict(self.profile),
             "notes": list(self.notes),
             "config": dict(self.config),
@@ -81,6 +85,8 @@ class Report:
             "merge": row.merge,
             "repair": row.repair,
             "routed": row.routed,
+            "needs_task": row.needs_task,
+            "learned": row.learned,
             "accuracies": dict(row.accuracies),
             "mean": _known(row.mean),
             "normalised_mean": _known(self.normalised(row)),
@@ -154,3 +160,13 @@ def cells(report: Report, row: Row) -> list[str]:
     """One row of the accuracy table, in percent."""
     accuracies = [percent(row.accuracies.get(task)) for task in report.tasks]
     return [row.name, *accuracies, *map(percent, (row.mean, report.normalised(row), report.gap_closed(row)))]
+
+
+#: The column heads of a row's cost: what it needs to be made, and to be used.
+COSTS = ("task's name", "learned", "seconds")
+
+
+def costs(row: Mapping[str, Any], seconds: float | None) -> list[str]:
+    """What a row of report.json costs: the task's name at inference, what was learned, and the seconds that it took."""
+    needed = "needed" if row.get("needs_task") else "routed" if row.get("routed") else "–"
+    return [needed, row.get("learned") or "–", "–" if seconds is None else f"{seconds:.1f}"]

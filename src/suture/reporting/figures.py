@@ -17,7 +17,7 @@ from suture.reporting.rendering import save
 from suture.reporting.run_folder import FinishedRun
 
 #: The first sections of the page, in order; any others follow.
-_SECTIONS = ("Task by task", "Sweeps", "Every model on every task", "Coefficients", "Repair")
+_SECTIONS = ("Task by task", "Sweeps", "Every model on every task", "Search", "Coefficients", "Repair")
 _OF_MODELS = ("learning", "repairs")  # parts of report.json whose keys are names of models
 
 

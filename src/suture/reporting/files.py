@@ -3,11 +3,11 @@
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from suture.reporting.data import Report, cells, columns
+from suture.reporting.data import COSTS, Report, cells, columns, costs
 from suture.reporting.figures import draw
 from suture.reporting.page import page
 from suture.reporting.points import points_of
@@ -43,9 +43,9 @@ def _finite(value: Any) -> Any:
 def _markdown(report: Report, figures: list[Path]) -> str:
     heads = columns(report)
     table = [
-        _line(heads),
-        _line(["---", *["---:"] * (len(heads) - 1)]),
-        *(_line(cells(report, r)) for r in report.rows),
+        _line([*heads, *COSTS]),
+        _line(["---", *["---:"] * (len(heads) - 1), "---", "---", "---:"]),
+        *(_line([*cells(report, r), *costs(asdict(r), r.seconds)]) for r in report.rows),
     ]
     counts = ", ".join(f"{task} {count}" for task, count in report.samples.items())
     pictures = [f"![{figure.stem}](figures/{figure.with_suffix('.png').name})" for figure in figures]

@@ -13,7 +13,7 @@ from importlib.resources import files
 from typing import Any
 
 from suture.reporting.chart import Chart
-from suture.reporting.data import percent
+from suture.reporting.data import COSTS, costs, percent
 from suture.reporting.figures import charts_of
 from suture.reporting.rendering import runtime
 from suture.reporting.run_folder import FinishedRun, flat, is_reference
@@ -21,7 +21,9 @@ from suture.reporting.run_folder import FinishedRun, flat, is_reference
 Block = Chart | str
 _DESTINATIONS = ("output", "overwrite", "reuse", "choices.", "hydra")  # keys that do not affect a run's results
 _ABOUT = """Accuracy in %. Norm.: mean over tasks of accuracy / expert accuracy. Gap closed: (model − pretrained) /
-(experts − pretrained) of the means. Click a column head to sort."""
+(experts − pretrained) of the means. Task's name: whether the model must be told which task an input belongs to, or a
+router chooses it. Learned: what was learned, and from which inputs; – where only weights were read. Seconds: to merge
+and repair. Click a column head to sort."""
 
 
 def page(run: FinishedRun, *, interactive: bool = True) -> str:
@@ -137,11 +139,11 @@ def _percents(value: float | None) -> str:
 def _table(data: Mapping[str, Any]) -> str:
     if not data["rows"]:
         return ""
-    heads = ["model", *data["tasks"], "mean", "norm.", "gap closed"]
+    heads = ["model", *data["tasks"], "mean", "norm.", "gap closed", *COSTS]
     head = "".join(f"<th scope=col><button type=button>{escape(name)}</button></th>" for name in heads)
     body = "".join(_table_row(data, row) for row in data["rows"])
     counts = "".join(f"<td>{data['samples'].get(task, '')}</td>" for task in data["tasks"])
-    foot = f"<tfoot><tr><th scope=row>samples</th>{counts}<td></td><td></td><td></td></tr></tfoot>"
+    foot = f"<tfoot><tr><th scope=row>samples</th>{counts}{'<td></td>' * (3 + len(COSTS))}</tr></tfoot>"
     return f"""<section><h2>Accuracy</h2><div class=wide><table id=accuracy class=sortable>
 <thead><tr>{head}</tr></thead><tbody>{body}</tbody>{foot}</table></div><p class=note>{_ABOUT}</p></section>"""
 
@@ -152,7 +154,11 @@ def _table_row(data: Mapping[str, Any], row: Mapping[str, Any]) -> str:
     kind = " class=reference" if is_reference(row) else ""
     closed = _cell(row["gap_closed"], f' class=bar style="--share: {100 * share:.1f}%"')
     name = escape(row["name"]).replace("_", "_<wbr>")
-    return f"<tr{kind}><th scope=row>{name}</th>{''.join(map(_cell, values))}{closed}</tr>"
+    taken = data["seconds"].get(row["name"])
+    named, learned, seconds = map(escape, costs(row, taken))
+    value = "" if taken is None else float(taken)
+    cost = f'<td class=text>{named}</td><td class=text>{learned}</td><td data-value="{value}">{seconds}</td>'
+    return f"<tr{kind}><th scope=row>{name}</th>{''.join(map(_cell, values))}{closed}{cost}</tr>"
 
 
 def _cell(value: float | None, attributes: str = "") -> str:

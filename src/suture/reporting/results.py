@@ -72,7 +72,8 @@ class Scoring:
             return replace(result, name=name)
         row = Row(name, {}, role=role)
         if isinstance(result, RepairResult):
-            row = replace(row, role="repair", repair=result.kind)
+            facts = {"needs_task": result.tensors is None, "learned": result.learned}
+            row = replace(row, role="repair", repair=result.kind, **facts)
         return _SCORER.row(row, self._model(result), self.tasks)
 
     def _model(self, result: Any) -> Any:

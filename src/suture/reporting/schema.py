@@ -34,6 +34,8 @@ class RowData(TypedDict):
     repair: NotRequired[str | None]
     merge: NotRequired[str | None]
     routed: NotRequired[bool]
+    needs_task: NotRequired[bool]
+    learned: NotRequired[str]
 
 
 class LearningData(TypedDict):
@@ -74,6 +76,24 @@ class RepairData(TypedDict):
     representation: NotRequired[RepresentationData]
 
 
+class TrialData(TypedDict):
+    """One point of a search, knob → value, and its score."""
+
+    point: dict[str, Number]
+    score: Number | None
+
+
+class SearchData(TypedDict):
+    """The trials of a search, and the score and inputs that they were compared by; `best` is the number of one."""
+
+    score: str
+    split: str
+    num_inputs: Count
+    labels: bool
+    best: Count
+    trials: Annotated[list[TrialData], Len(1)]
+
+
 class ReportData(TypedDict):
     """report.json."""
 
@@ -84,6 +104,8 @@ class ReportData(TypedDict):
     command: NotRequired[str]
     curves: NotRequired[dict[str, dict[str, list[Annotated[list[Number], Len(2, 2)]]]]]
     matrix: NotRequired[dict[str, dict[str, Number | None]]]
+    search: NotRequired[SearchData | None]
+    seconds: NotRequired[dict[str, Number]]
     learning: NotRequired[dict[str, LearningData]]
     repairs: NotRequired[dict[str, RepairData]]
     profile_seconds: NotRequired[dict[str, Annotated[float, Ge(0), Le(1e12)]]]

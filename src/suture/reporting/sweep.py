@@ -9,7 +9,7 @@ from typing import Any
 from suture.evaluation import Row
 from suture.reporting.data import Report
 from suture.reporting.files import write
-from suture.reporting.run_folder import is_reference, read
+from suture.reporting.run_folder import flat, is_reference, read
 
 Curves = dict[str, dict[str, dict[float, float]]]  # knob → model → value of the knob → mean accuracy
 
@@ -57,7 +57,9 @@ def curves_of(runs: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, list[lis
 
 def _row(data: Mapping[str, Any], run: Mapping[str, Any], name: str | None = None) -> Row:
     kind = {key: data[key] for key in ("role", "merge", "repair", "routed")}
-    return Row(name or data["name"], data["accuracies"], run["samples"], **kind)
+    kind |= {key: data[key] for key in ("needs_task", "learned") if key in data}
+    seconds = run.get("seconds", {}).get(data["name"])
+    return Row(name or data["name"], data["accuracies"], run["samples"], seconds=seconds, **kind)
 
 
 def _swept(runs: Sequence[Mapping[str, Any]]) -> dict[str, Row]:
@@ -83,7 +85,8 @@ def _differing(run: Mapping[str, Any], runs: Sequence[Mapping[str, Any]], group:
         return {}
     others = [r["config"][group] for r in runs if isinstance(r["config"].get(group), Mapping)]
     peers = [other for other in others if other.get(kind) == own.get(kind)]
-    return {knob: own[knob] for knob in own if len({str(peer.get(knob)) for peer in peers}) > 1}
+    knobs, several = dict(flat(own)), [dict(flat(peer)) for peer in peers]
+    return {knob: value for knob, value in knobs.items() if len({str(peer.get(knob)) for peer in several}) > 1}
 
 
 def _curves(runs: Sequence[Mapping[str, Any]]) -> Curves:

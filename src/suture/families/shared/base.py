@@ -154,6 +154,13 @@ class Family(ABC):
         for path in companion_files(self.directory) if self._directory else ():
             shutil.copyfile(path, out / path.name)
 
+    def write_heads(self, out: Path, heads: Mapping[str, Head]) -> bool:
+        """Replace tasks' heads in a saved directory; False if this family's directories hold no heads of single tasks.
+
+        Raises `ConfigError` for a head that does not fit in the place of the task's own.
+        """
+        return False
+
     def save(self, state: Mapping[str, Tensor], out: Path) -> None:
         """Write a directory that loads without suture: merged tensors in the base's names and dtypes, companions."""
         from suture.checkpoints import open_checkpoint, save_checkpoint

@@ -124,6 +124,22 @@ class Classification(Family):
                 continue
             self._write_task(out, out / "tasks" / name, name, classes)
 
+    def write_heads(self, out: Path, heads: Mapping[str, Head]) -> bool:
+        """Replace the last linear layers of the models in `tasks/NAME`."""
+        for name, head in heads.items():
+            rest = self._rest(name, self._classes(name))
+            last, tensors = rest.last_linear(self._split.width), self._head_tensors(name)
+            own: dict[Tensor, str] = {parameter: key for key, parameter in rest.model.named_parameters()}
+            if last is None or (last.bias is None and head.bias is not None):
+                raise ConfigError(f"The head of '{name}' has no linear layer with a bias; wanted one to replace.")
+            new = {last.weight: head.weights} | ({} if head.bias is None else {last.bias: head.bias})
+            for parameter, value in new.items():
+                key = own[parameter]
+                tensors[key] = value.detach().to(tensors[key]).view_as(tensors[key])
+            stored = {key: tensor.contiguous() for key, tensor in tensors.items()}
+            save_checkpoint(stored, out / "tasks" / name / _HEAD, metadata={"format": "pt"})
+        return True
+
     @cached_property
     def config(self) -> Any:
         """The pretrained model's configuration; raises `CheckpointError` if it cannot be read."""

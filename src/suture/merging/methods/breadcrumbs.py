@@ -45,7 +45,7 @@ def breadcrumbs_band(
     paper="https://arxiv.org/abs/2312.06795",
     scale="scaling_factor",
     gather=breadcrumbs_band,
-    searches=True,
+    searches=1,
     passes=lambda **knobs: 3,
 )
 def breadcrumbs(

@@ -49,7 +49,7 @@ def _passes(*, select_topk: float) -> int:
     paper="https://arxiv.org/abs/2408.07990",
     gather=sce_statistic,
     num_models=(2, float("inf")),
-    searches=True,
+    searches=1,
     passes=_passes,
 )
 def sce(

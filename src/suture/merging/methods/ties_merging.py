@@ -101,7 +101,7 @@ def _disjoint_merge(trimmed: list[Tensor], side: Tensor, merge_func: str, weight
     paper="https://arxiv.org/abs/2306.01708",
     gather=trim_thresholds,
     vote=_merge_and_vote,
-    searches=True,
+    searches=1,
     scale="scaling_factor",
 )
 def ties_merging(

@@ -44,12 +44,13 @@ function legend(view, entries) {
 
 function sort(table, column) {
   const head = table.tHead.rows[0].cells[column];
-  const up = column === 0 ? head.ariaSort !== "ascending" : head.ariaSort === "descending";
+  const text = table.tBodies[0].rows[0]?.cells[column].dataset.value === undefined;
+  const up = text ? head.ariaSort !== "ascending" : head.ariaSort === "descending";
   for (const cell of table.tHead.rows[0].cells) cell.removeAttribute("aria-sort");
   head.ariaSort = up ? "ascending" : "descending";
-  const key = (row) => (column ? Number.parseFloat(row.cells[column].dataset.value) : row.cells[0].textContent);
-  const order = (a, b) => (column ? a - b : a.localeCompare(b));
-  const known = (row) => column === 0 || !Number.isNaN(key(row));
+  const key = (row) => (text ? row.cells[column].textContent : Number.parseFloat(row.cells[column].dataset.value));
+  const order = (a, b) => (text ? a.localeCompare(b) : a - b);
+  const known = (row) => text || !Number.isNaN(key(row));
   const rows = [...table.tBodies[0].rows];
   const sorted = rows.filter(known).sort((a, b) => (up ? order(key(a), key(b)) : order(key(b), key(a))));
   table.tBodies[0].append(...sorted, ...rows.filter((row) => !known(row)));

@@ -1,0 +1,335 @@
+"""Feature calibration: a merged model's own weights, solved block by block to give what the experts' layers give.
+
+https://arxiv.org/abs/2605.13030. Blocks are visited in forward order on two paths a task: the student's, through blocks
+that are calibrated already, and the expert's own. Each block runs once uncalibrated on both, which gives the sums of
+all its layers; then all of them are solved, and the student's path goes on through the solved block. Nothing is added
+to the model.
+"""
+
+import copy
+from collections import defaultdict
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Annotated, Any
+
+import torch
+from annotated_types import Ge, Gt, Le
+from torch import Tensor, nn
+
+from suture.adaptation.blocks import Block, find_blocks, frozen_copy, submodule
+from suture.adaptation.grams import Positions
+from suture.adaptation.layer_calls import Call, Layer, LayerCalls
+from suture.adaptation.layer_weights import write_layer
+from suture.adaptation.walk import Store, Walk, make_plan, new_store, probe_of
+from suture.core.batches import size, to_device
+from suture.errors import ConfigError, DataError, IncompatibleModels
+from suture.merging.overflow import refuse_overflow
+from suture.repairs.anchored import LayerSums, TaskSums
+from suture.repairs.batch_norm import calibrate_batch_norm
+from suture.repairs.problem import Problem, split
+from suture.repairs.read_tokens import full_layers, reads_first_token_only
+from suture.repairs.registry import repair_kind
+from suture.repairs.results import RepairResult
+from suture.repairs.static_model import StaticModel
+
+_DOUBLE_BELOW = 1e-3  # the ridge below which sums of float32 products are not exact enough
+_LATER_ANCHOR = 1.5  # a second pass with more diverges
+_LISTED = 3
+
+
+@repair_kind(paper="https://arxiv.org/abs/2605.13030", static=True)
+def calibrate(
+    problem: Problem,
+    *,
+    anchor: Annotated[float, Ge(0)] = 2.2,
+    ridge: Annotated[float, Gt(0)] = 0.05,
+    mix: Annotated[float, Ge(0), Le(1)] = 0.25,
+    other_tokens: Annotated[float, Ge(0), Le(1)] = 0.01,
+    full: list[str] | None = None,
+    num_passes: Annotated[int, Ge(1), Le(2)] = 1,
+    blocks: str | list[str] | None = None,
+) -> RepairResult:
+    """Solve the layers of every block by least squares anchored at the merged weights; no labels, no gradients.
+
+    Targets are what the expert's layer gives for `mix` · its own input + (1 − mix) · the student's input, and every
+    solution is drawn by `ridge` to the pretrained weights + `anchor` · (merged − pretrained). Solved are the matrices,
+    kernels and biases of linear layers and convolutions, the scales and shifts of norms, and for BatchNorm layers also
+    the statistics, which are measured anew on the calibrated path. What lies outside of the blocks stays as merged, but
+    for BatchNorm layers.
+
+    Padding never counts. If only the first token of the last block is read, its other tokens have the weight
+    `other_tokens`, except in the layers that feed keys and values: those whose names `full` lists, or by default those
+    through which other tokens reach the feature. A second pass starts from the result of the first, with an anchor of
+    at most 1.5. `blocks`: see `find_blocks`; in a module without a list of blocks every layer counts as one.
+    """
+    chosen = _chosen_blocks(problem, blocks)
+    settings = _Settings(anchor, ridge, mix, other_tokens, None if full is None else tuple(full))
+    warnings: list[str] = []
+    if problem.base is None:
+        warnings.append("There is no base, so weights are anchored at the merged ones. Remedy: repair(…, base=…).")
+    student = copy.deepcopy(problem.module).eval().requires_grad_(False)
+    for number in range(num_passes):
+        if number:
+            settings = replace(settings, anchor=min(anchor, _LATER_ANCHOR))
+        with new_store(problem.cache) as store:
+            lines = _Calibration(problem, student, chosen, settings, store).run()
+        warnings += [line for line in lines if line not in warnings]
+    model = StaticModel(student, problem.tasks, forward=problem.forward, kind="calibrate")
+    losses = torch.zeros(0, len(problem.tasks), dtype=torch.float64)
+    return RepairResult("calibrate", model, losses, warnings=tuple(warnings), passes=problem.passes)
+
+
+@dataclass(frozen=True)
+class _Settings:
+    anchor: float
+    ridge: float
+    mix: float
+    other_tokens: float
+    full: tuple[str, ...] | None
+
+
+class _Calibration:
+    """One pass over all blocks, which changes `student`."""
+
+    def __init__(
+        self, problem: Problem, student: nn.Module, blocks: Sequence[Block], settings: _Settings, store: Store
+    ):
+        self.problem, self.student, self.blocks = problem, student, blocks
+        self.settings, self.store = settings, store
+        self.batches = {task: list(split(inputs, problem.encode_batch)) for task, inputs in problem.inputs.items()}
+        probe = to_device(probe_of(problem.inputs), problem.device)
+        self.plan = make_plan(student, problem.forward, [block.path for block in blocks], probe)
+        self.experts = _Experts(problem)
+        self._aliases = _aliases(student)
+        self.full, self.others = self._tokens(probe)
+        self.warnings: list[str] = []
+
+    def run(self) -> list[str]:
+        """Calibrate every block; returns warnings, one line each."""
+        students = {task: self._walk(self.student, task) for task in self.batches}
+        experts: dict[str, Walk] = {}
+        with self.problem.track("Calibrating", len(self.blocks) * len(self.batches)) as advance:
+            for i in range(len(self.blocks)):
+                total = LayerSums(ridge=self.settings.ridge, mix=self.settings.mix)
+                seen: dict[Layer, None] = {}
+                states = {}
+                for task, walk in students.items():
+                    module = self.experts[task]
+                    path = experts.setdefault(task, self._walk(module, task))
+                    path.module = module
+                    states[task] = _weights_of(module, submodule(self.student, self.blocks[i].path), self.blocks[i])
+                    total.add(self._sums(i, walk, path, states[task], seen, task), states[task])
+                    advance(1)
+                self._solve(i, total, seen)
+                self._measure_batch_norms(i, students, seen, states)
+                self._go_on(i, students)
+        for task in self.batches:
+            self.problem.passes.merged += 2 * size(self.problem.inputs[task])
+            self.problem.passes.experts += size(self.problem.inputs[task])
+        return self.warnings
+
+    def _walk(self, module: nn.Module, task: str) -> Walk:
+        return Walk(module, self.problem.forward, self.plan, self.batches[task], self.store)
+
+    def _tokens(self, probe: Any) -> tuple[frozenset[Layer], float]:
+        """The layers of the last block in which all tokens count, and the weight of the other tokens elsewhere."""
+        last, settings = self.blocks[-1], self.settings
+        if settings.other_tokens == 1 or not reads_first_token_only(self.student, self.problem.forward, last, probe):
+            return frozenset(), 1.0
+        full = full_layers(self.student, self.problem.forward, last, probe, settings.full)
+        return full, settings.other_tokens
+
+    def _sums(
+        self, i: int, student: Walk, expert: Walk, state: Mapping[str, Tensor], seen: dict[Layer, None], task: str
+    ) -> TaskSums:
+        """The sums of one task over both paths; the expert's goes on to the next block."""
+        last = i == len(self.blocks) - 1
+        double = self.settings.ridge < _DOUBLE_BELOW or any(t.dtype == torch.float64 for t in state.values())
+        sums = TaskSums(double=double, full=self.full if last else frozenset())
+        for batch, inputs in enumerate(student.batches):
+            theirs, output = _watched(expert, i, batch, outputs=True)
+            if not last:
+                expert.keep(i, batch, output)
+            mine, output = _watched(student, i, batch, outputs=False)
+            positions = self._positions(i, inputs, output)
+            if positions.padded and (routed := next((layer for layer in mine if layer.routed), None)):
+                line = f"'{routed.weight}' is a stack of experts: padding that is sent to them counts in their sums."
+                self.warnings += [] if line in self.warnings else [line]
+            seen.update(dict.fromkeys(mine))
+            sums.add({layer: calls for layer, calls in mine.items() if layer.weight in state}, theirs, state, positions)
+            if batch == len(student.batches) - 1:
+                self._refuse_non_finite(sums, task, i)
+        return sums
+
+    def _positions(self, i: int, inputs: Any, output: Any) -> Positions:
+        block, first = self.blocks[i], output[0] if isinstance(output, tuple) else output
+        tokens = first.dim() == 3 and block.channel_axis in (-1, 2)
+        sequence_first = tokens and block.batch_axis == 1
+        length = first.shape[1 - block.batch_axis] if tokens else 1
+        others = self.others if i == len(self.blocks) - 1 else 1.0
+        return Positions.of(inputs, size(inputs), length=length, others=others, sequence_first=sequence_first)
+
+    def _refuse_non_finite(self, sums: TaskSums, task: str, i: int) -> None:
+        for layer, each in sums.grams.items():
+            if not each.isfinite().all():
+                raise DataError(
+                    f"Task {task!r}: the inputs of '{layer.weight}' are not finite in block '{self.blocks[i].path}'. "
+                    "Remedy: check the inputs and the merged weights, or run in float32."
+                )
+
+    def _solve(self, i: int, total: LayerSums, seen: Mapping[Layer, None]) -> None:
+        part = submodule(self.student, self.blocks[i].path)
+        anchors = self._anchors(i)
+        own = set(self._own([layer for layer in seen if layer.kind != "batch_norm"], i, anchors))
+        solvable = [layer for layer in total.layers if layer in own]
+        for layer, (weight, bias) in total.solve(anchors, solvable, self.warnings).items():
+            for tensor, name in ((weight, layer.weight), (bias, layer.bias)):
+                if tensor is not None and name is not None:
+                    refuse_overflow(name, tensor, tensor.to(self.student.get_parameter(name).dtype))
+            write_layer(layer, self.student, weight, bias)
+        self.warnings += _silent(
+            part, self.blocks[i].path, {a for layer in seen for a in self._aliases.get(layer.weight, ())}
+        )
+
+    def _anchors(self, i: int) -> dict[str, Tensor]:
+        """Pretrained + anchor · (merged − pretrained), in float64, for a block's parameters that the base has."""
+        prefix = f"{self.blocks[i].path}."
+        anchors = {}
+        for name, tensor in self.student.named_parameters():
+            if not name.startswith(prefix):
+                continue
+            base = None if self.problem.base is None else self.problem.base.get(name)
+            if self.problem.base is None:
+                anchors[name] = tensor.double()
+            elif base is not None:
+                start = base.to(tensor.device, torch.float64)
+                anchors[name] = start + self.settings.anchor * (tensor.double() - start)
+        return anchors
+
+    def _own(self, layers: Iterable[Layer], i: int, anchors: Mapping[str, Tensor]) -> list[Layer]:
+        """The layers that are to be solved: those whose tensors lie in this block alone, and that the base has."""
+        prefix, own = f"{self.blocks[i].path}.", []
+        for layer in layers:
+            names = {
+                alias: name for name in (layer.weight, layer.bias) if name for alias in self._aliases.get(name, ())
+            }
+            inside = [alias.startswith(prefix) for alias in names]
+            if any(inside) and not all(inside):
+                others = ", ".join(repr(alias) for alias in names if alias != names[alias])
+                line = f"'{layer.weight}' is also used as {others}, in another block or none: left as merged."
+                self.warnings += [] if line in self.warnings else [line]
+            elif all(name in anchors for name in names.values()):
+                own.append(layer)
+        return own
+
+    def _measure_batch_norms(
+        self, i: int, students: Mapping[str, Walk], seen: Mapping[Layer, None], states: Mapping[str, Any]
+    ) -> None:
+        anchors = self._anchors(i)
+        for layer in seen:
+            if layer.kind == "batch_norm":
+                calibrate_batch_norm(layer, i, students, states, anchors, self.settings.ridge)
+
+    def _go_on(self, i: int, students: Mapping[str, Walk]) -> None:
+        if i < len(self.blocks) - 1:
+            for walk in students.values():
+                for batch in range(len(walk.batches)):
+                    walk.keep(i, batch, walk.run(i, batch))
+
+
+class _Experts:
+    """Task → a frozen copy of its expert, which shares its memory; loaded anew where tasks share one module."""
+
+    def __init__(self, problem: Problem):
+        self.problem = problem
+        self._copies: dict[int, tuple[nn.Module, nn.Module]] = {}
+        self._of: dict[str, int] = {}
+
+    def __getitem__(self, task: str) -> nn.Module:
+        shared = len(set(self._of.values())) < len(self._of) or len(self._of) < len(self.problem.tasks)
+        if task in self._of and not shared:
+            return self._copies[self._of[task]][1]
+        module = self.problem.expert(task)
+        if id(module) not in self._copies:
+            self._copies[id(module)] = (module, frozen_copy(module))
+        if (before := self._of.get(task)) not in (None, id(module)) and list(self._of.values()).count(before) == 1:
+            del self._copies[before]
+        self._of[task] = id(module)
+        copied = self._copies[id(module)][1]
+        _check(self.problem.module, copied, task)
+        return copied
+
+
+def _aliases(module: nn.Module) -> dict[str, list[str]]:
+    """Name → all names of the same parameter."""
+    by_tensor: dict[int, list[str]] = defaultdict(list)
+    for name, tensor in module.named_parameters(remove_duplicate=False):
+        by_tensor[id(tensor)].append(name)
+    return {name: names for names in by_tensor.values() for name in names}
+
+
+def _check(module: nn.Module, expert: nn.Module, task: str) -> None:
+    """Raise `IncompatibleModels` for an expert without a tensor of the merged module."""
+    own, theirs = module.state_dict(), expert.state_dict()
+    for name, tensor in own.items():
+        if name not in theirs or theirs[name].shape != tensor.shape:
+            found = f"has shape {tuple(theirs[name].shape)}" if name in theirs else "is missing"
+            raise IncompatibleModels(
+                f"'{name}' {found} in the expert of task {task!r}; the merged module has {tuple(tensor.shape)}. "
+                "Remedy: give experts of the merged module's architecture."
+            )
+
+
+def _weights_of(expert: nn.Module, part: nn.Module, block: Block) -> dict[str, Tensor]:
+    """The expert's tensors of a block, copied, by their names in the whole module."""
+    state = expert.state_dict()
+    names = [f"{block.path}.{name}" for name in part.state_dict()]
+    return {name: state[name].clone() for name in names}
+
+
+def _watched(walk: Walk, i: int, batch: int, *, outputs: bool) -> tuple[dict[Layer, list[Call]], Any]:
+    """A block's layers in one pass, and its output. Only the results of the expert's layers are kept."""
+    calls: dict[Layer, list[Call]] = defaultdict(list)
+
+    def see(call: Call) -> None:
+        if call.window is None:
+            unused = {"input": call.input.new_empty(0).expand(*call.positions, 0)} if outputs else {"output": None}
+            call = replace(call, **unused)
+        calls[call.layer].append(call)
+
+    output = walk.run(i, batch, LayerCalls(walk.module, see, with_norms=not outputs))
+    return dict(calls), output
+
+
+def _chosen_blocks(problem: Problem, blocks: str | list[str] | None) -> tuple[Block, ...]:
+    """The blocks to calibrate, and the BatchNorm layers outside of them, in the order in which they run."""
+    inputs = problem.inputs[problem.tasks[0]]
+    if blocks is not None:
+        return find_blocks(problem.module, inputs, forward=problem.forward, blocks=blocks)
+    try:
+        found = find_blocks(problem.module, inputs, forward=problem.forward)
+        paths = [block.path for block in found]
+    except ConfigError:
+        paths = [name for name, part in problem.module.named_modules() if name and not list(part.children())]
+        paths = [name for name in paths if any(True for _ in submodule(problem.module, name).parameters())]
+    inside = tuple(f"{path}." for path in paths)
+    norms = [
+        name
+        for name, part in problem.module.named_modules()
+        if isinstance(part, nn.modules.batchnorm._BatchNorm) and name not in paths and not name.startswith(inside)
+    ]
+    return find_blocks(problem.module, inputs, forward=problem.forward, blocks=[*paths, *norms])
+
+
+def _silent(part: nn.Module, path: str, reached: Container[str]) -> Iterator[str]:
+    """One line for the matrices and kernels of a block that no input has reached."""
+    names = {
+        f"{path}.{name}.{own}".replace("..", "."): tensor
+        for name, layer in part.named_modules()
+        for own, tensor in layer.named_parameters(recurse=False)
+        if isinstance(layer, nn.Linear | nn.modules.conv._ConvNd) or tensor.dim() == 3
+    }
+    silent = [name for name, tensor in names.items() if tensor.dim() > 1 and name not in reached]
+    if silent:
+        rest = f" and {len(silent) - _LISTED} more" if len(silent) > _LISTED else ""
+        yield f"No input reaches {', '.join(map(repr, silent[:_LISTED]))}{rest}: left as merged."
