@@ -88,7 +88,7 @@ class InputGrams:
                     self._add_rows(layer, call, positions)
 
     def _add_rows(self, layer: Layer, call: Call, positions: "Positions") -> None:
-        for rows, _, _ in counted(call, positions.weights(call.positions)):
+        for rows, _, _ in counted(call, positions.of_call(call)):
             more = gram(rows.double())
             self.grams[layer] = more if layer not in self.grams else self.grams[layer].add_(more)
             self.rows[layer] = self.rows.get(layer, 0) + rows.shape[1]
@@ -112,6 +112,15 @@ class Positions:
         """The positions of a batch of inputs, with the padding that its `attention_mask` tells."""
         mask = inputs.get("attention_mask") if isinstance(inputs, Mapping) else None
         return cls(batch, None if mask is None or mask.dim() != 2 else (mask > 0).double(), **facts)
+
+    @property
+    def padded(self) -> bool:
+        """Whether any position is padding."""
+        return self.mask is not None and bool((self.mask == 0).any())
+
+    def of_call(self, call: Call, *, full: bool = True) -> Float[Tensor, " row"] | None:
+        """The weights of a call's rows; those that are sent to single experts all count."""
+        return None if call.layer.routed else self.weights(call.positions, full=full)
 
     def weights(self, shape: torch.Size, *, full: bool = True) -> Float[Tensor, " row"] | None:
         """The weights of rows that had this shape before they were flattened, or None where all count alike.

@@ -123,7 +123,7 @@ class LayerCalls(TorchFunctionMode):
             return self._linear(*args, **kwargs)
         if func in _CONVOLUTIONS:
             return self._convolution(func, *args, **kwargs)
-        if func is F.grouped_mm:
+        if func is getattr(torch, "_grouped_mm", None):
             return self._grouped(func, *args, **kwargs)
         if func is torch.addmm and not kwargs:
             return self._transposed(*args)

@@ -20,7 +20,7 @@ from suture.adaptation.grams import InputGrams, Positions
 from suture.adaptation.layer_calls import Call, Layer, LayerCalls
 from suture.adaptation.layer_weights import matrix_of, write_layer
 from suture.adaptation.loaded import InputMerge, LoadedModel, check_inputs
-from suture.adaptation.walk import Walk, make_plan, new_store
+from suture.adaptation.walk import Walk, make_plan, new_store, probe_of
 from suture.checkpoints import Source
 from suture.core.batches import Forward, Inputs, call, device_of, size, take, to_device
 from suture.core.progress import Track, untracked
@@ -118,7 +118,7 @@ def regmean_pp(
     batches = {task: _batches(rows, batch_size) for task, rows in inputs.items()}
     first = next(iter(inputs.values()))
     paths = [block.path for block in find_blocks(merged.module, first, forward=forward, blocks=blocks)]
-    plan = make_plan(merged.module, forward, paths, take(first, slice(0, 2)))
+    plan = make_plan(merged.module, forward, paths, probe_of(inputs))
     warnings: list[str] = []
     chosen: list[str] = []
     with new_store(cache) as store, track("RegMean++", len(paths) * len(batches)) as advance:

@@ -6,7 +6,7 @@ the block. Which it is, a plan says that is made and tried on the first inputs.
 """
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from suture.adaptation.blocks import submodule
-from suture.core.batches import Forward, device_of, to_device
+from suture.core.batches import Forward, Inputs, device_of, take, to_device
 from suture.errors import ConfigError
 
 _PLAIN = (type(None), bool, str, torch.dtype, torch.device)
@@ -144,6 +144,19 @@ class Walk:
         return torch.autocast(kind, self.plan.precision) if self.plan.precision else nullcontext()
 
 
+def probe_of(inputs: Mapping[str, Inputs]) -> Any:
+    """Two inputs of one task to make a plan with: of texts the shortest and the longest, so that masks are in use."""
+    chosen, best = take(next(iter(inputs.values())), slice(0, 2)), (0, 0)
+    for rows in inputs.values():
+        mask = rows.get("attention_mask") if isinstance(rows, Mapping) else None
+        if mask is not None and mask.dim() == 2:
+            lengths = (mask > 0).sum(1)
+            spread = (int(lengths.max() - lengths.min()), mask.shape[1] - int(lengths.min()))
+            if spread > best:
+                best, chosen = spread, take(rows, torch.stack([lengths.argmin(), lengths.argmax()]).cpu())
+    return chosen
+
+
 def make_plan(module: nn.Module, forward: Forward, paths: Sequence[str], inputs: Any) -> Plan:
     """The plan for these blocks, found by running `inputs` once and confirmed by walking them through all blocks.
 
@@ -242,12 +255,15 @@ def _watch(
 def _sources(seen: Sequence[_Record], block: int, starts: Sequence[int]) -> tuple[Any, tuple[Source, ...]] | None:
     """The sources of a block's arguments, of which those of the blocks `starts` can be read again."""
     leaves, shape = seen[block][:2]
-    found = [_source(leaf, seen, block, starts) for leaf in leaves]
+    found = [_source(leaf, j, seen, block, starts) for j, leaf in enumerate(leaves)]
     return None if None in found else (shape, tuple(source for source in found if source))
 
 
-def _source(leaf: Any, seen: Sequence[_Record], block: int, starts: Sequence[int]) -> Source | None:
+def _source(leaf: Any, place: int, seen: Sequence[_Record], block: int, starts: Sequence[int]) -> Source | None:
     if isinstance(leaf, _PLAIN):
+        for i in reversed(starts):  # what is None here, such as a mask, may be a tensor in another batch
+            if seen[i][1] == seen[block][1] and type(seen[i][0][place]) is type(leaf) and seen[i][0][place] == leaf:
+                return Source("argument", place, i)
         return Source("constant", value=leaf)
     for j, output in enumerate(seen[block - 1][3]):
         if isinstance(leaf, Tensor) and _same(leaf, output):

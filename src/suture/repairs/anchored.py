@@ -79,7 +79,7 @@ class TaskSums:
         sums = self.layers.setdefault(layer, Norm())
         assert isinstance(sums, Norm)
         for call in calls:
-            for rows, _, part in counted(call, positions.weights(call.positions, full=False)):
+            for rows, _, part in counted(call, positions.of_call(call, full=False)):
                 z = rows[0].double()
                 weights = z.new_ones(len(z)) if part is None else part.to(z)
                 sums.weight += float(weights.sum())
@@ -98,7 +98,7 @@ class TaskSums:
         same = not layer.routed and [c.positions for c in calls] == [other.positions for other in others]
         sums.unpaired |= not same
         for call, other in zip(calls, others if same else [None] * len(calls), strict=True):
-            weights = positions.weights(call.positions, full=layer in self.full)
+            weights = positions.of_call(call, full=layer in self.full)
             for rows, results, part in counted(call, weights, other):
                 x = rows.double() if self.double else rows.float()
                 w = None if part is None else part.to(x)

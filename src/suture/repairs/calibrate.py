@@ -20,8 +20,8 @@ from suture.adaptation.blocks import Block, find_blocks, frozen_copy, submodule
 from suture.adaptation.grams import Positions
 from suture.adaptation.layer_calls import Call, Layer, LayerCalls
 from suture.adaptation.layer_weights import write_layer
-from suture.adaptation.walk import Store, Walk, make_plan, new_store
-from suture.core.batches import size, take, to_device
+from suture.adaptation.walk import Store, Walk, make_plan, new_store, probe_of
+from suture.core.batches import size, to_device
 from suture.errors import ConfigError, DataError, IncompatibleModels
 from suture.merging.overflow import refuse_overflow
 from suture.repairs.anchored import LayerSums, TaskSums
@@ -97,8 +97,7 @@ class _Calibration:
         self.problem, self.student, self.blocks = problem, student, blocks
         self.settings, self.store = settings, store
         self.batches = {task: list(split(inputs, problem.encode_batch)) for task, inputs in problem.inputs.items()}
-        first = problem.inputs[problem.tasks[0]]
-        probe = to_device(take(first, slice(0, 2)), problem.device)
+        probe = to_device(probe_of(problem.inputs), problem.device)
         self.plan = make_plan(student, problem.forward, [block.path for block in blocks], probe)
         self.experts = _Experts(problem)
         self._aliases = _aliases(student)
@@ -153,6 +152,9 @@ class _Calibration:
                 expert.keep(i, batch, output)
             mine, output = _watched(student, i, batch, outputs=False)
             positions = self._positions(i, inputs, output)
+            if positions.padded and (routed := next((layer for layer in mine if layer.routed), None)):
+                line = f"'{routed.weight}' is a stack of experts: padding that is sent to them counts in their sums."
+                self.warnings += [] if line in self.warnings else [line]
             seen.update(dict.fromkeys(mine))
             sums.add({layer: calls for layer, calls in mine.items() if layer.weight in state}, theirs, state, positions)
             if batch == len(student.batches) - 1:
@@ -213,8 +215,9 @@ class _Calibration:
             }
             inside = [alias.startswith(prefix) for alias in names]
             if any(inside) and not all(inside):
-                outside = next(alias for alias in names if not alias.startswith(prefix))
-                self.warnings.append(f"'{names[outside]}' is used in several blocks ('{outside}'): left as merged.")
+                others = ", ".join(repr(alias) for alias in names if alias != names[alias])
+                line = f"'{layer.weight}' is also used as {others}, in another block or none: left as merged."
+                self.warnings += [] if line in self.warnings else [line]
             elif all(name in anchors for name in names.values()):
                 own.append(layer)
         return own
