@@ -7,7 +7,7 @@ from desk import refused
 
 import suture
 from suture.cli.main import main
-from suture.pipeline import search as searching
+from suture.pipeline import searching
 
 SWEEP = ["method.scaling_factor=0.1,0.3,0.9", "num_inputs=12"]
 
