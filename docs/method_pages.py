@@ -19,7 +19,8 @@ from safetensors.torch import load_file
 import suture
 from suture.core.names import in_bytes
 from suture.merging.registry import MergeMethod
-from suture.merging.task_vectors import chunk_for, memory_of
+from suture.merging.roles import Role
+from suture.merging.task_vectors import chunk_for, matrix_memory, memory_of
 from suture.pipeline.methods import LearnedMethod, all_methods
 from suture.pipeline.repairs import Repair
 from suture.pipeline.reproduce import published
@@ -29,6 +30,7 @@ ROOT = Path(__file__).parent.parent
 GOLDEN = ROOT / "tests" / "golden"
 FORMULAS: dict[str, str] = yaml.safe_load((ROOT / "docs" / "formulas.yaml").read_text("utf-8"))
 MODELS, THREADS = 8, 2  # of the merge whose memory a page states
+LARGEST = (3072, 768)  # of ViT-B/32's matrices
 _SHOWN = 4  # entries of a reference case
 
 
@@ -88,6 +90,13 @@ def _formula(name: str) -> str:
 
 def _cost(method: MergeMethod) -> str:
     """Passes over the files and memory, from what the method is registered as."""
+    if method.matrices:
+        role, sizes = Role("matrix", 1, *LARGEST), " × ".join(map(str, LARGEST))
+        held = in_bytes(matrix_memory(method, MODELS, role, torch.float32))
+        return (
+            f"One pass over the files. Each thread holds one matrix of every model: {held} for one of {sizes}, "
+            f"with {MODELS} models. Tensors that are no matrices are merged in slices."
+        )
     if method.gather is None:
         passes = "One pass over the files."
     elif "scope" in method.knobs.defaults:

@@ -4,7 +4,7 @@
 
 # The verbs, which the command line has too.
 from .pipeline.pipeline import run as run
-from .pipeline.search import search as search
+from .pipeline.searching import search as search
 from .pipeline.preflight import check as check
 from .pipeline.pipeline import evaluate_pool as evaluate_pool
 from .merging.merge import merge as merge
@@ -53,7 +53,7 @@ from .merging.masking import emr_masks as emr_masks, tall_masks as tall_masks
 from .merging.registry import get_method as get_method, merge_method as merge_method, methods as methods
 from .merging.task_masks import TaskMasks as TaskMasks
 from .pipeline.pipeline import RunResult as RunResult
-from .pipeline.search import SearchResult as SearchResult
+from .pipeline.searching import SearchResult as SearchResult
 from .pipeline.pools import ModelPool as ModelPool, TaskPool as TaskPool
 from .pipeline.preflight import preflight as preflight
 from .repairs import MaskedModel as MaskedModel, SurgeryModel as SurgeryModel

@@ -3,7 +3,6 @@
 import json
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -230,9 +229,7 @@ def test_specs_come_from_the_header_alone(tmp_path):
     with (tmp_path / "huge.safetensors").open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         file.truncate(8 + len(text) + len(names) * size)  # ten gigabytes, none of them on the disk
-    start = time.perf_counter()
     checkpoint = open_checkpoint(tmp_path / "huge.safetensors")
-    assert time.perf_counter() - start < 0.2
     assert checkpoint.specs[names[-1]].nbytes == size
     assert checkpoint[names[-1]][0, :3].tolist() == [0, 0, 0]
 

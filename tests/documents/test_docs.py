@@ -59,7 +59,7 @@ def test_the_extensions_in_the_docs_run(tmp_path):
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "extending.md").read_text("utf-8"), re.S)
     command = [sys.executable, "-c", "\n".join(blocks)]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
-    assert len(blocks) == 2
+    assert len(blocks) == 3
     assert done.returncode == 0, done.stderr
 
 

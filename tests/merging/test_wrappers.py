@@ -129,7 +129,7 @@ def test_the_block_is_the_number_after_the_container(names, depths):
         (["scv"], r"Unknown wrapper 'scv'\. Did you mean 'svc'"),
         ({"svc": {"alpha": 0}}, r"svc.alpha=0 does not fit svc: .*greater than 0"),
         ({"svc": {"beta": 1}}, r"knob of svc"),
-        ({"svc": 0.2}, r"method.after.svc=0.2: wanted its knobs"),
+        ({"svc": 0.2}, r"method.after.svc=0.2 is no mapping. Remedy: give its knobs"),
         ({"svc": {"as_vector": ["x"]}}, r"'x', which is the name of no tensor"),
     ],
 )

@@ -7,7 +7,7 @@ from desk import refused
 
 import suture
 from suture.cli.main import main
-from suture.pipeline import search as searching
+from suture.pipeline import searching
 
 SWEEP = ["method.scaling_factor=0.1,0.3,0.9", "num_inputs=12"]
 
@@ -70,6 +70,18 @@ def test_an_interrupted_search_resumes_with_the_same_result(desk, monkeypatch):
     whole = suture.search([*words, "overwrite=true"], **options)
     assert whole.trials == resumed.trials
     assert len(count) == 10
+
+
+def test_the_update_is_computed_once_where_only_its_scale_is_searched(desk, monkeypatch):
+    prepared, prepare = [], searching.prepare_task_vectors
+    monkeypatch.setattr(searching, "prepare_task_vectors", lambda *a: prepared.append(1) or prepare(*a))
+    words = desk.words("overwrite=true", method="tsv_m")
+    suture.search(words, over={"alpha": [0.5, 1.0, 1.5]}, num_inputs=12)
+    assert len(prepared) == 1
+    suture.search(words, over={"alpha": [0.6, 0.7]}, num_inputs=12)
+    assert len(prepared) == 1, "the update of an earlier search is taken up"
+    suture.search(words, over={"alpha": [0.6, 0.7]}, num_inputs=12, **{"method.vectors": "base"})
+    assert len(prepared) == 2
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ import torch
 from desk import refused
 from torch import nn
 
+from suture.checkpoints import open_checkpoint, save_checkpoint
 from suture.cli.main import main
 from suture.core.head import Head
 from suture.errors import CheckpointError, ConfigError, DataError, IncompatibleModels
@@ -133,17 +134,33 @@ def test_the_maps_are_saved_and_loaded_with_their_router(tmp_path):
         SurgeryModel.load(tmp_path / "maps.safetensors", nn.Linear(6, 4))(x, "t1")
 
 
-def test_a_file_without_maps_is_refused(tmp_path):
-    from suture.checkpoints import save_checkpoint
-
+@pytest.mark.parametrize(
+    ("tensors", "message"),
+    [
+        ({"weight": torch.eye(5)[None]}, r"has no '\(features\)/bias'"),
+        ({"weight": torch.eye(5)[None], "bias": torch.zeros(1, 4)}, r"shapes \(1, 5, 5\) and \(1, 4\) are none of 1"),
+        ({"weight": torch.eye(5).expand(2, 5, 5), "bias": torch.zeros(2, 5)}, "are none of 1 tasks"),
+        ({"weight": torch.zeros(1, 5, 4), "bias": torch.zeros(1, 5)}, "are none of 1 tasks"),
+    ],
+)
+def test_files_without_whole_maps_are_refused(tmp_path, tensors, message):
     facts = {"kind": "affine", "tasks": ["t"], "rank": 5, "blocks": [], "variant": "affine"}
-    save_checkpoint(
-        {"(features)/weight": torch.eye(5)[None]},
-        tmp_path / "x.safetensors",
-        {k: json.dumps(v) for k, v in facts.items()},
-    )
-    with pytest.raises(CheckpointError, match=r"has no '\(features\)/bias'"):
+    content = {f"(features)/{name}": tensor.clone() for name, tensor in tensors.items()}
+    save_checkpoint(content, tmp_path / "x.safetensors", {k: json.dumps(v) for k, v in facts.items()})
+    with pytest.raises(CheckpointError, match=message) as refusal:
         SurgeryModel.load(tmp_path / "x.safetensors", network())
+    assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize("variant", [3, None, "affine", {"other": "standard"}, ["standard"]])
+def test_a_file_with_an_unknown_variant_is_refused(tmp_path, variant):
+    module, experts, inputs = problem()
+    repair(module, experts, inputs, steps=1).model.save(tmp_path / "x.safetensors")
+    with open_checkpoint(tmp_path / "x.safetensors") as file:
+        facts, content = {**file.metadata, "variant": json.dumps(variant)}, {n: t.clone() for n, t in file.items()}
+    save_checkpoint(content, tmp_path / "y.safetensors", facts)
+    with pytest.raises(CheckpointError, match="nknown variant"):
+        SurgeryModel.load(tmp_path / "y.safetensors", module)
 
 
 @pytest.mark.parametrize("bias", [True, False])

@@ -85,7 +85,7 @@ def search(request: Request) -> Answer:
     """A search for knobs, then the run with the best."""
     from suture.cli import tables
     from suture.cli.overrides import check_overrides
-    from suture.pipeline.search import search
+    from suture.pipeline.searching import search
 
     searched = dict(word.split("=", 1) for word in request.words if _has_several(word))
     words = [word for word in request.words if word.partition("=")[0] not in searched]

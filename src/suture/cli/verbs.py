@@ -48,7 +48,7 @@ def _splits() -> Sequence[str]:
 def _search_defaults() -> dict[str, Any]:
     """The defaults of the signature of `search`."""
     from suture.core.knobs import Knobs
-    from suture.pipeline.search import search
+    from suture.pipeline.searching import search
 
     known = Knobs("search", search).defaults
     return {key: known[key] for key in ("trials", "score", "split", "num_inputs")}

@@ -91,14 +91,17 @@ class Job:
         self._check()
         if self.options.part[0] == 1:
             self.inputs.hash_beside()
+        published = False
         with self.folder.open(work), self.vectors.workers():
             self._merge_share()
             self.inputs.check_unchanged()
             self.folder.record_synced()
             with suppress(FileNotFoundError), self.folder.alone():
                 if self.folder.model.exists():
-                    return self._finish(work)
-        return not self.folder.path.exists() and self.options.output.exists()  # another process has published it
+                    published = self._finish(work)
+        self.folder.tidy()
+        by_another = not self.folder.path.exists() and self.options.output.exists()
+        return published or by_another
 
     def _already_there(self, work: Mapping[str, Any]) -> bool:
         """Whether the output is the result of this very merge; `OutputError` if it may not be replaced."""

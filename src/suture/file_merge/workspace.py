@@ -350,6 +350,13 @@ class WorkingFolder:
             with suppress(OSError):
                 folder.rmdir()
 
+    def tidy(self) -> None:
+        """Remove the folder of a result that is published: the last process to leave does so."""
+        with suppress(FileNotFoundError):
+            if self.path.exists() and not self.model.exists():
+                with self.alone():
+                    self.discard()
+
     def _locked_by_another(self, manifest: Path) -> bool:
         with suppress(OSError), held(os.open(manifest, os.O_RDWR)) as got:
             own = self._manifest >= 0 and os.path.samestat(os.fstat(self._manifest), manifest.stat())

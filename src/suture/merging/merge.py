@@ -179,8 +179,9 @@ class Merging:
 
     def held(self) -> int:
         """The most bytes that matrices take at once."""
-        sizes = sorted(map(self.needs, self.vectors.names), reverse=True)[: self.vectors.number_of_threads]
-        return max(sizes[0], int(min(sum(sizes), self.memory))) if sizes else 0
+        sizes, threads = sorted(map(self.needs, self.vectors.names), reverse=True), self.vectors.number_of_threads
+        small = [size for size in sizes if size <= self.memory / threads]
+        return sum(small[:threads]) + (sizes[0] if len(small) < len(sizes) else 0)
 
     def settle(self, votes: int) -> None:
         """Complete the statistic with the votes of all tensors."""

@@ -2,9 +2,8 @@
 
 import math
 import threading
-from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property, reduce
@@ -120,25 +119,18 @@ class TaskVectors:
     def side_by_side(
         self, items: Sequence[str], function: Callable[[str], T], needs: Callable[[str], int], memory: float
     ) -> Iterator[T]:
-        """`function` of every item in turn, each on a thread of its own, as many at once as `memory` has room for.
+        """`function` of every item, each on one thread; side by side where `memory` has room for one on every thread.
 
-        `needs(item)` are the bytes that one takes; one of them is always under way.
+        `needs(item)` are the bytes that one takes. Larger ones run first, one after another and all on one thread,
+        because a thread keeps the memory that it has freed for itself.
         """
+        room = memory / self.number_of_threads
+        large = [item for item in items if needs(item) > room]
         with self.workers() as pool:
-            running: deque[tuple[int, Future[T]]] = deque()
-            try:
-                for item in items:
-                    size = needs(item)
-                    while running and (
-                        len(running) == self.number_of_threads or size + sum(each for each, _ in running) > memory
-                    ):
-                        yield running.popleft()[1].result()
-                    running.append((size, pool.submit(function, item)))
-                while running:
-                    yield running.popleft()[1].result()
-            finally:
-                for _, future in running:
-                    future.cancel()
+            if large:
+                with ThreadPoolExecutor(1, initializer=_begin_worker) as one:
+                    yield from one.map(function, large)
+            yield from pool.map(function, [item for item in items if needs(item) <= room])
 
     @contextmanager
     def workers(self) -> Iterator[ThreadPoolExecutor]:

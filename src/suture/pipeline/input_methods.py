@@ -129,4 +129,5 @@ class FisherMerging(InputMethod):
     def _merged(self, given, shared, tasks, context) -> InputMerge:
         heads = {name: task.logits for name, task in tasks.items()}
         own = {"normalise": self.normalise, "floor": self.floor, "epsilon": self.epsilon, "labels": self.labels}
-        return fisher(*given, heads, **own, seed=context.seed, **shared)
+        module, base, experts, inputs = given
+        return fisher(module, base, experts, inputs, heads, **own, seed=context.seed, **shared)

@@ -21,7 +21,7 @@ from suture.repairs.problem import Problem
 from suture.repairs.registry import repair_kind
 from suture.repairs.results import RepairResult
 
-GRID = (1e-3, 1e-2, 1e-1, 1.0, 10.0)
+GRID = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
 _HELD_OUT = 5  # one input of so many
 
 
@@ -30,9 +30,9 @@ def affine(problem: Problem, *, ridge: Annotated[float, Gt(0)] | None = None, se
     """Fit ẑ = A z + c to the expert's feature by least squares, with the penalty λ‖A − I‖².
 
     λ is `ridge` times the mean eigenvalue of the features' centred Gram matrix (its trace / dim). By default each task
-    takes the one of 0.001, 0.01, 0.1, 1 and 10 with the smallest squared error on a fifth of its inputs, held out, and
-    is then fitted on all of them; the result says which. Features that do not vary, such as those of a single input,
-    are only shifted: A = I. Only the final feature is changed, so A and c can be folded into a linear head; see
+    takes the power of ten from 0.0001 to 10 with the smallest squared error on a fifth of its inputs, held out, and is
+    then fitted on all of them; the result says which. Features that do not vary, such as those of a single input, are
+    only shifted: A = I. Only the final feature is changed, so A and c can be folded into a linear head; see
     `AffineMaps.fold_into_head`.
     """
     fits, chosen = [], {}

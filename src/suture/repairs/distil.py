@@ -74,8 +74,9 @@ def distil(
     order = Order(learned, steps, batch_size, seed, whole=problem.cache is not None)
     distances = _Distances(problem, network, {task: order.inputs(task) for task in learned}, chosen, loss)
     check = partial(_mean_distance, _Distances(problem, network, kept, (), loss), problem.encode_batch)
-    adam = _OPTIMIZERS[optimizer](weights, lr=lr, weight_decay=weight_decay)
-    training = Training(weights, adam, buffers=buffers, check=check if kept else None)
+    fused = problem.device.type == "cuda"  # without copies of all weights at once
+    chosen_optimizer = _OPTIMIZERS[optimizer](weights, lr=lr, weight_decay=weight_decay, fused=fused)
+    training = Training(weights, chosen_optimizer, buffers=buffers, check=check if kept else None)
     rates = [lr * (one_cycle(step, steps) if schedule == "one_cycle" else 1) for step in range(steps)]
     options = {"resume": problem.resume, "on_step": problem.on_step}
     history = train(training, partial(_losses, distances, order, together), rates, **options)

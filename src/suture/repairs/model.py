@@ -3,7 +3,7 @@
 import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, cast
+from typing import Any, cast, get_args
 
 from jaxtyping import Float, Int
 from torch import Tensor, nn
@@ -12,7 +12,7 @@ from suture.checkpoints import Checkpoint, open_checkpoint, save_checkpoint
 from suture.core.batches import Forward, call, device_of
 from suture.errors import CheckpointError, ConfigError, shown, unknown_name
 from suture.repairs.affine_maps import AffineMaps
-from suture.repairs.modules import SurgeryModules
+from suture.repairs.modules import SurgeryModules, Variant
 from suture.repairs.network import FINAL, Block, Network, layers_of
 from suture.repairs.router import ROUTERS, Router
 
@@ -173,11 +173,13 @@ def _facts(file: Checkpoint) -> dict[str, Any]:
 
 def _read_modules(file: Checkpoint, layer: str, facts: Mapping[str, Any]) -> Modules:
     if facts["kind"] == "affine":
-        return _read_maps(file)
+        return _read_maps(file, len(facts["tasks"]))
     if f"{layer}/down" not in file:
         raise CheckpointError(f"'{file.label}' has no modules for {layer!r}. Remedy: save the model again.")
     down = file[f"{layer}/down"]
-    variant: Any = facts["variant"] if isinstance(facts["variant"], str) else facts["variant"][layer]
+    variant: Any = facts["variant"].get(layer) if isinstance(facts["variant"], Mapping) else facts["variant"]
+    if variant not in get_args(Variant):
+        raise CheckpointError(f"'{file.label}': {unknown_name('variant', shown(variant), get_args(Variant))}")
     modules = SurgeryModules(facts["tasks"], down.shape[2], facts["rank"], variant=variant, dtype=down.dtype)
     try:
         modules.load_state_dict({name: file[f"{layer}/{name}"].clone() for name in modules.state_dict()})
@@ -187,11 +189,15 @@ def _read_modules(file: Checkpoint, layer: str, facts: Mapping[str, Any]) -> Mod
     return modules
 
 
-def _read_maps(file: Checkpoint) -> AffineMaps:
+def _read_maps(file: Checkpoint, tasks: int) -> AffineMaps:
     names = [f"{FINAL}/{name}" for name in ("weight", "bias")]
     if missing := [name for name in names if name not in file]:
         raise CheckpointError(f"'{file.label}' has no {missing[0]!r}. Remedy: save the model again.")
-    return AffineMaps(*(file[name].clone() for name in names))
+    weight, bias = (file[name].clone() for name in names)
+    if weight.shape != (tasks, *bias.shape[1:], *bias.shape[1:]) or bias.shape != weight.shape[:2]:
+        shapes = f"{tuple(weight.shape)} and {tuple(bias.shape)}"
+        raise CheckpointError(f"'{file.label}': affine maps of the shapes {shapes} are none of {tasks} tasks.")
+    return AffineMaps(weight, bias)
 
 
 def router_state(router: Router | None) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -50,8 +50,8 @@ def full_layers(
     for call, gradient in zip(calls, gradients, strict=True):
         if gradient is not None and gradient.dim() == 2:  # GPT-2 flattens its tokens
             gradient = gradient.unflatten(0, (size(inputs), -1))
-        known = gradient is not None and gradient.dim() == 3
-        if call.fused or call.layer.routed or (known and _reaches(gradient, block.batch_axis)):
+        reached = gradient is not None and gradient.dim() == 3 and _reaches(gradient, block.batch_axis)
+        if call.fused or call.layer.routed or reached:
             full.add(call.layer)
     return frozenset(full)
 

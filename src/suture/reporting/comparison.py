@@ -44,6 +44,7 @@ def compared(runs: Sequence[FinishedRun]) -> FinishedRun:
         "curves": curves_of([run.data for run in runs]),
         "matrix": {name: row for run in runs for name, row in run.data.get("matrix", {}).items()},
         "notes": list(dict.fromkeys(note for run in runs for note in run.data.get("notes", ()))),
+        "search": None,
         "runs": [{**run.data, "label": run.label} for run in runs],
         **merged,
     }

@@ -12,7 +12,7 @@ from suture.merging.registry import matrix_method
 from suture.merging.spectra import NEGLIGIBLE, largest_norm, leading
 
 
-@matrix_method(paper="https://arxiv.org/abs/2412.12153", workspace=6)
+@matrix_method(paper="https://arxiv.org/abs/2412.12153", workspace=8)
 def cart(
     deltas: Float[Tensor, "task out inner"],
     *,

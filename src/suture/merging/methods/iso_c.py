@@ -8,7 +8,7 @@ from suture.merging.registry import matrix_method
 from suture.merging.spectra import polar_and_mean
 
 
-@matrix_method(paper="https://arxiv.org/abs/2502.04959", workspace=5)
+@matrix_method(paper="https://arxiv.org/abs/2502.04959", workspace=7)
 def iso_c(deltas: Float[Tensor, "task out inner"]) -> Float[Tensor, "out inner"]:
     """Give the sum of the task vectors one singular value in all directions: the mean of its own.
 

@@ -11,7 +11,7 @@ from suture.merging.registry import matrix_method
 from suture.merging.spectra import NEGLIGIBLE, largest_norm, leading, polar
 
 
-@matrix_method(paper="https://arxiv.org/abs/2502.04959", workspace=7)
+@matrix_method(paper="https://arxiv.org/abs/2502.04959", workspace=13)
 def iso_cts(
     deltas: Float[Tensor, "task out inner"], *, common: Annotated[float, Ge(0), Le(1)] = 0.8
 ) -> Float[Tensor, "out inner"]:

@@ -14,7 +14,7 @@ from suture.merging.registry import matrix_method
 FLOOR = 1e-8  # of an eigenvalue; they sum to the number of tasks
 
 
-@matrix_method(paper="https://github.com/WalkerWorldPeace/MLLMerging", workspace=5, square=4)
+@matrix_method(paper="https://github.com/WalkerWorldPeace/MLLMerging", workspace=8, square=7)
 def swudi(
     deltas: Float[Tensor, "task out inner"],
     *,

@@ -8,7 +8,7 @@ from suture.merging.registry import matrix_method
 from suture.merging.spectra import NEGLIGIBLE, largest_norm, leading, polar
 
 
-@matrix_method(paper="https://arxiv.org/abs/2412.00081", workspace=6)
+@matrix_method(paper="https://arxiv.org/abs/2412.00081", workspace=8)
 def tsv_m(deltas: Float[Tensor, "task out inner"]) -> Float[Tensor, "out inner"]:
     """Keep an equal share of each task vector's singular vectors, and make those of all tasks orthogonal.
 

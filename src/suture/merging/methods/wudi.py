@@ -42,7 +42,7 @@ def interference(deltas: Float[Tensor, "task out inner"], squares: list[float]) 
     return Interference(inputs, goal, total)
 
 
-@matrix_method(paper="https://arxiv.org/abs/2503.08099", workspace=7, square=2)
+@matrix_method(paper="https://arxiv.org/abs/2503.08099", workspace=13, square=3)
 def wudi(
     deltas: Float[Tensor, "task out inner"],
     *,
@@ -70,11 +70,12 @@ def wudi(
 
 def _descend(sums: Interference, steps: int, lr: float, epsilon: float) -> Float[Tensor, "out inner"]:
     """Adam on the loss, whose gradient is 2(MC − D)."""
-    merged, first, second = sums.total.clone(), torch.zeros_like(sums.total), torch.zeros_like(sums.total)
+    merged, gradient, size = sums.total.clone(), torch.empty_like(sums.total), torch.empty_like(sums.total)
+    first, second = torch.zeros_like(merged), torch.zeros_like(merged)
     for step in range(1, steps + 1):
-        gradient = torch.addmm(sums.goal, merged, sums.inputs, beta=-2, alpha=2)
+        torch.addmm(sums.goal, merged, sums.inputs, beta=-2, alpha=2, out=gradient)
         first.lerp_(gradient, 1 - _BETAS[0])
         second.mul_(_BETAS[1]).addcmul_(gradient, gradient, value=1 - _BETAS[1])
-        size = second.div(1 - _BETAS[1] ** step).sqrt_().add_(epsilon)
+        torch.div(second, 1 - _BETAS[1] ** step, out=size).sqrt_().add_(epsilon)
         merged.addcdiv_(first, size, value=-lr / (1 - _BETAS[0] ** step))
     return merged

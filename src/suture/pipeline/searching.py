@@ -1,25 +1,31 @@
 """Search: the knobs of a method that score best on inputs set aside, then a run with them."""
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
+from suture.checkpoints import allocate_checkpoint, open_checkpoint
 from suture.core.progress import Profile, bar, untracked
 from suture.core.random import generator_for
 from suture.core.samplers import Interval, Kind, Point, Space, number_of_points, sampler
 from suture.errors import ConfigError, unknown_name
 from suture.evaluation import SplitInputs, TaskInputs
+from suture.merging.prepared import apply, prepare_task_vectors, update_specs
 from suture.pipeline import config as configuration
 from suture.pipeline.context import Context
+from suture.pipeline.methods import StaticMerge
 from suture.pipeline.models import Models, open_models
 from suture.pipeline.pipeline import RunResult, prepare, run_settings
 from suture.pipeline.preflight import preflight_of
 from suture.pipeline.settings import Settings
 
+CACHE = "outputs"  # the folder of states and updates, below which is resume/
 Score = Literal["agreement", "entropy", "accuracy"]
 Split = Literal["train", "test"]
 
@@ -145,7 +151,7 @@ class _Search:
         """Every trial; the scores of an interrupted search are taken up."""
         names = ("space", "kind", "trials", "score", "split", "num_inputs")
         work = {name: str(getattr(self, name)) for name in names} | {"method": str(self.config["method"])}
-        resume = context.resume("outputs", work)
+        resume = context.resume(CACHE, work)
         known: list[float] = list((resume.load() or {"losses": []})["losses"])
         score = _Scoring(self, models, context, inputs)
         points = sampler(self.space, self.kind, self.trials, context.seed)
@@ -174,10 +180,29 @@ class _Scoring:
     inputs: SplitInputs
 
     def __call__(self, point: Point) -> float:
-        merged = self.search.settings(point).method.merge(self.models, self.inputs, self.context)
-        module = self.encoder.load(merged.tensors)
+        module = self.encoder.load(self.merged(point))
         values = [self.measure(module, task).double().mean() for task in self.tasks.values()]
         return float(torch.stack(values).mean())
+
+    def merged(self, point: Point) -> Mapping[str, Tensor]:
+        """The merged tensors. Where only the scale of an update differs, the update is computed once."""
+        method = self.search.settings(point).method
+        scale = None if method.static is None else method.static.scale
+        if not isinstance(method, StaticMerge) or method.after or scale is None or scale not in point:
+            return method.merge(self.models, self.inputs, self.context).tensors
+        return apply(self.models.base, self._prepared(method), method.knobs[scale])
+
+    def _prepared(self, method: StaticMerge) -> Mapping[str, Tensor]:
+        """The update of a static merge, from a file named by everything that determines it."""
+        knobs = {knob: value for knob, value in method.knobs.items() if knob != method.static.scale}
+        facts = [self.context.fingerprint, method.label, str(sorted(knobs.items())), str(self.models.pool.frozen)]
+        digest = hashlib.sha256("\0".join(facts).encode()).hexdigest()[:16]
+        path = Path(CACHE) / "resume" / f"update_{digest}.safetensors"
+        if not path.is_file():
+            vectors = self.models.vectors(method.frozen)
+            with self.context.profile("merging weights"), allocate_checkpoint(update_specs(vectors), path) as out:
+                prepare_task_vectors(vectors, method.static, method.knobs, out)
+        return open_checkpoint(path)
 
     @cached_property
     def encoder(self) -> Any:
