@@ -1,8 +1,8 @@
 """Calibrate a merged CLIP vision tower: time and memory beside the plain forward passes of the same tower.
 
-    python benchmarks/calibrate.py [--tasks 2] [--inputs 32] [--layers 3] [--width 192] [--image 96] [--threads 2]
+    python benchmarks/calibrate.py [--tasks 2] [--inputs 256] [--layers 2] [--width 768] [--image 224] [--threads 2]
 
-`--layers 12 --width 768 --image 224 --tasks 8 --inputs 256` is ViT-B/32 as in the papers. Towers of random weights are
+`--layers 12 --tasks 8` is ViT-B/32 as in the papers; the default has two of its blocks. Towers of random weights are
 made on the spot from their configuration (transformers), as are experts and inputs. Calibration needs three passes of
 every input: the student's before and after a block is solved, and the expert's; the plain passes are as many. Each is a
 process of its own: processor seconds, and the peak of anonymous memory above that of models and inputs.
@@ -95,7 +95,7 @@ def main() -> None:
 
 
 parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-for name, default in (("tasks", 2), ("inputs", 32), ("layers", 3), ("width", 192), ("image", 96), ("threads", 2)):
+for name, default in (("tasks", 2), ("inputs", 256), ("layers", 2), ("width", 768), ("image", 224), ("threads", 2)):
     parser.add_argument(f"--{name}", type=int, default=default)
 parser.add_argument("--one", help=argparse.SUPPRESS)
 OPTIONS = parser.parse_args()

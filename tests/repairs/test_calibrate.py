@@ -74,7 +74,7 @@ def sums_of(student, expert, weights, biases, merged, base, layer, *, positions=
         results = None if layer.kind == "norm" else apply_layer(x_e, weight, bias, window)
         shape = None if layer.kind == "norm" else apply_layer(x_s, weight, bias, window)
         mine, theirs = Call(layer, x_s, shape, window), Call(layer, x_e, results, window)
-        task.add({layer: [mine]}, {layer: [theirs]}, state, positions or Positions(len(x_s)))
+        task.add({layer: [mine]}, {layer: [theirs]}, positions or Positions(len(x_s)))
         total.add(task, state)
     anchors = {key: (base[key] + 2.2 * (merged[key] - base[key])) for key in base}
     return total.solve(anchors, [layer], [])[layer]
@@ -415,3 +415,14 @@ def test_bad_input_is_refused_in_one_line():
         repair(module, {"a": module}, {"a": x}, "calibrate", num_passes=3)
     with pytest.raises(IncompatibleModels, match="has no block '7'"):
         repair(module, {"a": module}, {"a": x}, "calibrate", blocks=["7"])
+
+
+def test_a_second_pass_has_an_anchor_and_a_mix_of_its_own():
+    module, inputs, forward = built(clip)
+    experts = {task: noisy(module, i) for i, task in enumerate(inputs, start=1)}
+    merged, shared = average(list(experts.values())), {"forward": forward, "base": module.state_dict()}
+    first = repair(merged, experts, inputs, "calibrate", mix=0.5, **shared)
+    by_hand = repair(first.model.network.module, experts, inputs, "calibrate", mix=1.0, anchor=1.2, **shared)
+    knobs = {"mix": 0.5, "num_passes": 2, "second_mix": 1.0, "second_anchor": 1.2}
+    both = repair(merged, experts, inputs, "calibrate", **knobs, **shared)
+    assert all(torch.equal(both.tensors[name], tensor) for name, tensor in by_hand.tensors.items())

@@ -11,7 +11,7 @@ from torch import Tensor
 from suture.adaptation.layer_calls import Call, Layer
 from suture.errors import ConfigError
 
-_STRIPS, _WIDE = 4, 512  # a wide Gram is symmetric: computed in strips, only below the diagonal
+_STRIPS, _WIDE = 8, 512  # a wide Gram is symmetric: computed in strips, only below the diagonal
 _ENTRIES = 1 << 25  # entries of unfolded patches at once
 
 
@@ -20,14 +20,19 @@ def gram(rows: Float[Tensor, "group row in"], weights: Float[Tensor, " row"] | N
     weighed = rows if weights is None else rows * weights[:, None]
     width = rows.shape[-1]
     if width < _WIDE:
-        return weighed.mT @ rows
+        return product(weighed, rows)
     result = rows.new_empty(len(rows), width, width)
     for start in range(0, width, step := -(-width // _STRIPS)):
         stop = min(width, start + step)
-        strip = weighed[..., start:stop].mT @ rows[..., :stop]
+        strip = product(weighed[..., start:stop], rows[..., :stop])
         result[:, start:stop, :stop] = strip
         result[:, :stop, start:stop] = strip.mT
     return result
+
+
+def product(one: Float[Tensor, "group row a"], other: Float[Tensor, "group row b"]) -> Float[Tensor, "group a b"]:
+    """Σ over rows of one otherᵀ."""
+    return (one[0].T @ other[0])[None] if len(one) == 1 else one.mT @ other
 
 
 def pieces(call: Call, other: Call | None = None) -> Iterator[tuple[Tensor, Tensor | None, slice]]:

@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from suture.adaptation.grams import Positions, counted, gram
+from suture.adaptation.grams import Positions, counted, gram, product
 from suture.adaptation.layer_calls import Call, Layer
 from suture.adaptation.layer_weights import matrix_of
 from suture.errors import ConfigError
@@ -29,7 +29,7 @@ Calls = Mapping[Layer, Sequence[Call]]
 class Matrix:
     """The sums of one task for a matrix or a kernel: Σω, Σω x_s, Σω y_e and Σω x_s y_eᵀ, in groups.
 
-    x_s are the student's inputs and y_e the expert's outputs without bias. `unpaired`: the two paths have different
+    x_s are the student's inputs and y_e the expert's outputs, with its bias. `unpaired`: the two paths have different
     rows, as where each chooses experts, so there is no y_e.
     """
 
@@ -59,8 +59,8 @@ class TaskSums:
         self.layers: dict[Layer, Matrix | Norm] = {}
         self.grams: dict[Layer, Tensor] = {}
 
-    def add(self, student: Calls, expert: Calls, biases: Mapping[str, Tensor], positions: Positions) -> None:
-        """Add one batch. `biases`: those of the expert, by name."""
+    def add(self, student: Calls, expert: Calls, positions: Positions) -> None:
+        """Add one batch."""
         sources: dict[Any, Layer] = {}
         for layer, calls in student.items():
             if layer.kind == "norm":
@@ -73,7 +73,7 @@ class TaskSums:
                     sources[key] = layer  # it shared no input in an earlier batch
                 if sums.source != sources[key]:
                     raise ConfigError(f"'{layer.weight}' shares its inputs with other layers only in some batches.")
-                self._add_matrix(layer, sums, calls, expert.get(layer, ()), biases, positions)
+                self._add_matrix(layer, sums, calls, expert.get(layer, ()), positions)
 
     def _add_norm(self, layer: Layer, calls: Sequence[Call], positions: Positions) -> None:
         sums = self.layers.setdefault(layer, Norm())
@@ -92,7 +92,6 @@ class TaskSums:
         sums: Matrix,
         calls: Sequence[Call],
         others: Sequence[Call],
-        biases: Mapping[str, Tensor],
         positions: Positions,
     ) -> None:
         same = not layer.routed and [c.positions for c in calls] == [other.positions for other in others]
@@ -107,11 +106,11 @@ class TaskSums:
                 weighed = x if w is None else x * w[:, None]
                 sums.weight += x.shape[1] if w is None else float(w.sum(dtype=torch.float64))
                 sums.rows += x.shape[1]
-                sums.inputs = sums.inputs + weighed.sum(1, dtype=torch.float64)
+                sums.inputs = sums.inputs + weighed.sum(1).double()
                 if results is not None:
-                    y = results.to(x) - _bias(layer, biases, results).to(x)
-                    sums.cross = _added(sums.cross, weighed.mT @ y)
-                    sums.outputs = sums.outputs + (y if w is None else y * w[:, None]).sum(1, dtype=torch.float64)
+                    y = results.to(x)
+                    sums.cross = _added(sums.cross, product(weighed, y))
+                    sums.outputs = sums.outputs + (y if w is None else y * w[:, None]).sum(1).double()
 
 
 class LayerSums:
@@ -153,13 +152,14 @@ class LayerSums:
         weight = matrix_of(layer, expert)
         sums.source, sums.rows = each.source, sums.rows + each.rows
         mix = 0.0 if each.unpaired else self.mix
+        means, bias = each.inputs / each.weight, _bias(layer, expert, weight).double()[:, 0]
         dtype = torch.float64 if double else torch.float32
         own = (covariance.to(dtype) @ weight.to(dtype).mT).double()  # Cov Wᵀ
-        target = (1 - mix) * own + mix * each.cross / each.weight
+        crossed = each.cross / each.weight - means[..., None] * bias[:, None]
+        target = (1 - mix) * own + mix * crossed
         sums.right = sums.right + scale[:, None, None] * target
-        means = each.inputs / each.weight
-        outputs = (1 - mix) * _times(weight, means) + mix * each.outputs / each.weight
-        sums.outputs = sums.outputs + scale[:, None] * (outputs + _bias(layer, expert, outputs).double()[:, 0])
+        outputs = (1 - mix) * (_times(weight, means) + bias) + mix * each.outputs / each.weight
+        sums.outputs = sums.outputs + scale[:, None] * outputs
         sums.inputs = sums.inputs + scale[:, None] * means
         sums.scale = sums.scale + scale
 

@@ -33,7 +33,6 @@ from suture.repairs.results import RepairResult
 from suture.repairs.static_model import StaticModel
 
 _DOUBLE_BELOW = 1e-3  # the ridge below which sums of float32 products are not exact enough
-_LATER_ANCHOR = 1.5  # a second pass with more diverges
 _LISTED = 3
 
 
@@ -47,6 +46,8 @@ def calibrate(
     other_tokens: Annotated[float, Ge(0), Le(1)] = 0.01,
     full: list[str] | None = None,
     num_passes: Annotated[int, Ge(1), Le(2)] = 1,
+    second_anchor: Annotated[float, Ge(0)] = 1.5,
+    second_mix: Annotated[float, Ge(0), Le(1)] | None = None,
     blocks: str | list[str] | None = None,
 ) -> RepairResult:
     """Solve the layers of every block by least squares anchored at the merged weights; no labels, no gradients.
@@ -60,7 +61,8 @@ def calibrate(
     Padding never counts. If only the first token of the last block is read, its other tokens have the weight
     `other_tokens`, except in the layers that feed keys and values: those whose names `full` lists, or by default those
     through which other tokens reach the feature. A second pass starts from the result of the first, with an anchor of
-    at most 1.5. `blocks`: see `find_blocks`; in a module without a list of blocks every layer counts as one.
+    at most `second_anchor`, because it diverges with more, and with `second_mix` if given. `blocks`: see
+    `find_blocks`; in a module without a list of blocks every layer counts as one.
     """
     chosen = _chosen_blocks(problem, blocks)
     settings = _Settings(anchor, ridge, mix, other_tokens, None if full is None else tuple(full))
@@ -70,7 +72,8 @@ def calibrate(
     student = copy.deepcopy(problem.module).eval().requires_grad_(False)
     for number in range(num_passes):
         if number:
-            settings = replace(settings, anchor=min(anchor, _LATER_ANCHOR))
+            again = mix if second_mix is None else second_mix
+            settings = replace(settings, anchor=min(anchor, second_anchor), mix=again)
         with new_store(problem.cache) as store:
             lines = _Calibration(problem, student, chosen, settings, store).run()
         warnings += [line for line in lines if line not in warnings]
@@ -156,7 +159,7 @@ class _Calibration:
                 line = f"'{routed.weight}' is a stack of experts: padding that is sent to them counts in their sums."
                 self.warnings += [] if line in self.warnings else [line]
             seen.update(dict.fromkeys(mine))
-            sums.add({layer: calls for layer, calls in mine.items() if layer.weight in state}, theirs, state, positions)
+            sums.add({layer: calls for layer, calls in mine.items() if layer.weight in state}, theirs, positions)
             if batch == len(student.batches) - 1:
                 self._refuse_non_finite(sums, task, i)
         return sums
