@@ -18,31 +18,16 @@ import time
 import torch
 import watching
 from torch import nn
+from towers import embeds, tower
 
 from suture.repairs import repair
 
 BATCH = 64
 
 
-def tower(seed: int, options) -> nn.Module:
-    """A tower of random weights; an expert is the merged tower (seed 0) and a little noise."""
-    from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
-
-    torch.manual_seed(0)
-    sizes = {"hidden_size": options.width, "intermediate_size": 4 * options.width, "num_hidden_layers": options.layers}
-    heads = max(1, options.width // 64)
-    config = CLIPVisionConfig(**sizes, num_attention_heads=heads, image_size=options.image, patch_size=32)
-    module = CLIPVisionModelWithProjection(config).eval()
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in module.parameters() if seed else ():
-            parameter += 0.1 * parameter.std().nan_to_num() * torch.randn(parameter.shape, generator=generator)
-    return module
-
-
-def embeds(module: nn.Module, pixels: torch.Tensor) -> torch.Tensor:
-    """The projected feature."""
-    return module(pixel_values=pixels).image_embeds
+def made(seed: int) -> nn.Module:
+    """A tower of the sizes on the command line."""
+    return tower(seed, OPTIONS.width, OPTIONS.layers, OPTIONS.image)
 
 
 def plain(module, experts, inputs) -> None:
@@ -57,13 +42,13 @@ def plain(module, experts, inputs) -> None:
 def calibrate(module, experts, inputs) -> None:
     """What `repair=calibrate` does, with the states between blocks in mapped files."""
     with tempfile.TemporaryDirectory() as cache:
-        options = {"forward": embeds, "encode_batch": BATCH, "cache": cache, "base": tower(99, OPTIONS).state_dict()}
+        options = {"forward": embeds, "encode_batch": BATCH, "cache": cache, "base": made(99).state_dict()}
         repair(module, experts, inputs, "calibrate", **options)
 
 
 def measure(name: str) -> dict:
     torch.set_num_threads(OPTIONS.threads)
-    module, loaded = tower(0, OPTIONS), tower(1, OPTIONS)
+    module, loaded = made(0), made(1)
     states = [{key: tensor.clone() for key, tensor in loaded.state_dict().items()}]
 
     def experts(task: str) -> nn.Module:

@@ -21,6 +21,7 @@ import time
 import torch
 import watching
 from torch import nn
+from towers import embeds, tower
 
 from suture.core.batches import ShuffledBatches
 from suture.repairs import Block, SurgeryModules, repair
@@ -29,34 +30,14 @@ from suture.repairs.network import FINAL
 LR, RANK, BATCH = 1e-3, 16, 16
 
 
-def tower(seed: int, scale: float) -> nn.Module:
-    """ViT-B/32 of random weights; an expert is the merged tower (seed 0) and a little noise."""
-    from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
-
-    torch.manual_seed(0)
-    width, layers = (768, 12) if scale == 1 else (64, 3)
-    sizes = {"hidden_size": width, "intermediate_size": 4 * width, "num_hidden_layers": layers}
-    config = CLIPVisionConfig(**sizes, num_attention_heads=width // 64, patch_size=32, projection_dim=512)
-    module = CLIPVisionModelWithProjection(config).eval()
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in module.parameters() if seed else ():
-            parameter += 0.1 * parameter.std().nan_to_num() * torch.randn(parameter.shape, generator=generator)
-    return module
-
-
-def embeds(module: nn.Module, pixels: torch.Tensor) -> torch.Tensor:
-    """The projected feature."""
-    return module(pixel_values=pixels).image_embeds
-
-
 class Problem:
     """The merged tower, the experts, and the inputs: what all contestants are given."""
 
     def __init__(self, options):
         self.options = options
-        self.module = tower(0, options.scale)
-        self.experts = {f"task{t}": tower(t + 1, options.scale) for t in range(options.tasks)}
+        sizes = (768, 12) if options.scale == 1 else (64, 3)
+        self.module = tower(0, *sizes)
+        self.experts = {f"task{t}": tower(t + 1, *sizes) for t in range(options.tasks)}
         draw = lambda t: torch.randn(options.inputs, 3, 224, 224, generator=torch.Generator().manual_seed(t))
         self.inputs = {task: draw(t) for t, task in enumerate(self.experts)}
 

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 import yaml
-from desk import refused
+from desk import refused, struck_and_resumed
 
 from suture.checkpoints import open_checkpoint
 from suture.cli.main import main
@@ -48,29 +48,12 @@ def test_a_run_leaves_a_distilled_model_that_its_library_loads_and_a_row(desk):
 
 
 def test_a_killed_run_goes_on_to_the_same_bits(desk, monkeypatch):
-    from suture.repairs import training
-    from suture.storage import resume
+    from suture.repairs.training import Training
 
     words = desk.words("repair=distil", *QUICK, method="task_arithmetic")
-    assert main([*words, "output=whole"]) == 0
-    for state in (desk.folder / "outputs" / "resume").glob("*.pt"):
-        state.unlink()
-    step, count = training.Training.step, iter(range(4))
-
-    def killed(self, losses, lr):
-        if next(count, None) is None:
-            raise KeyboardInterrupt
-        return step(self, losses, lr)
-
-    monkeypatch.setattr(resume.Resume, "due", lambda self: True)
-    monkeypatch.setattr(training.Training, "step", killed)
-    assert main(words) == 130
-    assert not (desk.folder / "out").exists()
-    monkeypatch.setattr(training.Training, "step", step)
-    assert main(words) == 0
+    struck_and_resumed(desk, monkeypatch, words, Training, 4)
     one, two = (weights(desk.folder / folder / "model_distil") for folder in ("whole", "out"))
     assert all(torch.equal(one[name], two[name]) for name in one)
-    assert any("4 steps of a loop were taken up" in note for note in report_of(desk.folder / "out")["notes"])
 
 
 def test_frozen_tensors_of_the_pool_stay_at_the_pretrained_ones(desk):

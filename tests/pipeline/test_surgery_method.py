@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from desk import Desk, refused
+from desk import Desk, refused, struck_and_resumed
 
 import suture
 from suture.checkpoints import open_checkpoint
@@ -93,29 +93,12 @@ def test_adamerging_with_surgery_gives_both_results(desk):
 
 
 def test_the_same_repair_goes_on_where_it_was_killed(desk, monkeypatch):
-    from suture.repairs import fitting
-    from suture.storage import resume as resuming
+    from suture.repairs.fitting import Descent
 
     words = desk.words("surgery=final", *QUICK, "surgery.steps=8")
-    assert main([*words, "output=whole"]) == 0
-    for state in (desk.folder / "outputs" / "resume").glob("*.pt"):
-        state.unlink()
-    step, count = fitting.Descent.step, iter(range(5))
-
-    def killed(self, losses):
-        if next(count, None) is None:
-            raise KeyboardInterrupt
-        return step(self, losses)
-
-    monkeypatch.setattr(resuming.Resume, "due", lambda self: True)
-    monkeypatch.setattr(fitting.Descent, "step", killed)
-    assert main(words) == 130
-    assert not (desk.folder / "out").exists()
-    monkeypatch.setattr(fitting.Descent, "step", step)
-    assert main(words) == 0
+    struck_and_resumed(desk, monkeypatch, words, Descent, 5)
     one, two = (weights(desk.folder / folder / "surgery.safetensors") for folder in ("whole", "out"))
     assert all(torch.equal(one[name], two[name]) for name in one)
-    assert any("5 steps of a loop were taken up" in note for note in report_of(desk.folder / "out")["notes"])
 
 
 def test_a_sweep_over_merges_and_repairs_is_one_table_and_is_not_run_twice(desk, capsys, monkeypatch):

@@ -1,5 +1,6 @@
 """A tiny pool of CLIP models on disk, and the words of a run on it."""
 
+import json
 import os
 
 import pytest
@@ -9,6 +10,7 @@ from tiny_clip import save_tiny_clip
 
 from suture.checkpoints import open_checkpoint, save_checkpoint
 from suture.cli.main import main
+from suture.storage.resume import Resume
 
 CLASSES = ["zero", "one", "two"]
 
@@ -71,6 +73,28 @@ class Desk:
 
     def tensors(self, name):
         return {key: tensor.clone() for key, tensor in open_checkpoint(self.models[name]).items()}
+
+
+def struck_and_resumed(desk, monkeypatch, words, loop, steps):
+    """Run whole in `whole`, then again in `out`, struck after some steps of the class `loop` and given once more."""
+    assert main([*words, "output=whole"]) == 0
+    for state in (desk.folder / "outputs" / "resume").glob("*.pt"):
+        state.unlink()
+    step, count = loop.step, iter(range(steps))
+
+    def killed(self, *arguments):
+        if next(count, None) is None:
+            raise KeyboardInterrupt
+        return step(self, *arguments)
+
+    monkeypatch.setattr(Resume, "due", lambda self: True)
+    monkeypatch.setattr(loop, "step", killed)
+    assert main(words) == 130
+    assert not (desk.folder / "out").exists()
+    monkeypatch.setattr(loop, "step", step)
+    assert main(words) == 0
+    notes = json.loads((desk.folder / "out" / "report.json").read_text())["notes"]
+    assert any(f"{steps} steps of a loop were taken up" in note for note in notes)
 
 
 def refused(capsys, words):

@@ -125,7 +125,7 @@ class _Diagonal:
         return means
 
     def notes(self, diagonal: Mapping[str, Tensor], epsilon: float) -> list[str]:
-        """What was drawn, and how many entries count beside ε, one line each."""
+        """The number of labels drawn, and the share of entries that count beside ε, one line each."""
         entries = sum(tensor.numel() for tensor in diagonal.values())
         above = sum(int((tensor > epsilon).sum()) for tensor in diagonal.values()) / max(1, entries)
         lines = [f"Task {self.task!r}: {self._drawn} labels drawn for each input, no sum over all classes."]
@@ -145,7 +145,7 @@ class _Diagonal:
         return output[0]
 
     def _shares(self, probabilities: Tensor) -> Tensor:
-        """How much each class counts: its probability, or its share of the labels drawn."""
+        """The share of each class: its probability, or its part of the labels drawn."""
         classes = len(probabilities)
         if self.labels is None and classes <= _MANY:
             return probabilities

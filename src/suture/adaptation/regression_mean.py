@@ -6,7 +6,7 @@ that exists, and the mean in directions that no input has.
 """
 
 from collections import defaultdict
-from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Annotated, Any, Literal
@@ -22,7 +22,7 @@ from suture.adaptation.layer_weights import matrix_of, write_layer
 from suture.adaptation.loaded import InputMerge, LoadedModel, check_inputs
 from suture.adaptation.walk import Walk, make_plan, new_store, probe_of
 from suture.checkpoints import Source
-from suture.core.batches import Forward, Inputs, call, device_of, size, take, to_device
+from suture.core.batches import Forward, Inputs, call, device_of, size, split, take, to_device
 from suture.core.progress import Track, untracked
 from suture.errors import DataError
 from suture.merging.task_vectors import open_task_vectors
@@ -63,7 +63,7 @@ def regmean(
     vectors = open_task_vectors(base, models, frozen=frozen, mixed_dtypes=mixed_dtypes)
     check_inputs(vectors, inputs)
     model = LoadedModel(module, vectors)
-    batches = {task: _batches(rows, batch_size) for task, rows in inputs.items()}
+    batches = {task: list(split(rows, batch_size)) for task, rows in inputs.items()}
     model.load(next(iter(inputs)))
     layers = _layers(model, forward, next(iter(batches.values()))[0])
     groups = list(_groups(model, layers))
@@ -115,7 +115,7 @@ def regmean_pp(
     check_inputs(vectors, inputs)
     merged, expert = LoadedModel(module, vectors), LoadedModel(module, vectors)
     merged.write({name: merged.mean(name) for name in merged.names})
-    batches = {task: _batches(rows, batch_size) for task, rows in inputs.items()}
+    batches = {task: list(split(rows, batch_size)) for task, rows in inputs.items()}
     first = next(iter(inputs.values()))
     paths = [block.path for block in find_blocks(merged.module, first, forward=forward, blocks=blocks)]
     plan = make_plan(merged.module, forward, paths, probe_of(inputs))
@@ -202,23 +202,25 @@ def _shrunk(matrix: Tensor, factor: float) -> Tensor:
     return factor * matrix + (1 - factor) * torch.diag_embed(matrix.diagonal(dim1=-2, dim2=-1))
 
 
-def _batches(inputs: Inputs, batch_size: int) -> list[Any]:
-    return [take(inputs, slice(start, start + batch_size)) for start in range(0, size(inputs), batch_size)]
-
-
 def _watched(
     module: nn.Module, forward: Forward, inputs: Any, layers: Container[Layer] | None = None
 ) -> dict[Layer, list[Call]]:
     """The uses of some layers, by default all, in one pass."""
+    calls, watching = _watching(module, lambda layer: layers is None or layer in layers)
+    with watching:
+        forward(module, to_device(inputs, device_of(module)))
+    return calls
+
+
+def _watching(module: nn.Module, wanted: Callable[[Layer], bool]) -> tuple[dict[Layer, list[Call]], LayerCalls]:
+    """The uses of the wanted layers, without their outputs, which fill up in the context that is returned with them."""
     calls: dict[Layer, list[Call]] = defaultdict(list)
 
     def see(call: Call) -> None:
-        if layers is None or call.layer in layers:
+        if wanted(call.layer):
             calls[call.layer].append(call if call.window else replace(call, output=None))
 
-    with LayerCalls(module, see):
-        forward(module, to_device(inputs, device_of(module)))
-    return calls
+    return calls, LayerCalls(module, see)
 
 
 def _layers(model: LoadedModel, forward: Forward, inputs: Any) -> list[Layer]:
@@ -251,14 +253,13 @@ def _groups(model: LoadedModel, layers: Iterable[Layer]) -> Iterator[list[Layer]
 def _block_grams(walk: Walk, block: int, expert: LoadedModel, prefix: str) -> InputGrams:
     """The Gram matrices of an expert's block on the states of a walk."""
     grams, targets = InputGrams(), set(expert.names.values())
+
+    def wanted(layer: Layer) -> bool:
+        return layer.weight.startswith(prefix) and _is_merged(layer, expert, targets)
+
     for batch, inputs in enumerate(walk.batches):
-        calls: dict[Layer, list[Call]] = defaultdict(list)
-
-        def see(call: Call, calls: dict[Layer, list[Call]] = calls) -> None:
-            if call.layer.weight.startswith(prefix) and _is_merged(call.layer, expert, targets):
-                calls[call.layer].append(call if call.window else replace(call, output=None))
-
-        walk.run(block, batch, LayerCalls(expert.module, see), expert.module)
+        calls, watching = _watching(expert.module, wanted)
+        walk.run(block, batch, watching, expert.module)
         grams.add(calls, Positions.of(inputs, size(inputs)))
     return grams
 

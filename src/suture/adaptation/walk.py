@@ -17,17 +17,17 @@ import torch
 from torch import Tensor, nn
 
 from suture.adaptation.blocks import submodule
-from suture.core.batches import Forward, Inputs, device_of, take, to_device
+from suture.core.batches import Forward, Inputs, Reached, device_of, take, to_device
 from suture.errors import ConfigError
 
 _PLAIN = (type(None), bool, str, torch.dtype, torch.device)
 
 
 class Source(NamedTuple):
-    """Where an argument of a block comes from.
+    """The source of a block's argument.
 
-    From `leaf` of the outputs of the block before; from `leaf` of the arguments that the earlier `block` had; or it is
-    the constant `value`.
+    It is `leaf` of the outputs of the block before, `leaf` of the arguments that the earlier `block` had, or the
+    constant `value`.
     """
 
     kind: Literal["output", "argument", "constant"]
@@ -188,25 +188,18 @@ def _close(found: Sequence[Any], expected: Sequence[Any]) -> bool:
     return all(a.shape == b.shape and torch.allclose(a, b, 1e-4, 1e-5, equal_nan=True) for a, b in pairs)
 
 
-class _Reached(Exception):
-    """The forward pass has reached the block; the rest of it is not needed."""
-
-    def __init__(self, arguments: tuple[Any, Any]):
-        self.arguments = arguments
-
-
 @torch.no_grad()
 def _reach(module: nn.Module, forward: Forward, path: str, inputs: Any) -> tuple[Any, Any]:
     """The arguments of a block for these inputs."""
 
     def stop(_: nn.Module, args: Any, kwargs: Any) -> None:
-        raise _Reached((args, kwargs))
+        raise Reached(args, kwargs)
 
     hook = submodule(module, path).register_forward_pre_hook(stop, with_kwargs=True)
     try:
         forward(module, inputs)
-    except _Reached as reached:
-        return reached.arguments
+    except Reached as reached:
+        return reached.args  # (args, kwargs) of the block
     finally:
         hook.remove()
     raise ConfigError(f"blocks: '{path}' does not run on every input. Remedy: name blocks that do.")

@@ -38,11 +38,15 @@ def _samplers() -> Sequence[str]:
 
 
 def _scores() -> Sequence[str]:
-    return ("agreement", "entropy", "accuracy")
+    from suture.pipeline.searching import SCORES
+
+    return SCORES
 
 
 def _splits() -> Sequence[str]:
-    return ("train", "test")
+    from suture.tasks.base import SPLITS
+
+    return SPLITS
 
 
 def _search_defaults() -> dict[str, Any]:

@@ -75,6 +75,16 @@ def take(batch: Any, index: Tensor | slice) -> Any:
     return tuple(take(part, index) for part in batch) if isinstance(batch, tuple | list) else batch[index]
 
 
+def split(inputs: Inputs, batch_size: int) -> Iterator[Any]:
+    """The inputs in order, in batches."""
+    for start in range(0, size(inputs), batch_size):
+        yield take(inputs, slice(start, start + batch_size))
+
+
+class Reached(Exception):
+    """Raised by a hook: the forward pass has reached the layer that was wanted, and the rest of it is not needed."""
+
+
 def joinable(one: Any, other: Any) -> bool:
     """Whether two batches can be concatenated; texts padded to different lengths cannot."""
     if isinstance(one, Tensor) and isinstance(other, Tensor):

@@ -7,14 +7,14 @@ by its arguments and these scores, so a search resumes by sending the scores aga
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 
 from suture.errors import ConfigError
 
 Kind = Literal["grid", "sobol", "cma_es"]
-KINDS: tuple[Kind, ...] = ("grid", "sobol", "cma_es")
+KINDS: tuple[Kind, ...] = get_args(Kind)
 Point = dict[str, float]
 Sampler = Generator[Point, float, None]
 

@@ -163,7 +163,7 @@ def _matrix_speed(job: Job) -> float:
 
 
 def _work(merging: Merging, name: str) -> float:
-    """What a tensor's matrices cost beside one another."""
+    """The cost of a tensor's matrices, relative to one another."""
     role = merging.role(name)
     inner = role.rows if role.transposed else role.columns
     tasks = len(merging.vectors.models)

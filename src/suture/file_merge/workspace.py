@@ -315,7 +315,7 @@ class WorkingFolder:
         write_text(self.path / "statistic.json", json.dumps(statistic))
 
     def statistic(self, read: Callable[[Any], Any]) -> Any:
-        """What `save_statistic` saved, as `read` returns it; None if there is nothing.
+        """The statistic that `save_statistic` saved, as `read` returns it; None if there is none.
 
         A file that cannot be read is set aside, with a warning.
         """

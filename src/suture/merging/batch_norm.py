@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from suture.core.batches import device_of, to_device
+from suture.core.batches import Reached, device_of, to_device
 from suture.core.progress import Track, untracked
 from suture.errors import ConfigError, DataError
 
@@ -62,7 +62,7 @@ def reestimate_statistics(
     return {name: buffers[name] for name in names}
 
 
-class _Moments:
+class Moments:
     """Mean and variance over batches, merged as they come (Chan, Golub and LeVeque 1979)."""
 
     def __init__(self):
@@ -78,10 +78,6 @@ class _Moments:
         self.squares = self.squares.to(mean) + (values - mean[:, None]).square().sum(1) + shift**2 * share * self.count
         self.mean = self.mean.to(mean) + shift * share
         self.count += count
-
-
-class _Reached(Exception):
-    """The forward pass has reached the layer to measure; the rest of it is not needed."""
 
 
 def _has_statistics(layer: nn.Module) -> bool:
@@ -110,15 +106,15 @@ def _order_of_use(module: nn.Module, layers: Mapping[str, nn.Module], batch: Any
 
 def _measure(module: nn.Module, name: str, layer: Any, batches: Iterable[Any], run: Forward) -> None:
     """Give one layer the statistics of its inputs over all batches."""
-    moments = _Moments()
+    moments = Moments()
 
     def add_inputs(_, inputs):
         moments.add(inputs[0])
-        raise _Reached
+        raise Reached
 
     with _removed_afterwards([layer.register_forward_pre_hook(add_inputs)]):
         for batch in batches:
-            with suppress(_Reached):
+            with suppress(Reached):
                 run(module, to_device(batch, device_of(module)))
     if moments.count < 2:
         raise DataError(f"'{name}' sees {moments.count} value for each channel; a variance needs 2 or more.")

@@ -227,7 +227,7 @@ class Merging:
         self.vectors.each_of(pieces, merge_piece, method.operand, device=self.vectors.device)
 
     def _origin(self, base: Tensor) -> Tensor:
-        """What task vectors are added to: nothing where only the update is wanted."""
+        """The tensor that task vectors are added to: zeros where only the update is wanted."""
         return torch.zeros_like(base) if self.update and self.method.operand == "deltas" else base
 
     def _as_update(self, merged: Tensor, base: Tensor) -> Tensor:

@@ -8,15 +8,14 @@ A method on whole matrices is a function of `deltas` (task, out, in) alone that 
 matrix. What all of them share is done for them: the base, the factor `alpha`, and the tensors that are no matrices.
 """
 
-import importlib
 import inspect
-import pkgutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache, cached_property
 from math import inf
 from typing import Any, Literal, TypeVar
 
+from suture.core.discovery import import_all
 from suture.core.knobs import Knobs
 from suture.errors import ConfigError, unknown_name
 from suture.merging.roles import MatrixOptions
@@ -130,6 +129,4 @@ def get_method(name: str) -> MergeMethod:
 @cache
 def _find() -> None:
     """Import every module of `suture.merging.methods`, so that its methods register themselves."""
-    package = importlib.import_module("suture.merging.methods")
-    for module in pkgutil.iter_modules(package.__path__):
-        importlib.import_module(f"{package.__name__}.{module.name}")
+    import_all("suture.merging.methods")

@@ -5,9 +5,7 @@ matrix, and other tensors stay as merged. Else it takes the entries of an update
 and the `ratio` ‖ΣΔ‖₁/‖M‖₁/T of the whole model. Keyword-only arguments are its knobs.
 """
 
-import importlib
 import math
-import pkgutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache, cached_property
@@ -17,6 +15,7 @@ import torch
 from torch import Tensor
 
 from suture.checkpoints import TensorSpec
+from suture.core.discovery import import_all
 from suture.core.knobs import Knobs
 from suture.errors import ConfigError, unknown_name
 from suture.merging.blocks import block_depths
@@ -103,9 +102,7 @@ def wrapper_problems(after: Sequence[Wrapped], specs: Mapping[str, TensorSpec]) 
 
 @cache
 def _find() -> None:
-    package = importlib.import_module("suture.merging.wrappers")
-    for module in pkgutil.iter_modules(package.__path__):
-        importlib.import_module(f"{package.__name__}.{module.name}")
+    import_all("suture.merging.wrappers")
 
 
 @dataclass

@@ -18,6 +18,7 @@ from suture.core.batches import ShuffledBatches
 from suture.errors import SutureError
 from suture.evaluation import SplitInputs
 from suture.pipeline.context import FEW, Context
+from suture.pipeline.method_base import MethodBase, written
 from suture.pipeline.models import Models
 from suture.pipeline.repairs import Repair
 from suture.pipeline.results import MergeResult
@@ -40,7 +41,7 @@ _OPTIONS = {each.name for each in fields(AdaMergingOptions)}
 
 
 @dataclass(frozen=True, kw_only=True)
-class AdaMerging(AdaMergingOptions):
+class AdaMerging(MethodBase, AdaMergingOptions):
     """Learn the coefficients of the task vectors by minimising the entropy on unlabelled inputs.
 
     `name` implies a granularity, and AdaMerging++ or not; `granularity` and `plus_plus` override it. `weights` (a list,
@@ -86,19 +87,6 @@ class AdaMerging(AdaMergingOptions):
         """The name of the method's row in the report."""
         return self.name
 
-    @property
-    def knobs(self) -> dict[str, Any]:
-        """Every knob with its value."""
-        return asdict(self)
-
-    static = None
-    frozen = ()
-
-    @property
-    def repairs(self) -> tuple[Repair, ...]:
-        """No repairs: they are chosen with `repair=…`."""
-        return ()
-
     def problems(self, models: Models, tasks: tuple[str, ...]) -> list[str]:
         """Reasons why the run would fail later, one line each; nothing is decoded or adapted."""
         problems = [] if self.weights is not None else models.unmatched(tasks)
@@ -115,8 +103,7 @@ class AdaMerging(AdaMergingOptions):
 
     def memory(self, models: Models) -> int | None:
         """Bytes held besides the activations: the task vectors, the base, the merged weights and one gradient."""
-        vectors = models.vectors()
-        entries = sum(vectors.base.specs[name].numel for name in vectors.names)
+        entries = models.vectors().stream().num_entries
         itemsize = getattr(torch, self.vectors_dtype or "float32").itemsize
         rows = 0 if self.stream_vectors else len(models.experts) * itemsize
         return entries * (rows + 3 * 4)
@@ -137,13 +124,9 @@ class AdaMerging(AdaMergingOptions):
                 mixed_dtypes=True,
                 **self._options_with(init_values=self.weights, max_steps=0),
             )
-        tensors = learned.merged if out is None else out
-        if out is not None:
-            for name, tensor in learned.merged.items():
-                out[name].copy_(tensor)
         steps = len(learned.losses)
         how = f"coefficients, {steps:,} steps on all {self.split} inputs" if steps else ""
-        return MergeResult(self.label, tensors, learned, how)
+        return MergeResult(self.label, written(learned.merged, out), learned, how, warnings=learned.warnings)
 
     @property
     def options(self) -> AdaMergingOptions:

@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal
 
 from annotated_types import Ge, Gt, Le
@@ -12,20 +12,19 @@ from suture.adaptation import InputMerge, fisher, regmean, regmean_pp
 from suture.core.progress import bar
 from suture.evaluation import SplitInputs, TaskInputs
 from suture.pipeline.context import Context
+from suture.pipeline.method_base import MethodBase, written
 from suture.pipeline.models import Models
-from suture.pipeline.repairs import Repair, RepairOptions
+from suture.pipeline.repairs import RepairOptions
 from suture.pipeline.results import MergeResult
 
 _FLOAT64 = 8
 
 
 @dataclass(frozen=True, kw_only=True)
-class InputMethod(ABC):
+class InputMethod(MethodBase, ABC):
     """A method that reads `num_inputs` unlabelled inputs of each task's `split`: the same ones as a repair."""
 
     name: ClassVar[str]
-    static = None
-    frozen = ()
 
     split: Literal["train", "test"] = "train"
     num_inputs: Annotated[int, Ge(1)] = 256
@@ -35,24 +34,13 @@ class InputMethod(ABC):
         """The name of the method's row in the report."""
         return self.name
 
-    @property
-    def knobs(self) -> dict[str, Any]:
-        """Every knob with its value."""
-        return asdict(self)
-
-    @property
-    def repairs(self) -> tuple[Repair, ...]:
-        """No repairs: they are chosen with `repair=…`."""
-        return ()
-
     def problems(self, models: Models, tasks: tuple[str, ...]) -> list[str]:
         """Reasons why the run would fail later, one line each."""
         return models.unmatched(tasks)
 
     def memory(self, models: Models) -> int | None:
         """Bytes held besides the activations and Gram matrices: the merged model, an expert, and their sums."""
-        vectors = models.vectors()
-        return _FLOAT64 * 3 * sum(vectors.base.specs[name].numel for name in vectors.names)
+        return _FLOAT64 * 3 * models.vectors().stream().num_entries
 
     def merge(
         self, models: Models, inputs: SplitInputs, context: Context, out: Mapping[str, Tensor] | None = None
@@ -60,17 +48,13 @@ class InputMethod(ABC):
         """Merge on the chosen inputs, into the tensors `out` or into new ones."""
         options = RepairOptions(split=self.split, num_inputs=self.num_inputs)
         tasks = {name: inputs[self.split][name] for name in models.experts}
-        few = {name: task.inputs_at(options.positions(task, context.seed)) for name, task in tasks.items()}
+        _, few = options.select(inputs, models.experts, context.seed)
         given = (models.new_encoder(context.device.device), models.base, models.experts, few)
         shared = {"forward": context.device.call, "frozen": models.pool.frozen, "mixed_dtypes": True, "track": bar}
         with context.profile("merging weights"):
             result = self._merged(given, shared, tasks, context)
-        tensors = result.merged if out is None else out
-        if out is not None:
-            for name, tensor in result.merged.items():
-                out[name].copy_(tensor)
         how = f"weights, solved on up to {self.num_inputs} {self.split} inputs a task"
-        return MergeResult(self.label, tensors, how=how, warnings=result.warnings)
+        return MergeResult(self.label, written(result.merged, out), how=how, warnings=result.warnings)
 
     @abstractmethod
     def _merged(

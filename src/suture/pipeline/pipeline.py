@@ -96,13 +96,11 @@ def run_settings(
             own = replace(context, folder=part)
             result = _merge_into(part, settings, models, inputs, own)
             merged.append(replace(result, how="; ".join(filter(None, (how, result.how)))))
-            fits = [result.masked] if result.masked else []
-            fits += [each for repair in settings.repairs for each in fit(repair, models, merged[-1], inputs, own)]
+            fits = _fits(settings, models, merged[-1], inputs, own)
             repairs[merged[-1].label] = fits
             folding = _save_repairs(fits, models, merged[-1], inputs, part)
             notes = [*notes, *folding]
         warnings = [line for result in merged for line in result.warnings]
-        warnings += [line for result in merged if result.learned for line in result.learned.warnings]
         warnings += [line for fits in repairs.values() for fitted in fits for line in fitted.warnings]
         scores = score(models, merged, repairs, inputs, context, reuse=first.reuse) if first.tasks else Scores()
         report = Report(
@@ -153,9 +151,7 @@ def merge_in_memory(settings: Settings) -> tuple[Models, MergeResult, list[Repai
         quiet = replace(settings, fabric={**settings.fabric, "loggers": {"kind": "none"}})
         context, inputs = prepare(quiet, models, Path(folder), Profile(), Path(folder) / "encodings")
         merged = settings.method.merge(models, inputs, context)
-        repairs = [merged.masked] if merged.masked else []
-        repairs += [each for repair in settings.repairs for each in fit(repair, models, merged, inputs, context)]
-        return models, merged, repairs
+        return models, merged, _fits(settings, models, merged, inputs, context)
 
 
 _REPAIRS = (("repair=final",), ("repair=deep", "repair.steps=200"))
@@ -220,6 +216,14 @@ def evaluate_pool(
         if folder:
             write(report, folder)
     return report
+
+
+def _fits(
+    settings: Settings, models: Models, merged: MergeResult, inputs: SplitInputs, context: Context
+) -> list[RepairResult]:
+    """The models of the tasks that the method itself leaves, then every repair of the settings."""
+    fits = [merged.masked] if merged.masked else []
+    return fits + [each for repair in settings.repairs for each in fit(repair, models, merged, inputs, context)]
 
 
 def _merge_into(folder: Path, settings: Settings, models: Models, inputs: SplitInputs, context: Context) -> MergeResult:

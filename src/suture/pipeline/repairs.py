@@ -1,7 +1,7 @@
 """Repairs for `repair=…`: fitted to a merged model of a pool, on the inputs of its task pool."""
 
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
@@ -13,6 +13,7 @@ from annotated_types import Ge
 from torch import Tensor, nn
 
 from suture.checkpoints import content_hash
+from suture.core.batches import Inputs
 from suture.core.knobs import Knobs
 from suture.core.progress import bar
 from suture.core.random import generator_for
@@ -53,6 +54,13 @@ class RepairOptions:
     compare: Annotated[int, Ge(0)] = 256
     keep_encodings: bool = False
     cache_dir: str = "outputs"
+
+    def select(
+        self, inputs: SplitInputs, tasks: Iterable[str], seed: int
+    ) -> tuple[dict[str, Tensor], dict[str, Inputs]]:
+        """The positions of the inputs to learn from, and these inputs, by task."""
+        chosen = {name: self.positions(inputs[self.split][name], seed) for name in tasks}
+        return chosen, {name: inputs[self.split][name].inputs_at(at) for name, at in chosen.items()}
 
     def positions(self, task: TaskInputs, seed: int) -> Tensor:
         """The positions of the inputs to learn from, in a seeded order: fewer are a subset of more."""
@@ -163,9 +171,7 @@ def _fit_one(
     options, device = repair.options, context.device
     module = models.new_encoder(device.device).load(merged.tensors)
     expert = partial(_expert, models, models.new_encoder(device.device))
-    tasks = {name: inputs[options.split][name] for name in models.experts}
-    chosen = {name: options.positions(task, context.seed) for name, task in tasks.items()}
-    few = {name: tasks[name].inputs_at(positions) for name, positions in chosen.items()}
+    chosen, few = options.select(inputs, models.experts, context.seed)
     encodings = Path(options.cache_dir) / "encodings" if options.keep_encodings else context.encodings
     free = models.base.select({name: name for name in models.vectors().names})
     sizes = {"encode_batch": context.batch_size, "track": bar, "base": free}
@@ -177,7 +183,7 @@ def _fit_one(
             order = {name: chosen[name][at] for name, at in result.stream.order.items()}
             result = replace(result, stream=result.stream._replace(order=order))
         if isinstance(result.model, SurgeryModel) and result.stream is None:
-            _add_router(result.model, problem, options, context.seed)
+            add_router(result.model, problem, options, context.seed)
             compared = {name: inputs["test"][name].first(options.compare).inputs for name in models.experts}
             distances = representation(result.model, expert, compared, track=bar) if options.compare else None
             result = replace(result, representation=distances)
@@ -218,7 +224,8 @@ def _fitted(
     return replace(result, scores=scores)
 
 
-def _add_router(model: Any, problem: Problem, options: RepairOptions, seed: int) -> None:
+def add_router(model: Any, problem: Problem, options: RepairOptions, seed: int) -> None:
+    """Give a model the router of its options, fitted to the merged model's features of the problem's inputs."""
     if options.router != NONE:
         features = {task: problem.merged_rows(task, inputs) for task, inputs in problem.inputs.items()}
         model.router = fit_router(features, kind=options.router, seed=seed).to(problem.device)

@@ -24,10 +24,11 @@ from suture.pipeline.models import Models, open_models
 from suture.pipeline.pipeline import RunResult, prepare, run_settings
 from suture.pipeline.preflight import preflight_of
 from suture.pipeline.settings import Settings
+from suture.tasks.base import SPLITS, Split
 
 CACHE = "outputs"  # the folder of states and updates, below which is resume/
 Score = Literal["agreement", "entropy", "accuracy"]
-Split = Literal["train", "test"]
+SCORES: tuple[Score, ...] = get_args(Score)
 
 
 @dataclass(frozen=True)
@@ -91,7 +92,7 @@ class _Search:
     num_inputs: int
 
     def __post_init__(self):
-        for name, value, known in (("score", self.score, get_args(Score)), ("split", self.split, get_args(Split))):
+        for name, value, known in (("score", self.score, SCORES), ("split", self.split, SPLITS)):
             if value not in known:
                 raise ConfigError(unknown_name(name, value, known))
         for name in ("trials", "num_inputs"):
@@ -159,12 +160,13 @@ class _Search:
         point: Point | None = next(points)
         with bar("searching", number_of_points(self.space, self.trials)) as advance:
             while point is not None:
-                value = known[len(trials)] if len(trials) < len(known) else score(point)
-                trials.append(Trial(point, value))
-                resume.save({"losses": [trial.score for trial in trials]})
+                done = len(trials) < len(known)
+                trials.append(Trial(point, known[len(trials)] if done else score(point)))
+                if not done:
+                    resume.save({"losses": [trial.score for trial in trials]})
                 advance(1)
                 try:
-                    point = points.send(self._sign * value)
+                    point = points.send(self._sign * trials[-1].score)
                 except StopIteration:
                     point = None
         return trials

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 import torch
@@ -18,14 +18,15 @@ from suture.merging.methods.consensus import MASK_THRESHOLD, Threshold
 from suture.merging.streams import one_each
 from suture.merging.task_masks import TaskMasks
 from suture.pipeline.context import Context
+from suture.pipeline.method_base import MethodBase
 from suture.pipeline.models import Models
-from suture.pipeline.repairs import NONE, Repair, RepairOptions
+from suture.pipeline.repairs import NONE, RepairOptions, add_router
 from suture.pipeline.results import MergeResult
-from suture.repairs import MaskedModel, Problem, RepairResult, fit_router
+from suture.repairs import MaskedModel, Problem, RepairResult
 
 
 @dataclass(frozen=True, kw_only=True)
-class EmrMerging:
+class EmrMerging(MethodBase):
     """EMR-Merging: one update of elected signs and largest magnitudes; each task takes its part of it, rescaled.
 
     The merged model is the average of all tasks' models. The rows beside it are those of the tasks' own models, with
@@ -37,23 +38,10 @@ class EmrMerging:
     split: Literal["test", "train"] = "train"
     num_inputs: Annotated[int, Ge(1)] | None = 256
 
-    static = None
-    frozen = ()
-
     @property
     def label(self) -> str:
         """The name of the merged model's row."""
         return "emr_merging"
-
-    @property
-    def knobs(self) -> dict[str, Any]:
-        """Every knob with its value."""
-        return asdict(self)
-
-    @property
-    def repairs(self) -> tuple[Repair, ...]:
-        """No repairs: they are chosen with `repair=…`, and follow the merged model."""
-        return ()
 
     def problems(self, models: Models, tasks: tuple[str, ...]) -> list[str]:
         """Experts without a task, whose models could not be scored."""
@@ -61,8 +49,7 @@ class EmrMerging:
 
     def memory(self, models: Models) -> int | None:
         """Bytes held besides the activations: the update, the bits, and the weights of the task at hand."""
-        vectors = models.vectors()
-        entries = sum(vectors.base.specs[name].numel for name in vectors.names)
+        entries = models.vectors().stream().num_entries
         return entries * (4 + 4) + entries * len(models.experts) // 8
 
     def merge(
@@ -101,16 +88,13 @@ class EmrMerging:
         """Fit the router, if there are inputs to fit it to; returns their number."""
         if self.router == NONE or not inputs.tasks:
             return 0
-        options = RepairOptions(split=self.split, num_inputs=self.num_inputs)
-        tasks = {name: inputs[self.split][name] for name in model.tasks}
-        few = {name: task.inputs_at(options.positions(task, context.seed)) for name, task in tasks.items()}
+        options = RepairOptions(split=self.split, num_inputs=self.num_inputs, router=self.router)
+        chosen, few = options.select(inputs, model.tasks, context.seed)
         module = model.network.module
         sizes: dict[str, Any] = {"encode_batch": context.batch_size, "track": bar}
-        experts = dict.fromkeys(few, module)
-        problem = Problem(module, experts, few, context.device.call, context.encodings, **sizes)
-        features = {task: problem.merged_rows(task, rows) for task, rows in few.items()}
-        model.router = fit_router(features, kind=self.router, seed=context.seed).to(problem.device)
-        return sum(map(len, features.values()))
+        problem = Problem(module, dict.fromkeys(few, module), few, context.device.call, context.encodings, **sizes)
+        add_router(model, problem, options, context.seed)
+        return sum(map(len, chosen.values()))
 
 
 @dataclass(frozen=True, kw_only=True)

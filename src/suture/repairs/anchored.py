@@ -118,18 +118,19 @@ class LayerSums:
 
     def __init__(self, *, ridge: float, mix: float):
         self.ridge, self.mix = ridge, mix
-        self.layers: dict[Layer, _Solved] = {}
+        self.layers: dict[Layer, MatrixEquations | NormEquations] = {}
         self.grams: dict[Layer, Tensor] = {}
 
     def add(self, task: TaskSums, expert: Mapping[str, Tensor]) -> None:
         """Add the sums of a task, with its expert's weights."""
         scales: dict[Layer, Tensor] = {}
         for layer, each in task.layers.items():
-            sums = self.layers.setdefault(layer, _Solved())
-            sums.tasks += 1
+            sums = self.layers.setdefault(layer, NormEquations() if isinstance(each, Norm) else MatrixEquations())
             if isinstance(each, Norm):
+                assert isinstance(sums, NormEquations)
                 _add_norm(sums, layer, each, expert)
             elif each.weight > 0:
+                assert isinstance(sums, MatrixEquations)
                 if each.source not in scales:
                     covariance = task.grams[each.source] / each.weight
                     scales[each.source] = 1 / covariance.flatten(1).norm(dim=1).clamp_min(_SMALLEST)
@@ -141,7 +142,7 @@ class LayerSums:
 
     def _add_matrix(
         self,
-        sums: "_Solved",
+        sums: "MatrixEquations",
         layer: Layer,
         each: Matrix,
         covariance: Tensor,
@@ -171,8 +172,9 @@ class LayerSums:
         solved = {}
         for layer in layers:
             sums = self.layers[layer]
-            if layer.kind == "norm":
-                solved[layer] = _solve_norm(layer, sums, anchors, self.ridge)
+            if isinstance(sums, NormEquations):
+                shift = None if layer.bias is None else anchors[layer.bias].double()
+                solved[layer] = sums.solve(anchors[layer.weight].double(), shift, self.ridge)
                 continue
             if sums.source is None:  # every row was padding
                 continue
@@ -199,7 +201,7 @@ class LayerSums:
         return factor
 
     def _solve_matrix(
-        self, layer: Layer, sums: "_Solved", factor: Tensor, anchors: Mapping[str, Tensor]
+        self, layer: Layer, sums: "MatrixEquations", factor: Tensor, anchors: Mapping[str, Tensor]
     ) -> tuple[Tensor, Tensor | None]:
         right = sums.right + self.ridge * matrix_of(layer, anchors).mT
         weight = torch.cholesky_solve(right, factor).mT
@@ -211,18 +213,42 @@ class LayerSums:
 
 
 @dataclass
-class _Solved:
-    """Σ over tasks of both sides of a layer's equations."""
+class MatrixEquations:
+    """Σ over tasks of both sides of the equations of a matrix or a kernel."""
 
-    tasks: int = 0
     rows: int = 0
     source: Layer | None = None
     right: Any = 0.0
     inputs: Any = 0.0
     outputs: Any = 0.0
     scale: Any = 0.0
+
+
+@dataclass
+class NormEquations:
+    """Σ over tasks of both sides of the equations of a norm, by channel: E z², E z, and their right sides."""
+
+    tasks: int = 0
     squares: Any = 0.0
     values: Any = 0.0
+    right: Any = 0.0
+    low: Any = 0.0
+
+    def add(self, squares: Any, values: Any, scale: Any, shift: Any) -> None:
+        """Add a task: E z² and E z of its inputs, and its expert's scale and shift."""
+        self.tasks += 1
+        self.squares, self.values = self.squares + squares, self.values + values
+        self.right = self.right + squares * scale + values * shift
+        self.low = self.low + values * scale + shift
+
+    def solve(self, scale: Tensor, shift: Tensor | None, ridge: float) -> tuple[Tensor, Tensor | None]:
+        """Scale and shift, drawn to these anchors; None for a norm without a shift."""
+        first, right = self.squares + ridge, self.right + ridge * scale
+        if shift is None:
+            return right / first, None
+        low, last = self.low + ridge * shift, self.tasks + ridge
+        determinant = (first * last - self.values.square()).clamp_min(_DETERMINANT)
+        return (last * right - self.values * low) / determinant, (first * low - self.values * right) / determinant
 
 
 def _bias(layer: Layer, tensors: Mapping[str, Tensor], like: Tensor) -> Float[Tensor, "group 1 out"]:
@@ -233,40 +259,12 @@ def _bias(layer: Layer, tensors: Mapping[str, Tensor], like: Tensor) -> Float[Te
     return part.reshape(layer.groups, 1, -1)
 
 
-def _add_norm(sums: _Solved, layer: Layer, each: Norm, expert: Mapping[str, Tensor]) -> None:
-    if each.weight == 0:
+def _add_norm(sums: NormEquations, layer: Layer, each: Norm, expert: Mapping[str, Tensor]) -> None:
+    if each.weight == 0:  # every row was padding
+        sums.tasks += 1
         return
-    squares, values = each.squares / each.weight, each.values / each.weight
     scale, shift = expert[layer.weight].double(), _shift(layer, expert)
-    sums.squares, sums.values = sums.squares + squares, sums.values + values
-    sums.right = sums.right + squares * scale + values * shift
-    sums.outputs = sums.outputs + values * scale + shift
-
-
-def _solve_norm(
-    layer: Layer, sums: _Solved, anchors: Mapping[str, Tensor], ridge: float
-) -> tuple[Tensor, Tensor | None]:
-    """Scale and shift of every channel."""
-    right = sums.right + ridge * anchors[layer.weight].double()
-    if layer.bias is None:
-        return right / (sums.squares + ridge), None
-    low = sums.outputs + ridge * anchors[layer.bias].double()
-    return _two_by_two(sums.squares + ridge, sums.values, sums.tasks + ridge, right, low)
-
-
-def solve_norm(
-    tasks: Sequence[tuple[Tensor, Tensor, Tensor, Tensor]], scale: Tensor, shift: Tensor, ridge: float
-) -> tuple[Tensor, Tensor]:
-    """Scale and shift from E z², E z and the expert's scale and shift of each task, and the anchors of both."""
-    first, mixed = (torch.stack([task[i] for task in tasks]).sum(0) for i in (0, 1))
-    right = torch.stack([e * g + m * b for e, m, g, b in tasks]).sum(0) + ridge * scale
-    low = torch.stack([m * g + b for _, m, g, b in tasks]).sum(0) + ridge * shift
-    return _two_by_two(first + ridge, mixed, len(tasks) + ridge, right, low)
-
-
-def _two_by_two(first: Tensor, mixed: Tensor, last: float, right: Tensor, low: Tensor) -> tuple[Tensor, Tensor]:
-    determinant = (first * last - mixed.square()).clamp_min(_DETERMINANT)
-    return (last * right - mixed * low) / determinant, (first * low - mixed * right) / determinant
+    sums.add(each.squares / each.weight, each.values / each.weight, scale, shift)
 
 
 def _shift(layer: Layer, tensors: Mapping[str, Tensor]) -> Any:

@@ -15,11 +15,9 @@ from torch import Tensor
 
 from suture.adaptation.layer_calls import Call, Layer, LayerCalls
 from suture.adaptation.walk import Walk
-from suture.repairs.anchored import solve_norm
-
-
-class _Reached(Exception):
-    """The pass has reached the layer; the rest of it is not needed."""
+from suture.core.batches import Reached
+from suture.merging.batch_norm import Moments
+from suture.repairs.anchored import NormEquations
 
 
 def calibrate_batch_norm(
@@ -45,33 +43,29 @@ def calibrate_batch_norm(
         scale, shift = f"{path}.weight".lstrip("."), f"{path}.bias".lstrip(".")
         if scale not in anchors or shift not in anchors:
             return
-        sums = []
+        equations = NormEquations()
         for task, (_, own, variance) in moments.items():
             z = (own - mean) / deviation
             squares = (variance + (own - mean).square()) / deviation.square()
             state = {name: tensor.double() for name, tensor in experts[task].items() if name.startswith(path)}
             slope = state[scale] / (state[f"{path}.running_var".lstrip(".")] + module.eps).sqrt()
             level = state[shift] - slope * state[f"{path}.running_mean".lstrip(".")]
-            sums.append((squares, z, slope * deviation, slope * mean + level))
-        weight, bias = solve_norm(sums, anchors[scale], anchors[shift], ridge)
+            equations.add(squares, z, slope * deviation, slope * mean + level)
+        weight, bias = equations.solve(anchors[scale], anchors[shift], ridge)
         module.weight.copy_(weight)
         module.bias.copy_(bias)
 
 
 def _moments(walk: Walk, layer: Layer, block: int) -> tuple[int, Tensor, Tensor]:
     """Number of values, mean and variance of each channel of a layer's inputs."""
-    count, total, squares = 0, 0.0, 0.0
+    moments = Moments()
 
     def see(call: Call) -> None:
-        nonlocal count, total, squares
         if call.layer == layer:
-            rows = call.rows()[0].double()
-            count += len(rows)
-            total, squares = total + rows.sum(0), squares + rows.square().sum(0)
-            raise _Reached
+            moments.add(call.rows()[0])
+            raise Reached
 
     for batch in range(len(walk.batches)):
-        with suppress(_Reached):
+        with suppress(Reached):
             walk.run(block, batch, LayerCalls(walk.module, see, with_norms=True))
-    mean: Any = total / count
-    return count, mean, (squares / count - mean.square()).clamp_min(0)
+    return moments.count, moments.mean, moments.squares / moments.count

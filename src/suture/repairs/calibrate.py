@@ -21,12 +21,12 @@ from suture.adaptation.grams import Positions
 from suture.adaptation.layer_calls import Call, Layer, LayerCalls
 from suture.adaptation.layer_weights import write_layer
 from suture.adaptation.walk import Store, Walk, make_plan, new_store, probe_of
-from suture.core.batches import size, to_device
+from suture.core.batches import size, split, to_device
 from suture.errors import ConfigError, DataError, IncompatibleModels
 from suture.merging.overflow import refuse_overflow
 from suture.repairs.anchored import LayerSums, TaskSums
 from suture.repairs.batch_norm import calibrate_batch_norm
-from suture.repairs.problem import Problem, split
+from suture.repairs.problem import Problem
 from suture.repairs.read_tokens import full_layers, reads_first_token_only
 from suture.repairs.registry import repair_kind
 from suture.repairs.results import RepairResult

@@ -8,12 +8,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from suture.core.batches import Forward, Inputs, to_device
+from suture.core.batches import Forward, Inputs, split, to_device
 from suture.core.progress import Track, untracked
 from suture.errors import ConfigError
 from suture.repairs.model import SurgeryModel
 from suture.repairs.network import FINAL, Block, Blocks, Network, by_layer, find_blocks, layers_of, position_mean
-from suture.repairs.problem import Experts, Problem, split
+from suture.repairs.problem import Experts, Problem
 
 _SEPARATE = 1e-12
 

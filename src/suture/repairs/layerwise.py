@@ -14,12 +14,12 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import pad
 
-from suture.core.batches import size, to_device
+from suture.core.batches import Reached, size, split, to_device
 from suture.errors import ConfigError
 from suture.repairs.fitting import Descent, Optimizer, constant_losses, descend
 from suture.repairs.modules import SurgeryModules
 from suture.repairs.network import Network
-from suture.repairs.problem import OnStep, Order, Problem, split
+from suture.repairs.problem import OnStep, Order, Problem
 from suture.storage.resume import Resume
 
 
@@ -104,11 +104,11 @@ def _tokens(
     def visit(i: int, rows: Tensor) -> Tensor:
         if i == len(modules) - 1:
             tokens.append(rows)
-            raise _Reached
+            raise Reached
         return modules[i](rows, which)
 
     for batch in split(inputs, problem.encode_batch):
-        with suppress(_Reached):
+        with suppress(Reached):
             network(to_device(batch, network.device), visit)
     problem.passes.merged += size(inputs)
     longest = max(rows.shape[1] for rows in tokens)
@@ -119,10 +119,6 @@ def _mask(inputs: Any, rows: Tensor) -> list[Tensor] | None:
     """The attention mask of texts, cut to the tokens' length; None for other inputs."""
     mask = inputs.get("attention_mask") if isinstance(inputs, Mapping) else None
     return None if mask is None or not 1 < rows.shape[1] <= mask.shape[1] else [mask[:, : rows.shape[1]]]
-
-
-class _Reached(Exception):
-    """The forward pass has reached the layer to fit; the rest of it is not needed."""
 
 
 @torch.no_grad()

@@ -12,11 +12,11 @@ from torch import Tensor, nn
 
 from suture.checkpoints import Source, open_checkpoint
 from suture.core.batches import Forward, call, device_of, take
-from suture.errors import ConfigError, IncompatibleModels
+from suture.errors import IncompatibleModels
 from suture.merging.task_masks import TaskMasks
 from suture.repairs.model import read_router, router_state
 from suture.repairs.network import Network
-from suture.repairs.router import Router
+from suture.repairs.router import Router, route
 
 
 class MaskedModel(nn.Module):
@@ -73,11 +73,7 @@ class MaskedModel(nn.Module):
 
     def route(self, features: Float[Tensor, "row dim"]) -> Int[Tensor, " row"]:
         """The task index that the router chooses for each row; raises `ConfigError` without a router."""
-        if self.router is None:
-            raise ConfigError(
-                "No task was given and the model has no router. Remedy: model(inputs, task), or a router."
-            )
-        return self.router(features)
+        return route(self.router, features)
 
     def for_task(self, task: str) -> Network:
         """The model of one task as a plain module with weights of its own, inputs → features."""

@@ -14,7 +14,7 @@ from suture.errors import CheckpointError, ConfigError, shown, unknown_name
 from suture.repairs.affine_maps import AffineMaps
 from suture.repairs.modules import SurgeryModules, Variant
 from suture.repairs.network import FINAL, Block, Network, layers_of
-from suture.repairs.router import ROUTERS, Router
+from suture.repairs.router import ROUTERS, Router, route
 
 Modules = SurgeryModules | AffineMaps
 _KEYS = ("kind", "tasks", "rank", "blocks", "variant")
@@ -90,11 +90,7 @@ class SurgeryModel(nn.Module):
 
     def route(self, features: Float[Tensor, "row dim"]) -> Int[Tensor, " row"]:
         """The task index that the router chooses for each row; raises `ConfigError` without a router."""
-        if self.router is None:
-            raise ConfigError(
-                "No task was given and the model has no router. Remedy: model(inputs, task), or a router."
-            )
-        return self.router(features)
+        return route(self.router, features)
 
     def for_task(self, task: str) -> "TaskModel":
         """The model of one task as a plain module, inputs → features, for `torch.export` and ONNX."""

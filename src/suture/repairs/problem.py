@@ -14,7 +14,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from suture.checkpoints import TensorSpec, allocate_checkpoint, content_hash, open_checkpoint
-from suture.core.batches import Forward, Inputs, ShuffledBatches, call, device_of, size, take, to_device
+from suture.core.batches import Forward, Inputs, ShuffledBatches, call, device_of, size, split, take, to_device
 from suture.core.progress import Track, untracked
 from suture.errors import CheckpointError, ConfigError, DataError, IncompatibleModels
 from suture.repairs.modules import SurgeryModules
@@ -197,12 +197,6 @@ def _check_tensors(task: str, inputs: Any) -> None:
             f"The inputs of task {task!r} are or hold {kind}; wanted a tensor (N, …), or a mapping of such tensors. "
             "Remedy: torch.tensor(…) of a list of numbers."
         )
-
-
-def split(inputs: Inputs, batch_size: int) -> Iterator[Any]:
-    """The inputs in order, in batches."""
-    for start in range(0, size(inputs), batch_size):
-        yield take(inputs, slice(start, start + batch_size))
 
 
 def _key(module: nn.Module, forward: Forward, inputs: Inputs, blocks: tuple[Block, ...]) -> str:

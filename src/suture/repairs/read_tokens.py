@@ -1,4 +1,4 @@
-"""Which tokens of the last block reach the feature: those at which the feature has a gradient."""
+"""The tokens of the last block that reach the feature: those at which the feature has a gradient."""
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext

@@ -4,13 +4,12 @@ A kind is one function of a `Problem`. Its keyword-only arguments are the knobs;
 the documentation are read from them.
 """
 
-import importlib
-import pkgutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, cached_property
 from typing import Any, TypeVar
 
+from suture.core.discovery import import_all
 from suture.core.knobs import Knobs
 from suture.errors import ConfigError, unknown_name
 
@@ -66,6 +65,4 @@ def get_repair_kind(name: str) -> RepairKind:
 @cache
 def _find() -> None:
     """Import every module of this package, so that its kinds register themselves."""
-    package = importlib.import_module(__package__ or "suture.repairs")
-    for module in pkgutil.iter_modules(package.__path__):
-        importlib.import_module(f"{package.__name__}.{module.name}")
+    import_all("suture.repairs")

@@ -75,7 +75,7 @@ class RepairResult:
 
     @property
     def learned(self) -> str:
-        """What was learned, and from which inputs, in words; nothing for masks, which only take weights."""
+        """A few words on what was learned and from which inputs; empty for masks, which only take weights."""
         if isinstance(self.model, MaskedModel):
             return ""
         what = "modules" if self.tensors is None else "weights"

@@ -13,9 +13,16 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize, one_hot
 
 from suture.core.random import generator_for
-from suture.errors import DataError
+from suture.errors import ConfigError, DataError
 
 _ROUNDS = 25
+
+
+def route(router: nn.Module | None, features: Float[Tensor, "row dim"]) -> Int[Tensor, " row"]:
+    """The task index that a model's router chooses for each row; raises `ConfigError` without a router."""
+    if router is None:
+        raise ConfigError("No task was given and the model has no router. Remedy: model(inputs, task), or a router.")
+    return router(features)
 
 
 class CentroidRouter(nn.Module):

@@ -111,9 +111,8 @@ def train(
 ) -> Float[Tensor, "step task"]:
     """Take the steps that `resume` has not done; returns the losses (step, task) before each step.
 
-    `losses(step)` gives the losses of groups of tasks in order, `rates` the learning rate of every step.
-    Raises `DataError` for
-    a loss that is not finite.
+    `losses(step)` gives the losses of groups of tasks in order, `rates` the learning rate of every step. Raises
+    `DataError` for a loss that is not finite.
     """
     history, steps = [], len(rates)
     state = None if resume is None else resume.load()

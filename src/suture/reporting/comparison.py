@@ -31,10 +31,7 @@ def compared(runs: Sequence[FinishedRun]) -> FinishedRun:
     """The data of several runs as those of one; rows that they have in common appear once."""
     _refuse_other_tasks(runs)
     names = _names(runs)
-    merged = {
-        key: _joined(runs, names, lambda run, key=key: run.data.get(key, {}))
-        for key in ("learning", "repairs", "seconds")
-    }
+    merged = {key: _joined(runs, names, lambda run, key=key: run.data.get(key, {})) for key in _BY_ROW}
     points = {key: _joined(runs, names, lambda run, key=key: run.points.get(key, {})) for key in _OF_A_MODEL}
     data = {
         "title": f"{len(runs)} runs compared",

@@ -167,6 +167,6 @@ COSTS = ("task's name", "learned", "seconds")
 
 
 def costs(row: Mapping[str, Any], seconds: float | None) -> list[str]:
-    """What a row of report.json costs: the task's name at inference, what was learned, and the seconds that it took."""
+    """The cost of a row of report.json: the task's name at inference, what was learned, and the seconds it took."""
     needed = "needed" if row.get("needs_task") else "routed" if row.get("routed") else "–"
     return [needed, row.get("learned") or "–", "–" if seconds is None else f"{seconds:.1f}"]

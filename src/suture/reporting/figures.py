@@ -3,14 +3,12 @@
 A figure is one function in a file of `charts/`, with the decorator `figure`.
 """
 
-import pkgutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
-from importlib import import_module
 from pathlib import Path
 
-from suture.reporting import charts
+from suture.core.discovery import import_all
 from suture.reporting.chart import Chart
 from suture.reporting.labels import file_name
 from suture.reporting.rendering import save
@@ -53,8 +51,7 @@ def figure(name: str, *, section: str, each: str = "") -> Callable[[Callable[...
 @cache
 def figures() -> list[Figure]:
     """All figures in the order of the page: by section, then by file and position in it."""
-    modules = sorted(module.name for module in pkgutil.iter_modules(charts.__path__))
-    members = [vars(import_module(f"{charts.__name__}.{module}")).values() for module in modules]
+    members = [vars(module).values() for module in import_all("suture.reporting.charts")]
     defined = [member for module in members for member in module if isinstance(member, Figure)]
     order = {section: i for i, section in enumerate(_SECTIONS)}
     return sorted(defined, key=lambda one: order.get(one.section, len(order)))

@@ -4,8 +4,6 @@
 tasks of the published benchmarks, whose words are data.
 """
 
-import importlib
-import pkgutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from difflib import get_close_matches
@@ -14,6 +12,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+from suture.core.discovery import import_all
 from suture.errors import ConfigError, DataError, SutureError, one_line, problem, shown
 from suture.storage import hub
 from suture.storage.addresses import ZOO_ADDRESS, zoo_path
@@ -76,9 +75,7 @@ def known(name: str) -> dict[str, Any]:
 @cache
 def source_kinds() -> dict[str, Source]:
     """The kinds of source by name: every module of `suture.tasks.sources`."""
-    package = importlib.import_module("suture.tasks.sources")
-    modules = [importlib.import_module(f"{package.__name__}.{m.name}") for m in pkgutil.iter_modules(package.__path__)]
-    return {m.__name__.rsplit(".", 1)[-1]: m.SOURCE for m in modules}
+    return {m.__name__.rsplit(".", 1)[-1]: m.SOURCE for m in import_all("suture.tasks.sources")}
 
 
 def _wording_problems(task: Task) -> list[str]:
