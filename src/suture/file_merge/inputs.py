@@ -72,6 +72,7 @@ class Inputs:
             "vocabulary": options.vocabulary,
             "allow_non_finite": list(options.allow_non_finite),
             "suture": version("suture"),
+            **({"after": {w.name: _plain(knobs) for w, knobs in options.after}} if options.after else {}),
         } | ({} if device == "cpu" else {"device": device})  # a device rounds sums otherwise
 
     def _identity(self, checkpoint: Checkpoint) -> Any:

@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
@@ -25,6 +25,7 @@ from suture.file_merge.workspace import Digests, TensorRecord, WorkingFolder, by
 from suture.merging.merge import Merging
 from suture.merging.overflow import refuse_overflow
 from suture.merging.task_vectors import FIXED_BYTES, Piece, TaskVectors, chunk_for, memory_of
+from suture.merging.wrapping import Wrapping
 from suture.storage.atomic import check_replaceable
 
 _WIDER = "choose a wider dtype or smaller coefficients, or allow it by name with allow_non_finite=[NAME]"
@@ -75,11 +76,16 @@ class Job:
         return WorkingFolder(self.options.output, self.shards, self.options.part)
 
     @cached_property
-    def merging(self) -> Merging:
-        """The method, writing into the folder."""
-        allowed = self.options.may_be_non_finite
+    def merging(self) -> Merging | Wrapping:
+        """The method with its wrappers, writing into the folder."""
+        return self.merging_into(self._write)
+
+    def merging_into(self, write: Callable[[Piece, Tensor], None]) -> Merging | Wrapping:
+        """The method with its wrappers, which gives merged slices to `write`."""
+        allowed, after = self.options.may_be_non_finite, self.options.after
         method, memory = self.options.method, self.options.memory - FIXED_BYTES
-        return Merging(self.vectors, method, self.knobs.knobs_of, self._write, allowed, memory=memory)
+        merging = Merging(self.vectors, method, self.knobs.knobs_of, write, allowed, memory=memory)
+        return Wrapping(merging, after, write) if after else merging
 
     def run(self) -> bool:
         """Merge what is left of this process's share, and publish if nothing is missing; whether it is published."""
@@ -115,6 +121,8 @@ class Job:
     def _merge_adapters(self) -> bool:
         options = self.options
         paths = {name: str(source) for name, source in options.models.items()}
+        if options.after:
+            raise ConfigError("method.after is not for adapters. Remedy: give base=PATH, for a whole model.")
         choices = {"rank": options.rank, "overwrite": options.overwrite}
         merge_adapters(paths, options.method, options.knobs, options.output, **choices)
         return True
@@ -148,6 +156,7 @@ class Job:
         left = [name for name in self.folder.locations if name in share - intact]
         if any(name in self.vectors.names for name in left):
             self._gather()
+            self.merging.prepare()
         with bar("merging", len(left)) as advance:
             written = []
             for record in self.merging.each(left, self._merge_one):

@@ -15,6 +15,7 @@ from suture.checkpoints.adapters import is_adapter
 from suture.errors import ConfigError, shown, unknown_name
 from suture.file_merge.tensor_knobs import TensorKnobs, tensor_knobs
 from suture.merging.registry import MergeMethod, get_method
+from suture.merging.wrapping import After, Wrapped, chosen_wrappers
 
 if TYPE_CHECKING:
     from suture.file_merge.mergekit.translation import Translation
@@ -29,8 +30,8 @@ _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 class MergeOptions:
     """The models of a merge, its method and options, and its output.
 
-    `knobs` are the method's, as they were given (see `tensor_knobs`), `part` is (i, n) for the i-th of n shares, and
-    `command` is the command line to record, if there was one.
+    `knobs` are the method's, as they were given (see `tensor_knobs`), `after` the wrappers around it, `part` is (i, n)
+    for the i-th of n shares, and `command` is the command line to record, if there was one.
     """
 
     base: Source | None
@@ -38,6 +39,7 @@ class MergeOptions:
     method: MergeMethod
     output: Path
     knobs: Mapping[str, Any] = field(default_factory=dict)
+    after: Sequence[Wrapped] = ()
     dtype: torch.dtype | None = None
     shard_size: int = 5 * 10**9
     memory: int = 300 * 10**6
@@ -80,6 +82,7 @@ def read_options(
     output: str | Path,
     *,
     knobs: Mapping[str, Any],
+    after: After = None,
     dtype: torch.dtype | str | None = None,
     shard_size: int | str = "5GB",
     memory: int | str = "300MB",
@@ -106,6 +109,7 @@ def read_options(
         method=chosen,
         output=_output(output),
         knobs=knobs,
+        after=tuple(chosen_wrappers(after)),
         dtype=_dtype(dtype),
         shard_size=parse_size("shard_size", shard_size),
         memory=parse_size("memory", memory),

@@ -74,6 +74,7 @@ def _card(options: MergeOptions, inputs: Inputs, origin: Mapping[str, Any]) -> s
     file = options.translation
     knobs = (file.content.get("parameters") or {}) if file else options.knobs
     settings = "".join(f" {key}={value}" for key, value in knobs.items())
+    settings += "".join(f", then [{wrapper.name}]({wrapper.paper})" for wrapper, _ in options.after)
     dtype = str(options.dtype).removeprefix("torch.") if options.dtype else "that of the base"
     lines = [
         *front_matter(list(sources.values()), [options.method.name], "transformers"),

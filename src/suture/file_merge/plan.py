@@ -16,6 +16,7 @@ from suture.file_merge.workspace import Digests, bytes_of
 from suture.merging.compatibility import spec_of
 from suture.merging.merge import Merging
 from suture.merging.task_vectors import FIXED_BYTES, Piece, TaskVectors, memory_of
+from suture.merging.wrapping import Wrapping
 from suture.storage.atomic import disk_errors, scratch_file, write_at
 
 _PROBE = 1 << 26  # bytes that are read and written to measure the disk
@@ -79,18 +80,19 @@ def make_plan(job: Job) -> Plan:
     before = job.options.method.times_read(job.knobs.knobs_of(vectors.names[0])) - 1 if whole else 0
     gathered = before * read(vectors.names) // job.options.part[1]  # the processes share it
     slices = memory_of(job.options.method, len(models) - 1, vectors.threads, vectors.chunk)
+    matrices = job.options.method.matrices or any(wrapper.matrices for wrapper, _ in job.options.after)
     return Plan(
         tensors=len(share),
         parameters=sum(job.specs[name].numel for name in share),
         shards=len(job.shards),
-        passes=1 + before,
-        bytes_read=read(merged) + gathered,
+        passes=1 + before + job.merging.passes,
+        bytes_read=read(merged) + gathered + job.merging.passes * read(vectors.names),
         bytes_written=sum(job.specs[name].nbytes for name in share),
-        memory=max(slices, FIXED_BYTES + job.merging.held()) if job.options.method.matrices else slices,
+        memory=max(slices, FIXED_BYTES + job.merging.held()) if matrices else slices,
         threads=vectors.number_of_threads,
         read_speed=_read_speed([path for c in job.inputs.opened.values() for path in c.files]),
         write_speed=_write_speed(job.options.output),
-        compute_speed=_matrix_speed(job) if job.options.method.matrices else _compute_speed(job),
+        compute_speed=_matrix_speed(job) if matrices else _compute_speed(job),
         matrix=max(map(job.merging.needs, vectors.names), default=0),
     )
 
@@ -153,7 +155,7 @@ def _matrix_speed(job: Job) -> float:
     if not work:
         return _compute_speed(job)
     name = max((n for n in work if work[n] <= _MOMENT), key=lambda n: work[n], default=min(work, key=lambda n: work[n]))
-    one = Merging(vectors, job.options.method, job.knobs.knobs_of, lambda piece, merged: None, memory=merging.memory)
+    one = job.merging_into(lambda piece, merged: None)
     with vectors.workers():
         seconds = _timed(lambda: list(one.each([name], one.tensor)))
     models = [vectors.base, *vectors.models.values()]
@@ -162,13 +164,13 @@ def _matrix_speed(job: Job) -> float:
     return size * at_once / (seconds * sum(work.values()) / work[name])
 
 
-def _work(merging: Merging, name: str) -> float:
+def _work(merging: Merging | Wrapping, name: str) -> float:
     """The cost of a tensor's matrices, relative to one another."""
     role = merging.role(name)
     inner = role.rows if role.transposed else role.columns
-    tasks = len(merging.vectors.models)
-    least = inner if merging.method.square else min(role.rows, role.columns)
-    return role.count * (tasks * role.rows * role.columns * least + (inner**3 if merging.method.square else 0))
+    tasks, square = len(merging.vectors.models), merging.method.square
+    least = inner if square else min(role.rows, role.columns)
+    return role.count * (tasks * role.rows * role.columns * least + (inner**3 if square else 0))
 
 
 def _few(vectors: TaskVectors, name: str, count: int) -> TaskVectors:

@@ -14,6 +14,7 @@ from suture.file_merge.mergekit.translation import translate
 from suture.file_merge.options import MergeOptions, read_options
 from suture.file_merge.plan import Plan, make_plan
 from suture.merging.registry import methods
+from suture.merging.wrapping import After
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,7 @@ def merge_files(
     mixed_dtypes: bool = False,
     overwrite: bool = False,
     rank: int | None = None,
+    after: After = None,
     **knobs: Any,
 ) -> Path:
     """Merge checkpoints into a model directory that `transformers` loads; returns its path.
@@ -62,7 +64,8 @@ def merge_files(
     `base` and `models` are whatever `open_checkpoint` takes, or LoRA adapters' folders; `base` may be None for methods
     without task vectors, and where all models are adapters: these make one adapter, exactly or cut to `rank`. `knobs`
     are the method's own; each may be a value, a gradient over the layers (a list of numbers) or a list of
-    `{"filter": part of a tensor's name, "value": …}`. Arithmetic is in float32, in float64 for float64 tensors.
+    `{"filter": part of a tensor's name, "value": …}`. `after` names wrappers, as in `merge`. Arithmetic is in float32,
+    in float64 for float64 tensors.
 
     `dtype` is that of the result (by default the base's), `shard_size` the most that one file holds, `memory` the most
     that the merge holds beside what the system caches of files, whatever the size of the models, and `device` is where
@@ -94,6 +97,7 @@ def merge_files(
         mixed_dtypes=mixed_dtypes,
         overwrite=overwrite,
         rank=rank,
+        after=after,
     )
     Job(options).run()
     return options.output
@@ -145,9 +149,7 @@ def _configured(config: Mapping[str, Any]) -> MergeOptions:
     if not isinstance(method, Mapping) or not method.get("name"):
         raise ConfigError(f"Missing argument: method=…. Known: {', '.join(methods())}.")
     knobs = {key: value for key, value in method.items() if key not in ("name", "after")}
-    if method.get("after"):
-        raise ConfigError("method.after is not for merges of files. Remedy: suture.merge(…, after=…), or a run.")
-    return read_options(method=method["name"], knobs=knobs, **arguments)
+    return read_options(method=method["name"], knobs=knobs, after=method.get("after"), **arguments)
 
 
 def _translated(config: str | Path, arguments: Mapping[str, Any]) -> MergeOptions:

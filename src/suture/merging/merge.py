@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from math import inf
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -17,7 +17,7 @@ from suture.merging.overflow import refuse_overflow
 from suture.merging.registry import MergeMethod, get_method
 from suture.merging.roles import MatrixOptions, Role
 from suture.merging.streams import DeltaStream
-from suture.merging.task_vectors import Piece, TaskVectors, matrix_memory, open_task_vectors
+from suture.merging.task_vectors import Piece, TaskVectors, Votes, matrix_memory, most_at_once, open_task_vectors
 from suture.merging.wrapping import After, Wrapped, Wrapping, chosen_wrappers
 
 T = TypeVar("T")
@@ -82,13 +82,6 @@ def merge_task_vectors(
     return merged | {alias: merged[name] for alias, name in vectors.base.aliases.items()}
 
 
-class Votes(NamedTuple):
-    """Σ of the signs of one tensor's columns, and the slices that wait for the sign of this sum over all tensors."""
-
-    count: int = 0
-    waiting: Sequence[Piece] = ()
-
-
 @dataclass
 class Merging:
     """One method, merging one tensor at a time, in any order.
@@ -136,6 +129,14 @@ class Merging:
         yield from self.vectors.side_by_side(matrices, function, self.needs, self.memory)
         yield from map(function, [name for name in names if not self._is_matrix(name)])
 
+    def prepare(self) -> None:
+        """Nothing: a method alone needs only `gather`; wrappers may need more (see `Wrapping`)."""
+
+    @property
+    def passes(self) -> int:
+        """The number of passes that `prepare` takes."""
+        return 0
+
     def whole_model(self) -> bool:
         """Whether the method must see the whole model before it merges a tensor."""
         names = self.vectors.names
@@ -179,9 +180,7 @@ class Merging:
 
     def held(self) -> int:
         """The most bytes that matrices take at once."""
-        sizes, threads = sorted(map(self.needs, self.vectors.names), reverse=True), self.vectors.number_of_threads
-        small = [size for size in sizes if size <= self.memory / threads]
-        return sum(small[:threads]) + (sizes[0] if len(small) < len(sizes) else 0)
+        return most_at_once(map(self.needs, self.vectors.names), self.vectors.number_of_threads, self.memory)
 
     def settle(self, votes: int) -> None:
         """Complete the statistic with the votes of all tensors."""

@@ -2,7 +2,7 @@
 
 import math
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -41,6 +41,13 @@ class Piece(NamedTuple):
     name: str
     start: int
     stop: int
+
+
+class Votes(NamedTuple):
+    """Σ of the signs of one tensor's columns, and the slices that wait for the sign of this sum over all tensors."""
+
+    count: int = 0
+    waiting: Sequence[Piece] = ()
 
 
 @dataclass(frozen=True)
@@ -313,6 +320,13 @@ def matrix_memory(method: MergeMethod, num_models: int, role: Role, dtype: torch
     entries, inner = role.rows * role.columns, role.rows if role.transposed else role.columns
     read = (num_models + 3) * entries * compute_dtype(dtype).itemsize
     return read + 8 * (method.workspace * entries + method.square * inner**2)
+
+
+def most_at_once(sizes: Iterable[int], threads: int, memory: float) -> int:
+    """The most bytes that items of these sizes take side by side on some threads: see `TaskVectors.side_by_side`."""
+    ordered = sorted(sizes, reverse=True)
+    small = [size for size in ordered if size <= memory / threads]
+    return sum(small[:threads]) + (ordered[0] if len(small) < len(ordered) else 0)
 
 
 def _needs(method: MergeMethod, num_models: int) -> tuple[int, int]:
