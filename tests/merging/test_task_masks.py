@@ -7,7 +7,7 @@ import pytest
 import torch
 from second_family import INDEX, inputs, names, part, tensors
 
-from suture import TaskMasks, emr_masks, open_checkpoint, save_checkpoint, tall_masks
+from suture import TaskMasks, emr_masks, merge, open_checkpoint, save_checkpoint, tall_masks
 from suture.errors import CheckpointError, ConfigError, IncompatibleModels, SutureError
 
 MAKE = {"tall": tall_masks, "emr": emr_masks}
@@ -50,6 +50,21 @@ def models(generator):
 
 def same(one, other):
     return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_tall_masks_over_the_ties_sum(models):
+    base, tuned = models
+    floating = {name for name, t in base.items() if t.is_floating_point()}
+    merged = merge(base, tuned, "ties_merging", scaling_factor=1.0)
+    masks = tall_masks(base, tuned, mask_threshold=0.5, over="ties")
+    for name in floating:
+        total = merged[name] - base[name]
+        torch.testing.assert_close(masks.update[name], total, rtol=0, atol=1e-6)
+        for task, model in tuned.items():
+            own = model[name] - base[name]
+            sure = (own.abs() - 0.5 * (total - own).abs()).abs() > 1e-6
+            expected = own.abs() > 0.5 * (total - own).abs()
+            assert torch.equal(masks.mask(task, name)[sure], expected[sure])
 
 
 def test_tall_masks_by_hand():

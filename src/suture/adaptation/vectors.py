@@ -12,9 +12,8 @@ from torch.nn.functional import pad
 
 from suture.adaptation.options import AdaMergingOptions
 from suture.errors import IncompatibleModels
-from suture.merging.methods.ties_merging import THRESHOLD, TiesStatistic, settle, ties_rows, trim_thresholds
-from suture.merging.registry import get_method
-from suture.merging.task_vectors import Piece, TaskVectors, compute_dtype
+from suture.merging.methods.ties_merging import TiesStatistic, settled_statistic, ties_rows
+from suture.merging.task_vectors import TaskVectors, compute_dtype
 
 _CHUNK = {"cpu": 1 << 15}  # entries of each task vector that are widened at once, so that they fit in the cache
 _CHUNK_ELSEWHERE = 1 << 22  # fewer, larger kernels
@@ -151,20 +150,6 @@ def task_vector_rows(vectors: TaskVectors, options: AdaMergingOptions) -> dict[s
         return {name: Streamed(len(vectors.models), partial(read, name)) for name in vectors.names}
     factors = {} if options.plus_plus else {name: _factors(vectors, name) for name in vectors.names}
     return {name: factors.get(name) or Held(read(name)) for name in vectors.names}
-
-
-def settled_statistic(vectors: TaskVectors, threshold: float = THRESHOLD) -> TiesStatistic:
-    """TIES's statistic of the whole model: the trim's thresholds, and the majority sign from one more pass."""
-    method, votes = get_method("ties_merging"), []
-    assert method.vote is not None
-    merge_and_vote, knobs = method.vote, method.knobs.validate({"threshold": threshold, "scope": "model"})
-    statistic = trim_thresholds(vectors.stream(), **knobs)
-
-    def count(piece: Piece, base: Tensor, deltas: Tensor) -> None:
-        votes.append(merge_and_vote(base, deltas, statistic, **knobs)[1])
-
-    vectors.each_piece(vectors.names, count)
-    return settle(statistic, sum(votes))
 
 
 def _factors(vectors: TaskVectors, name: str) -> LowRank | None:

@@ -16,6 +16,7 @@ from suture.errors import ConfigError
 from suture.file_merge.adapters import merge_adapters
 from suture.file_merge.inputs import Inputs, open_inputs
 from suture.file_merge.layout import Shard, index_path, index_text, split_into_shards
+from suture.file_merge.masks import write_masks
 from suture.file_merge.options import MergeOptions
 from suture.file_merge.output import write_companions
 from suture.file_merge.sharing import SharedStream
@@ -93,6 +94,9 @@ class Job:
             return self._merge_adapters()
         work = self.inputs.work(self.options)
         if self._already_there(work):
+            return True
+        if self.options.masks:
+            write_masks(self.options, self.inputs, self.vectors, _as_json(work))
             return True
         self._check()
         if self.options.part[0] == 1:

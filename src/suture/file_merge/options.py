@@ -13,6 +13,7 @@ import torch
 from suture.checkpoints import Source
 from suture.checkpoints.adapters import is_adapter
 from suture.errors import ConfigError, shown, unknown_name
+from suture.file_merge.masks import MASK_METHODS, check_masks
 from suture.file_merge.tensor_knobs import TensorKnobs, tensor_knobs
 from suture.merging.registry import MergeMethod, get_method
 from suture.merging.wrapping import After, Wrapped, chosen_wrappers
@@ -66,6 +67,11 @@ class MergeOptions:
         return self.base is None
 
     @property
+    def masks(self) -> bool:
+        """Whether masks for tasks are written in the place of a merged model."""
+        return self.method.name in MASK_METHODS
+
+    @property
     def frozen(self) -> Sequence[str]:
         """Patterns of the tensors that stay at the base."""
         return tuple(self.knobs.get("remove_keys") or ())
@@ -95,7 +101,7 @@ def read_options(
     **rest: Any,
 ) -> MergeOptions:
     """Options from what people write; raises `ConfigError` for the first value that does not fit."""
-    chosen = get_method(method)
+    chosen = MASK_METHODS.get(method) or get_method(method)
     base, models = _sources(base, models, chosen, rank)
     if vocabulary not in VOCABULARY:
         raise ConfigError(unknown_name("vocabulary", shown(vocabulary), VOCABULARY))
@@ -103,7 +109,7 @@ def read_options(
     for key in ("mixed_dtypes", "overwrite"):
         if not isinstance(rest.get(key, False), bool):
             raise ConfigError(f"{key}={shown(rest[key])}: wanted true or false.")
-    return MergeOptions(
+    options = MergeOptions(
         base=base,
         models=models,
         method=chosen,
@@ -121,6 +127,9 @@ def read_options(
         rank=None if rank is None else _whole_number("rank", rank, 1, 2**31),
         **rest,
     )
+    if options.masks:
+        check_masks(options)
+    return options
 
 
 def parse_size(key: str, value: int | str) -> int:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from suture.checkpoints import Checkpoint, open_checkpoint
 from suture.core.names import in_bytes
+from suture.errors import ConfigError
 from suture.file_merge.job import Job
 from suture.file_merge.workspace import Digests, bytes_of
 from suture.merging.compatibility import spec_of
@@ -69,6 +70,8 @@ def make_plan(job: Job) -> Plan:
 
     A probe is written beside the output and removed. Nothing is merged.
     """
+    if job.options.masks:
+        raise ConfigError(f"There is no plan for {job.options.method.name}, which writes masks. Remedy: plan=false.")
     share = set(job.share())
     vectors, whole = job.vectors, job.merging.whole_model()
     models = [job.inputs.base, *job.inputs.models.values()]

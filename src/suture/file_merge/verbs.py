@@ -10,11 +10,14 @@ import torch
 from suture.checkpoints import Source
 from suture.errors import ConfigError
 from suture.file_merge.job import Job
+from suture.file_merge.masks import MASK_METHODS
 from suture.file_merge.mergekit.translation import translate
 from suture.file_merge.options import MergeOptions, read_options
 from suture.file_merge.plan import Plan, make_plan
+from suture.file_merge.tensor_knobs import UNSET
 from suture.merging.registry import methods
 from suture.merging.wrapping import After
+from suture.pipeline.methods import find_method
 
 
 @dataclass(frozen=True)
@@ -147,8 +150,11 @@ def _configured(config: Mapping[str, Any]) -> MergeOptions:
         return _translated(config["mergekit"], arguments)
     method = config.get("method")
     if not isinstance(method, Mapping) or not method.get("name"):
-        raise ConfigError(f"Missing argument: method=…. Known: {', '.join(methods())}.")
+        raise ConfigError(f"Missing argument: method=…. Known: {', '.join([*methods(), *MASK_METHODS])}.")
     knobs = {key: value for key, value in method.items() if key not in ("name", "after")}
+    if (masks := MASK_METHODS.get(method["name"])) is not None:  # knobs of a run, which composed their defaults
+        unused = find_method(masks.name).knobs.defaults
+        knobs = {k: v for k, v in knobs.items() if k in masks.knobs.defaults or unused.get(k, UNSET) != v}
     return read_options(method=method["name"], knobs=knobs, after=method.get("after"), **arguments)
 
 

@@ -4,7 +4,7 @@ import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -15,10 +15,13 @@ from suture.checkpoints import Source, allocate_checkpoint
 from suture.errors import ConfigError
 from suture.merging.merge import refuse_non_finite
 from suture.merging.methods.consensus import MASK_THRESHOLD, tall_mask
+from suture.merging.methods.ties_merging import settled_statistic, ties_rows
 from suture.merging.overflow import refuse_overflow
 from suture.merging.streams import one_each
 from suture.merging.task_masks import BITS, SCALES, UPDATE, TaskMasks, facts, mask_specs
 from suture.merging.task_vectors import Piece, TaskVectors, open_task_vectors
+
+Over = Literal["sum", "ties"]
 
 
 class Masked(NamedTuple):
@@ -33,6 +36,7 @@ def tall_masks(
     models: Mapping[str, Source] | Sequence[Source],
     *,
     mask_threshold: float | Sequence[float] = MASK_THRESHOLD,
+    over: Over = "sum",
     frozen: Sequence[str] = (),
     mixed_dtypes: bool = False,
     threads: int = 0,
@@ -40,12 +44,12 @@ def tall_masks(
 ) -> TaskMasks:
     """TALL masks: a task takes an entry of Σ_s τ_s where |τ_t| > λ |Σ_s τ_s − τ_t|, λ the `mask_threshold`.
 
-    The authors choose λ for each task from .2 to .6 on labelled inputs; here it is one number, or one per task. With a
-    `path` the masks are written there slice by slice, and nothing of the size of a model is held in memory. Raises
-    `IncompatibleModels` as `merge` does.
+    `over="ties"` puts TIES's merged task vector at scale 1 in the place of the sum. The authors choose λ for each task
+    from .2 to .6 on labelled inputs; here it is one number, or one per task. With a `path` the masks are written there
+    slice by slice, and nothing of the size of a model is held in memory. Raises `IncompatibleModels` as `merge` does.
     """
     vectors = open_task_vectors(base, models, frozen=frozen, mixed_dtypes=mixed_dtypes, threads=threads)
-    return tall_masks_of(vectors, mask_threshold, path)
+    return tall_masks_of(vectors, mask_threshold, path, over)
 
 
 def emr_masks(
@@ -68,15 +72,20 @@ def emr_masks(
 
 
 def tall_masks_of(
-    vectors: TaskVectors, mask_threshold: float | Sequence[float], path: str | os.PathLike[str] | None = None
+    vectors: TaskVectors,
+    mask_threshold: float | Sequence[float],
+    path: str | os.PathLike[str] | None = None,
+    over: Over = "sum",
 ) -> TaskMasks:
     """As `tall_masks`, for models that are open and checked."""
     thresholds = one_each(mask_threshold, len(vectors.models), "mask_threshold")
     if not all(math.isfinite(each) and each >= 0 for each in thresholds):
         raise ConfigError(f"method.mask_threshold={mask_threshold}: wanted finite numbers, 0 or more.")
 
+    statistic = settled_statistic(vectors) if over == "ties" else None
+
     def mask(piece: Piece, deltas: Tensor) -> Masked:
-        total = deltas.sum(0)
+        total = (deltas if statistic is None else ties_rows(deltas, statistic)).sum(0)
         return Masked(total, tall_mask(deltas, total, mask_threshold))
 
     with _allocated(vectors, "tall_masks", path) as tensors:

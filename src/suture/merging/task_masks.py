@@ -13,6 +13,7 @@ import json
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -33,6 +34,7 @@ from suture.merging.overflow import refuse_overflow
 from suture.merging.task_vectors import compute_dtype
 
 UPDATE, BITS, SCALES = "update/", "bits/", "scales"
+MASKS_FILE = "task_masks.safetensors"  # in the folder of a run or of a merge of files
 _FACTS = "task_masks"
 _REMEDY = "Remedy: name a file that TaskMasks.save or a run with method=tall_masks or emr_merging wrote."
 
@@ -151,10 +153,11 @@ class TaskMasks:
     def load(cls, path: str | os.PathLike[str], base: Source) -> "TaskMasks":
         """Open a file of masks beside the base that they were made over; tensors are mapped, not read.
 
+        `path` may also be the folder that a merge of files wrote, whose masks are in `task_masks.safetensors`.
         Raises `CheckpointError` for a file that holds no masks or is damaged, and `IncompatibleModels` for another
         base. Nothing in the file is ever executed.
         """
-        file = open_checkpoint(path)
+        file = open_checkpoint(Path(path) / MASKS_FILE if Path(path).is_dir() else path)
         kind, tasks, digest = _read_facts(file)
         names = [name.removeprefix(UPDATE) for name in file if name.startswith(UPDATE)]
         _check_shapes(file, names, len(tasks))

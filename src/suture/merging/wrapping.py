@@ -184,8 +184,8 @@ class Wrapping:
     def prepare(self) -> None:
         """Count the votes of the whole model, so that no tensor is merged twice, and take the `ratio`."""
         names = self.inner.vectors.names
-        votes = self.inner.method.vote is not None and self.inner.statistic is not None
-        if votes and self.inner.statistic.majority is None:
+        statistic = self.inner.statistic if self.inner.method.vote is not None else None
+        if statistic is not None and statistic.majority is None:
             self.inner.settle(sum(self.inner.each(names, lambda name: self._into(name, _drop))))
         if not all(wrapper.matrices for wrapper, _ in self.after):
             self._ratio = self._l1_ratio()

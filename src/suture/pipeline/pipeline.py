@@ -16,6 +16,7 @@ from suture.checkpoints import open_checkpoint
 from suture.core.progress import Profile, bar
 from suture.errors import ConfigError
 from suture.evaluation import SplitInputs
+from suture.merging.task_masks import MASKS_FILE
 from suture.pipeline import config as configuration
 from suture.pipeline.context import Context
 from suture.pipeline.model_card import write_card
@@ -258,7 +259,7 @@ def _save_repairs(
     notes = []
     for fitted in repairs:
         if isinstance(fitted.model, MaskedModel):
-            fitted.model.save(folder / "task_masks.safetensors", models.stored_names, models.whole_base)
+            fitted.model.save(folder / MASKS_FILE, models.stored_names, models.whole_base)
             continue
         if fitted.tensors is None:
             name = f"surgery_{fitted.kind}" if len(beside) > 1 else "surgery"

@@ -13,7 +13,7 @@ from suture.core.names import in_bytes
 from suture.core.progress import bar
 from suture.errors import SutureError
 from suture.evaluation import SplitInputs
-from suture.merging.masking import emr_masks_of, tall_masks_of
+from suture.merging.masking import Over, emr_masks_of, tall_masks_of
 from suture.merging.methods.consensus import MASK_THRESHOLD, Threshold
 from suture.merging.streams import one_each
 from suture.merging.task_masks import TaskMasks
@@ -102,10 +102,12 @@ class TallMasks(EmrMerging):
     """TALL masks: the sum of all task vectors, of which each task takes the entries that it needs.
 
     `mask_threshold` is λ of |τ_t| > λ |Σ_s τ_s − τ_t|, one number or one per model of the pool; the authors choose it
-    for each task from .2 to .6 on labelled inputs. Rows, router and cost are those of `emr_merging`.
+    for each task from .2 to .6 on labelled inputs. `over=ties` takes TIES's merged task vector for the sum. Rows,
+    router and cost are those of `emr_merging`.
     """
 
     mask_threshold: Threshold | list[Threshold] = MASK_THRESHOLD
+    over: Over = "sum"
 
     @property
     def label(self) -> str:
@@ -123,7 +125,7 @@ class TallMasks(EmrMerging):
 
     def masks(self, models: Models) -> TaskMasks:
         """The masks of a pool's models."""
-        return tall_masks_of(models.vectors(), self.mask_threshold)
+        return tall_masks_of(models.vectors(), self.mask_threshold, over=self.over)
 
 
 def _costs(model: MaskedModel) -> tuple[str, ...]:

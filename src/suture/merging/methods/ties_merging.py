@@ -6,7 +6,7 @@ over the whole model, so it is gathered from the stream of task vectors before a
 """
 
 from collections.abc import Sequence
-from typing import Annotated, Literal, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -15,8 +15,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from suture.merging.order_statistic import kth_magnitudes
-from suture.merging.registry import merge_method
+from suture.merging.registry import get_method, merge_method
 from suture.merging.streams import DeltaStream, OneTensor, one_each
+
+if TYPE_CHECKING:
+    from suture.merging.task_vectors import Piece, TaskVectors
 
 THRESHOLD = 20.0  #: the percentage of entries that the authors keep
 Threshold = Annotated[float, Gt(0), Le(100)]
@@ -142,6 +145,19 @@ def ties_merging(
 def settle(statistic: TiesStatistic, votes: int) -> TiesStatistic:
     """The statistic with the majority sign of the whole model's votes."""
     return statistic._replace(majority=int(np.sign(votes)))
+
+
+def settled_statistic(vectors: "TaskVectors", threshold: float = THRESHOLD) -> TiesStatistic:
+    """TIES's statistic of a whole model: the trim's thresholds, and the majority sign from one more pass."""
+    votes: list[int] = []
+    knobs = get_method("ties_merging").knobs.validate({"threshold": threshold})
+    statistic = trim_thresholds(vectors.stream(), **knobs)
+
+    def count(piece: "Piece", base: Tensor, deltas: Tensor) -> None:
+        votes.append(_merge_and_vote(base, deltas, statistic)[1])
+
+    vectors.each_piece(vectors.names, count)
+    return settle(statistic, sum(votes))
 
 
 def as_merged(statistic: TiesStatistic) -> bool:
