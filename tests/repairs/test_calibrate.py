@@ -413,8 +413,27 @@ def test_bad_input_is_refused_in_one_line():
         repair(module, {"a": wider}, {"a": x}, "calibrate")
     with pytest.raises(ConfigError, match="num_passes"):
         repair(module, {"a": module}, {"a": x}, "calibrate", num_passes=3)
+    with pytest.raises(ConfigError, match=r"second_anchor=\[\]"):
+        repair(module, {"a": module}, {"a": x}, "calibrate", second_anchor=[])
+    with pytest.raises(ConfigError, match="anchor"):
+        repair(module, {"a": module}, {"a": x}, "calibrate", anchor=[1.0, -1.0])
     with pytest.raises(IncompatibleModels, match="has no block '7'"):
         repair(module, {"a": module}, {"a": x}, "calibrate", blocks=["7"])
+
+
+def test_several_anchors_go_from_the_first_block_to_the_last():
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3), nn.Linear(3, 2))
+    experts, x = {task: noisy(module, i) for i, task in enumerate("ab", start=1)}, torch.randn(9, 3)
+    merged, inputs, stiff = average(list(experts.values())), {"a": x, "b": x + 1}, {"ridge": 1e9}
+    shared = {"base": module.state_dict(), "blocks": ["0", "1", "2"]}
+    found = repair(merged, experts, inputs, "calibrate", anchor=[0.5, 2.5], **stiff, **shared).tensors
+    base = module.state_dict()
+    for name, tensor in merged.state_dict().items():  # a ridge this large leaves nothing but the anchor
+        expected = base[name] + (0.5, 1.5, 2.5)[int(name[0])] * (tensor - base[name])
+        torch.testing.assert_close(found[name], expected, rtol=1e-4, atol=1e-5)
+    one, same = (repair(merged, experts, inputs, "calibrate", anchor=a, **shared).tensors for a in (2.0, [2.0, 2.0]))
+    assert all(torch.equal(one[name], same[name]) for name in one)
 
 
 def test_a_second_pass_has_an_anchor_and_a_mix_of_its_own():

@@ -1,7 +1,7 @@
 """Knobs: the keyword-only arguments of a function, with defaults and allowed values read from its signature."""
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -67,6 +67,19 @@ class Knobs:
     def _in_one_line(self, error: Mapping[str, Any]) -> str:
         knob = ".".join(filter(None, (self.group, str(error["loc"][0]))))
         return f"{knob}={error['input']!r} does not fit {self.name}: {error['msg']}."
+
+
+def value_between(stops: Sequence[float], depth: float) -> float:
+    """The value at a depth from 0 to 1 on the straight lines between values at equal distances.
+
+    >>> value_between([0.0, 0.5, 2.0], 0.75)
+    1.25
+    """
+    position = depth * (len(stops) - 1)
+    before = min(int(position), len(stops) - 1)
+    after = min(before + 1, len(stops) - 1)
+    share = position - before
+    return (1 - share) * stops[before] + share * stops[after]
 
 
 def _keyword_only(function: Callable[..., Any]) -> dict[str, inspect.Parameter]:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from suture.core.knobs import Knobs
+from suture.core.knobs import Knobs, value_between
 from suture.errors import ConfigError, unknown_name
 from suture.merging.registry import MergeMethod
 
@@ -101,11 +101,7 @@ def value_at(setting: Any, name: str, depth: float, is_list: bool = False) -> An
 def _interpolated(stops: Sequence[Any], depth: float) -> float:
     if not stops or not all(isinstance(stop, int | float) and not isinstance(stop, bool) for stop in stops):
         raise ConfigError(f"{list(stops)!r} is no gradient. Remedy: give numbers, from the first layer to the last.")
-    position = depth * (len(stops) - 1)
-    before = min(int(position), len(stops) - 1)
-    after = min(before + 1, len(stops) - 1)
-    share = position - before
-    return (1 - share) * stops[before] + share * stops[after]
+    return value_between(stops, depth)
 
 
 def depth_of(names: Iterable[str]) -> Callable[[str], float]:

@@ -22,6 +22,7 @@ from suture.adaptation.layer_calls import Call, Layer, LayerCalls
 from suture.adaptation.layer_weights import write_layer
 from suture.adaptation.walk import Store, Walk, make_plan, new_store, probe_of
 from suture.core.batches import size, split, to_device
+from suture.core.knobs import value_between
 from suture.errors import ConfigError, DataError, IncompatibleModels
 from suture.merging.overflow import refuse_overflow
 from suture.repairs.anchored import LayerSums, TaskSums
@@ -32,6 +33,7 @@ from suture.repairs.registry import repair_kind
 from suture.repairs.results import RepairResult
 from suture.repairs.static_model import StaticModel
 
+Anchor = Annotated[float, Ge(0)]
 _DOUBLE_BELOW = 1e-3  # the ridge below which sums of float32 products are not exact enough
 _LISTED = 3
 
@@ -40,23 +42,24 @@ _LISTED = 3
 def calibrate(
     problem: Problem,
     *,
-    anchor: Annotated[float, Ge(0)] = 2.2,
+    anchor: Anchor | list[Anchor] = 2.2,
     ridge: Annotated[float, Gt(0)] = 0.05,
     mix: Annotated[float, Ge(0), Le(1)] = 0.25,
     other_tokens: Annotated[float, Ge(0), Le(1)] = 0.01,
     full: list[str] | None = None,
     num_passes: Annotated[int, Ge(1), Le(2)] = 1,
-    second_anchor: Annotated[float, Ge(0)] = 1.5,
+    second_anchor: Anchor | list[Anchor] = 1.5,
     second_mix: Annotated[float, Ge(0), Le(1)] | None = None,
     blocks: str | list[str] | None = None,
 ) -> RepairResult:
     """Solve the layers of every block by least squares anchored at the merged weights; no labels, no gradients.
 
     Targets are what the expert's layer gives for `mix` · its own input + (1 − mix) · the student's input, and every
-    solution is drawn by `ridge` to the pretrained weights + `anchor` · (merged − pretrained). Solved are the matrices,
-    kernels and biases of linear layers and convolutions, the scales and shifts of norms, and for BatchNorm layers also
-    the statistics, which are measured anew on the calibrated path. What lies outside of the blocks stays as merged, but
-    for BatchNorm layers.
+    solution is drawn by `ridge` to the pretrained weights + `anchor` · (merged − pretrained). An anchor may be several
+    numbers, from the first block to the last, with straight lines between. Solved are the matrices, kernels and biases
+    of linear layers and convolutions, the scales and shifts of norms, and for BatchNorm layers also the statistics,
+    which are measured anew on the calibrated path. What lies outside of the blocks stays as merged, but for BatchNorm
+    layers.
 
     Padding never counts. If only the first token of the last block is read, its other tokens have the weight
     `other_tokens`, except in the layers that feed keys and values: those whose names `full` lists, or by default those
@@ -64,8 +67,10 @@ def calibrate(
     at most `second_anchor`, because it diverges with more, and with `second_mix` if given. `blocks`: see
     `find_blocks`; in a module without a list of blocks every layer counts as one.
     """
+    given = {"anchor": anchor, "second_anchor": second_anchor}
     chosen = _chosen_blocks(problem, blocks)
-    settings = _Settings(anchor, ridge, mix, other_tokens, None if full is None else tuple(full))
+    anchors = [_by_block(name, value, len(chosen)) for name, value in given.items()]
+    settings = _Settings(anchors[0], ridge, mix, other_tokens, None if full is None else tuple(full))
     warnings: list[str] = []
     if problem.base is None:
         warnings.append("There is no base, so weights are anchored at the merged ones. Remedy: repair(…, base=…).")
@@ -73,7 +78,7 @@ def calibrate(
     for number in range(num_passes):
         if number:
             again = mix if second_mix is None else second_mix
-            settings = replace(settings, anchor=min(anchor, second_anchor), mix=again)
+            settings = replace(settings, anchor=tuple(map(min, *anchors)), mix=again)
         with new_store(problem.cache) as store:
             lines = _Calibration(problem, student, chosen, settings, store).run()
         warnings += [line for line in lines if line not in warnings]
@@ -84,7 +89,7 @@ def calibrate(
 
 @dataclass(frozen=True)
 class _Settings:
-    anchor: float
+    anchor: tuple[float, ...]  # of every block
     ridge: float
     mix: float
     other_tokens: float
@@ -206,7 +211,7 @@ class _Calibration:
                 anchors[name] = tensor.double()
             elif base is not None:
                 start = base.to(tensor.device, torch.float64)
-                anchors[name] = start + self.settings.anchor * (tensor.double() - start)
+                anchors[name] = start + self.settings.anchor[i] * (tensor.double() - start)
         return anchors
 
     def _own(self, layers: Iterable[Layer], i: int, anchors: Mapping[str, Tensor]) -> list[Layer]:
@@ -261,6 +266,14 @@ class _Experts:
         copied = self._copies[id(module)][1]
         _check(self.problem.module, copied, task)
         return copied
+
+
+def _by_block(knob: str, anchor: float | Sequence[float], count: int) -> tuple[float, ...]:
+    """The anchor of every block."""
+    stops = [anchor] if isinstance(anchor, int | float) else list(anchor)
+    if not stops:
+        raise ConfigError(f"repair.{knob}=[]: wanted a number, or numbers from the first block to the last.")
+    return tuple(value_between(stops, i / max(1, count - 1)) for i in range(count))
 
 
 def _aliases(module: nn.Module) -> dict[str, list[str]]:
