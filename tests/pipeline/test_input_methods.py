@@ -12,7 +12,7 @@ def report_of(folder):
     return json.loads((folder / "report.json").read_text())
 
 
-@pytest.mark.parametrize("method", ["regmean", "regmean++", "fisher"])
+@pytest.mark.parametrize("method", ["regmean", "regmean++", "esm", "fisher"])
 def test_a_method_with_inputs_merges_scores_and_saves(desk, method):
     assert main(desk.words("method.num_inputs=4", "method.split=train", method=method)) == 0
     report = report_of(desk.folder / "out")

@@ -2,6 +2,7 @@
 
 from suture.adaptation.adamerging import OPTIMIZERS, AdaMergingResult, adapt
 from suture.adaptation.coefficients import Coefficients, Layout, layout, load_coefficients, save_coefficients
+from suture.adaptation.essential_subspaces import esm
 from suture.adaptation.feature_norm import FeatureNorm, feature_norms, norm_drift
 from suture.adaptation.fisher_merging import fisher
 from suture.adaptation.loaded import InputMerge
@@ -31,6 +32,7 @@ __all__ = [
     "entropy",
     "entropy_epsilon",
     "entropy_loss",
+    "esm",
     "expert_cross_entropy",
     "expert_feature_l1",
     "feature_norms",

@@ -56,12 +56,13 @@ class LoadedModel:
         """One of the module's own tensors, by its name in the module."""
         return self._state[target]
 
-    def merged(self, chosen: Sequence[str] = ()) -> dict[str, Tensor]:
+    def merged(self, chosen: Sequence[str] = (), scale: float = 1.0) -> dict[str, Tensor]:
         """The checkpoint with the tensors `chosen`, by name in the module, from the module and all others their mean.
 
-        Raises `IncompatibleModels` for a result that is too large for its dtype.
+        `scale` is the factor of the mean task vector. Raises `IncompatibleModels` for a result that is too large for
+        its dtype.
         """
-        merged = {name: self.mean(name) for name in self.names}
+        merged = {name: self.mean(name, scale) for name in self.names}
         for name, target in self.names.items():
             if target in set(chosen):
                 merged[name] = self._state[target].detach().to("cpu", self.vectors.base.specs[name].dtype, copy=True)
@@ -80,13 +81,21 @@ class LoadedModel:
             means[target] = total.div_(len(self.vectors.models)).to(self._state[target].device)
         return means
 
-    def mean(self, name: str) -> Tensor:
-        """The mean of a tensor over all fine-tuned models, in the base's dtype."""
+    def exact_base(self, targets: Iterable[str]) -> dict[str, Tensor]:
+        """Some tensors of the base, by name in the module, in float64."""
+        names = {target: name for name, target in self.names.items()}
+        return {each: self.vectors.base[names[each]].to(self._state[each].device).double() for each in set(targets)}
+
+    def mean(self, name: str, scale: float = 1.0) -> Tensor:
+        """The mean of a tensor over all fine-tuned models, or base + `scale` · (mean − base), in the base's dtype."""
         spec = self.vectors.base.specs[name]
         total = torch.zeros(spec.shape, dtype=compute_dtype(spec.dtype))
         for model in self.vectors.models.values():
             total += model[name]
         mean = total / len(self.vectors.models)
+        if scale != 1:
+            start = self.vectors.base[name].to(mean.dtype)
+            mean = start + scale * (mean - start)
         stored = mean.to(spec.dtype)
         refuse_overflow(name, mean, stored)
         return stored

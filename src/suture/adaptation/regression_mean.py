@@ -65,8 +65,8 @@ def regmean(
     model = LoadedModel(module, vectors)
     batches = {task: list(split(rows, batch_size)) for task, rows in inputs.items()}
     model.load(next(iter(inputs)))
-    layers = _layers(model, forward, next(iter(batches.values()))[0])
-    groups = list(_groups(model, layers))
+    layers = merged_layers(model, forward, next(iter(batches.values()))[0])
+    groups = list(layer_groups(model, layers))
     warnings: list[str] = []
     solved: dict[Layer, Tensor] = {}
     with track("RegMean", len(groups) * sum(map(size, inputs.values()))) as advance:
@@ -76,7 +76,7 @@ def regmean(
                 model.load(task)
                 grams = InputGrams()
                 for part in parts:
-                    grams.add(_watched(model.module, forward, part, group), Positions.of(part, size(part)))
+                    grams.add(watched(model.module, forward, part, group), Positions.of(part, size(part)))
                     advance(size(part))
                 fit.add(task, grams, {name: model.tensor(name) for name in {layer.weight for layer in group}})
             solved |= fit.solve(warnings)
@@ -202,7 +202,7 @@ def _shrunk(matrix: Tensor, factor: float) -> Tensor:
     return factor * matrix + (1 - factor) * torch.diag_embed(matrix.diagonal(dim1=-2, dim2=-1))
 
 
-def _watched(
+def watched(
     module: nn.Module, forward: Forward, inputs: Any, layers: Container[Layer] | None = None
 ) -> dict[Layer, list[Call]]:
     """The uses of some layers, by default all, in one pass."""
@@ -223,18 +223,18 @@ def _watching(module: nn.Module, wanted: Callable[[Layer], bool]) -> tuple[dict[
     return calls, LayerCalls(module, see)
 
 
-def _layers(model: LoadedModel, forward: Forward, inputs: Any) -> list[Layer]:
+def merged_layers(model: LoadedModel, forward: Forward, inputs: Any) -> list[Layer]:
     """The layers that are merged by RegMean, in the order of their use by a batch."""
     targets = set(model.names.values())
-    return [layer for layer in _watched(model.module, forward, inputs) if _is_merged(layer, model, targets)]
+    return [layer for layer in watched(model.module, forward, inputs) if is_merged(layer, model, targets)]
 
 
-def _is_merged(layer: Layer, model: LoadedModel, targets: Container[str]) -> bool:
+def is_merged(layer: Layer, model: LoadedModel, targets: Container[str]) -> bool:
     raw = layer.kind == "conv" and model.tensor(layer.weight).shape[1] * layer.groups <= _RAW
     return layer.weight in targets and not raw
 
 
-def _groups(model: LoadedModel, layers: Iterable[Layer]) -> Iterator[list[Layer]]:
+def layer_groups(model: LoadedModel, layers: Iterable[Layer]) -> Iterator[list[Layer]]:
     """Layers whose Gram matrices, of one task and of the sum, are gathered in one pass over the inputs."""
     group: list[Layer] = []
     taken = 0
@@ -255,7 +255,7 @@ def _block_grams(walk: Walk, block: int, expert: LoadedModel, prefix: str) -> In
     grams, targets = InputGrams(), set(expert.names.values())
 
     def wanted(layer: Layer) -> bool:
-        return layer.weight.startswith(prefix) and _is_merged(layer, expert, targets)
+        return layer.weight.startswith(prefix) and is_merged(layer, expert, targets)
 
     for batch, inputs in enumerate(walk.batches):
         calls, watching = _watching(expert.module, wanted)

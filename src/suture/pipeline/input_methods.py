@@ -1,4 +1,4 @@
-"""The methods `regmean`, `regmean_pp` and `fisher`: closed forms over a few unlabelled inputs of each task."""
+"""The methods `regmean`, `regmean_pp`, `esm` and `fisher`: closed forms over a few unlabelled inputs of each task."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
@@ -8,7 +8,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from annotated_types import Ge, Gt, Le
 from torch import Tensor
 
-from suture.adaptation import InputMerge, fisher, regmean, regmean_pp
+from suture.adaptation import InputMerge, esm, fisher, regmean, regmean_pp
 from suture.core.progress import bar
 from suture.evaluation import SplitInputs, TaskInputs
 from suture.pipeline.context import Context
@@ -93,6 +93,21 @@ class RegMeanPP(InputMethod):
         own = {"off_diagonal": self.off_diagonal, "after_blocks": self.after_blocks, "blocks": self.blocks}
         sizes = {"batch_size": context.batch_size, "cache": context.encodings}
         return regmean_pp(*given, **own, **sizes, **shared)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Esm(InputMethod):
+    """Merge each linear layer and convolution in the directions in which the tasks' updates move its outputs.
+
+    `alpha` is the factor of the whole update, which the authors search from 0 to 5. All other tensors are averaged.
+    """
+
+    name = "esm"
+    alpha: Annotated[float, Ge(0)] = 1.0
+    num_inputs: Annotated[int, Ge(1)] = 32
+
+    def _merged(self, given, shared, tasks, context) -> InputMerge:
+        return esm(*given, alpha=self.alpha, batch_size=context.batch_size, **shared)
 
 
 @dataclass(frozen=True, kw_only=True)

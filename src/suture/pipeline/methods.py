@@ -18,7 +18,7 @@ from suture.merging.registry import MergeMethod, methods
 from suture.merging.wrapping import Wrapped, chosen_wrappers, wrapper_problems
 from suture.pipeline.adamerging import NAMES, AdaMerging, AdaMergingSurgery
 from suture.pipeline.context import Context
-from suture.pipeline.input_methods import FisherMerging, RegMean, RegMeanPP
+from suture.pipeline.input_methods import Esm, FisherMerging, RegMean, RegMeanPP
 from suture.pipeline.models import Models
 from suture.pipeline.repairs import Repair
 from suture.pipeline.results import MergeResult
@@ -123,6 +123,7 @@ def learned_methods() -> dict[str, LearnedMethod]:
         surgery: LearnedMethod(surgery, AdaMergingSurgery, "https://arxiv.org/abs/2402.02705"),
         "regmean": LearnedMethod("regmean", RegMean, "https://arxiv.org/abs/2212.09849"),
         "regmean_pp": LearnedMethod("regmean_pp", RegMeanPP, "https://arxiv.org/abs/2508.03121", ("regmean++",)),
+        "esm": LearnedMethod("esm", Esm, "https://arxiv.org/abs/2602.20208"),
         "fisher": LearnedMethod("fisher", FisherMerging, "https://arxiv.org/abs/2111.09832"),
     }
 
