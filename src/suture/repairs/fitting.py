@@ -46,7 +46,7 @@ class Descent:
     def __init__(self, modules: Sequence[SurgeryModules], groups: Sequence[slice], lr: float, optimizer: Optimizer):
         self.modules, self.groups = list(modules), list(groups)
         self.steps_per_turn = 2 if optimizer == "shared_adam_pairs" else 1
-        self.parameters = [p for m in modules for p in (m.down.requires_grad_(), m.up.requires_grad_())]
+        self.parameters = [p.requires_grad_() for m in modules for p in m.trained]
         self._views: dict[int, list[Tensor]] = {}
         if optimizer != "adam":  # one leaf per task, in the memory of the stacks
             tasks = range(len(self.parameters[0]))

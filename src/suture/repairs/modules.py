@@ -62,6 +62,11 @@ class SurgeryModules(nn.Module):
         """The number of units of a module."""
         return self.down.shape[1]
 
+    @property
+    def trained(self) -> list[nn.Parameter]:
+        """The parameters that a fit trains."""
+        return [self.down, self.up]
+
     def forward(self, features: Float[Tensor, "row position dim"], which: slice | Tensor) -> Tensor:
         """ẑ, of the same shape and dtype.
 
