@@ -42,14 +42,14 @@ _LISTED = 3
 def calibrate(
     problem: Problem,
     *,
-    anchor: Anchor | list[Anchor] = 2.2,
+    anchor: Anchor | Sequence[Anchor] = 2.2,
     ridge: Annotated[float, Gt(0)] = 0.05,
     mix: Annotated[float, Ge(0), Le(1)] = 0.25,
     other_tokens: Annotated[float, Ge(0), Le(1)] = 0.01,
     full: list[str] | None = None,
     num_passes: Annotated[int, Ge(1), Le(2)] = 1,
-    second_anchor: Anchor | list[Anchor] = 1.5,
-    second_mix: Annotated[float, Ge(0), Le(1)] | None = None,
+    second_anchor: Anchor | Sequence[Anchor] = (1.0, 2.0),
+    second_mix: Annotated[float, Ge(0), Le(1)] = 1.0,
     blocks: str | list[str] | None = None,
 ) -> RepairResult:
     """Solve the layers of every block by least squares anchored at the merged weights; no labels, no gradients.
@@ -64,8 +64,8 @@ def calibrate(
     Padding never counts. If only the first token of the last block is read, its other tokens have the weight
     `other_tokens`, except in the layers that feed keys and values: those whose names `full` lists, or by default those
     through which other tokens reach the feature. A second pass starts from the result of the first, with an anchor of
-    at most `second_anchor`, because it diverges with more, and with `second_mix` if given. `blocks`: see
-    `find_blocks`; in a module without a list of blocks every layer counts as one.
+    at most `second_anchor`, because it diverges with more, and with `second_mix`. `blocks`: see `find_blocks`; in a
+    module without a list of blocks every layer counts as one.
     """
     given = {"anchor": anchor, "second_anchor": second_anchor}
     chosen = _chosen_blocks(problem, blocks)
@@ -77,8 +77,7 @@ def calibrate(
     student = copy.deepcopy(problem.module).eval().requires_grad_(False)
     for number in range(num_passes):
         if number:
-            again = mix if second_mix is None else second_mix
-            settings = replace(settings, anchor=tuple(map(min, *anchors)), mix=again)
+            settings = replace(settings, anchor=tuple(map(min, *anchors)), mix=second_mix)
         with new_store(problem.cache) as store:
             lines = _Calibration(problem, student, chosen, settings, store).run()
         warnings += [line for line in lines if line not in warnings]
