@@ -33,11 +33,12 @@ def close(path, expected):
 @pytest.mark.parametrize("method", METHODS)
 def test_files_hold_what_a_wrapped_merge_in_memory_gives(llamas, tmp_path, method, wrapper):
     base, models = llamas
-    expected = merge(base, models, method, after=[wrapper])
+    after = {wrapper: {"factors": [0.5, 1.5]} if wrapper == "depth_schedule" else {}}
+    expected = merge(base, models, method, after=after)
     assert any(not torch.equal(t, merge(base, models, method)[name]) for name, t in expected.items())
-    out = merge_files(base, models, method, tmp_path / "one", after=[wrapper], threads=1)
+    out = merge_files(base, models, method, tmp_path / "one", after=after, threads=1)
     assert close(out, expected)
-    small = merge_files(base, models, method, tmp_path / "two", after=[wrapper], threads=2, memory="60MB")
+    small = merge_files(base, models, method, tmp_path / "two", after=after, threads=2, memory="60MB")
     assert close(small, expected)
 
 

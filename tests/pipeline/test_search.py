@@ -84,6 +84,27 @@ def test_the_update_is_computed_once_where_only_its_scale_is_searched(desk, monk
     assert len(prepared) == 2
 
 
+def test_groups_take_a_scale_each_from_the_first_block_to_the_last(desk, monkeypatch):
+    prepared, prepare = [], searching.prepare_task_vectors
+    monkeypatch.setattr(searching, "prepare_task_vectors", lambda *a: prepared.append(1) or prepare(*a))
+    words = ["method.alpha=0.2,1.4", "groups=2", "num_inputs=12", "score=accuracy", "split=test"]
+    assert main(["search", *desk.words(*words, method="tsv_m")]) == 0
+    report = report_of(desk.folder / "out")
+    trials = {tuple(trial["point"].values()): trial["score"] for trial in report["search"]["trials"]}
+    assert sorted(trials) == [(0.2, 0.2), (0.2, 1.4), (1.4, 0.2), (1.4, 1.4)]
+    assert list(report["search"]["trials"][0]["point"]) == ["alpha.1", "alpha.2"]
+    assert len(prepared) == 1
+    method = report["config"]["method"]
+    best = tuple(method["after"]["depth_schedule"]["factors"])
+    assert trials[best] == max(trials.values())
+    assert method["alpha"] == 1.0
+    row = next(row for row in report["rows"] if row["name"] == "tsv_m+depth_schedule")
+    assert row["mean"] == pytest.approx(trials[best])  # all 12 test inputs
+    whole = suture.search(desk.words("overwrite=true", method="tsv_m"), over={"alpha": [0.2]}, num_inputs=12)
+    assert len(prepared) == 1, "the update of a search in groups is taken up"
+    assert list(whole.best.point) == ["alpha"]
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -97,6 +118,10 @@ def test_the_update_is_computed_once_where_only_its_scale_is_searched(desk, monk
         ([*SWEEP, "trials=0"], "trials=0"),
         ([*SWEEP, "num_inputs=many"], "num_inputs=many"),
         ([*SWEEP, "split=validation"], "split"),
+        ([*SWEEP, "groups=0"], "groups=0"),
+        (["method.threshold=10,20", "groups=2", "method=ties_merging"], "without several values of method.scaling"),
+        (["method=model_stock", "groups=2"], "without a method with a scale"),
+        ([*SWEEP, "groups=2", "method.after=[svc]"], "groups=2 with method.after"),
         (["method.scaling_factor=-9..1", "method=ties_merging", "method.threshold=-5..20"], "threshold"),
     ],
 )

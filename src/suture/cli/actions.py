@@ -81,6 +81,9 @@ def evaluate(request: Request) -> Answer:
     return Answer(data, "\n".join(f"{row.name}\t{100 * row.mean:.2f}" for row in report.rows))
 
 
+_SEARCH_NUMBERS = ("trials", "num_inputs", "groups")
+
+
 def search(request: Request) -> Answer:
     """A search for knobs, then the run with the best."""
     from suture.cli import tables
@@ -90,7 +93,7 @@ def search(request: Request) -> Answer:
     searched = dict(word.split("=", 1) for word in request.words if _has_several(word))
     words = [word for word in request.words if word.partition("=")[0] not in searched]
     check_overrides(words, request.verb.configuration)
-    numbers = {key: _whole(key, request.values[key]) for key in ("trials", "num_inputs") if key in request.values}
+    numbers = {key: _whole(key, request.values[key]) for key in _SEARCH_NUMBERS if key in request.values}
     names = {key: request.values[key] for key in ("sampler", "score", "split") if key in request.values}
     result = search(words, over=searched, **numbers, **names)
     tables.print_run(result)

@@ -55,7 +55,7 @@ def _search_defaults() -> dict[str, Any]:
     from suture.pipeline.searching import search
 
     known = Knobs("search", search).defaults
-    return {key: known[key] for key in ("trials", "score", "split", "num_inputs")}
+    return {key: known[key] for key in ("trials", "score", "split", "num_inputs", "groups")}
 
 
 _HYDRA = (
@@ -120,6 +120,7 @@ _TABLE = (
             Key("score", "how points are compared", values=_scores),
             Key("split", "the split whose inputs are scored", values=_splits),
             Key("num_inputs", "the number of inputs of each task"),
+            Key("groups", "the number of scales to search, from the first block to the last"),
         ),
         configuration="config",
         defaults=_search_defaults,

@@ -11,11 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from suture.checkpoints import allocate_checkpoint, open_checkpoint
+from suture.core.knobs import value_between
 from suture.core.progress import Profile, bar, untracked
 from suture.core.random import generator_for
 from suture.core.samplers import Interval, Kind, Point, Space, number_of_points, sampler
 from suture.errors import ConfigError, unknown_name
 from suture.evaluation import SplitInputs, TaskInputs
+from suture.merging.blocks import block_depths
 from suture.merging.prepared import apply, prepare_task_vectors, update_specs
 from suture.pipeline import config as configuration
 from suture.pipeline.context import Context
@@ -57,6 +59,7 @@ def search(
     score: Score = "agreement",
     split: Split = "train",
     num_inputs: int = 256,
+    groups: int = 1,
     **keywords: Any,
 ) -> SearchResult:
     """Try points of a search space, then run the best one: merge, score on the test split, and report.
@@ -71,12 +74,15 @@ def search(
     - `entropy`: the entropy of the merged model's predictions in nats, where less is better; without labels.
     - `accuracy`: the share of correct predictions, with the labels.
 
+    With `groups` above 1 the knob that is the method's scale takes so many values, from the first block of the model to
+    the last, with straight lines between; the best are run as the factors of `after=[depth_schedule]`.
+
     The configuration is given as for `suture.run`. An interrupted search resumes with the same result. Raises
     `ConfigError` for an unknown knob or value, before any slow work.
     """
     composed = configuration.composed(config, keywords)
     space = {knob.removeprefix("method."): _values(knob, values) for knob, values in over.items()}
-    return _Search(composed, space, sampler, trials, score, split, num_inputs).run()
+    return _Search(composed, space, sampler, trials, score, split, num_inputs, groups).run()
 
 
 @dataclass(frozen=True)
@@ -90,12 +96,13 @@ class _Search:
     score: Score
     split: Split
     num_inputs: int
+    groups: int = 1
 
     def __post_init__(self):
         for name, value, known in (("score", self.score, SCORES), ("split", self.split, SPLITS)):
             if value not in known:
                 raise ConfigError(unknown_name(name, value, known))
-        for name in ("trials", "num_inputs"):
+        for name in ("trials", "num_inputs", "groups"):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ConfigError(f"{name}={value!r}: wanted a whole number, 1 or more.")
@@ -107,7 +114,37 @@ class _Search:
                 raise ConfigError(unknown_name(f"knob of {self.config['method']['name']}", knob, known))
             for value in (values.least, values.most) if isinstance(values, Interval) else values:
                 self.settings({knob: value})
-        sampler(self.space, self.kind, self.trials, self.config["seed"])
+        if self.groups > 1:
+            self._check_groups()
+        sampler(self.points, self.kind, self.trials, self.config["seed"])
+
+    def _check_groups(self) -> None:
+        method, name = self.settings({}).method, self.config["method"]["name"]
+        if not isinstance(method, StaticMerge) or self.scale not in self.space:
+            wanted = "a method with a scale" if self.scale is None else f"several values of method.{self.scale}"
+            raise ConfigError(f"groups={self.groups}, but {name} is searched without {wanted}. Remedy: groups=1.")
+        if method.after:
+            raise ConfigError(f"groups={self.groups} with method.after: wanted one of them. Remedy: groups=1.")
+
+    @cached_property
+    def scale(self) -> str | None:
+        """The knob that is the method's scale, if it has one."""
+        static = Settings.from_config(self.config).method.static
+        return None if static is None else static.scale
+
+    @cached_property
+    def points(self) -> Space:
+        """The space of points: with groups, one scale for each."""
+        if self.groups == 1:
+            return self.space
+        return {each: values for knob, values in self.space.items() for each in self._of_groups(knob)}
+
+    def _of_groups(self, knob: str) -> list[str]:
+        return [f"{knob}.{i}" for i in range(1, self.groups + 1)] if knob == self.scale else [knob]
+
+    def factors(self, point: Mapping[str, float]) -> list[float]:
+        """The scales of the groups at a point."""
+        return [point[name] for name in self._of_groups(self.scale or "") if name in point]
 
     def settings(self, point: Mapping[str, float]) -> Settings:
         """The settings of the run at a point."""
@@ -115,6 +152,9 @@ class _Search:
 
     def at(self, point: Mapping[str, float]) -> dict[str, Any]:
         """The configuration at a point."""
+        if self.groups > 1 and (factors := self.factors(point)):
+            point = {knob: value for knob, value in point.items() if knob not in self._of_groups(self.scale or "")}
+            point = {**point, self.scale: 1.0, "after": {"depth_schedule": {"factors": factors}}}
         return {**self.config, "method": {**self.config["method"], **point}}
 
     @cached_property
@@ -152,13 +192,14 @@ class _Search:
         """Every trial; the scores of an interrupted search are taken up."""
         names = ("space", "kind", "trials", "score", "split", "num_inputs")
         work = {name: str(getattr(self, name)) for name in names} | {"method": str(self.config["method"])}
+        work |= {"groups": str(self.groups)} if self.groups > 1 else {}
         resume = context.resume(CACHE, work)
         known: list[float] = list((resume.load() or {"losses": []})["losses"])
         score = _Scoring(self, models, context, inputs)
-        points = sampler(self.space, self.kind, self.trials, context.seed)
+        points = sampler(self.points, self.kind, self.trials, context.seed)
         trials: list[Trial] = []
         point: Point | None = next(points)
-        with bar("searching", number_of_points(self.space, self.trials)) as advance:
+        with bar("searching", number_of_points(self.points, self.trials)) as advance:
             while point is not None:
                 done = len(trials) < len(known)
                 trials.append(Trial(point, known[len(trials)] if done else score(point)))
@@ -190,6 +231,10 @@ class _Scoring:
         """The merged tensors. Where only the scale of an update differs, the update is computed once."""
         method = self.search.settings(point).method
         scale = None if method.static is None else method.static.scale
+        if self.search.groups > 1 and isinstance(method, StaticMerge):
+            update, factors = self._prepared(replace(method, after=())), self.search.factors(point)
+            depth = block_depths(list(update))
+            return apply(self.models.base, update, {name: value_between(factors, depth(name)) for name in update})
         if not isinstance(method, StaticMerge) or method.after or scale is None or scale not in point:
             return method.merge(self.models, self.inputs, self.context).tensors
         return apply(self.models.base, self._prepared(method), method.knobs[scale])

@@ -20,6 +20,7 @@ from suture.core.batches import concatenate as concatenated
 from suture.core.random import generator_for
 from suture.errors import ConfigError, DataError
 from suture.merging.task_vectors import compute_dtype
+from suture.repairs.mixtures import with_mixtures
 from suture.repairs.network import Block, Network, by_layer, find_blocks, position_mean
 from suture.repairs.problem import Order, Problem
 from suture.repairs.registry import repair_kind
@@ -48,6 +49,7 @@ def distil(
     rank: Annotated[int, Ge(1)] = 16,
     statistics: Literal["frozen", "updated"] = "frozen",
     held_out: Annotated[float, Ge(0), Lt(1)] = 0.0,
+    mixed: Annotated[int, Ge(0)] = 0,
     seed: int = 0,
     blocks: str | list[str] | None = None,
     channel_axis: int | None = None,
@@ -60,8 +62,10 @@ def distil(
     normalisation layers, or LoRA factors of this `rank`, which are added to the weights in the end. Dropout is off;
     BatchNorm keeps its statistics, unless `statistics="updated"`, which normalises by the batch of all tasks. A share
     `held_out` of each task's inputs is not learned from, and the weights with the smallest final distance on them are
-    kept. Weights are float32 while they are trained; the result has the module's dtypes. `blocks` and `channel_axis`:
-    see `find_blocks`; `concatenate`: see `deep`.
+    kept. Each input that is learned from may be joined by so many `mixed` ones, λ x + (1 − λ) x′ of two inputs of its
+    task (https://arxiv.org/abs/1710.09412), with the expert's feature of the mixture for their target: few inputs then
+    bear more steps. Weights are float32 while they are trained; the result has the module's dtypes. `blocks` and
+    `channel_axis`: see `find_blocks`; `concatenate`: see `deep`.
     """
     layout = {"forward": problem.forward, "blocks": blocks, "channel_axis": channel_axis}
     chosen = find_blocks(problem.module, problem.inputs[problem.tasks[0]], **layout) if layers == "blocks" else ()
@@ -71,6 +75,7 @@ def distil(
     weights = trained_weights(network.module, parameters, rank, seed, problem.base)
 
     learned, kept = _held_out(problem.inputs, held_out, seed)
+    learned = {task: with_mixtures(rows, mixed, task, seed) for task, rows in learned.items()}
     order = Order(learned, steps, batch_size, seed, whole=problem.cache is not None)
     distances = _Distances(problem, network, {task: order.inputs(task) for task in learned}, chosen, loss)
     check = partial(_mean_distance, _Distances(problem, network, kept, (), loss), problem.encode_batch)

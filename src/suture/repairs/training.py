@@ -119,6 +119,7 @@ def train(
     if state is not None:
         training.restore(state)
         history = list(state["losses"])
+        del state  # whose tensors are as large as the model
     for step in range(len(history), steps):
         values = training.step(losses(step), rates[step])
         if not math.isfinite(total := values.sum().item()):

@@ -1,6 +1,5 @@
 """The state of a long loop: one file, replaced whole, from which only the same work resumes."""
 
-import io
 import logging
 import os
 import time
@@ -11,7 +10,7 @@ from typing import Any
 import torch
 
 from suture.errors import CheckpointError, ConfigError
-from suture.storage.atomic import disk_errors, remove_leftovers, set_aside, write_bytes
+from suture.storage.atomic import disk_errors, new_file, remove_leftovers, set_aside
 
 log = logging.getLogger(__name__)
 
@@ -85,7 +84,10 @@ class Resume:
         """Replace the file by one that holds this state: tensors, numbers, texts, and lists and dicts of them."""
         if not self.writable:
             return
-        buffer = io.BytesIO()
-        torch.save({"work": self.work, "state": dict(state)}, buffer)
-        write_bytes(self.path, buffer.getbuffer())
+        with (
+            new_file(self.path, 0) as descriptor,
+            disk_errors(self.path),
+            open(descriptor, "wb", closefd=False) as file,
+        ):
+            torch.save({"work": self.work, "state": dict(state)}, file)  # tensor by tensor
         self._saved = time.monotonic()
