@@ -24,6 +24,7 @@ from suture.adaptation.network import Logits, Network, check_concatenation, depe
 from suture.adaptation.objectives import get_objective
 from suture.adaptation.options import AdaMergingOptions
 from suture.adaptation.passes import passes
+from suture.adaptation.rank_masks import mask_leaves
 from suture.adaptation.schedules import get_schedule
 from suture.adaptation.trajectory import Trajectory
 from suture.adaptation.vectors import task_vector_rows
@@ -32,6 +33,8 @@ from suture.core.batches import Forward, ShuffledBatches, call, to_device
 from suture.core.fabric import Team
 from suture.core.progress import Profile
 from suture.errors import ConfigError, DataError, unknown_name
+from suture.merging.merge import merge_task_vectors
+from suture.merging.registry import get_method
 from suture.merging.task_vectors import open_task_vectors
 from suture.storage.resume import Resume
 
@@ -55,6 +58,8 @@ class AdaMergingResult:
     - `merged`: the merged checkpoint, name → tensor, in the base's dtypes, on the CPU.
     - `scores`: step → the number that `on_evaluation` returned.
 
+    - `mask_logits`: with `rank_share`, name → (task, k) the logits of the components' masks, on where above 0.
+
     A run adds the `feature_norms` of the merged model and its experts, and a warning where they drift apart.
     """
 
@@ -64,6 +69,7 @@ class AdaMergingResult:
     merged: dict[str, Tensor]
     scores: dict[int, float] = field(default_factory=dict)
     feature_norms: dict[str, FeatureNorm] = field(default_factory=dict)
+    mask_logits: dict[str, Tensor] = field(default_factory=dict)
 
     @property
     def warnings(self) -> tuple[str, ...]:
@@ -126,6 +132,10 @@ def adapt(
     logits = dict(logits.items()) if isinstance(logits, nn.ModuleDict) else logits
     factor, max_steps = get_schedule(chosen.schedule, chosen.max_steps)
     vectors = open_task_vectors(base, models, frozen=frozen, mixed_dtypes=mixed_dtypes)
+    if chosen.centred:
+        average = get_method("simple_average")
+        mean = merge_task_vectors(vectors, average, average.knobs.defaults)
+        vectors = open_task_vectors(mean, models, frozen=frozen, mixed_dtypes=mixed_dtypes)
     arrangement = layout(chosen.granularity, tuple(vectors.models), matched_tensors(module, vectors)[0])
     values = initial_values(chosen.init_values, arrangement).requires_grad_()
 
@@ -133,15 +143,19 @@ def adapt(
         return arrangement.spread(values, clamp=chosen.clamp_weights, softmax=chosen.softmax)
 
     spread()  # refuses clamp with softmax before any slow work
-    optimizer = _optimizer(chosen, values)
     _check(max_steps, batches, logits, arrangement)
     team, profile = Team(fabric), profile or Profile()
     concatenate = check_concatenation(chosen.concatenate, module, logits, chosen.micro_batch, device=team.device)
 
     with profile("construct the wrapped model"):
-        model = MergedModel(module, vectors, task_vector_rows(vectors, chosen), team.device)
+        rows = task_vector_rows(vectors, chosen)
+        model = MergedModel(module, vectors, rows, team.device)
+    masks = mask_leaves(dict(zip(model.names, model.rows, strict=True)))
+    logits_of_masks = [masked.logits for masked in masks.values()]
+    optimizer = _optimizer(chosen, [values, *logits_of_masks])
     network = Network(model, forward, logits, objective, profile)
-    trajectory = Trajectory(values, optimizer, resume if team.rank == 0 or resume is None else resume.read_only())
+    saving = resume if team.rank == 0 or resume is None else resume.read_only()
+    trajectory = Trajectory(values, optimizer, saving, logits_of_masks)
     streams = {task: _endless(task, batches[task], trajectory.step) for task in arrangement.tasks} if max_steps else {}
     independent = depends_on_batch(module) is None
     cut = {"concatenate": concatenate, "micro_batch": chosen.micro_batch, "independent": independent}
@@ -165,6 +179,8 @@ def adapt(
                 optimizer.zero_grad()
                 optimizer.param_groups[0]["lr"] = chosen.lr * factor(trajectory.step, max_steps)
                 coefficients.backward(gradient)  # ∂L/∂λ; the graph holds only the clamp and the shared columns
+                for masked in masks.values():
+                    masked.logits.grad = team.sum(masked.take_gradient())
                 optimizer.step()
             trajectory.advance(loss.item(), last=trajectory.step + 1 == max_steps)
             if on_step is not None:
@@ -177,17 +193,18 @@ def adapt(
     final = effective(values.detach(), clamp=chosen.clamp_weights, softmax=chosen.softmax)
     named = Coefficients(final, arrangement.tasks, arrangement.columns)
     losses = torch.tensor(trajectory.losses, dtype=torch.float64)
-    return AdaMergingResult(named, torch.stack(trajectory.history), losses, model.merged(spread().detach()), scores)
+    merged, logits_by_name = model.merged(spread().detach()), {n: m.logits.detach() for n, m in masks.items()}
+    return AdaMergingResult(named, torch.stack(trajectory.history), losses, merged, scores, mask_logits=logits_by_name)
 
 
-def _optimizer(options: AdaMergingOptions, values: Tensor) -> torch.optim.Optimizer:
-    """Adam with the paper's betas (0.9, 0.999), AdamW or SGD, on the coefficients."""
+def _optimizer(options: AdaMergingOptions, values: list[Tensor]) -> torch.optim.Optimizer:
+    """Adam with the paper's betas (0.9, 0.999), AdamW or SGD, on the coefficients and the logits of masks."""
     lr, weight_decay = options.lr, options.weight_decay
     if options.optimizer not in OPTIMIZERS:
         raise ConfigError(unknown_name("optimizer", options.optimizer, OPTIMIZERS))
     if not lr > 0 or not weight_decay >= 0:
         raise ConfigError(f"lr={lr}, weight_decay={weight_decay}: wanted a positive lr and a decay of 0 or more.")
-    return OPTIMIZERS[options.optimizer]([values], lr=lr, weight_decay=weight_decay)
+    return OPTIMIZERS[options.optimizer](values, lr=lr, weight_decay=weight_decay)
 
 
 def _check(max_steps: int, batches: Mapping[str, Any], logits: Logits | None, arrangement: Layout) -> None:

@@ -41,7 +41,7 @@ class MergedModel:
         self.targets = [state[target] for target in targets]
         self._write_unchanged(state)
         self.device = self.targets[0].device if self.targets else torch.device("cpu")
-        self._rows = [rows[name].to(self.device) for name in self.names]
+        self.rows = [rows[name].to(self.device) for name in self.names]
         self._base = [_computed(vectors.base[name]).to(self.device) for name in self.names]
         self._leaves = [target for target in self.targets if isinstance(target, nn.Parameter)]
         self._products: list[Tensor] = []
@@ -50,7 +50,7 @@ class MergedModel:
     @torch.no_grad()
     def write(self, coefficients: Float[Tensor, "task tensor"]) -> None:
         """Write θ₀ + Σ λ_t τ_t into the module."""
-        for target, base, rows, column in zip(self.targets, self._base, self._rows, coefficients.T, strict=True):
+        for target, base, rows, column in zip(self.targets, self._base, self.rows, coefficients.T, strict=True):
             target.copy_(rows.combine(base, column))
 
     @torch.no_grad()
@@ -102,7 +102,7 @@ class MergedModel:
         """
         base = self.vectors.base
         state = {name: base[name].to("cpu", copy=True) for name in self.vectors.specs}
-        for name, start, rows, column in zip(self.names, self._base, self._rows, coefficients.T, strict=True):
+        for name, start, rows, column in zip(self.names, self._base, self.rows, coefficients.T, strict=True):
             merged = rows.combine(start, column).cpu()
             state[name].copy_(merged)
             refuse_overflow(name, merged, state[name])
@@ -112,14 +112,14 @@ class MergedModel:
         if self._waiting or parameter.grad is None:
             return
         gradient = parameter.grad.to_dense() if parameter.grad.is_sparse else parameter.grad
-        self._products[i] += self._rows[i].products(gradient)
+        self._products[i] += self.rows[i].products(gradient)
         parameter.grad = None
 
     def _clear(self) -> None:
         self._products = [torch.zeros(len(rows), dtype=base.dtype, device=base.device) for rows, base in self._pairs()]
 
     def _pairs(self) -> Iterator[tuple[TensorVectors, Tensor]]:
-        return zip(self._rows, self._base, strict=True)
+        return zip(self.rows, self._base, strict=True)
 
     @torch.no_grad()
     def _write_unchanged(self, state: Mapping[str, Tensor]) -> None:

@@ -1,5 +1,7 @@
 """The state of the loop, saved so that it can resume with bit-identical results."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -7,10 +9,19 @@ from suture.storage.resume import Resume
 
 
 class Trajectory:
-    """The coefficients before each step and after the last, and the losses; saved and restored through `resume`."""
+    """The coefficients before each step and after the last, and the losses; saved and restored through `resume`.
 
-    def __init__(self, values: Tensor, optimizer: torch.optim.Optimizer, resume: Resume | None = None):
-        self.values, self.optimizer = values, optimizer
+    `others`: what the optimizer changes beside the coefficients, of which only the last state is kept.
+    """
+
+    def __init__(
+        self,
+        values: Tensor,
+        optimizer: torch.optim.Optimizer,
+        resume: Resume | None = None,
+        others: Sequence[Tensor] = (),
+    ):
+        self.values, self.optimizer, self.others = values, optimizer, list(others)
         self.resume = resume
         self.history, self.losses = [values.detach().clone()], list[float]()
         state = resume.load() if resume else None
@@ -35,11 +46,14 @@ class Trajectory:
             "losses": list(self.losses),
             "optimizer": self.optimizer.state_dict(),
             "random": torch.get_rng_state(),
+            "others": [tensor.detach() for tensor in self.others],
         }
 
     @torch.no_grad()
     def _restore(self, state: dict) -> None:
         self.history, self.losses = list(state["history"]), list(state["losses"])
         self.values.copy_(self.history[-1])
+        for tensor, value in zip(self.others, state.get("others", ()), strict=True):
+            tensor.copy_(value)
         self.optimizer.load_state_dict(state["optimizer"])
         torch.set_rng_state(state["random"])

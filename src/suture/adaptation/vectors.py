@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from suture.adaptation.options import AdaMergingOptions
+from suture.adaptation.rank_masks import MaskedComponents
 from suture.errors import IncompatibleModels
 from suture.merging.methods.ties_merging import TiesStatistic, settled_statistic, ties_rows
 from suture.merging.task_vectors import TaskVectors, compute_dtype
@@ -146,10 +147,20 @@ def task_vector_rows(vectors: TaskVectors, options: AdaMergingOptions) -> dict[s
     def read(name: str) -> Tensor:
         return _read(vectors, name, statistic, options.vectors_dtype)
 
+    if options.rank_share is not None:
+        return {name: _masked(vectors, name, options) for name in vectors.names}
     if options.stream_vectors:
         return {name: Streamed(len(vectors.models), partial(read, name)) for name in vectors.names}
     factors = {} if options.plus_plus else {name: _factors(vectors, name) for name in vectors.names}
     return {name: factors.get(name) or Held(read(name)) for name in vectors.names}
+
+
+def _masked(vectors: TaskVectors, name: str, options: AdaMergingOptions) -> TensorVectors:
+    """The singular components of a matrix, or the task vectors of another tensor."""
+    role, deltas = vectors.roles.of(name), _read(vectors, name, None, None)
+    if role.kind != "matrix" or options.rank_share is None:
+        return Held(deltas)
+    return MaskedComponents.of(deltas, role, options.rank_share, options.rank_temperature)
 
 
 def _factors(vectors: TaskVectors, name: str) -> LowRank | None:
