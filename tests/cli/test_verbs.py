@@ -138,4 +138,8 @@ def test_a_method_is_explained_with_the_ranges_of_its_knobs(capsys):
     assert "number greater than 0 and at most 100" in page
     assert "sum, mean or max" in page
     assert page.endswith("https://arxiv.org/abs/2306.01708\n")
+    assert "All floating-point tensors are merged alike" in page
+    matrices = printed(capsys, "methods", "tsv_m")
+    assert "each expert of a stack" in " ".join(matrices.split())
+    assert max(map(len, matrices.splitlines())) <= 120
     assert printed(capsys, "methods", "lw_adamerging").startswith("adamerging (also layer_wise_adamerging")

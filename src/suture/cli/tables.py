@@ -2,6 +2,7 @@
 
 import inspect
 import math
+import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import NoneType, UnionType
@@ -211,6 +212,8 @@ def print_method(method: Any) -> None:
     console.print(_named(method))
     description = (inspect.getdoc(method.knobs.function) or "").partition(">>>")[0].strip()
     console.print(f"\n{description}\n", markup=False)
+    if tensors := getattr(method, "tensors", ""):
+        console.print(textwrap.fill(tensors, 110) + "\n", markup=False)
     knobs = {f"method.{knob}={_typed(default)}": knob for knob, default in method.knobs.defaults.items()}
     width = min(38, max(map(len, knobs), default=0))
     for typed, knob in knobs.items():

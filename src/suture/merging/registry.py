@@ -74,6 +74,18 @@ class MergeMethod:
         return "models" if "models" in self._parameters else "deltas"
 
     @property
+    def tensors(self) -> str:
+        """What the method does with each kind of tensor, in a sentence or two."""
+        if not self.matrices:
+            return "All floating-point tensors are merged alike, whatever they are in the model."
+        return (
+            "By the method: linear layers, convolution kernels as matrices (out, in · height · width), and each expert "
+            "of a stack; q, k and v in one tensor as one matrix, or each by itself with split. Biases, norms, "
+            "embeddings, positions, heads and kernels on the raw input take the mean of the task vectors, times alpha, "
+            "or stay at the base with vectors=base. as_matrix and as_vector correct what a name or shape misleads."
+        )
+
+    @property
     def takes_position(self) -> bool:
         """Whether the function takes a `SlicePosition`, as methods that draw random numbers do."""
         return "position" in self._parameters

@@ -152,10 +152,12 @@ class _Search:
 
     def at(self, point: Mapping[str, float]) -> dict[str, Any]:
         """The configuration at a point."""
-        if self.groups > 1 and (factors := self.factors(point)):
-            point = {knob: value for knob, value in point.items() if knob not in self._of_groups(self.scale or "")}
-            point = {**point, self.scale: 1.0, "after": {"depth_schedule": {"factors": factors}}}
-        return {**self.config, "method": {**self.config["method"], **point}}
+        method: dict[str, Any] = {**self.config["method"], **point}
+        if self.groups > 1 and self.scale is not None and (factors := self.factors(point)):
+            grouped = self._of_groups(self.scale)
+            method = {knob: value for knob, value in method.items() if knob not in grouped}
+            method |= {self.scale: 1.0, "after": {"depth_schedule": {"factors": factors}}}
+        return {**self.config, "method": method}
 
     @cached_property
     def description(self) -> str:
