@@ -57,7 +57,7 @@ def method_page(method: MergeMethod | LearnedMethod) -> str:
     line = f"    suture method={method.name} modelpool=glyphs8 taskpool=glyphs8"
     if static and method.num_models[1] == 1:
         line = f"    suture merge base=BASE models.one=ONE method={method.name} output=merged"
-    cost = _cost(method) if static else _COST_OF_MASKS if method.name in _MASKS else _COST_OF_LEARNING
+    cost = _cost(method) if static else _COST_BY_NAME.get(method.name, _COST_OF_LEARNING)
     parts = [f"# {method.name}", _described(method.knobs.function), aliases, f"Paper: <{method.paper}>"]
     parts += [_formula(method.name), "## What it costs", cost, _table("method", method.knobs.defaults), line]
     parts += [*_by_hand(method.knobs.function), *_references(method.name), *_figures(method)]
@@ -118,8 +118,12 @@ _MASKS = ("emr_merging", "tall_masks")
 _COST_OF_MASKS = """One pass over the files. Beside the pretrained model one update is stored, in its dtype, and one bit
 a weight and task. An input takes one encoder, whose weights are switched when the task changes; a routed input takes
 two, that of the merged model and that of its task."""
+_COST_OF_INPUTS = """The inputs pass forward through every expert, for the Gram matrices of as many layers at once as fit
+in 2 GB. Memory: these, one expert, and the merged model. Nothing at inference."""
+_COST_BY_NAME = dict.fromkeys(_MASKS, _COST_OF_MASKS) | dict.fromkeys(("esm", "regmean"), _COST_OF_INPUTS)
 _COST_OF_REPAIRS = {
     "final": "Each input that a step uses passes once through merged model and expert, forward only.",
+    "prob_surgery": "Each input that a step uses passes once through merged model and expert, forward only.",
     "deep": "Each input passes once through its expert; a step is a forward and a backward pass of the merged model.",
     "distil": (
         "Each input passes once through its expert; a step is a forward and a backward pass of the merged model. "
