@@ -135,7 +135,7 @@ def analyse(request: Request) -> Answer:
     from suture.cli import tables
     from suture.pipeline.analyses import analyse
 
-    options = {key.name: request.values[key.name] for key in request.verb.keys if key.name in request.values}
+    options = {key.name: request.values[key.name] for key in request.verb.own_keys if key.name in request.values}
     options |= {key: options[key].split(",") for key in ("models", "points") if key in options}
     finding, folder = analyse(request.values["ANALYSIS"], _composed(request), options=options)
     tables.print_finding(finding)

@@ -10,25 +10,23 @@ SHELLS = ("bash", "zsh", "fish")
 
 
 def _analyses() -> Sequence[str]:
-    from suture.pipeline.analyses import ANALYSES
+    from suture.analysis import analysis_kinds
 
-    return tuple(ANALYSES)
-
-
-def _analysis_defaults() -> dict[str, Any]:
-    """The defaults that the analyses' signatures give to the keys of the verb."""
-    from suture.core.knobs import Knobs
-    from suture.pipeline.analyses import ANALYSES
-
-    defaults: dict[str, Any] = {}
-    for name, (function, keys) in ANALYSES.items():
-        known = Knobs(name, function).defaults
-        defaults |= {key: known[key] for key in keys if key in known}
-    return {key: ",".join(map(str, value)) if isinstance(value, tuple) else value for key, value in defaults.items()}
+    return tuple(analysis_kinds())
 
 
-def _scopes() -> Sequence[str]:
-    return ("model", "tensor")
+def _analysis_keys() -> tuple[Key, ...]:
+    """The keys that the analyses declare, each with the names of those that take it and its default."""
+    from suture.analysis import analysis_kinds
+
+    keys: dict[str, Key] = {}
+    for kind in analysis_kinds().values():
+        for name, explanation in kind.keys.items():
+            default = kind.defaults[name]
+            text = ",".join(map(str, default)) if isinstance(default, tuple) else str(default)
+            users = f"{keys[name].help.partition(':')[0]}, {kind.name}" if name in keys else kind.name
+            keys[name] = Key(name, f"{users}: {explanation}", text)
+    return tuple(keys.values())
 
 
 def _samplers() -> Sequence[str]:
@@ -149,7 +147,7 @@ _TABLE = (
     ),
     Verb(
         "analyse",
-        "Compare the models of a pool, in six analyses",
+        "Compare the models of a pool",
         "suture analyse interpolation modelpool=glyphs8 taskpool=glyphs8 points=0,0.5,1",
         actions.analyse,
         details="similarity, layers and trimming look at the weights; interpolation, landscape and bias need a "
@@ -157,14 +155,11 @@ _TABLE = (
         arguments=(Argument("ANALYSIS", "the analysis to run", values=_analyses),),
         keys=(
             Key("models", "names of models of the pool, with commas between them; by default all"),
-            Key("points", "interpolation, landscape: coefficients, with commas between them"),
-            Key("threshold", "trimming: percentage of entries that TIES keeps"),
-            Key("scope", "trimming: what the percentage is of", values=_scopes),
             Key("model", "bias: the path of a merged model; by default the method merges one", path=True),
         ),
         configuration="config",
         method="simple_average",
-        defaults=_analysis_defaults,
+        found_keys=_analysis_keys,
     ),
     Verb(
         "report",
