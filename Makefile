@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 INSTALLED = $(VENV)/installed
 
-.PHONY: demo test lint slow docs clean
+.PHONY: demo test lint slow docs catalogue clean
 
 demo: $(INSTALLED)
 	$(BIN)/suture demo
@@ -22,6 +22,9 @@ lint: $(INSTALLED)
 
 docs: $(INSTALLED)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+
+catalogue: $(INSTALLED)
+	$(BIN)/python -m suture.cli.catalogue
 
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)

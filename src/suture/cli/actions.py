@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
+from suture.cli.catalogue import MethodEntry, catalogue
 from suture.cli.grammar import Request, shipped_pools
 from suture.cli.output import Answer
 from suture.errors import ConfigError, unknown_name
@@ -183,20 +184,21 @@ def reproduce(request: Request) -> Answer:
 
 def methods(request: Request) -> Answer:
     """Every method, or one with what its knobs may be."""
-    from suture.cli import tables
-    from suture.pipeline.methods import all_methods, find_method
+    from suture.cli import method_tables
 
+    known = catalogue()
     if name := request.values["METHOD"]:
-        method = find_method(name)
-        tables.print_method(method)
-        return Answer(_method_data(method) | {"ranges": tables.ranges(method.knobs)}, method.name)
-    tables.print_methods(all_methods().values())
-    return Answer(list(map(_method_data, all_methods().values())), "\n".join(all_methods()))
+        method = known.method(name)
+        method_tables.print_method(method)
+        ranges = {name: knob.range for name, knob in method.knobs.items()}
+        return Answer(_method_data(method) | {"ranges": ranges}, method.name)
+    method_tables.print_methods(known.methods.values())
+    return Answer(list(map(_method_data, known.methods.values())), "\n".join(known.methods))
 
 
-def _method_data(method: Any) -> dict[str, Any]:
-    data = {"name": method.name, "aliases": method.aliases, "paper": method.paper}
-    return data | {"summary": method.knobs.summary, "knobs": method.knobs.defaults}
+def _method_data(method: MethodEntry) -> dict[str, Any]:
+    data = {"name": method.name, "aliases": method.aliases, "paper": method.paper, "summary": method.summary}
+    return data | {"knobs": {name: knob.default for name, knob in method.knobs.items()}}
 
 
 def pools(request: Request) -> Answer:

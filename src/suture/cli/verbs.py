@@ -1,59 +1,23 @@
 """The table of verbs. The parser, the help and the completion scripts are all made from it."""
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Iterable
 
 from suture.cli import actions
+from suture.cli.catalogue import catalogue
 from suture.cli.grammar import Argument, Key, Option, Verb, true_or_false
 
 SHELLS = ("bash", "zsh", "fish")
 
 
-def _analyses() -> Sequence[str]:
-    from suture.analysis import analysis_kinds
-
-    return tuple(analysis_kinds())
+def _choices(key: str) -> Callable[[], Iterable[str]]:
+    """The values of a key, as the code that reads it has them."""
+    return lambda: catalogue().choices[key]
 
 
 def _analysis_keys() -> tuple[Key, ...]:
-    """The keys that the analyses declare, each with the names of those that take it and its default."""
-    from suture.analysis import analysis_kinds
-
-    keys: dict[str, Key] = {}
-    for kind in analysis_kinds().values():
-        for name, explanation in kind.keys.items():
-            default = kind.defaults[name]
-            text = ",".join(map(str, default)) if isinstance(default, tuple) else str(default)
-            users = f"{keys[name].help.partition(':')[0]}, {kind.name}" if name in keys else kind.name
-            keys[name] = Key(name, f"{users}: {explanation}", text)
-    return tuple(keys.values())
-
-
-def _samplers() -> Sequence[str]:
-    from suture.core.samplers import KINDS
-
-    return KINDS
-
-
-def _scores() -> Sequence[str]:
-    from suture.pipeline.searching import SCORES
-
-    return SCORES
-
-
-def _splits() -> Sequence[str]:
-    from suture.tasks.base import SPLITS
-
-    return SPLITS
-
-
-def _search_defaults() -> dict[str, Any]:
-    """The defaults of the signature of `search`."""
-    from suture.core.knobs import Knobs
-    from suture.pipeline.searching import search
-
-    known = Knobs("search", search).defaults
-    return {key: known[key] for key in ("trials", "score", "split", "num_inputs")}
+    """The keys that the analyses declare, each with the names of those that take it."""
+    keys = catalogue().analysis_keys.items()
+    return tuple(Key(name, f"{', '.join(key.analyses)}: {key.explanation}", key.default) for name, key in keys)
 
 
 _HYDRA = (
@@ -113,14 +77,18 @@ _TABLE = (
         "unless score=accuracy; the best is run as by suture run. An interrupted search resumes when the same command "
         "is given again.",
         keys=(
-            Key("sampler", "how points are chosen; by default grid for lists, sobol for intervals", values=_samplers),
+            Key(
+                "sampler",
+                "how points are chosen; by default grid for lists, sobol for intervals",
+                values=_choices("sampler"),
+            ),
             Key("trials", "the number of points, unless they are a grid"),
-            Key("score", "how points are compared", values=_scores),
-            Key("split", "the split whose inputs are scored", values=_splits),
+            Key("score", "how points are compared", values=_choices("score")),
+            Key("split", "the split whose inputs are scored", values=_choices("split")),
             Key("num_inputs", "the number of inputs of each task"),
         ),
         configuration="config",
-        defaults=_search_defaults,
+        defaults=lambda: catalogue().search_defaults,
     ),
     Verb(
         "merge",
@@ -152,7 +120,7 @@ _TABLE = (
         actions.analyse,
         details="similarity, layers and trimming look at the weights; interpolation, landscape and bias need a "
         "taskpool=… too. The table is printed; output=FOLDER gets it as files, with the figure.",
-        arguments=(Argument("ANALYSIS", "the analysis to run", values=_analyses),),
+        arguments=(Argument("ANALYSIS", "the analysis to run", values=lambda: catalogue().analyses),),
         keys=(
             Key("models", "names of models of the pool, with commas between them; by default all"),
             Key("model", "bias: the path of a merged model; by default the method merges one", path=True),
