@@ -29,7 +29,7 @@ catalogue: $(INSTALLED)
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]" --editable packages/suture-zoo
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps --target $(VENV)/vision \
 		torchvision open_clip_torch timm ftfy wcwidth
 	touch $(INSTALLED)

@@ -8,6 +8,7 @@ from typing import Any
 from suture.analysis import Finding, save
 from suture.analysis.registry import Analysis, get_analysis
 from suture.checkpoints import open_checkpoint
+from suture.core.extras import check_installed
 from suture.core.knobs import Knobs
 from suture.core.progress import Profile, bar
 from suture.errors import PRETRAINED, ConfigError, unknown_name
@@ -37,6 +38,7 @@ def analyse(
     The configuration is given as for `suture.run`. `options` are the analysis's own knobs, and `models`: the names of
     the pool's models to analyse.
     """
+    check_installed("suture analyse")
     options = dict(options or {})
     composed = configuration.composed(config, keywords, method="simple_average")
     config = _only(composed, options.pop("models", None))

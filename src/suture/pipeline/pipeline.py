@@ -13,6 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from suture.checkpoints import open_checkpoint
+from suture.core.extras import check_installed
 from suture.core.progress import Profile, bar
 from suture.errors import ConfigError
 from suture.evaluation import SplitInputs
@@ -63,6 +64,8 @@ def run(config: Mapping[str, Any] | Sequence[str] | None = None, /, **keywords: 
     """
     config = configuration.composed(config, keywords)
     settings = Settings.from_config(config)
+    if not settings.dry_run:
+        check_installed("suture run")
     models = open_models(settings.pool, settings.threads)
     if settings.reuse and _is_finished(settings.output, config, models):
         return RunResult(settings.output, unchanged=True)
@@ -165,6 +168,7 @@ _DEMO: tuple[tuple[Sequence[str], Sequence[Sequence[str]]], ...] = (
 
 def demo(output: Path | str | None = None) -> RunResult:
     """A run on the models that ship with suture: eight experts, merged, adapted and repaired."""
+    check_installed("suture demo")
     pools = ["modelpool=glyphs8", "taskpool=glyphs8", f"output={output or new_folder('demo')}"]
     runs, configs = [], []
     for words, repairs in _DEMO:
@@ -192,6 +196,7 @@ def evaluate_pool(
     The configuration is given as for `run`. With `matrix` every fine-tuned model is also scored on every task, and the
     report, with a heat map, is written if the configuration names an output folder.
     """
+    check_installed("suture evaluate")
     config = configuration.composed(config, keywords, method="simple_average")
     settings = Settings.from_config(config)
     if not settings.tasks:
