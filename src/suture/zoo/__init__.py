@@ -4,7 +4,7 @@
 'greek'
 """
 
-from suture.storage.addresses import ZOOS, folder_of, home, how_to_get, installed, names
+from suture.storage.addresses import ZOOS, folder_of, home, how_to_get, installed, names, state
 from suture.storage.addresses import zoo_path as resolve
 
 __all__ = ["home", "inventory", "names", "resolve"]
@@ -18,4 +18,4 @@ def inventory() -> dict[str, str]:
 def _whereabouts(name: str) -> str:
     if installed(name):
         return "installed"
-    return f"built in {home(name)}" if folder_of(name) else f"not here ({how_to_get(name)})"
+    return f"built in {home(name)}" if folder_of(name) else f"not {state(name)} ({how_to_get(name)})"
