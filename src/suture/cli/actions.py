@@ -227,14 +227,27 @@ def zoo(request: Request) -> Answer:
 
 
 def demo(request: Request) -> Answer:
-    """The main job on the models that ship."""
+    """The demonstration; each row is printed when it is known."""
     from suture.cli import tables
-    from suture.pipeline.pipeline import demo
 
-    output = request.values["--output"]
-    result = demo(output)
+    full, output = bool(request.values["--full"]), request.values["--output"]
+    print(_STORY.format(_FULL_STORY if full else "", "4 to 6 minutes" if full else "about a minute"), flush=True)
+    from suture.pipeline.demo import demo
+
+    result = demo(output, full=full, watch=tables.print_row)
+    print()
     tables.print_run(result)
+    print(f"The page is {result.folder / 'report.html'}", _NEXT, sep="\n")
     return Answer(_as_data(result), str(result.folder))
+
+
+_STORY = """glyphs8: a small CLIP and eight experts fine-tuned from it, each for one alphabet or set of signs.
+They are merged into one model, without labels: by weight average, Task Arithmetic, TIES and ASWUDI. TIES is then
+repaired with modules for each task (final), ASWUDI in its own weights (calibrate).{} On two cores: {}.
+Mean accuracy on the eight tasks, as each model is ready:
+"""
+_FULL_STORY = " AdaMerging learns its coefficients, and is repaired twice."
+_NEXT = "Next: suture methods ties_merging; suture method=ties_merging modelpool=glyphs8 taskpool=glyphs8"
 
 
 def completion(request: Request) -> None:

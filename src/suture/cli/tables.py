@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from suture.analysis import Finding
 from suture.core.names import in_bytes
+from suture.evaluation import Row
 from suture.pipeline.preflight import Preflight
 from suture.pipeline.reproduce import Compared, Published
 from suture.reporting.data import Report, cells, columns, percent
@@ -32,6 +33,12 @@ def print_run(result: Any) -> None:
     else:
         print_report(result.report)
         print(f"The merged model and the report are in {result.folder}")
+
+
+def print_row(row: Row) -> None:
+    """One row of a table that is not finished: a model and its mean accuracy."""
+    seconds = f"  {row.seconds:5.1f} s" if row.seconds else ""
+    print(f"  {row.name.replace('_', ' '):<28}{100 * row.mean:5.1f} %{seconds}", flush=True)
 
 
 def print_sweep(report: Report, folder: Path) -> None:

@@ -188,10 +188,13 @@ _TABLE = (
     ),
     Verb(
         "demo",
-        "Merge, adapt and repair the eight experts that ship with suture",
+        "Merge, calibrate and repair the eight example experts",
         "suture demo --output demo",
         actions.demo,
-        options=(Option("--output", "a new folder; by default outputs/demo/TIME", "FOLDER"),),
+        options=(
+            Option("--output", "a new folder; by default outputs/demo/TIME", "FOLDER"),
+            Option("--full", "AdaMerging too, with final and deep surgery"),
+        ),
     ),
     Verb(
         "completion",
