@@ -3,9 +3,16 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
+
+from suture.core.notebooks import frame, table_html
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
+
+    from suture.reporting.chart import Chart
 
 
 @dataclass(frozen=True)
@@ -22,6 +29,22 @@ class Finding:
     values: Mapping[str, Tensor]
     labels: Mapping[str, Sequence[Any]] = field(default_factory=dict)
     notes: Sequence[str] = ()
+
+    def __repr__(self) -> str:
+        return f"Finding({self.name!r}: {self.title}, {len(self.rows)} rows)"
+
+    def to_pandas(self) -> "DataFrame":
+        """The table, with its first column as the index."""
+        return frame(self.heads, self.rows, index=self.heads[0])
+
+    def plot(self) -> "Chart":
+        """The figure, which a notebook shows."""
+        from suture.analysis.registry import chart_of
+
+        return chart_of(self)
+
+    def _repr_html_(self) -> str:
+        return table_html(self.heads, self.rows, self.title)
 
     def as_data(self) -> dict[str, Any]:
         """The table as JSON data, with null for values that are not finite."""

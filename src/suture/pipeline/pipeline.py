@@ -6,9 +6,10 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from html import escape
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
@@ -36,7 +37,12 @@ from suture.repairs import (
     unfoldable,
 )
 from suture.reporting import Report, write
+from suture.reporting.chart import Chart
+from suture.reporting.figures import chart_of_run
 from suture.storage.atomic import new_directory
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
 
 Watch = Callable[[Row], None]
 
@@ -55,6 +61,28 @@ class RunResult:
     folder: Path
     report: Report | None = None
     unchanged: bool = False
+
+    def __repr__(self) -> str:
+        content = "unchanged" if self.report is None else f"{len(self.report.rows)} models"
+        return f"{type(self).__name__}({str(self.folder)!r}, {content})"
+
+    def to_pandas(self) -> "DataFrame":
+        """The accuracy table: one row for each model."""
+        return self._known.to_pandas()
+
+    def plot(self, figure: str = "accuracy") -> Chart:
+        """One of the report's figures, which a notebook shows; raises `ConfigError` with the names of those it has."""
+        return chart_of_run(self.folder, figure)
+
+    def _repr_html_(self) -> str:
+        where = escape(str(self.folder))
+        return (self.report._repr_html_() if self.report else "") + f"<p>The model and the report are in {where}</p>"
+
+    @property
+    def _known(self) -> Report:
+        if self.report is None:
+            raise ConfigError(f"The run in '{self.folder}' was finished before. Remedy: read its report.json.")
+        return self.report
 
 
 def run(config: Mapping[str, Any] | Sequence[str] | None = None, /, **keywords: Any) -> RunResult | Preflight:
