@@ -201,6 +201,19 @@ def _method_data(method: MethodEntry) -> dict[str, Any]:
     return data | {"knobs": {name: knob.default for name, knob in method.knobs.items()}}
 
 
+def init(request: Request) -> Answer:
+    """The YAML files of pools for a start."""
+    from suture.pipeline.starting import init
+
+    values = request.values
+    output = values["--output"] or "."
+    started = init(values["FOLDER"], output, base=values["--base"], family=values["--family"])
+    pools = f"modelpool={started.modelpool}" + (f" taskpool={started.taskpool}" if started.taskpool else "")
+    print(*started.lines, f"Next: suture check {pools}", sep="\n")
+    files = [str(path) for path in (started.modelpool, started.taskpool) if path]
+    return Answer({"files": files, "notes": started.lines}, "\n".join(files))
+
+
 def pools(request: Request) -> Answer:
     """The pools that ship."""
     names = {group: shipped_pools(group) for group in ("modelpool", "taskpool")}

@@ -174,6 +174,20 @@ _TABLE = (
         arguments=(Argument("METHOD", "the method to explain", required=False),),
     ),
     Verb(
+        "init",
+        "Write the YAML files of your models and data, from their folders",
+        "suture init models data --output my-merge",
+        actions.init,
+        details="The folders, and those in them, are searched for models and data; nothing is loaded. models.yaml "
+        "and tasks.yaml say what was found and what to fill in.",
+        arguments=(Argument("FOLDER", "folders of models and of data", many=True, path=True),),
+        options=(
+            Option("--output", "where to write; by default here", "FOLDER"),
+            Option("--base", "the pretrained model; by default the one whose name says so", "PATH"),
+            Option("--family", "the family; by default by the pretrained model's configuration", "NAME"),
+        ),
+    ),
+    Verb(
         "pools",
         "List the pools of models and of tasks that ship",
         "suture pools",
