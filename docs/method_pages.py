@@ -118,8 +118,8 @@ _MASKS = ("emr_merging", "tall_masks")
 _COST_OF_MASKS = """One pass over the files. Beside the pretrained model one update is stored, in its dtype, and one bit
 a weight and task. An input takes one encoder, whose weights are switched when the task changes; a routed input takes
 two, that of the merged model and that of its task."""
-_COST_OF_INPUTS = """The inputs pass forward through every expert, for the Gram matrices of as many layers at once as fit
-in 2 GB. Memory: these, one expert, and the merged model. Nothing at inference."""
+_COST_OF_INPUTS = """The inputs pass forward through every expert, for the Gram matrices of as many layers at once as
+fit in 2 GB. Memory: these, one expert, and the merged model. Nothing at inference."""
 _COST_BY_NAME = dict.fromkeys(_MASKS, _COST_OF_MASKS) | dict.fromkeys(("esm", "regmean"), _COST_OF_INPUTS)
 _COST_OF_REPAIRS = {
     "final": "Each input that a step uses passes once through merged model and expert, forward only.",

@@ -31,14 +31,18 @@ from suture.adaptation.vectors import task_vector_rows
 from suture.checkpoints import Source, save_checkpoint
 from suture.core.batches import Forward, ShuffledBatches, call, to_device
 from suture.core.fabric import Team
+from suture.core.notebooks import frame
 from suture.core.progress import Profile
 from suture.errors import ConfigError, DataError, unknown_name
 from suture.merging.merge import merge_task_vectors
 from suture.merging.registry import get_method
 from suture.merging.task_vectors import open_task_vectors
 from suture.storage.resume import Resume
+from suture.tasks.given import Given, batches_of
 
 if TYPE_CHECKING:
+    from pandas import DataFrame
+
     from suture.core.fabric import Fabric
 
 OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
@@ -71,6 +75,20 @@ class AdaMergingResult:
     feature_norms: dict[str, FeatureNorm] = field(default_factory=dict)
     mask_logits: dict[str, Tensor] = field(default_factory=dict)
 
+    def __repr__(self) -> str:
+        shape = " × ".join(map(str, self.coefficients.values.shape))
+        return (
+            f"AdaMergingResult({shape} coefficients of {', '.join(self.coefficients.tasks)}, {len(self.losses)} steps)"
+        )
+
+    def to_pandas(self) -> "DataFrame":
+        """The learned coefficients: one row for each layer, one column for each task."""
+        values = self.coefficients.values
+        rows = values.T.tolist() if values.ndim == 2 else [values.tolist()]
+        layers = self.coefficients.layers or ["all"]
+        lines = [(layer, *row) for layer, row in zip(layers, rows, strict=True)]
+        return frame(("layer", *self.coefficients.tasks), lines, index="layer")
+
     @property
     def warnings(self) -> tuple[str, ...]:
         """Warnings for the user, one line each."""
@@ -88,10 +106,12 @@ def adapt(
     module: nn.Module,
     base: Source,
     models: Mapping[str, Source] | Sequence[Source],
-    batches: Mapping[str, Iterable[Any]],
+    batches: Mapping[str, Given],
     logits: Logits | None = None,
     *,
     forward: Forward = call,
+    batch_size: int = 16,
+    seed: int = 0,
     frozen: Sequence[str] = (),
     mixed_dtypes: bool = False,
     fabric: "Fabric | None" = None,
@@ -106,8 +126,9 @@ def adapt(
 
     `module` provides the architecture, the device, the mode (call `eval()` first unless you want dropout and batch
     statistics), and any tensors that the base lacks, such as a head. `module`, `base` and `models` are not changed.
-    `batches` has an iterable of inputs for each model's name: tensors, or mappings of tensors for keyword arguments.
-    Each step uses one batch of every task; lists and loaders start over at their end. `logits` is a mapping task →
+    `batches` has inputs for each model's name: a list or loader of batches (tensors, or mappings of tensors for keyword
+    arguments), which starts over at its end; or all inputs as one tensor, mapping, array or file, of which shuffled
+    batches of `batch_size` are made. Each step uses one batch of every task. `logits` is a mapping task →
     head, which maps the output of `forward(module, inputs)` to (batch, class); or a function of (module, inputs, task);
     or None if the module returns logits. Tensors named in `frozen` stay at the base. The `options` (`lr`, `max_steps`,
     `granularity`, `objective`, …) are the fields of `AdaMergingOptions`.
@@ -143,6 +164,7 @@ def adapt(
         return arrangement.spread(values, clamp=chosen.clamp_weights, softmax=chosen.softmax)
 
     spread()  # refuses clamp with softmax before any slow work
+    batches = {task: batches_of(given, task, batch_size, seed) for task, given in batches.items()}
     _check(max_steps, batches, logits, arrangement)
     team, profile = Team(fabric), profile or Profile()
     concatenate = check_concatenation(chosen.concatenate, module, logits, chosen.micro_batch, device=team.device)

@@ -3,9 +3,16 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
+
+from suture.core.notebooks import frame, table_html
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
+
+    from suture.reporting.chart import Chart
 
 
 @dataclass(frozen=True)
@@ -23,11 +30,28 @@ class Finding:
     labels: Mapping[str, Sequence[Any]] = field(default_factory=dict)
     notes: Sequence[str] = ()
 
+    def __repr__(self) -> str:
+        return f"Finding({self.name!r}: {self.title}, {len(self.rows)} rows)"
+
+    def to_pandas(self) -> "DataFrame":
+        """The table, with its first column as the index."""
+        return frame(self.heads, self.rows, index=self.heads[0])
+
+    def plot(self) -> "Chart":
+        """The figure, which a notebook shows."""
+        from suture.analysis.registry import chart_of
+
+        return chart_of(self)
+
+    def _repr_html_(self) -> str:
+        return table_html(self.heads, self.rows, self.title)
+
     def as_data(self) -> dict[str, Any]:
         """The table as JSON data, with null for values that are not finite."""
-        rows = [dict(zip(self.heads, map(_finite, row), strict=True)) for row in self.rows]
+        rows = [dict(zip(self.heads, map(finite, row), strict=True)) for row in self.rows]
         return {"analysis": self.name, "title": self.title, "rows": rows, "notes": list(self.notes)}
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
+    """The value, or None for a number that is not finite: a tensor that is zero in the base has no relative norm."""
     return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,10 +1,12 @@
-"""Progress bars for a person at a terminal, and seconds by activity."""
+"""Progress bars for a person at a terminal or a notebook, and seconds by activity."""
 
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
+
+from suture.core.notebooks import in_notebook
 
 #: track("Decoding mnist", total) opens a progress bar; its block gets the function that counts steps.
 Track = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]
@@ -25,8 +27,11 @@ def silent() -> Iterator[None]:
 
 @contextmanager
 def bar(description: str, total: int) -> Iterator[Callable[[int], None]]:
-    """A progress bar with the time left, at a terminal and after one second; yields the function that counts steps."""
-    if not (_shown.get() and sys.stderr.isatty()):
+    """A progress bar with the time left, shown after one second; yields the function that counts steps.
+
+    It is shown at a terminal and in a notebook only.
+    """
+    if not (_shown.get() and (sys.stderr.isatty() or in_notebook())):
         yield lambda steps: None
         return
     shown = _Bar(description, total)

@@ -1,7 +1,7 @@
 """Accuracy of models on tasks."""
 
 from suture.evaluation.accuracy import BATCH_SIZE, Accuracy, Model, Scorer, evaluate, evaluate_row
-from suture.evaluation.inputs import SplitInputs, TaskInputs, evaluation_set, task_inputs
+from suture.evaluation.inputs import SplitInputs, TaskInputs, as_task, evaluation_set, task_inputs
 from suture.evaluation.rows import Role, Row
 
 __all__ = [
@@ -13,6 +13,7 @@ __all__ = [
     "Scorer",
     "SplitInputs",
     "TaskInputs",
+    "as_task",
     "evaluate",
     "evaluate_row",
     "evaluation_set",

@@ -7,7 +7,7 @@ mask, are passed as keyword arguments.
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, overload
 
 import torch
 from torch import Tensor, nn
@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from suture.core.batches import Forward, call, device_of, evaluation_mode, take, to_device
 from suture.core.progress import Track, untracked
 from suture.errors import CheckpointError, ConfigError, DataError
-from suture.evaluation.inputs import TaskInputs
+from suture.evaluation.inputs import TaskInputs, as_task
 from suture.evaluation.rows import Row
+from suture.tasks.given import Given
 
 Model = Callable[..., Tensor]
 BATCH_SIZE = 256
@@ -97,8 +98,17 @@ class Scorer:
         return replace(row, accuracies=accuracies, samples={task: result.samples for task, result in results.items()})
 
 
-def evaluate(model: Model, task: TaskInputs, *, name: str = "Evaluating", **scoring: Any) -> Accuracy:
+@overload
+def evaluate(model: Model, task: TaskInputs, *, name: str = ..., **scoring: Any) -> Accuracy: ...
+@overload
+def evaluate(
+    model: Model | Mapping[str, Model], task: Mapping[str, Given], *, name: str = ..., **scoring: Any
+) -> Row: ...
+def evaluate(model: Any, task: Any, *, name: str = "model", **scoring: Any) -> Accuracy | Row:
     """The accuracy of a model on a task: the share of inputs whose largest logit is at the label.
+
+    With a mapping of tasks, the `Row` called `name` of all of them; then `model` may be a mapping from task to model. A
+    task is a `TaskInputs`, or if it has no head a pair (inputs, labels), a loader of such pairs, or a file.
 
     `scoring` are the fields of `Scorer`. Raises `DataError` for an empty task or for labels beyond the logits, and
     `CheckpointError` if the output is not finite.
@@ -107,7 +117,9 @@ def evaluate(model: Model, task: TaskInputs, *, name: str = "Evaluating", **scor
     >>> evaluate(lambda inputs: inputs, task)
     Accuracy(value=0.5, samples=2)
     """
-    return Scorer(**scoring).accuracy(model, task, name)
+    if isinstance(task, Mapping):
+        return evaluate_row(name, model, {each: as_task(given, each) for each, given in task.items()}, **scoring)
+    return Scorer(**scoring).accuracy(model, as_task(task, "task"), name)
 
 
 def evaluate_row(name: str, model: Model | Mapping[str, Model], tasks: Mapping[str, TaskInputs], **scoring: Any) -> Row:

@@ -14,6 +14,7 @@ from suture.evaluation.input_cache import decoded
 from suture.families import Family
 from suture.tasks import Split, Task
 from suture.tasks.base import SPLITS
+from suture.tasks.given import Given, labelled
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,6 +50,11 @@ class TaskInputs:
     def logits(self, output: Tensor) -> Tensor:
         """Logits (B, C) from a model's output: features (B, D), or logits already if the task has no head."""
         return output if self.head is None else self.head(output)
+
+
+def as_task(given: Given, name: str) -> TaskInputs:
+    """A task without a head, from inputs and labels in any of their forms; a `TaskInputs` as it is."""
+    return given if isinstance(given, TaskInputs) else TaskInputs(name, *labelled(given, name))
 
 
 class SplitInputs(Mapping[Split, Mapping[str, TaskInputs]]):

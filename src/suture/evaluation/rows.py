@@ -7,7 +7,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from math import nan
 from statistics import fmean
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
+
+from suture.core.notebooks import frame, table_html
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
 
 Role = Literal["pretrained", "experts", "merge", "repair"]
 
@@ -32,6 +37,19 @@ class Row:
     needs_task: bool = False
     learned: str = ""
     seconds: float | None = field(default=None, compare=False)
+
+    def __repr__(self) -> str:
+        mean = f", mean {100 * self.mean:.1f} %" if self.accuracies else ""
+        return f"Row({self.name!r}, {len(self.accuracies)} tasks{mean})"
+
+    def to_pandas(self) -> "DataFrame":
+        """Accuracy and number of inputs, by task."""
+        rows = [(task, value, self.samples.get(task)) for task, value in self.accuracies.items()]
+        return frame(("task", "accuracy", "samples"), rows, index="task")
+
+    def _repr_html_(self) -> str:
+        rows = [(task, f"{100 * value:.1f}", self.samples.get(task, "")) for task, value in self.accuracies.items()]
+        return table_html(("task", "accuracy (%)", "samples"), rows, self.name)
 
     @property
     def mean(self) -> float:

@@ -63,6 +63,7 @@ class Clip(Family):
     """A CLIPModel directory: config.json, weights, tokenizer and image processor."""
 
     name = "clip"
+    architectures = ("CLIPModel", "CLIPVisionModel", "CLIPVisionModelWithProjection")
 
     @staticmethod
     def canonical_names(names: Iterable[str]) -> dict[str, str]:

@@ -20,6 +20,7 @@ class ImageClassification(Classification):
     """A model directory with its image processor; experts are models for `AutoModelForImageClassification`."""
 
     name = "image_classification"
+    architectures = ("ForImageClassification",)
     auto = "AutoModelForImageClassification"
 
     @cached_property

@@ -10,6 +10,7 @@ tower if the pretrained checkpoint has one.
 
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -67,6 +68,11 @@ class OpenClip(Family):
 
     name = "open_clip"
     known_settings = frozenset({"quick_gelu", "heads"})
+
+    @classmethod
+    def recognises(cls, directory: Path) -> bool:
+        """Whether a directory has open_clip's configuration."""
+        return (directory / "open_clip_config.json").is_file()
 
     @staticmethod
     def canonical_names(names: Iterable[str]) -> dict[str, str]:

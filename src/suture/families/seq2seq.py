@@ -65,6 +65,7 @@ class Seq2Seq(Family):
     """
 
     name = "seq2seq"
+    architectures = ("ForConditionalGeneration",)
     reads: ClassVar[Literal["pictures", "texts"]] = "texts"
     known_settings = SETTINGS
 

@@ -21,6 +21,7 @@ class SequenceClassification(Classification):
     """
 
     name = "sequence_classification"
+    architectures = ("ForSequenceClassification",)
     reads: ClassVar[Literal["pictures", "texts"]] = "texts"
     known_settings = SETTINGS
     auto = "AutoModelForSequenceClassification"

@@ -29,7 +29,7 @@ from suture.repairs import (
     RepairResult,
     SurgeryModel,
     SurgeryModules,
-    fit_router,
+    add_router,
     repair_kinds,
     representation,
 )
@@ -183,7 +183,8 @@ def _fit_one(
             order = {name: chosen[name][at] for name, at in result.stream.order.items()}
             result = replace(result, stream=result.stream._replace(order=order))
         if isinstance(result.model, SurgeryModel) and result.stream is None:
-            add_router(result.model, problem, options, context.seed)
+            if options.router != NONE:
+                add_router(result.model, problem, options.router, context.seed)
             compared = {name: inputs["test"][name].first(options.compare).inputs for name in models.experts}
             distances = representation(result.model, expert, compared, track=bar) if options.compare else None
             result = replace(result, representation=distances)
@@ -222,13 +223,6 @@ def _fitted(
             problem = replace(problem, resume=resume, on_step=on_step)
         result = kind.function(problem, **knobs)
     return replace(result, scores=scores)
-
-
-def add_router(model: Any, problem: Problem, options: RepairOptions, seed: int) -> None:
-    """Give a model the router of its options, fitted to the merged model's features of the problem's inputs."""
-    if options.router != NONE:
-        features = {task: problem.merged_rows(task, inputs) for task, inputs in problem.inputs.items()}
-        model.router = fit_router(features, kind=options.router, seed=seed).to(problem.device)
 
 
 def _shared(kind: str) -> Knobs:

@@ -20,9 +20,9 @@ from suture.merging.task_masks import TaskMasks
 from suture.pipeline.context import Context
 from suture.pipeline.method_base import MethodBase
 from suture.pipeline.models import Models
-from suture.pipeline.repairs import NONE, RepairOptions, add_router
+from suture.pipeline.repairs import NONE, RepairOptions
 from suture.pipeline.results import MergeResult
-from suture.repairs import MaskedModel, Problem, RepairResult
+from suture.repairs import MaskedModel, Problem, RepairResult, add_router
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,7 +93,7 @@ class EmrMerging(MethodBase):
         module = model.network.module
         sizes: dict[str, Any] = {"encode_batch": context.batch_size, "track": bar}
         problem = Problem(module, dict.fromkeys(few, module), few, context.device.call, context.encodings, **sizes)
-        add_router(model, problem, options, context.seed)
+        add_router(model, problem, self.router, context.seed)
         return sum(map(len, chosen.values()))
 
 

@@ -3,7 +3,7 @@
 from suture.repairs.affine_maps import AffineMaps, fold_into_heads, unfoldable
 from suture.repairs.blended_model import BlendModel
 from suture.repairs.comparison import Distances, Representation, linear_cka, project, representation
-from suture.repairs.entry import repair
+from suture.repairs.entry import add_router, repair
 from suture.repairs.masked_model import MaskedModel
 from suture.repairs.model import SurgeryModel, TaskModel
 from suture.repairs.modules import SurgeryModules
@@ -33,6 +33,7 @@ __all__ = [
     "SurgeryModel",
     "SurgeryModules",
     "TaskModel",
+    "add_router",
     "find_blocks",
     "fit_router",
     "fold_into_heads",

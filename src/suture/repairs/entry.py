@@ -6,20 +6,24 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from suture.core.batches import Forward, Inputs, call
+from suture.core.batches import Forward, call
 from suture.core.progress import Track, untracked
+from suture.errors import ConfigError, unknown_name
 from suture.repairs.problem import Experts, OnStep, Problem
 from suture.repairs.registry import get_repair_kind
 from suture.repairs.results import RepairResult
+from suture.repairs.router import ROUTERS, fit_router
 from suture.storage.resume import Resume
+from suture.tasks.given import Given, inputs_of
 
 
 def repair(
     module: nn.Module,
     experts: Experts,
-    inputs: Mapping[str, Inputs],
+    inputs: Mapping[str, Given],
     kind: str = "final",
     *,
+    router: bool | str = False,
     forward: Forward = call,
     cache: str | os.PathLike[str] | None = None,
     encode_batch: int = 64,
@@ -32,15 +36,18 @@ def repair(
     """Fit a repair of a merged module to its experts' features, on unlabelled inputs.
 
     `forward(module, inputs)` returns features (batch, dim); `module` and the experts run in evaluation mode and are
-    never changed. `inputs[task]` is (N, …), or a mapping of such tensors for keyword arguments. `experts` is a mapping
-    task → module, or a function that returns a task's module and may load all of them into one (but not into `module`).
+    never changed. `inputs[task]` is (N, …), a mapping of such tensors for keyword arguments, a loader of batches, or a
+    file of tensors; labels are left out. `experts` is a mapping task → module, or a function that returns a task's
+    module and may load all of them into one (but not into `module`).
     `kind` is a name from `repair_kinds()`, and `knobs` are that kind's. Encodings are cached in the folder `cache`,
-    keyed by the content of weights and inputs. With `resume` an interrupted loop continues with bit-identical results.
-    `base` is the pretrained model's state under the module's names, for the kinds that change weights: tensors that it
-    lacks stay as they are.
+    keyed by the content of weights and inputs. With a `router` ("linear", which True means, or "centroids"), fitted on
+    the same inputs, the model needs no task's name. With `resume` an interrupted loop continues with bit-identical
+    results. `base` is the pretrained model's state under the module's names, for the kinds that change weights: tensors
+    that it lacks stay as they are.
     `on_step(step, losses, modules)` gets the live modules of every layer after each step.
 
-    Raises `ConfigError` for an unknown kind, knob or value, and `DataError` for a task without inputs or a loss that is
+    Raises `ConfigError` for an unknown kind, knob or value, and for a router where the result is one model for all
+    tasks, and `DataError` for a task without inputs or a loss that is
     not finite.
 
     >>> import torch
@@ -51,6 +58,22 @@ def repair(
     >>> result.model(torch.randn(5, 3), "mnist").shape
     torch.Size([5, 4])
     """
-    problem = Problem(module, experts, inputs, forward, cache, encode_batch, resume, on_step, track, base)
     chosen = get_repair_kind(kind)
-    return chosen.function(problem, **chosen.knobs.validate(knobs))
+    values = chosen.knobs.validate(knobs)
+    if router and chosen.static:
+        raise ConfigError(f"repair={kind} leaves one model for all tasks. Remedy: leave router={router!r} out.")
+    if router not in (False, True, *ROUTERS):
+        raise ConfigError(unknown_name("router", str(router), ROUTERS))
+    if isinstance(inputs, Mapping):
+        inputs = {task: inputs_of(given, task) for task, given in inputs.items()}
+    problem = Problem(module, experts, inputs, forward, cache, encode_batch, resume, on_step, track, base)
+    result = chosen.function(problem, **values)
+    if router:
+        add_router(result.model, problem, "linear" if router is True else router, values.get("seed", 0))
+    return result
+
+
+def add_router(model: Any, problem: Problem, kind: str, seed: int) -> None:
+    """Give a model a router, fitted to the merged module's features of the problem's inputs."""
+    features = {task: problem.merged_rows(task, inputs) for task, inputs in problem.inputs.items()}
+    model.router = fit_router(features, kind=kind, seed=seed).to(problem.device)  # type: ignore[arg-type]

@@ -3,11 +3,12 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from suture.core.notebooks import frame
 from suture.repairs.blended_model import BlendModel
 from suture.repairs.comparison import Representation
 from suture.repairs.masked_model import MaskedModel
@@ -16,6 +17,9 @@ from suture.repairs.modules import SurgeryModules, active_shares, dead_warnings
 from suture.repairs.network import Block
 from suture.repairs.problem import ForwardPasses, Problem
 from suture.repairs.static_model import StaticModel
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
 
 RepairedModel = SurgeryModel | BlendModel | StaticModel | MaskedModel
 
@@ -67,6 +71,14 @@ class RepairResult:
     scores: Mapping[int, float] = field(default_factory=dict)
     representation: Representation | None = None
     encodings: Path | None = None
+
+    def __repr__(self) -> str:
+        return f"RepairResult({self.kind!r} of {', '.join(self.tasks)}, {len(self.losses)} steps)"
+
+    def to_pandas(self) -> "DataFrame":
+        """The losses: one row for each step, one column for each task."""
+        lines = [(step, *row) for step, row in enumerate(self.losses.tolist())]
+        return frame(("step", *self.tasks), lines, index="step")
 
     @property
     def tasks(self) -> tuple[str, ...]:

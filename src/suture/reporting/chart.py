@@ -72,6 +72,16 @@ class Chart:
     about: str = ""
     width: int = 560
 
+    def _repr_mimebundle_(self, **_: Any) -> dict[str, Any]:
+        """For a notebook: the picture, and the specification for those that can draw it."""
+        from suture.reporting.rendering import svg
+
+        return {
+            "image/svg+xml": svg(self),
+            "application/vnd.vegalite.v6+json": self.in_file(),
+            "text/plain": self.title,
+        }
+
     def on_page(self) -> dict[str, Any]:
         """The specification for the page: as wide as its container, in the page's colours, without a legend."""
         params = [*self._params(), {"name": "narrow", "expr": "width < 420"}]

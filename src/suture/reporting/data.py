@@ -3,13 +3,17 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
 from suture.adaptation import AdaMergingResult
+from suture.core.notebooks import frame, table_html
 from suture.evaluation import Row
 from suture.repairs import RepairResult, Representation
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
 
 
 @dataclass(frozen=True)
@@ -35,6 +39,22 @@ class Report:
     repairs: Mapping[str, RepairResult] = field(default_factory=dict)
     matrix: Sequence[Row] = ()
     search: Mapping[str, Any] | None = None
+
+    def __repr__(self) -> str:
+        return f"Report({self.title!r}, {len(self.rows)} models, {len(self.tasks)} tasks)"
+
+    def to_pandas(self) -> "DataFrame":
+        """The accuracy table: one row for each model, in [0, 1], with mean, share of the experts' and gap closed."""
+        heads = ["model", *self.tasks, "mean", "normalised_mean", "gap_closed"]
+        rows = [
+            (row.name, *map(row.accuracies.get, self.tasks), row.mean, self.normalised(row), self.gap_closed(row))
+            for row in self.rows
+        ]
+        return frame(heads, rows, index="model")
+
+    def _repr_html_(self) -> str:
+        heads = ["model", *columns(self)[1:]]
+        return table_html(heads, [cells(self, row) for row in self.rows], f"{self.title}: accuracy in %")
 
     @property
     def tasks(self) -> list[str]:

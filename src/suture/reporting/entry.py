@@ -1,37 +1,49 @@
 """The entry point to reports: `report(results, …)`, or `report(folders)` for finished runs."""
 
 from collections.abc import Mapping, Sequence
+from html import escape
 from pathlib import Path
 
 from torch import nn
 
 from suture.checkpoints import Source
+from suture.core.extras import check_installed
 from suture.errors import ConfigError
-from suture.evaluation import TaskInputs
+from suture.evaluation import as_task
 from suture.reporting.comparison import compare
 from suture.reporting.files import write
 from suture.reporting.results import Result, Scoring
 from suture.storage.atomic import new_directory, new_folder
+from suture.tasks.given import Given
+
+
+class Page(type(Path())):
+    """The path of a page, which a notebook shows."""
+
+    def _repr_html_(self) -> str:
+        content = escape(self.read_text("utf-8"), quote=True)
+        return f'<iframe srcdoc="{content}" width="100%" height="700" style="border:0"></iframe>'
 
 
 def report(
     results: Mapping[str, Result] | Sequence[str | Path],
     output: str | Path | None = None,
     *,
-    tasks: Mapping[str, TaskInputs] | None = None,
+    tasks: Mapping[str, Given] | None = None,
     module: nn.Module | None = None,
     pretrained: Source | None = None,
     experts: Mapping[str, Source] | None = None,
     title: str = "",
     overwrite: bool = False,
     interactive: bool = True,
-) -> Path:
+) -> Page:
     """Report on results, or write the page of finished runs; returns the page's path.
 
     `results`: name → a result of `merge`, `adapt`, `repair` or `evaluate_row`, or any checkpoint or model. Each is
-    scored on `tasks`, and compared with `pretrained` and the `experts` (task → model), if given; weights are loaded
-    into copies of `module`. The folder `output` (by default a new one below `outputs/report`) gets `report.html`,
-    `report.md`, `report.json` and the figures, as a run's folder does. None of the arguments is changed.
+    scored on `tasks` (each as for `evaluate`), and compared with `pretrained` and the `experts` (task → model), if
+    given; weights are loaded into copies of `module`. The folder `output` (by default a new one below
+    `outputs/report`) gets `report.html`, `report.md`, `report.json` and the figures, as a run's folder does. None of
+    the arguments is changed. A notebook shows the page that is returned.
 
     A list is one of folders of finished runs. The page of a single run is written again; several are compared on one
     page, at `output`, by default `comparison.html`. `interactive=False` shows still pictures.
@@ -47,12 +59,14 @@ def report(
     >>> report({"identity": weights}, folder, tasks={"parity": data}, module=module).name
     'report.html'
     """
+    check_installed("suture report", modules=["vl_convert"])
     if not isinstance(results, Mapping):
-        return compare([Path(run) for run in results], output, interactive=interactive)
+        return Page(compare([Path(run) for run in results], output, interactive=interactive))
     if not results:
         raise ConfigError("There is nothing to report on. Wanted: results={name: what merge, adapt or repair gave}.")
-    scored = Scoring(tasks or {}, module, pretrained, experts).report(results, title)
+    tasks = {name: as_task(given, name) for name, given in (tasks or {}).items()}
+    scored = Scoring(tasks, module, pretrained, experts).report(results, title)
     folder = Path(output) if output else new_folder("report")
     with new_directory(folder, overwrite=overwrite) as partial:
         write(scored, partial, interactive=interactive)
-    return folder / "report.html"
+    return Page(folder / "report.html")

@@ -9,10 +9,11 @@ from functools import cache
 from pathlib import Path
 
 from suture.core.discovery import import_all
+from suture.errors import ConfigError, unknown_name
 from suture.reporting.chart import Chart
 from suture.reporting.labels import file_name
 from suture.reporting.rendering import save
-from suture.reporting.run_folder import FinishedRun
+from suture.reporting.run_folder import FinishedRun, read
 
 #: The first sections of the page, in order; any others follow.
 _SECTIONS = ("Task by task", "Sweeps", "Every model on every task", "Search", "Coefficients", "Repair")
@@ -65,6 +66,14 @@ def charts_of(run: FinishedRun) -> Iterator[Drawn]:
         for name in run.data.get(one.each, ()):
             if chart := one.draw(run, name):
                 yield Drawn(one.section, name if one.each in _OF_MODELS else "", file_name(one.name, name), chart)
+
+
+def chart_of_run(folder: Path, name: str) -> Chart:
+    """The figure of a finished run with this file name, without suffix; raises `ConfigError` with the names it has."""
+    drawn = {one.file: one.chart for one in charts_of(read(folder))}
+    if name not in drawn:
+        raise ConfigError(unknown_name("figure", name, drawn))
+    return drawn[name]
 
 
 def draw(run: FinishedRun, folder: Path) -> list[Path]:

@@ -8,6 +8,7 @@ import re
 from importlib.metadata import version
 from pathlib import Path
 
+from suture.core.extras import check_installed
 from suture.errors import OutputError
 from suture.reporting.chart import Chart
 from suture.storage.atomic import write_text
@@ -18,15 +19,23 @@ _REFERENCE = re.compile(r"""(<[^<>]*?(?:id="|url\(#))(gradient_|clip)(\d+)""")  
 _ENTRY = "window.vegaEmbed = vegaEmbed;"
 
 
-def save(chart: Chart, stem: Path, model: str = "") -> Path:
-    """Write STEM.svg and STEM.png, byte-identical for equal charts; returns the SVG's path."""
+def svg(chart: Chart, model: str = "") -> str:
+    """The picture as SVG, the same text for equal charts."""
+    check_installed("a figure", modules=["vl_convert"])
     import vl_convert
 
-    picture = _renumbered(vl_convert.vegalite_to_svg(chart.in_file(model), allowed_base_urls=[]))
-    svg, png = (stem.with_name(f"{stem.name}.{suffix}") for suffix in ("svg", "png"))
-    svg.write_text(picture, "utf-8")
+    return _renumbered(vl_convert.vegalite_to_svg(chart.in_file(model), allowed_base_urls=[]))
+
+
+def save(chart: Chart, stem: Path, model: str = "") -> Path:
+    """Write STEM.svg and STEM.png, byte-identical for equal charts; returns the SVG's path."""
+    picture = svg(chart, model)
+    import vl_convert
+
+    drawing, png = (stem.with_name(f"{stem.name}.{suffix}") for suffix in ("svg", "png"))
+    drawing.write_text(picture, "utf-8")
     png.write_bytes(vl_convert.svg_to_png(picture, scale=_SCALE))
-    return svg
+    return drawing
 
 
 def _renumbered(svg: str) -> str:
@@ -37,6 +46,7 @@ def _renumbered(svg: str) -> str:
 
 def runtime() -> str:
     """The script that defines `vegaEmbed` (0.9 MB), bundled once and then read from the cache."""
+    check_installed("a page", modules=["vl_convert"])
     import vl_convert
 
     path = cache_directory() / f"vega-embed-{version('vl-convert-python')}.js"

@@ -1,5 +1,6 @@
 """The interface of a model family, through which its models are merged, evaluated and saved."""
 
+import json
 import shutil
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
@@ -63,6 +64,18 @@ class Family(ABC):
     name: ClassVar[str]
     reads: ClassVar[Literal["pictures", "texts"]] = "pictures"
     known_settings: ClassVar[frozenset[str]] = frozenset()
+    #: Endings of the names of transformers' classes, as config.json has them, whose models are of this family.
+    architectures: ClassVar[tuple[str, ...]] = ()
+
+    @classmethod
+    def recognises(cls, directory: Path) -> bool:
+        """Whether a model directory is of this family, by its configuration alone."""
+        try:
+            config = json.loads((directory / "config.json").read_text("utf-8"))
+        except (OSError, ValueError):
+            return False
+        names = config.get("architectures") if isinstance(config, Mapping) else None
+        return bool(cls.architectures) and any(str(name).endswith(cls.architectures) for name in names or ())
 
     def __init__(
         self,

@@ -1,0 +1,188 @@
+"""Pools for a start: the YAML files of models and tasks that lie in some folders, with comments on what to fill in."""
+
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from suture.errors import PRETRAINED, ConfigError, OutputError
+from suture.families import families, family
+from suture.storage.atomic import disk_errors, write_text
+from suture.tasks import known, source_kinds
+from suture.tasks.class_names import plain
+
+WEIGHTS = (".safetensors", ".pt", ".pth", ".bin", ".ckpt")
+_BASES = ("pretrained", "base", "basemodel", "original", "init", "zeroshot")  # names, without case and punctuation
+_CONFIGS = ("config.json", "open_clip_config.json", "adapter_config.json")
+_DEPTH = 2  # folders below a given one that are looked into
+_SPLITS = ("train", "test", "val")
+
+
+@dataclass(frozen=True)
+class Started:
+    """The files written: a model pool, and a task pool if there are data; the lines say what is left to do."""
+
+    modelpool: Path
+    taskpool: Path | None
+    lines: tuple[str, ...]
+
+
+def init(
+    folders: Sequence[str | Path],
+    output: str | Path = ".",
+    *,
+    base: str | Path | None = None,
+    family: str | None = None,
+) -> Started:
+    """Look at folders of models and data, and write `models.yaml` and `tasks.yaml` into `output`.
+
+    `base` is the pretrained model, by default the one whose name says so (pretrained, base, …). `family` is by default
+    the one that the base's configuration belongs to. Only names and configurations are read. Raises `ConfigError` if
+    there is no model or no base among them, and `OutputError` rather than overwrite a file.
+    """
+    places = [Path(folder).expanduser() for folder in folders]
+    for place in places:
+        if not place.exists():
+            raise ConfigError(f"{str(place)!r} does not exist. Remedy: name folders of models and of data.")
+    models, data = _unique(_models(places)), _unique(_data(places))
+    pretrained = _base(models, base)
+    experts = {name: path for name, path in models.items() if path != pretrained}
+    if not experts:
+        raise ConfigError(f"There is no fine-tuned model in {', '.join(map(str, places))}. Remedy: name their folders.")
+    chosen = family or _family_of(pretrained)
+    folder = Path(output).expanduser()
+    pools = {"models.yaml": _model_pool(chosen, pretrained, experts)}
+    if tasks := _tasks(experts, data):
+        pools["tasks.yaml"] = tasks
+    with disk_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    for name in pools:
+        if (folder / name).exists():
+            raise OutputError(f"'{folder / name}' exists. Remedy: name another folder with output=…, or remove it.")
+    for name, text in pools.items():
+        write_text(folder / name, text)
+    task_pool = folder / "tasks.yaml" if tasks else None
+    return Started(folder / "models.yaml", task_pool, tuple(_next_lines(folder, chosen, experts, data, tasks)))
+
+
+def _models(places: Iterable[Path]) -> Iterator[Path]:
+    """Model directories, adapters and files of weights."""
+    for path in _all(places):
+        beside = path.suffix in WEIGHTS and not _is_model(path.parent)
+        if beside or _is_model(path):
+            yield path
+
+
+def _data(places: Iterable[Path]) -> Iterator[Path]:
+    """Folders that a kind of data source recognises."""
+    kinds = source_kinds().values()
+    for path in _all(places):
+        if path.is_dir() and not _is_model(path) and any(kind.found(path) for kind in kinds):
+            yield path
+
+
+def _is_model(path: Path) -> bool:
+    return any((path / name).is_file() for name in _CONFIGS)
+
+
+def _all(places: Iterable[Path]) -> Iterator[Path]:
+    for place in places:
+        yield from _walk(place, _DEPTH)
+
+
+def _walk(place: Path, depth: int) -> Iterator[Path]:
+    """A path and what is below it, sorted; nothing below a model directory, and nothing hidden."""
+    yield place
+    if place.is_dir() and depth and not _is_model(place):
+        for path in sorted(place.iterdir()):
+            if not path.name.startswith("."):
+                yield from _walk(path, depth - 1)
+
+
+def _unique(paths: Iterable[Path]) -> dict[str, Path]:
+    """Name → path; where two have one name, the folder's name comes first."""
+    named: dict[str, Path] = {}
+    for path in dict.fromkeys(paths):
+        name = path.stem if path.is_file() else path.resolve().name
+        named[f"{path.parent.name}-{name}" if name in named else name] = path
+    return named
+
+
+def _base(models: dict[str, Path], given: str | Path | None) -> Path:
+    if given is not None:
+        path = Path(given).expanduser()
+        found = next((each for each in models.values() if each.resolve() == path.resolve()), None)
+        return found or models.get(str(given)) or path
+    named = [path for name, path in models.items() if plain(name) in _BASES]
+    if len(named) != 1:
+        known = ", ".join(models) or "no model"
+        problem = f"Which is the pretrained model? Found: {known}."
+        raise ConfigError(f"{problem} Remedy: name it with --base PATH.")
+    return named[0]
+
+
+def _family_of(base: Path) -> str:
+    """The family whose models have such a configuration."""
+    for name in families():
+        if base.is_dir() and family(name).recognises(base):
+            return name
+    known = ", ".join(families())
+    raise ConfigError(f"{str(base)!r} is of no known family. Remedy: name one with --family: {known}.")
+
+
+def _model_pool(chosen: str, base: Path, experts: dict[str, Path]) -> str:
+    lines = ["# The models to merge. `suture check modelpool=models.yaml` says whether they fit together.", ""]
+    lines += [f"family: {chosen}", "models:", f"  {PRETRAINED}: {_quoted(base)}"]
+    return "\n".join([*lines, *(f"  {_key(name)}: {_quoted(path)}" for name, path in experts.items())]) + "\n"
+
+
+def _tasks(experts: dict[str, Path], data: dict[str, Path]) -> str:
+    """A task for each expert, with its data if there are any of this name; empty without any data."""
+    if not data:
+        return ""
+    by_name = {plain(name): path for name, path in data.items()}
+    lines = [
+        "# One task for each model of models.yaml, under the same name: its data, and the names of its classes.",
+        "",
+    ]
+    lines.append("tasks:")
+    for name in experts:
+        path = by_name.get(plain(name))
+        lines.append(f"  {_key(name)}:")
+        lines.append(f"    source: {_quoted(path)}" if path else "    source: # fill in: a folder, a file or a hub id")
+        if known(name):
+            lines.append("    # class names and templates are those of the published benchmark of this name")
+            continue
+        names = _class_folders(path) if path else []
+        lines.append(f"    classnames: {json.dumps(names, ensure_ascii=False)}" if names else _FILL_IN_CLASSES)
+        lines.append('    # templates: ["a photo of a {}."]   # prompts, for CLIP')
+    return "\n".join(lines) + "\n"
+
+
+_FILL_IN_CLASSES = "    classnames: # fill in, in the order of the labels: [cat, dog]"
+
+
+def _class_folders(path: Path) -> list[str]:
+    """The names of the classes, where each is a folder of a split."""
+    for split in _SPLITS:
+        if names := sorted(each.name for each in (path / split).glob("*") if each.is_dir()):
+            return names
+    return []
+
+
+def _next_lines(folder: Path, chosen: str, experts: dict[str, Path], data: dict[str, Path], tasks: str) -> list[str]:
+    lines = [f"family {chosen}; {len(experts)} fine-tuned models: {', '.join(experts)}"]
+    if "# fill in" in tasks:
+        lines.append(f"fill in what is marked in {folder / 'tasks.yaml'}")
+    unused = [name for name in data if plain(name) not in {plain(expert) for expert in experts}]
+    if unused:
+        lines.append(f"data without a model of their name: {', '.join(unused)}")
+    return lines
+
+
+def _key(name: str) -> str:
+    return name if name.replace("-", "").replace("_", "").isalnum() and not name[0].isdigit() else json.dumps(name)
+
+
+def _quoted(path: Path) -> str:
+    return json.dumps(str(path), ensure_ascii=False)
