@@ -18,8 +18,7 @@ def overview(verbs: Mapping[str, Verb]) -> str:
     everywhere = ", ".join(", ".join(option.names) for option in (*EVERYWHERE, VERSION))
     example = verbs["run"].example.replace("suture run", "suture")
     lines = [_TITLE, "Usage: suture VERB [key=value …] [--option …]", f"       {example}", ""]
-    listed = [verb for verb in verbs.values() if verb.name != "help"]
-    lines += [line for verb in listed for line in _entry(f"  {verb.name}", verb.summary, 14)]
+    lines += [line for verb in verbs.values() for line in _entry(f"  {verb.name}", verb.summary, 14)]
     lines += ["", "`suture VERB --help` explains a verb. The word run may be left out.", f"Always: {everywhere}"]
     return "\n".join(lines)
 

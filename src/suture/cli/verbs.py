@@ -69,7 +69,7 @@ _TABLE = (
     ),
     Verb(
         "search",
-        "Search for the knobs of a method that score best, and run it with them",
+        "Search for a method's best knobs, and run it with them",
         "suture search method=tsv_m method.alpha=1,2 modelpool=glyphs8 taskpool=glyphs8",
         actions.search,
         details="The knobs to search are keys of the method with several values, as in method.threshold=10,20,40, or "
