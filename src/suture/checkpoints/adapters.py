@@ -32,6 +32,7 @@ from suture.checkpoints.adapter_configs import (
 )
 from suture.checkpoints.adapter_kinds import Update
 from suture.checkpoints.checkpoint import Checkpoint, Entry, Factors, TensorSpec
+from suture.checkpoints.json_files import model_config
 from suture.checkpoints.opening import Source, check_text, open_checkpoint
 from suture.checkpoints.quantised import quantised_problem
 from suture.core.names import short
@@ -183,9 +184,53 @@ def _open_adapter(folder: Path, base: Checkpoint, label: str, canonical_names: N
     for name, stored in adapter.replaced.items():
         entries[name] = Entry(adapter.weights.specs[stored], partial(adapter.weights.__getitem__, stored))
     for name, make in _updates(adapter).items():
+        _check_tie(adapter, name)
         for each in _tied(base, name):
             entries[each] = _adapted(adapter, name, make)
     return Checkpoint(entries, label, files=(file,), directory=None)
+
+
+def untied(base: Checkpoint, sources: Iterable[Source]) -> Checkpoint:
+    """The base with a copy of its own for every tied tensor of which some adapter changes one name alone.
+
+    peft trains such an adapter with the other name at the base, so no tied model is equal to it.
+    """
+    folders = [Path(str(source)) for source in sources if is_adapter(source)]
+    apart: dict[str, str] = {}
+    for folder in folders:
+        file, config = adapter_files(folder)
+        adapter = _Adapter(folder, config, open_checkpoint(file), base)
+        _sort_out(adapter)
+        for module, parts in adapter.modules.items():
+            group = _tie(base, f"{module}.weight")
+            if len(group) > 1 and "trainable_tokens_delta" not in parts:
+                apart |= group
+    return base.untied(apart) if apart else base
+
+
+def _tie(base: Checkpoint, name: str) -> dict[str, str]:
+    """All names that a tensor is tied under → those that the base stores, the head of its configuration included."""
+    head = _tied_head(base)
+    names = set(_tied(base, head.get(name, name)))
+    group = {each: each for each in names if each in base}
+    return group | {each: stored for each, stored in head.items() if stored in names}
+
+
+def _tied_head(base: Checkpoint) -> dict[str, str]:
+    """The head that a base does not store because its configuration ties it: its name, and that of the embedding."""
+    if "lm_head.weight" in base or not model_config(base.directory).get("tie_word_embeddings"):
+        return {}
+    tables = [name for name in base if name.rpartition(".")[0].endswith(("embed_tokens", "wte", "word_embeddings"))]
+    return {"lm_head.weight": tables[0]} if len(tables) == 1 else {}
+
+
+def _check_tie(adapter: _Adapter, name: str) -> None:
+    """Refuse an update of one name of a tied tensor: peft trains it alone, and its merge would change both."""
+    tied = sorted(_tie(adapter.base, name).keys() - {name})
+    trained = any("trainable_tokens_delta" in parts for parts in adapter.modules.values())
+    if tied and not trained:
+        found = f"adapts '{shown(name)}', which the base ties to '{shown(tied[0])}': peft trains the one alone"
+        raise adapter.refuse(found, "merge files (suture merge …), whose result has both, or untie them in the base")
 
 
 def _tied(base: Checkpoint, name: str) -> list[str]:
@@ -239,6 +284,9 @@ def _find_in_base(adapter: _Adapter, canonical_names: Naming | None) -> None:
     adapter.replaced = {in_base[name]: stored for name, stored in adapter.replaced.items()}
     for module in adapter.modules:
         if adapter.tensor(module) not in adapter.base:
+            if f"{module}.weight" in _tied_head(adapter.base):
+                found = f"adapts '{shown(module)}.weight', which the base ties to its embedding and does not store"
+                raise adapter.refuse(found, "merge files (suture merge …), whose result has both")
             found = f"adapts '{shown(module)}.weight', which the base lacks"
             raise adapter.refuse(found, "give the base it was trained on")
 
@@ -520,7 +568,9 @@ def _without_start(adapter: _Adapter, module: str, start: str, factors: Factors)
     name = adapter.tensor(module)
     spec = adapter.spec(name)
     weight = adapter.entries(name, 0, spec.numel).view(spec.shape[0], -1)
-    turned = adapter.turned[module] and start == "pissa"  # peft takes OLoRA's from the weight as it is stored
+    if adapter.turned[module] and start == "olora":
+        raise adapter.refuse(f"starts '{shown(module)}', a Conv1D, by olora, which peft cannot merge", "train it anew")
+    turned = adapter.turned[module]
     rank = factors.down.shape[0]
     taken = kinds.start_taken(weight.T if turned else weight, start, rank)
     scale = scale_of(adapter.config, module) if start == "olora" else 1.0
@@ -588,8 +638,14 @@ def _adapted(adapter: _Adapter, name: str, make: Callable[[], Update]) -> Entry:
     columns = _layout(spec, stacked)[1]
     part = lambda start, stop: _tuned(adapter, name, make().rows, columns, start, stop)
     whole = lambda: part(0, spec.numel).view(spec.shape).to(spec.dtype)
-    factors = (lambda: make().factors()) if _is_low_rank(adapter, name) else None
+    factors = partial(_factors_of, make) if _is_low_rank(adapter, name) else None
     return Entry(spec, whole, _shared(adapter.base, name, adapter), factors, part)
+
+
+def _factors_of(make: Callable[[], Update]) -> Factors:
+    factors = make().factors
+    assert factors is not None
+    return factors()
 
 
 def _shared(base: Checkpoint, name: str, adapter: _Adapter) -> Any:
@@ -602,7 +658,7 @@ def _is_low_rank(adapter: _Adapter, name: str) -> bool:
     """Whether an update is a product of two factors and nothing else; by its parts, before they are read."""
     module = next((m for m in adapter.modules if adapter.tensor(m) == name), None)
     if module is None or name in adapter.replaced:
-        return False
+        return False  # the base's tensor is not what it is added to
     parts = adapter.modules[module]
     plain = "lora_magnitude_vector" not in parts and ("lora_A" in parts or "lora_embedding_A" in parts)
     return adapter.kind == "VERA" or (adapter.kind == "LORA" and plain and not _is_stack(adapter, module))

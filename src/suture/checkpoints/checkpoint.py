@@ -200,6 +200,11 @@ class Checkpoint(Mapping[str, Tensor]):
                 merged[each] = entry._replace(identity=("replaced", id(self), first)) if tied else entry
         return self._with(merged)
 
+    def untied(self, names: Mapping[str, str]) -> "Checkpoint":
+        """The same checkpoint with these tensors as ones of their own: name → name here, whatever was tied to it."""
+        entries = dict(self._entries or {})
+        return self._with(entries | {new: entries[name]._replace(identity=None) for new, name in names.items()})
+
     @classmethod
     def joined(cls, parts: Sequence["Checkpoint"], label: str) -> "Checkpoint":
         """One checkpoint with the tensors of several, which have no name in common; the directory is the first's."""

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from suture.checkpoints import Checkpoint, content_hash, open_checkpoint, open_fine_tuned, provenance_of
-from suture.checkpoints.adapters import is_adapter
+from suture.checkpoints.adapters import is_adapter, untied
 from suture.errors import PRETRAINED, IncompatibleModels, SutureError, refusal
 from suture.file_merge.options import MergeOptions
 from suture.file_merge.vocabulary import fit
@@ -99,12 +99,14 @@ class Inputs:
 
 def open_inputs(options: MergeOptions) -> Inputs:
     """Open all, from headers alone; raises `CheckpointError`, and `IncompatibleModels` for what does not fit."""
-    base = open_checkpoint(_not_an_adapter(options.base), label=PRETRAINED)
+    tied = open_checkpoint(_not_an_adapter(options.base), label=PRETRAINED)
+    base = untied(tied, options.models.values())
     models = {name: open_fine_tuned(model, base, label=name) for name, model in options.models.items()}
     opened = {PRETRAINED: base, **models}
     config = _read_config(_directory(opened))
     fitted = fit(base, models, options.vocabulary)
-    config = None if config is None else {**config, **fitted.config}
+    apart = {"tie_word_embeddings": False} if base is not tied else {}
+    config = None if config is None else {**config, **apart, **fitted.config}
     inputs = Inputs(fitted.base, fitted.models, opened, config, fitted.tokenizer)
     problems = compatibility(
         inputs.base,
