@@ -32,9 +32,10 @@ _WIDER = "choose a wider dtype or smaller coefficients, or allow it by name with
 
 @dataclass
 class Job:
-    """One merge of files by one process: its options, and what is opened for it when it is asked for."""
+    """One merge of files by one process: its options, what is opened for it when it is asked for, and notes on it."""
 
     options: MergeOptions
+    notes: list[str] = field(default_factory=list)
     _digests: dict[str, Digests] = field(default_factory=dict)
 
     @cached_property
@@ -115,8 +116,8 @@ class Job:
     def _merge_adapters(self) -> bool:
         options = self.options
         paths = {name: str(source) for name, source in options.models.items()}
-        choices = {"rank": options.rank, "overwrite": options.overwrite}
-        merge_adapters(paths, options.method, options.knobs, options.output, **choices)
+        choices = {"rank": options.rank, "space": options.space, "overwrite": options.overwrite}
+        self.notes += merge_adapters(paths, options.method, options.knobs, options.output, **choices)
         return True
 
     def share(self) -> list[str]:

@@ -13,6 +13,7 @@ import torch
 from suture.checkpoints import Source
 from suture.checkpoints.adapters import is_adapter
 from suture.errors import ConfigError, shown, unknown_name
+from suture.file_merge.adapter_spaces import SPACES
 from suture.file_merge.tensor_knobs import TensorKnobs, tensor_knobs
 from suture.merging.registry import MergeMethod, get_method
 
@@ -49,6 +50,7 @@ class MergeOptions:
     mixed_dtypes: bool = False
     overwrite: bool = False
     rank: int | None = None
+    space: str | None = None
     translation: "Translation | None" = None
     command: str | None = None
 
@@ -89,11 +91,14 @@ def read_options(
     vocabulary: str = "refuse",
     allow_non_finite: Sequence[str] | str = (),
     rank: int | None = None,
+    space: str | None = None,
     **rest: Any,
 ) -> MergeOptions:
     """Options from what people write; raises `ConfigError` for the first value that does not fit."""
     chosen = get_method(method)
-    base, models = _sources(base, models, chosen, rank)
+    base, models = _sources(base, models, chosen, {"rank": rank, "space": space})
+    if space is not None and space not in SPACES:
+        raise ConfigError(unknown_name("space", shown(space), SPACES))
     if vocabulary not in VOCABULARY:
         raise ConfigError(unknown_name("vocabulary", shown(vocabulary), VOCABULARY))
     _names("method.remove_keys", knobs.get("remove_keys"))
@@ -114,6 +119,7 @@ def read_options(
         part=_part(shard),
         vocabulary=vocabulary,
         allow_non_finite=_names("allow_non_finite", allow_non_finite),
+        space=space,
         rank=None if rank is None else _whole_number("rank", rank, 1, 2**31),
         **rest,
     )
@@ -133,17 +139,22 @@ def parse_size(key: str, value: int | str) -> int:
 
 
 def _sources(
-    base: Source | None, models: Any, method: MergeMethod, rank: int | None
+    base: Source | None, models: Any, method: MergeMethod, only: Mapping[str, Any]
 ) -> tuple[Source | None, Mapping[str, Source]]:
-    """Base and models by name; no base where all models are adapters that become one adapter."""
+    """Base and models by name; no base where all models are adapters that become one adapter.
+
+    `only` are the keys that nothing else takes.
+    """
     if isinstance(models, Sequence) and not isinstance(models, str):
         models = {f"model_{i}": model for i, model in enumerate(models, start=1)}
     if not isinstance(models, Mapping) or not models:
         raise ConfigError("There is no model to merge. Remedy: give models.NAME=PATH at least once.")
     if base is None and all(map(is_adapter, models.values())):
         return None, models
-    if rank is not None:
-        raise ConfigError(f"rank={rank} is for merging adapters into one adapter. Remedy: leave out rank, or the base.")
+    for key, value in only.items():
+        if value is not None:
+            remedy = f"leave out {key}, or the base"
+            raise ConfigError(f"{key}={shown(value)} is for merging adapters into one adapter. Remedy: {remedy}.")
     return _with_base(base, models, method)
 
 

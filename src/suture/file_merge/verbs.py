@@ -55,14 +55,16 @@ def merge_files(
     mixed_dtypes: bool = False,
     overwrite: bool = False,
     rank: int | None = None,
+    space: str | None = None,
     **knobs: Any,
 ) -> Path:
     """Merge checkpoints into a model directory that `transformers` loads; returns its path.
 
-    `base` and `models` are whatever `open_checkpoint` takes, or LoRA adapters' folders; `base` may be None for methods
-    without task vectors, and where all models are adapters: these make one adapter, exactly or cut to `rank`. `knobs`
-    are the method's own; each may be a value, a gradient over the layers (a list of numbers) or a list of
-    `{"filter": part of a tensor's name, "value": …}`. Arithmetic is in float32, in float64 for float64 tensors.
+    `base` and `models` are whatever `open_checkpoint` takes, or adapters' folders; `base` may be None for methods without
+    task vectors, and where all models are adapters: these make one adapter, exactly or cut to `rank`, by a linear method
+    or by any method in a shared `space` (core, knots, dc, dc_linear). `knobs` are the method's own; each may be a value,
+    a gradient over the layers (a list of numbers) or a list of `{"filter": part of a tensor's name, "value": …}`.
+    Arithmetic is in float32, in float64 for float64 tensors.
 
     `dtype` is that of the result (by default the base's), `shard_size` the most that one file holds, `memory` the most
     that the merge holds beside what the system caches of files, whatever the size of the models, and `device` is where
@@ -94,6 +96,7 @@ def merge_files(
         mixed_dtypes=mixed_dtypes,
         overwrite=overwrite,
         rank=rank,
+        space=space,
     )
     Job(options).run()
     return options.output
@@ -130,7 +133,8 @@ def merge_configured(config: Mapping[str, Any]) -> ConfiguredMerge:
     notes = tuple(options.translation.notes) if options.translation else ()
     if config["plan"]:
         return ConfiguredMerge(options.output, options.part, False, notes, make_plan(job))
-    return ConfiguredMerge(options.output, options.part, job.run(), notes)
+    finished = job.run()
+    return ConfiguredMerge(options.output, options.part, finished, (*notes, *job.notes))
 
 
 def _configured(config: Mapping[str, Any]) -> MergeOptions:
