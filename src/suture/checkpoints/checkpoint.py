@@ -119,6 +119,7 @@ class Checkpoint(Mapping[str, Tensor]):
     - `directory`: the model directory with its config and tokenizer, if there is one.
     - `metadata`: the text that was saved beside the tensors (safetensors only).
     - `quantised`: the kind of quantisation that some of the tensors are stored in; None for plain weights.
+    - `decoded`: the formats of low-precision codes that are decoded here, in words; empty where there are none.
     - `prefix`: what all stored names began with, such as "module.", and the names here do not.
     """
 
@@ -132,9 +133,10 @@ class Checkpoint(Mapping[str, Tensor]):
         metadata: Mapping[str, str] | None = None,
         quantised: str | None = None,
         prefix: str = "",
+        decoded: str = "",
     ):
         self.label, self.files, self.directory = label, files, directory
-        self.quantised, self.prefix = quantised, prefix
+        self.quantised, self.prefix, self.decoded = quantised, prefix, decoded
         self.metadata: Mapping[str, str] = MappingProxyType(dict(metadata or {}))
         self.specs: Mapping[str, TensorSpec] = MappingProxyType({name: e.spec for name, e in entries.items()})
         self.aliases: Mapping[str, str] = MappingProxyType(_aliases(entries))
@@ -212,7 +214,8 @@ class Checkpoint(Mapping[str, Tensor]):
         files = tuple(dict.fromkeys(file for part in parts for file in part.files))
         directory = next((part.directory for part in parts if part.directory), None)
         quantised = next((part.quantised for part in parts if part.quantised), None)
-        return cls(entries, label, files=files, directory=directory, quantised=quantised)
+        decoded = next((part.decoded for part in parts if part.decoded), "")
+        return cls(entries, label, files=files, directory=directory, quantised=quantised, decoded=decoded)
 
     def _with(self, entries: Mapping[str, Entry]) -> "Checkpoint":
         """The same checkpoint with other entries."""
@@ -224,6 +227,7 @@ class Checkpoint(Mapping[str, Tensor]):
             metadata=self.metadata,
             quantised=self.quantised,
             prefix=self.prefix,
+            decoded=self.decoded,
         )
 
     def close(self) -> None:

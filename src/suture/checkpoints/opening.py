@@ -7,6 +7,7 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from suture.checkpoints.checkpoint import Checkpoint, Entry
+from suture.checkpoints.decoding import decoded
 from suture.checkpoints.directories import INDEX_SUFFIX, check_links, read_sharded, weight_file
 from suture.checkpoints.formats import read_entries
 from suture.checkpoints.json_files import is_text
@@ -26,7 +27,8 @@ def open_checkpoint(source: Source, *, label: str | None = None, revision: str |
     `source` is a safetensors file, a PyTorch file, an index of shards, a model directory, a hub id
     ("org/name", with an optional `revision`), a "zoo:…" name, a module, a mapping name → tensor, or an open
     checkpoint, which is returned as it is. `label` is what messages call it. Nothing that a pickle asks to
-    run is run. A prefix that DataParallel or torch.compile put before every name of a file is left out.
+    run is run. A prefix that DataParallel or torch.compile put before every name of a file is left out. Low-precision
+    codes of files are decoded with their scales when they are read (`decoding` lists the formats).
 
     Raises `CheckpointError`: missing, truncated, corrupt, no weights, or a pickle that asks to run code.
 
@@ -105,10 +107,10 @@ def _open_path(path: Path, label: str) -> Checkpoint:
     else:
         (entries, metadata), files = read_entries(file), (file,)
     entries, prefix = without_prefix(entries)
+    entries, formats = decoded(entries, directory, label)
     kind = quantisation({name: entry.spec for name, entry in entries.items()})
-    return Checkpoint(
-        entries, label, files=files, directory=directory, metadata=metadata, quantised=kind, prefix=prefix
-    )
+    about = {"files": files, "directory": directory, "metadata": metadata}
+    return Checkpoint(entries, label, **about, quantised=kind, prefix=prefix, decoded=formats)
 
 
 def _model_directory(folder: Path) -> Path | None:

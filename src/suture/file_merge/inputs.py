@@ -106,7 +106,7 @@ def open_inputs(options: MergeOptions) -> Inputs:
     config = _read_config(_directory(opened))
     fitted = fit(base, models, options.vocabulary)
     apart = {"tie_word_embeddings": False} if base is not tied else {}
-    config = None if config is None else {**config, **apart, **fitted.config}
+    config = None if config is None else {**_plain_weights(config, opened), **apart, **fitted.config}
     inputs = Inputs(fitted.base, fitted.models, opened, config, fitted.tokenizer)
     problems = compatibility(
         inputs.base,
@@ -119,6 +119,12 @@ def open_inputs(options: MergeOptions) -> Inputs:
         more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
         raise IncompatibleModels(problems[0] + more)
     return inputs
+
+
+def _plain_weights(config: Mapping[str, Any], opened: Mapping[str, Checkpoint]) -> dict[str, Any]:
+    """A configuration that speaks of no codes, where those were decoded."""
+    decoded = any(checkpoint.decoded for checkpoint in opened.values())
+    return {key: value for key, value in config.items() if not (decoded and key == "quantization_config")}
 
 
 def _not_an_adapter(base: Any) -> Any:

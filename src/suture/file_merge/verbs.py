@@ -60,11 +60,11 @@ def merge_files(
 ) -> Path:
     """Merge checkpoints into a model directory that `transformers` loads; returns its path.
 
-    `base` and `models` are whatever `open_checkpoint` takes, or adapters' folders; `base` may be None for methods without
-    task vectors, and where all models are adapters: these make one adapter, exactly or cut to `rank`, by a linear method
-    or by any method in a shared `space` (core, knots, dc, dc_linear). `knobs` are the method's own; each may be a value,
-    a gradient over the layers (a list of numbers) or a list of `{"filter": part of a tensor's name, "value": …}`.
-    Arithmetic is in float32, in float64 for float64 tensors.
+    `base` and `models` are whatever `open_checkpoint` takes, or adapters' folders; `base` may be None for methods
+    without task vectors, and where all models are adapters: these make one adapter, exactly or cut to `rank`, by a
+    linear method or by any method in a shared `space` (core, knots, dc, dc_linear). `knobs` are the method's own; each
+    may be a value, a gradient over the layers (a list of numbers) or a list of `{"filter": part of a tensor's name,
+    "value": …}`. Arithmetic is in float32, in float64 for float64 tensors.
 
     `dtype` is that of the result (by default the base's), `shard_size` the most that one file holds, `memory` the most
     that the merge holds beside what the system caches of files, whatever the size of the models, and `device` is where
