@@ -129,13 +129,32 @@ def test_a_prefix_of_some_names_only_stays(tmp_path):
 
 
 @pytest.mark.parametrize("prefix", ["bert.", "module.", "_orig_mod.", "model.text."])
-def test_models_that_differ_by_a_prefix_are_told_so(prefix):
+def test_a_prefix_on_one_side_is_seen_through_and_a_head_on_one_side_is_named(prefix):
     state = dict(small_model().state_dict())
-    wrapped = {prefix + name: tensor for name, tensor in state.items()} | {"head.weight": torch.ones(2, 2)}
-    line = refused(suture.merge, state, {"m": wrapped}, "simple_average", kind=IncompatibleModels)
-    assert f"'m' has the prefix '{prefix}'" in line
-    line = refused(suture.merge, wrapped, {"m": state}, "simple_average", kind=IncompatibleModels)
-    assert f"has no prefix '{prefix}' before its names, which the base has" in line
+    wrapped = {prefix + name: tensor for name, tensor in state.items()}
+    for base, model in ((state, wrapped), (wrapped, state)):
+        assert_same(suture.merge(base, {"m": model}, "simple_average"), base)
+    headed = wrapped | {"head.weight": torch.ones(2, 2)}
+    line = refused(suture.merge, state, {"m": headed}, "simple_average", kind=IncompatibleModels)
+    assert "'head.weight' (float32 (2, 2)) is in 'm' but not in the base" in line
+    line = refused(suture.merge, headed, {"m": state}, "simple_average", kind=IncompatibleModels)
+    assert "'head.weight' is missing in 'm'" in line
+
+
+def test_two_spellings_of_norms_and_of_weight_normalisation_are_one():
+    old, new = nn.utils.parametrizations.weight_norm(nn.Linear(3, 2)), {}
+    for name, tensor in old.state_dict().items():
+        new[
+            {"parametrizations.weight.original0": "weight_g", "parametrizations.weight.original1": "weight_v"}.get(
+                name, name
+            )
+        ] = tensor
+    assert_same(suture.merge(old, {"m": new}, "simple_average"), old.state_dict())
+    norms = {"a.LayerNorm.weight": torch.ones(3), "a.LayerNorm.bias": torch.zeros(3)}
+    given = {"a.LayerNorm.gamma": torch.ones(3) * 3, "a.LayerNorm.beta": torch.ones(3)}
+    merged = suture.merge(norms, {"m": given}, "simple_average")
+    assert torch.equal(merged["a.LayerNorm.weight"], torch.ones(3) * 3)
+    assert torch.equal(merged["a.LayerNorm.bias"], torch.ones(3))
 
 
 def test_weight_normalisation_is_named():

@@ -207,6 +207,19 @@ class Checkpoint(Mapping[str, Tensor]):
         entries = dict(self._entries or {})
         return self._with(entries | {new: entries[name]._replace(identity=None) for new, name in names.items()})
 
+    def tied(self, ties: Mapping[str, str]) -> "Checkpoint":
+        """The same checkpoint with some tensors tied to others that have the same values: name → the other."""
+        entries = dict(self._entries or {})
+        for name, other in ties.items():
+            first = self.aliases.get(other, other)
+            group = [name, first, *(alias for alias, canonical in self.aliases.items() if canonical == first)]
+            entries |= {each: entries[first]._replace(identity=("tied", id(self), first)) for each in group}
+        return self._with(entries)
+
+    def extended(self, entries: Mapping[str, Entry]) -> "Checkpoint":
+        """The same checkpoint with further tensors."""
+        return self._with({**(self._entries or {}), **entries})
+
     @classmethod
     def joined(cls, parts: Sequence["Checkpoint"], label: str) -> "Checkpoint":
         """One checkpoint with the tensors of several, which have no name in common; the directory is the first's."""

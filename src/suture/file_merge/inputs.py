@@ -2,7 +2,7 @@
 
 import json
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from importlib.metadata import version
@@ -11,6 +11,7 @@ from typing import Any
 
 from suture.checkpoints import Checkpoint, content_hash, open_checkpoint, open_fine_tuned, provenance_of
 from suture.checkpoints.adapters import is_adapter, untied
+from suture.checkpoints.matching import matched
 from suture.errors import PRETRAINED, IncompatibleModels, SutureError, refusal
 from suture.file_merge.options import MergeOptions
 from suture.file_merge.vocabulary import fit
@@ -22,7 +23,7 @@ class Inputs:
     """Base and models as they are merged.
 
     `opened` are all of them as they are on disk, `config` the configuration that goes with the result, if there is one,
-    and `tokenizer` the text of its tokenizer where the vocabulary is a new one.
+    `tokenizer` the text of its tokenizer where the vocabulary is a new one, and `notes` say what was read how.
     """
 
     base: Checkpoint
@@ -30,6 +31,7 @@ class Inputs:
     opened: Mapping[str, Checkpoint]
     config: Mapping[str, Any] | None = None
     tokenizer: str | None = None
+    notes: Sequence[str] = ()
     _states: dict[Path, list[int]] = field(default_factory=dict)
     _hashing: threading.Thread | None = None
     _provenance: dict[str, Any] = field(default_factory=dict)
@@ -103,11 +105,15 @@ def open_inputs(options: MergeOptions) -> Inputs:
     base = untied(tied, options.models.values())
     models = {name: open_fine_tuned(model, base, label=name) for name, model in options.models.items()}
     opened = {PRETRAINED: base, **models}
+    found = matched(base, models)
     config = _read_config(_directory(opened))
-    fitted = fit(base, models, options.vocabulary)
+    fitted = fit(found.base, found.models, options.vocabulary)
     apart = {"tie_word_embeddings": False} if base is not tied else {}
     config = None if config is None else {**_plain_weights(config, opened), **apart, **fitted.config}
-    inputs = Inputs(fitted.base, fitted.models, opened, config, fitted.tokenizer)
+    notes = [*_read_as(opened), *found.notes]
+    if base is not tied:
+        notes.append("An adapter changes one name of a tied tensor alone, so the result has both, not tied.")
+    inputs = Inputs(fitted.base, fitted.models, opened, config, fitted.tokenizer, notes)
     problems = compatibility(
         inputs.base,
         inputs.models,
@@ -119,6 +125,12 @@ def open_inputs(options: MergeOptions) -> Inputs:
         more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
         raise IncompatibleModels(problems[0] + more)
     return inputs
+
+
+def _read_as(opened: Mapping[str, Checkpoint]) -> list[str]:
+    """A line for each model that has a prefix before all names, or codes that are decoded."""
+    prefixes = [f"'{n}' has the prefix '{c.prefix}' before all names, left out." for n, c in opened.items() if c.prefix]
+    return prefixes + [f"'{n}' has {c.decoded}, which are decoded." for n, c in opened.items() if c.decoded]
 
 
 def _plain_weights(config: Mapping[str, Any], opened: Mapping[str, Checkpoint]) -> dict[str, Any]:

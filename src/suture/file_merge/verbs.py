@@ -130,11 +130,11 @@ def merge_configured(config: Mapping[str, Any]) -> ConfiguredMerge:
     """One merge, or its plan, from the configuration of a command line."""
     options = _configured(config)
     job = Job(options)
-    notes = tuple(options.translation.notes) if options.translation else ()
-    if config["plan"]:
-        return ConfiguredMerge(options.output, options.part, False, notes, make_plan(job))
-    finished = job.run()
-    return ConfiguredMerge(options.output, options.part, finished, (*notes, *job.notes))
+    plan = make_plan(job) if config["plan"] else None
+    finished = plan is None and job.run()
+    notes = options.translation.notes if options.translation else ()
+    read = () if options.adapters else job.inputs.notes
+    return ConfiguredMerge(options.output, options.part, finished, (*notes, *read, *job.notes), plan)
 
 
 def _configured(config: Mapping[str, Any]) -> MergeOptions:

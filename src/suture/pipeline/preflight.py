@@ -113,6 +113,7 @@ def preflight_of(models: Models, settings: Settings) -> Preflight:
         bytes_written=sum(spec.nbytes for spec in models.whole_base.specs.values()),
         threads=settings.threads,
     )
+    checked.notes += models.notes
     checked.problems[:0] = dict.fromkeys(line for task in settings.tasks for line in models.family.problems(task))
     if not models.base.specs:
         first, kind = next(iter(models.whole_base), "no tensor"), models.family.name
