@@ -38,13 +38,23 @@ QUANTISED = {
 
 
 @pytest.mark.parametrize("kind", QUANTISED)
-def test_quantised_models_open_but_are_not_merged(kind, tmp_path):
+def test_quantised_models_in_memory_open_but_are_not_merged(kind):
+    assert kind in (open_checkpoint(QUANTISED[kind]).quantised or "")
+    line = refused(suture.merge, QUANTISED[kind], {"m": QUANTISED[kind]}, "simple_average", kind=IncompatibleModels)
+    assert kind in line
+    assert "model.dequantize()" in line
+
+
+@pytest.mark.parametrize("kind", QUANTISED)
+def test_quantised_files_are_decoded_or_refused(kind, tmp_path):
     safetensors.torch.save_file(QUANTISED[kind], tmp_path / "x.safetensors")
-    assert kind in (open_checkpoint(tmp_path / "x.safetensors").quantised or "")
-    for base, model in ((tmp_path / "x.safetensors", QUANTISED[kind]), (QUANTISED[kind], tmp_path / "x.safetensors")):
-        line = refused(suture.merge, base, {"m": model}, "simple_average", kind=IncompatibleModels)
-        assert kind in line
-        assert "model.dequantize()" in line
+    if kind in ("4-bit weights of bitsandbytes", "4-bit weights of GPTQ or AWQ", "4-bit weights of MXFP4"):
+        assert "Remedy: " in refused(open_checkpoint, tmp_path / "x.safetensors", kind=CheckpointError)  # damaged ones
+        return
+    opened = open_checkpoint(tmp_path / "x.safetensors")
+    assert bool(opened.decoded) != bool(opened.quantised)
+    if opened.decoded:
+        assert all(spec.dtype.is_floating_point for spec in opened.specs.values())
 
 
 def test_what_is_kept_of_a_quantised_model_is_still_quantised():
@@ -186,11 +196,22 @@ def test_a_file_of_several_models_is_refused_with_their_keys(wrappers, tmp_path)
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_a_torchscript_archive_is_named_and_its_remedy_works(tmp_path):
-    torch.jit.save(torch.jit.trace(small_model().eval(), torch.ones(2, 3)), tmp_path / "x.pt")
-    assert "is a TorchScript archive" in refused(open_checkpoint, tmp_path / "x.pt", kind=CheckpointError)
-    torch.save(torch.jit.load(tmp_path / "x.pt").state_dict(), tmp_path / "y.pt")
-    assert set(small_model().state_dict()) >= set(open_checkpoint(tmp_path / "y.pt"))
+@pytest.mark.parametrize("compiled", [torch.jit.script, lambda model: torch.jit.trace(model, torch.ones(2, 3))])
+def test_a_torchscript_archive_is_read_for_its_weights(compiled, tmp_path):
+    torch.jit.save(compiled(small_model().eval()), tmp_path / "x.pt")
+    assert_same(open_checkpoint(tmp_path / "x.pt"), torch.jit.load(tmp_path / "x.pt").state_dict())
+
+
+def test_a_key_chooses_one_of_several_models_and_must_be_there(tmp_path):
+    one, two = small_model().state_dict(), {n: t + 1 for n, t in small_model().state_dict().items()}
+    torch.save({"params": one, "params_ema": two, "mine": {"deep": two}}, tmp_path / "x.pt")
+    assert_same(open_checkpoint(tmp_path / "x.pt", key="params_ema"), two)
+    assert "key=params" in refused(open_checkpoint, tmp_path / "x.pt", kind=CheckpointError)
+    merged = suture.merge(tmp_path / "x.pt", [tmp_path / "x.pt"], "simple_average", key="params_ema")
+    assert_same(merged, two)
+    torch.save({"state_dict": one}, tmp_path / "y.pt")
+    with pytest.raises(CheckpointError, match=r"has no weights under key=params_ema, only under state_dict"):
+        open_checkpoint(tmp_path / "y.pt", key="params_ema")
 
 
 @pytest.mark.parametrize("name", ["x.gguf", "tf_model.h5", "flax_model.msgpack", "model.onnx"])

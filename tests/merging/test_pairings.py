@@ -8,7 +8,6 @@ from safetensors.torch import save_file
 from torch import nn
 
 import suture
-from suture.checkpoints import open_checkpoint
 from suture.merging.compatibility import open_models
 
 pytestmark = pytest.mark.filterwarnings("ignore")

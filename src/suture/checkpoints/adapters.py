@@ -83,15 +83,21 @@ def is_adapter(source: Source) -> bool:
 
 
 def open_fine_tuned(
-    source: Source, base: Checkpoint, *, label: str | None = None, canonical_names: Naming | None = None
+    source: Source,
+    base: Checkpoint,
+    *,
+    label: str | None = None,
+    canonical_names: Naming | None = None,
+    key: str | None = None,
 ) -> Checkpoint:
     """A fine-tuned model: whatever `open_checkpoint` takes, or an adapter, which is opened on its base.
 
-    `canonical_names(names)` maps the base's names to those of an adapter that calls its tensors otherwise. Raises
-    `CheckpointError`, also for an adapter that fits nothing in the base or that is of a kind which is not read.
+    `key` is that of `open_checkpoint`. `canonical_names(names)` maps the base's names to those of an adapter that calls
+    its tensors otherwise. Raises `CheckpointError`, also for an adapter that fits nothing in the base or that is of a
+    kind which is not read.
     """
     if not (is_adapter(source) or (isinstance(source, str) and is_hub_id(source))):
-        return open_checkpoint(source, label=label)
+        return open_checkpoint(source, label=label, key=key)
     check_text(str(source), label)
     try:
         folder = Path(str(source)) if is_adapter(source) else download(str(source))
@@ -99,7 +105,7 @@ def open_fine_tuned(
             return _open_adapter(folder, base, label or str(source), canonical_names)
     except CheckpointError as error:
         raise CheckpointError(f"'{shown(label)}': {error}" if label else str(error)) from error
-    return open_checkpoint(source, label=label)
+    return open_checkpoint(source, label=label, key=key)
 
 
 def adapter_files(folder: Path) -> tuple[Path, dict[str, Any]]:

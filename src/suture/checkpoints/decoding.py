@@ -274,7 +274,7 @@ def _packed(name: str, stored: Stored) -> Decoded | None:
         raise stored.wrong(name, f"codes {spec.shape}, zeros {other.shape} and scales {grid.shape}")
     bits = 32 * other.shape[1] / grid.shape[1]
     if bits not in (2, 4, 8):
-        raise refusal(stored.where, f"has codes of {shown(bits)} bits for '{shown(name)}', which are not read", _PLAIN)
+        raise refusal(stored.where, f"has codes of {bits:g} bits for '{shown(name)}', which are not read", _PLAIN)
     bits = int(bits)
     per, out = 32 // bits, grid.shape[1]
     awq = spec.shape[1] * per == out and (bits == 4) and spec.shape[1] != out

@@ -4,7 +4,7 @@ import json
 import threading
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from suture.errors import PRETRAINED, IncompatibleModels, SutureError, refusal
 from suture.file_merge.options import MergeOptions
 from suture.file_merge.vocabulary import fit
 from suture.merging.compatibility import compatibility
+from suture.merging.selection import select
 
 
 @dataclass
@@ -23,7 +24,8 @@ class Inputs:
     """Base and models as they are merged.
 
     `opened` are all of them as they are on disk, `config` the configuration that goes with the result, if there is one,
-    `tokenizer` the text of its tokenizer where the vocabulary is a new one, and `notes` say what was read how.
+    `tokenizer` the text of its tokenizer where the vocabulary is a new one, `notes` say what was read how, and `frozen`
+    are the tensors that stay at the base.
     """
 
     base: Checkpoint
@@ -32,6 +34,7 @@ class Inputs:
     config: Mapping[str, Any] | None = None
     tokenizer: str | None = None
     notes: Sequence[str] = ()
+    frozen: Sequence[str] = ()
     _states: dict[Path, list[int]] = field(default_factory=dict)
     _hashing: threading.Thread | None = None
     _provenance: dict[str, Any] = field(default_factory=dict)
@@ -74,6 +77,8 @@ class Inputs:
             "vocabulary": options.vocabulary,
             "allow_non_finite": list(options.allow_non_finite),
             "suture": version("suture"),
+            **({"selection": _plain(asdict(options.selection))} if options.selection else {}),
+            **({"key": options.key} if options.key else {}),
         } | ({} if device == "cpu" else {"device": device})  # a device rounds sums otherwise
 
     def _identity(self, checkpoint: Checkpoint) -> Any:
@@ -101,23 +106,27 @@ class Inputs:
 
 def open_inputs(options: MergeOptions) -> Inputs:
     """Open all, from headers alone; raises `CheckpointError`, and `IncompatibleModels` for what does not fit."""
-    tied = open_checkpoint(_not_an_adapter(options.base), label=PRETRAINED)
+    tied = open_checkpoint(_not_an_adapter(options.base), label=PRETRAINED, key=options.key)
     base = untied(tied, options.models.values())
-    models = {name: open_fine_tuned(model, base, label=name) for name, model in options.models.items()}
+    key = options.key
+    models = {name: open_fine_tuned(model, base, label=name, key=key) for name, model in options.models.items()}
     opened = {PRETRAINED: base, **models}
     found = matched(base, models)
     config = _read_config(_directory(opened))
-    fitted = fit(found.base, found.models, options.vocabulary)
+    chosen = select(found.base, found.models, options.selection)
+    fitted = fit(found.base, chosen.models, options.vocabulary)
     apart = {"tie_word_embeddings": False} if base is not tied else {}
     config = None if config is None else {**_plain_weights(config, opened), **apart, **fitted.config}
     notes = [*_read_as(opened), *found.notes]
     if base is not tied:
         notes.append("An adapter changes one name of a tied tensor alone, so the result has both, not tied.")
-    inputs = Inputs(fitted.base, fitted.models, opened, config, fitted.tokenizer, notes)
+    inputs = Inputs(
+        fitted.base, fitted.models, opened, config, fitted.tokenizer, notes, (*options.frozen, *chosen.frozen)
+    )
     problems = compatibility(
         inputs.base,
         inputs.models,
-        frozen=options.frozen,
+        frozen=inputs.frozen,
         mixed_dtypes=options.mixed_dtypes,
         by_row=options.vocabulary != "refuse",
     )

@@ -49,7 +49,7 @@ class Job:
         options = self.options
         count = len(self.inputs.models)
         threads, chunk = chunk_for(options.memory, options.method, count, options.threads, options.device)
-        return TaskVectors(self.inputs.base, self.inputs.models, options.frozen, threads, chunk, options.device)
+        return TaskVectors(self.inputs.base, self.inputs.models, self.inputs.frozen, threads, chunk, options.device)
 
     @cached_property
     def knobs(self) -> TensorKnobs:

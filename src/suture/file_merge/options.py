@@ -16,6 +16,7 @@ from suture.errors import ConfigError, shown, unknown_name
 from suture.file_merge.adapter_spaces import SPACES
 from suture.file_merge.tensor_knobs import TensorKnobs, tensor_knobs
 from suture.merging.registry import MergeMethod, get_method
+from suture.merging.selection import Selection
 
 if TYPE_CHECKING:
     from suture.file_merge.mergekit.translation import Translation
@@ -49,6 +50,8 @@ class MergeOptions:
     allow_non_finite: Sequence[str] = ()
     mixed_dtypes: bool = False
     overwrite: bool = False
+    selection: Selection = field(default_factory=Selection)
+    key: str | None = None
     rank: int | None = None
     space: str | None = None
     translation: "Translation | None" = None
@@ -92,6 +95,10 @@ def read_options(
     allow_non_finite: Sequence[str] | str = (),
     rank: int | None = None,
     space: str | None = None,
+    frozen: Sequence[str] | str = (),
+    keep: Sequence[str] | str = (),
+    only: Sequence[str] | str = (),
+    key: str | None = None,
     **rest: Any,
 ) -> MergeOptions:
     """Options from what people write; raises `ConfigError` for the first value that does not fit."""
@@ -120,6 +127,8 @@ def read_options(
         vocabulary=vocabulary,
         allow_non_finite=_names("allow_non_finite", allow_non_finite),
         space=space,
+        selection=Selection(_names("frozen", frozen), _names("keep", keep), _names("only", only)),
+        key=None if key is None else str(key),
         rank=None if rank is None else _whole_number("rank", rank, 1, 2**31),
         **rest,
     )

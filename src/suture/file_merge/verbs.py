@@ -56,6 +56,10 @@ def merge_files(
     overwrite: bool = False,
     rank: int | None = None,
     space: str | None = None,
+    frozen: Sequence[str] = (),
+    keep: Sequence[str] = (),
+    only: Sequence[str] = (),
+    key: str | None = None,
     **knobs: Any,
 ) -> Path:
     """Merge checkpoints into a model directory that `transformers` loads; returns its path.
@@ -65,6 +69,10 @@ def merge_files(
     linear method or by any method in a shared `space` (core, knots, dc, dc_linear). `knobs` are the method's own; each
     may be a value, a gradient over the layers (a list of numbers) or a list of `{"filter": part of a tensor's name,
     "value": …}`. Arithmetic is in float32, in float64 for float64 tensors.
+
+    Names or patterns choose tensors: those of `frozen` stay at the base; those of `keep` do where some model lacks them
+    or has them in another shape; with `only`, nothing else is merged. `key` chooses one of several models in a PyTorch
+    file, such as params_ema.
 
     `dtype` is that of the result (by default the base's), `shard_size` the most that one file holds, `memory` the most
     that the merge holds beside what the system caches of files, whatever the size of the models, and `device` is where
@@ -97,6 +105,10 @@ def merge_files(
         overwrite=overwrite,
         rank=rank,
         space=space,
+        frozen=frozen,
+        keep=keep,
+        only=only,
+        key=key,
     )
     Job(options).run()
     return options.output
@@ -113,7 +125,7 @@ def plan_files(
 
     Disk and method are measured for a moment; a probe is written beside the output and removed.
     """
-    names = {field.name for field in fields(MergeOptions)} | {"shard"}
+    names = {field.name for field in fields(MergeOptions)} | {"shard", "frozen", "keep", "only"}
     own = {key: value for key, value in options.items() if key in names}
     knobs = {key: value for key, value in options.items() if key not in names}
     return make_plan(Job(read_options(base, models, method, output, knobs=knobs, **own)))

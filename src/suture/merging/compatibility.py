@@ -52,7 +52,7 @@ def compatibility(
 
 
 def open_models(
-    base: Source, models: Mapping[str, Source] | Sequence[Source]
+    base: Source, models: Mapping[str, Source] | Sequence[Source], key: str | None = None
 ) -> tuple[Checkpoint, dict[str, Checkpoint]]:
     """The base and its fine-tuned models, opened; those of a sequence are named model_1, model_2, ….
 
@@ -62,8 +62,8 @@ def open_models(
         raise ConfigError(f"models is the one path '{shown(models)}'. Remedy: give a list, or a mapping name → model.")
     if not isinstance(models, Mapping):
         models = {f"model_{number}": model for number, model in enumerate(models, start=1)}
-    base = open_checkpoint(base)
-    found = matched(base, {name: open_fine_tuned(model, base, label=name) for name, model in models.items()})
+    base = open_checkpoint(base, key=key)
+    found = matched(base, {name: open_fine_tuned(model, base, label=name, key=key) for name, model in models.items()})
     return found.base, found.models
 
 

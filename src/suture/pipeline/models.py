@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from suture.checkpoints import Checkpoint, allocate_checkpoint, open_checkpoint,
 from suture.checkpoints.matching import Matched, matched
 from suture.errors import PRETRAINED
 from suture.families import Encoder, Family, family
+from suture.merging.selection import Selection, select
 from suture.merging.task_vectors import TaskVectors
 from suture.pipeline.pools import ModelPool
 
@@ -107,4 +108,8 @@ def open_models(pool: ModelPool, threads: int = 0) -> Models:
     found = matched(base, experts)
     if found.base is not base:  # the family saves the base as it is stored
         found = Matched(base, experts)
-    return Models(pool, chosen, whole_base, base, found.models, threads, found.notes)
+    exact = [name for name in pool.frozen if "*" not in name]
+    patterns = [name for name in pool.frozen if "*" in name]
+    selected = select(base, found.models, Selection(patterns, pool.keep, pool.only))
+    pool = replace(pool, frozen=(*exact, *selected.frozen))
+    return Models(pool, chosen, whole_base, base, selected.models, threads, found.notes)
