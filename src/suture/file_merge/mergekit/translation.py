@@ -19,6 +19,7 @@ from suture.merging.registry import get_method
 
 _TOP = ["merge_method", "base_model", "models", "slices", "modules", "parameters", "dtype", "out_dtype", "name"]
 _TOP += ["tokenizer_source", "tokenizer", "chat_template"]
+_PARAMETERS = {name for method in METHODS.values() for name in method.parameters} | {"embed_slerp"}
 _TEXTS = ("merge_method", "base_model", "dtype", "out_dtype", "name", "tokenizer_source")
 _ONLY_SOURCE = ""  # the label of whichever model is the only source of a section
 _NOTES = ("Arithmetic is in float32 whatever dtype says; the result has dtype, or out_dtype where that is given.",)
@@ -52,9 +53,18 @@ class Translation:
         return configuration(config, self.slices) if self.slices else {}
 
 
-def translate(path: str | Path) -> Translation:
-    """Read a mergekit configuration; raises `ConfigError` in one line, with the nearest name for an unknown key."""
-    content = load_yaml(Path(path))
+def translate(path: str | Path, content: Mapping[str, Any] | None = None) -> Translation:
+    """Read a mergekit configuration; raises `ConfigError` in one line, with the nearest name for an unknown key.
+
+    `content` is one of several documents in the file, which are otherwise refused here.
+    """
+    if content is None:
+        content, *more = load_yaml(Path(path))
+        if more:
+            raise ConfigError(
+                f"'{path}' holds {len(more) + 1} documents. Remedy: suture merge mergekit={path} output=…."
+            )
+    content = _with_paths(content)
     _check_keys("key", content, _TOP)
     for key in _TEXTS:
         if not isinstance(content.get(key), str | None):
@@ -72,6 +82,32 @@ def translate(path: str | Path) -> Translation:
     for source in (source for section in sections for source in section.sources):
         _opened(source["model"], opened)
     return _Builder(content, method, base, sections, opened, list(modules)).translation()
+
+
+def _with_paths(content: Any) -> Any:
+    """A configuration with every model as a text: mergekit also takes model: {model: {path: …}, lora: {path: …}}."""
+    if isinstance(content, list):
+        return [_with_paths(each) for each in content]
+    if not isinstance(content, Mapping):
+        return content
+    return {
+        key: _path(value) if key in ("model", "base_model") and isinstance(value, Mapping) else _with_paths(value)
+        for key, value in content.items()
+    }
+
+
+def _path(reference: Mapping[str, Any]) -> str:
+    """PATH@REVISION+LORA."""
+    _check_keys("key of a model", reference, ["model", "lora", "path", "revision"])
+    inner = reference.get("model", reference)
+    inner = {"path": inner} if isinstance(inner, str) else inner
+    lora = reference.get("lora")
+    lora = lora.get("path") if isinstance(lora, Mapping) else lora
+    _check_keys("key of a model", inner, ["path", "revision", *([] if inner is not reference else ["lora"])])
+    if not isinstance(inner.get("path"), str):
+        raise ConfigError(f"model: {shown(repr(dict(reference)))}: wanted a path.")
+    revision = f"@{inner['revision']}" if inner.get("revision") else ""
+    return f"{inner['path']}{revision}{f'+{lora}' if lora else ''}"
 
 
 def _modules(content: Mapping[str, Any], path: str | Path) -> dict[str, Mapping[str, Any]]:
@@ -125,7 +161,21 @@ def _check_keys(kind: str, content: Any, known: Sequence[str]) -> None:
 
 def _check_parameters(content: Mapping[str, Any], method: Method, where: str) -> None:
     if content.get("parameters") is not None:
-        _check_keys(f"parameter in {where}", content["parameters"], method.parameters)
+        elsewhere = [name for name in _PARAMETERS if name not in method.parameters]
+        given = content["parameters"]
+        plain = {key: value for key, value in given.items() if key not in elsewhere} if given else given
+        _check_keys(f"parameter in {where}", plain, method.parameters)
+
+
+def _ignored(content: Any, method: Method) -> set[str]:
+    """Parameters of other methods, which have no effect here, nor in mergekit."""
+    if isinstance(content, list):
+        return set().union(*(_ignored(each, method) for each in content))
+    if not isinstance(content, Mapping):
+        return set()
+    given = content.get("parameters")
+    own = set(given) - set(method.parameters) if isinstance(given, Mapping) else set()
+    return own.union(*(_ignored(each, method) for key, each in content.items() if key != "parameters"))
 
 
 def _opened(reference: str, opened: dict[str, Checkpoint]) -> Checkpoint:
@@ -173,10 +223,14 @@ class _Builder:
             dtype=content.get("out_dtype") or content.get("dtype"),
             vocabulary=_vocabulary(content),
             name=content.get("name"),
-            notes=(*_NOTES, *self.method.notes),
+            notes=(*_NOTES, *self.method.notes, *self._ignored_note()),
             slices=self.stacks,
             chat_template=choose_template(content.get("chat_template"), list(self.opened.values())),
         )
+
+    def _ignored_note(self) -> list[str]:
+        names = sorted(_ignored(self.content, self.method))
+        return [f"{', '.join(names)}: no parameter of {self.content['merge_method']}, ignored."] if names else []
 
     def _check_sources(self) -> None:
         """A model that a section does not name has no weight there; methods without weights have no such way."""
