@@ -19,7 +19,8 @@ from suture.merging.registry import get_method
 
 _TOP = ["merge_method", "base_model", "models", "slices", "modules", "parameters", "dtype", "out_dtype", "name"]
 _TOP += ["tokenizer_source", "tokenizer", "chat_template"]
-_PARAMETERS = {name for method in METHODS.values() for name in method.parameters} | {"embed_slerp"}
+#: Parameters that public cards carry along from other methods; mergekit pays no attention to them either.
+_CARRIED_ALONG = ("embed_slerp", "int8_mask", "normalize")
 _TEXTS = ("merge_method", "base_model", "dtype", "out_dtype", "name", "tokenizer_source")
 _ONLY_SOURCE = ""  # the label of whichever model is the only source of a section
 _NOTES = ("Arithmetic is in float32 whatever dtype says; the result has dtype, or out_dtype where that is given.",)
@@ -161,14 +162,17 @@ def _check_keys(kind: str, content: Any, known: Sequence[str]) -> None:
 
 def _check_parameters(content: Mapping[str, Any], method: Method, where: str) -> None:
     if content.get("parameters") is not None:
-        elsewhere = [name for name in _PARAMETERS if name not in method.parameters]
         given = content["parameters"]
-        plain = {key: value for key, value in given.items() if key not in elsewhere} if given else given
+        plain = {k: v for k, v in given.items() if k not in _unread(method)} if isinstance(given, Mapping) else given
         _check_keys(f"parameter in {where}", plain, method.parameters)
 
 
+def _unread(method: Method) -> set[str]:
+    return set(_CARRIED_ALONG) - set(method.parameters)
+
+
 def _ignored(content: Any, method: Method) -> set[str]:
-    """Parameters of other methods, which have no effect here, nor in mergekit."""
+    """Parameters carried along from other methods, which have no effect here, nor in mergekit."""
     if isinstance(content, list):
         return set().union(*(_ignored(each, method) for each in content))
     if not isinstance(content, Mapping):
