@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 INSTALLED = $(VENV)/installed
 
-.PHONY: demo test lint slow docs clean
+.PHONY: demo test lint slow docs catalogue clean
 
 demo: $(INSTALLED)
 	$(BIN)/suture demo
@@ -23,10 +23,13 @@ lint: $(INSTALLED)
 docs: $(INSTALLED)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
 
+catalogue: $(INSTALLED)
+	$(BIN)/python -m suture.cli.catalogue
+
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]" --editable packages/suture-zoo
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps --target $(VENV)/vision \
 		torchvision open_clip_torch timm ftfy wcwidth
 	touch $(INSTALLED)

@@ -17,7 +17,7 @@ from .pipeline.pushing import push as push
 from .file_merge import merge_files as merge_files
 from .file_merge import plan_files as plan_files
 from .file_merge import merge_mergekit as merge_mergekit
-from .pipeline.pipeline import demo as demo
+from .pipeline.demo import demo as demo
 
 # Parts of a run, and the types that verbs take and return.
 from .adaptation import entropy_loss as entropy_loss

@@ -62,7 +62,7 @@ def test_the_help_of_a_verb_shows_the_defaults_that_the_code_has(capsys):
 def test_every_key_is_explained_and_parsed(verb, key):
     assert key.help
     request = parse(VERBS, [verb.name, *needed(verb), f"{key.name}=value"])
-    own = {own.name for own in verb.keys}
+    own = {own.name for own in verb.own_keys}
     assert request.values.get(key.name) == ("value" if key.name in own else None)
     assert list(request.words) == ([] if key.name in own else [f"{key.name}=value"])
 

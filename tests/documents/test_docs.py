@@ -55,12 +55,15 @@ def test_python_in_the_docs_runs(page, block, tmp_path, monkeypatch):
 
 
 def test_the_extensions_in_the_docs_run(tmp_path):
-    """In a process of their own, as they register a method and a repair."""
+    """In a process of their own, as they register a method, a repair and an analysis."""
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "extending.md").read_text("utf-8"), re.S)
     command = [sys.executable, "-c", "\n".join(blocks)]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
-    assert len(blocks) == 3
+    assert len(blocks) == 4
     assert done.returncode == 0, done.stderr
+    assert {path.name for path in (tmp_path / "analysis").iterdir()} == {
+        f"largest_entry.{kind}" for kind in ("json", "csv", "png", "svg")
+    }
 
 
 @pytest.mark.parametrize(("page", "line"), COMMANDS)

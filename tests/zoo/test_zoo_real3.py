@@ -157,7 +157,7 @@ def test_the_taskpool_has_the_words_that_the_experts_learned_with(clothes: Path)
 
 
 def test_a_zoo_that_ships_is_not_built_over(tmp_path: Path):
-    with pytest.raises(ConfigError, match="ships with suture"):
+    with pytest.raises(ConfigError, match="glyphs8 is installed"):
         build_zoo("glyphs8")
     with pytest.raises(OutputError, match="exists"):
         build_zoo("real3", tmp_path)

@@ -20,7 +20,7 @@ from torch import Tensor
 from suture.core.progress import bar
 from suture.core.random import generator_for
 from suture.errors import ConfigError, OutputError, unknown_name
-from suture.storage.addresses import home, ships
+from suture.storage.addresses import home, installed
 from tools.zoo import clip_files, training
 from tools.zoo.idx import save_split
 from tools.zoo.recipe import Recipe
@@ -50,8 +50,10 @@ def build(name: str, output: Path | None = None, seed: int = 0, **options: Any) 
     """
     if name not in buildable():
         raise ConfigError(unknown_name("zoo", name, buildable()))
-    if output is None and ships(name):
-        raise ConfigError(f"{name} ships with suture. Remedy: to build it again, name a folder: --output DIR")
+    if output is None and installed(name):
+        raise ConfigError(
+            f"{name} is installed. Remedy: to build it again, name a folder: --output DIR"
+        )
     builder = importlib.import_module(f"tools.zoo.builders.{name}").build
     known = [option for option in inspect.signature(builder).parameters if option not in ("folder", "seed")]
     for option in options:

@@ -9,6 +9,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from suture.analysis.finding import Finding
+from suture.analysis.registry import analysis_kind, draws
 from suture.analysis.weights import Models
 from suture.checkpoints import Source
 from suture.core.progress import Track, untracked
@@ -16,10 +17,12 @@ from suture.errors import ConfigError
 from suture.evaluation import BATCH_SIZE, Row, TaskInputs, evaluate_row
 from suture.families.shared.base import Encoder
 from suture.merging.task_vectors import TaskVectors, open_task_vectors
+from suture.reporting.chart import INK, Chart, coloured, colours, heat_map, number, specification, tip
 
 POINTS = (0.0, 0.25, 0.5, 0.75, 1.0)
 
 
+@analysis_kind(reads="tasks", keys={"points": "coefficients, with commas between them"})
 def interpolation(
     module: nn.Module,
     base: Source,
@@ -54,6 +57,7 @@ def interpolation(
     return Finding("interpolation", "accuracy from the base to each model", heads, rows, values, labels, notes)
 
 
+@analysis_kind(reads="tasks", keys={"points": "coefficients, with commas between them"})
 def landscape(
     module: nn.Module,
     base: Source,
@@ -121,3 +125,43 @@ def _loaded(module: nn.Module, state: Mapping[str, Tensor]) -> nn.Module:
         return module.load(state)
     module.load_state_dict(state)
     return module
+
+
+@draws("interpolation")
+def _interpolation_chart(finding: Finding) -> Chart:
+    points, together = finding.labels["points"], "all, mean over tasks"
+    curves = dict(zip(finding.labels["models"], finding.values["alone"].tolist(), strict=True))
+    curves[together] = finding.values["together"].mean(0).tolist()
+    rows = [
+        {"λ": point, "model": name, "value": 100 * value}
+        for name, curve in curves.items()
+        for point, value in zip(points, curve, strict=True)
+    ]
+    legend = colours(curves, {together: INK})
+    heavy = {"condition": {"test": f"datum.model === '{together}'", "value": 3}, "value": 1.5}
+    encoding = {"x": number("λ", "λ"), "y": number("value", "accuracy (%)"), "strokeWidth": heavy}
+    mark = {"type": "line", "point": {"size": 30, "filled": True}}
+    spec = specification(rows, mark=mark, encoding={**encoding, **coloured("model", legend)}, height=300)
+    return Chart("Accuracy from the base (λ = 0) to each model (λ = 1)", spec, legend)
+
+
+@draws("landscape")
+def _landscape_chart(finding: Finding) -> Chart:
+    """A cell for each scored point, with labels at the base and the two models."""
+    (first, other), points = finding.labels["models"], finding.labels["points"]
+    mean = finding.values["accuracy"].mean(0).tolist()
+    rows = [{"a": a, "b": b, "value": 100 * mean[i][j]} for i, a in enumerate(points) for j, b in enumerate(points)]
+    ends = {(0.0, 0.0): "pretrained", (1.0, 0.0): first, (0.0, 1.0): other}
+    named = [{**row, "name": ends[row["a"], row["b"]]} for row in rows if (row["a"], row["b"]) in ends]
+    axis = {"type": "ordinal", "axis": {"labelAngle": 0, "grid": False}}
+    x = {"field": "a", "title": f"λ {first}", **axis}
+    y = {"field": "b", "title": f"λ {other}", "sort": "descending", **axis}
+    legend = {"title": "mean accuracy (%)", "gradientLength": 160}
+    tips = [tip("a"), tip("b"), tip("value", format=".1f")]
+    side = max(220, 62 * len(points))
+    colour = {"scale": {"scheme": "viridis"}, "legend": legend}
+    spec = heat_map(rows, x, y, colour, tips=tips, height=side, numbers=".1f")
+    below = {"type": "text", "dy": 18, "fontSize": 9, "fontStyle": "italic"}
+    encoding = {"text": {"field": "name"}, "color": spec["layer"][1]["encoding"]["color"]}
+    names = {"data": {"values": named}, "mark": below, "encoding": encoding}
+    return Chart(f"Accuracy between {first} and {other}", {**spec, "layer": [*spec["layer"], names]}, width=side)

@@ -25,9 +25,10 @@ class Finding:
 
     def as_data(self) -> dict[str, Any]:
         """The table as JSON data, with null for values that are not finite."""
-        rows = [dict(zip(self.heads, map(_finite, row), strict=True)) for row in self.rows]
+        rows = [dict(zip(self.heads, map(finite, row), strict=True)) for row in self.rows]
         return {"analysis": self.name, "title": self.title, "rows": rows, "notes": list(self.notes)}
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
+    """The value, or None for a number that is not finite: a tensor that is zero in the base has no relative norm."""
     return None if isinstance(value, float) and not math.isfinite(value) else value

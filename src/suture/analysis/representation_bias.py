@@ -4,19 +4,24 @@ As in Representation Surgery: https://arxiv.org/abs/2402.02705
 """
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import nn
 
 from suture.analysis.finding import Finding
+from suture.analysis.registry import analysis_kind, draws
 from suture.core.batches import Forward, Inputs, call
 from suture.core.progress import Track, untracked
 from suture.errors import ConfigError
 from suture.repairs import linear_cka
 from suture.repairs.network import Block, Blocks, by_layer, find_blocks, layers_of
 from suture.repairs.problem import Experts, Problem
+from suture.reporting.chart import INK, Chart, Choice, coloured, colours, names_across, number, specification
+from suture.reporting.labels import layer_names
 
 
+@analysis_kind(reads="features")
 def bias(
     merged: nn.Module,
     experts: Experts,
@@ -64,3 +69,28 @@ def _blocks(problem: Problem, blocks: Blocks) -> tuple[Block, ...]:
         if blocks is not None:
             raise
         return ()  # a module without lists of blocks is compared at its final feature
+
+
+@draws("bias")
+def _bias_chart(finding: Finding) -> Chart:
+    tasks, layers = finding.labels["tasks"], layer_names(finding.labels["places"])
+    measures, mean = {"mean |merged − expert|": "l1", "linear CKA": "cka"}, "mean over tasks"
+    rows = []
+    for measure, key in measures.items():
+        curves = dict(zip(tasks, finding.values[key].tolist(), strict=True))
+        curves[mean] = finding.values[key].mean(0).tolist()
+        for task, curve in curves.items():
+            cells = zip(layers.values(), curve, strict=True)
+            rows += [{"measure": measure, "task": task, "layer": layer, "value": v} for layer, v in cells]
+    measure = Choice("measure", "show", list(measures), 220, ("y",))
+    legend = colours([*tasks, mean], {mean: INK})
+    heavy = {"condition": {"test": f"datum.task === '{mean}'", "value": 3}, "value": 1.3}
+    encoding: dict[str, Any] = {"x": names_across("layer", list(layers.values())), "y": number("value")}
+    spec = specification(
+        rows,
+        transform=[measure.filter],
+        mark={"type": "line", "point": {"size": 24, "filled": True}},
+        height=240,
+        encoding={**encoding, "strokeWidth": heavy, **coloured("task", legend)},
+    )
+    return Chart("Distance of the merged model to its experts", spec, legend, [measure], width=760)

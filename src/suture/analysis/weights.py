@@ -11,16 +11,31 @@ from annotated_types import Gt, Le
 from jaxtyping import Float
 from torch import Tensor
 
-from suture.analysis.finding import Finding
+from suture.analysis.finding import Finding, finite
+from suture.analysis.registry import analysis_kind, draws
 from suture.checkpoints import Source
 from suture.core.names import sort_key
 from suture.merging.methods.ties_merging import THRESHOLD, trim_thresholds
 from suture.merging.streams import inner_products, total
 from suture.merging.task_vectors import TaskVectors, open_task_vectors
+from suture.reporting.chart import (
+    Chart,
+    Choice,
+    coloured,
+    colours,
+    heat_map,
+    names_across,
+    names_down,
+    number,
+    specification,
+    tip,
+)
+from suture.reporting.labels import short_names
 
 Models = Mapping[str, Source] | Sequence[Source]
 
 
+@analysis_kind(reads="weights")
 def similarity(base: Source, models: Models, *, frozen: Sequence[str] = ()) -> Finding:
     """Cosine similarities of all pairs of task vectors over the whole model, and their norms, in float64.
 
@@ -42,6 +57,7 @@ def similarity(base: Source, models: Models, *, frozen: Sequence[str] = ()) -> F
     return Finding("similarity", title, ("model", "norm", *names), rows, values, {"models": names})
 
 
+@analysis_kind(reads="weights")
 def layers(base: Source, models: Models, *, frozen: Sequence[str] = ()) -> Finding:
     """The size of the task vectors in each tensor, and how much they disagree about the direction.
 
@@ -75,6 +91,10 @@ def layers(base: Source, models: Models, *, frozen: Sequence[str] = ()) -> Findi
     return Finding("layers", "task vectors, tensor by tensor", heads, rows, values, labels)
 
 
+@analysis_kind(
+    reads="weights",
+    keys={"threshold": "percentage of entries that TIES keeps", "scope": "what the percentage is of: model or tensor"},
+)
 def trimming(
     base: Source,
     models: Models,
@@ -129,3 +149,62 @@ def _shares(sums: Float[Tensor, "tensor count"], entries: Float[Tensor, " tensor
 
 def _entries(vectors: TaskVectors, names: Sequence[str]) -> Float[Tensor, " tensor"]:
     return torch.tensor([vectors.specs[name].numel for name in names], dtype=torch.float64)
+
+
+@draws("similarity")
+def _similarity_chart(finding: Finding) -> Chart:
+    names = finding.labels["models"]
+    cosine = finding.values["cosine"].tolist()
+    rows = [
+        {"model": one, "other": other, "value": finite(cosine[i][j])}
+        for i, one in enumerate(names)
+        for j, other in enumerate(names)
+    ]
+    scale = {"scheme": "redblue", "reverse": True, "domain": [-1, 1]}
+    spec = heat_map(
+        rows,
+        names_across("other", names),
+        names_down("model", names),
+        {"scale": scale, "legend": {"title": "cosine", "gradientLength": 120}},
+        tips=[tip("model", "nominal"), tip("other", "nominal"), tip("value", format=".3f")],
+        height=max(80, 34 * len(names)),
+        numbers=".2f",
+    )
+    return Chart("Cosine similarity of task vectors", spec, width=max(160, 40 * len(names)))
+
+
+@draws("layers")
+def _layers_chart(finding: Finding) -> Chart:
+    columns = {"norm / base": "relative", "sign conflict": "conflict", "agreement": "agreement"}
+    return _by_tensor("Task vectors, tensor by tensor", finding, columns)
+
+
+@draws("trimming")
+def _trimming_chart(finding: Finding) -> Chart:
+    columns = {"kept": "kept", "collide": "collide", "lost": "lost"}
+    return _by_tensor(finding.title[:1].upper() + finding.title[1:], finding, columns)
+
+
+def _by_tensor(title: str, finding: Finding, columns: dict[str, str]) -> Chart:
+    """Bars of several measures side by side, one row per tensor."""
+    names = short_names(finding.labels["tensors"])
+    rows = []
+    for measure, key in columns.items():
+        values = finding.values[key]
+        means = (values if values.ndim == 1 else values.mean(1)).tolist()
+        rows += [{"tensor": n, "measure": measure, "value": finite(v)} for n, v in zip(names, means, strict=True)]
+    height = max(60, round(max(3.0, min(12.0, 1100 / len(names))) * len(names)))
+    choice = Choice("measure", "show", list(columns), height, ("x",))
+    legend = colours(columns)
+    spec = specification(
+        rows,
+        transform=[choice.filter],
+        mark="bar",
+        height=height,
+        encoding={
+            "x": number("value", zero=True, tickCount=4),
+            "y": names_down("tensor", names, "44", labelFontSize=8),
+            **coloured("measure", legend),
+        },
+    )
+    return Chart(title, spec, choices=[choice], width=900)

@@ -2,10 +2,9 @@
 
 from collections.abc import Iterable, Iterator, Mapping
 from importlib.resources import files
-from typing import Any, Literal, get_args, get_origin
 
+from suture.cli.catalogue import catalogue
 from suture.cli.grammar import EVERYWHERE, VERSION, Key, Option, Verb, shipped_pools
-from suture.core.knobs import Knobs
 
 Verbs = Mapping[str, Verb]
 
@@ -55,11 +54,7 @@ def _spellings(options: Iterable[Option]) -> list[str]:
 
 def _values_of_keys(verbs: Verbs) -> Iterator[tuple[str, tuple[str, ...]]]:
     """The values of every key that has a closed list of them."""
-    from suture.core.fabric import LOGGERS, PRECISIONS
-    from suture.file_merge.options import DTYPES, VOCABULARY
-
-    yield from {"fabric.precision=": PRECISIONS, "fabric.loggers.kind=": LOGGERS}.items()
-    yield from {"dtype=": DTYPES, "vocabulary=": VOCABULARY}.items()
+    yield from ((f"{key}=", values) for key, values in catalogue().choices.items())
     yield from ((f"{group}=", shipped_pools(group)) for group in ("modelpool", "taskpool"))
     for key in (key for verb in verbs.values() for key in verb.all_keys):
         if values := tuple(key.values()):
@@ -67,39 +62,19 @@ def _values_of_keys(verbs: Verbs) -> Iterator[tuple[str, tuple[str, ...]]]:
 
 
 def _methods() -> Iterator[tuple[str, tuple[str, ...]]]:
-    from suture.pipeline.methods import all_methods
-
-    methods = all_methods().values()
-    yield "method=", tuple(name for method in methods for name in (method.name, *method.aliases))
+    methods = catalogue().methods.values()
+    yield "method=", tuple(name for method in methods for name in method.names)
     for method in methods:
-        for name in (method.name, *method.aliases):
-            yield f"method:{name}", tuple(f"method.{knob}=" for knob in method.knobs.defaults)
-        yield from _values_of_knobs(method.knobs)
+        for name in method.names:
+            yield f"method:{name}", tuple(f"method.{knob}=" for knob in method.knobs)
+        yield from ((f"method.{name}=", knob.values) for name, knob in method.knobs.items() if knob.values)
 
 
 def _repairs() -> Iterator[tuple[str, tuple[str, ...]]]:
-    from suture.pipeline.repairs import NONE, Repair
-    from suture.repairs import repair_kinds
-
     for group in ("repair", "surgery"):  # the name, and what it is often called
-        yield f"{group}=", (NONE, *repair_kinds())
-        for kind in repair_kinds():
-            yield f"{group}:{kind}", tuple(f"{group}.{knob}=" for knob in Repair.defaults(kind) if knob != "kind")
-
-
-def _values_of_knobs(knobs: Knobs) -> Iterator[tuple[str, tuple[str, ...]]]:
-    """The values that a knob may take, where its type names them all."""
-    for knob, annotation in knobs.annotations.items():
-        if values := _named(annotation):
-            yield f"method.{knob}=", values
-
-
-def _named(annotation: Any) -> tuple[str, ...]:
-    if annotation is bool:
-        return ("true", "false")
-    if get_origin(annotation) is Literal:
-        return tuple(map(str, get_args(annotation)))
-    return ()
+        yield f"{group}=", ("none", *catalogue().repairs)
+        for kind, knobs in catalogue().repairs.items():
+            yield f"{group}:{kind}", tuple(f"{group}.{knob}=" for knob in knobs if knob != "kind")
 
 
 def _paths(verbs: Verbs) -> list[Key]:

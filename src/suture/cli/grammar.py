@@ -70,9 +70,9 @@ class Option:
 class Verb:
     """One command. `run` takes a `Request` and returns the `Answer`, or None where it printed all there is.
 
-    `keys` are the verb's own settings. Where it takes a configuration too, `configuration` names its YAML file in
-    suture/pipeline/conf; `forwarded` keys belong to the configuration although they are not in the file. `method` is
-    the method of a configuration that does not name one.
+    `keys` are the verb's own settings, and `found_keys()` those that parts of the package declare. Where it takes a
+    configuration too, `configuration` names its YAML file in suture/pipeline/conf; `forwarded` keys belong to the
+    configuration although they are not in the file. `method` is the method of a configuration that does not name one.
     `defaults()` gives defaults of keys that are not in the file. `text`: the verb prints text and has no JSON.
     """
 
@@ -89,12 +89,18 @@ class Verb:
     method: str = ""
     text: bool = False
     defaults: Callable[[], Mapping[str, Any]] = dict
+    found_keys: Callable[[], tuple[Key, ...]] = tuple
+
+    @property
+    def own_keys(self) -> tuple[Key, ...]:
+        """The verb's own settings, those that are found included."""
+        return (*self.keys, *self.found_keys())
 
     @property
     def all_keys(self) -> tuple[Key, ...]:
         """Every setting that the verb takes: its own, then those of its configuration."""
         configured = configuration_keys(self.configuration) if self.configuration else ()
-        return (*self.keys, *self.forwarded, *(self._with_method(key) for key in configured))
+        return (*self.own_keys, *self.forwarded, *(self._with_method(key) for key in configured))
 
     def _with_method(self, key: Key) -> Key:
         return replace(key, default=self.method, required=False) if self.method and key.name == "method" else key
@@ -218,7 +224,7 @@ def _sorted_out(verb: Verb, words: Sequence[str]) -> tuple[dict[str, Any], list[
     """The verb's own values by name, and the words that are left for the configuration."""
     if not verb.configuration:
         return _by_position(verb, words), []
-    own, known = {key.name for key in verb.keys}, {_root(key.name) for key in verb.all_keys} | {"hydra"}
+    own, known = {key.name for key in verb.own_keys}, {_root(key.name) for key in verb.all_keys} | {"hydra"}
     known |= {"surgery"} if "repair" in known else set()  # what the group is often called
     values: dict[str, Any] = {}
     bare, configured = [], []

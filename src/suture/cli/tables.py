@@ -1,17 +1,13 @@
 """Tables for people at a terminal; plain when standard output is not one."""
 
-import inspect
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from types import NoneType, UnionType
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, get_args, get_origin
-
-from annotated_types import Ge, Gt, Le, Lt
+from typing import TYPE_CHECKING, Any
 
 from suture.analysis import Finding
-from suture.core.knobs import Knobs
 from suture.core.names import in_bytes
+from suture.evaluation import Row
 from suture.pipeline.preflight import Preflight
 from suture.pipeline.reproduce import Compared, Published
 from suture.reporting.data import Report, cells, columns, percent
@@ -26,18 +22,6 @@ _SAMPLES = "samples"
 _TASKS_ACROSS = 8  # in the matrix
 _LONGEST = 40  # rows of a finding
 _WIDEST = 6  # columns of a finding beside the first
-_KINDS: dict[Any, str] = {
-    bool: "true or false",
-    int: "whole number",
-    float: "number",
-    str: "text",
-    NoneType: "null",
-    list: "list",
-    tuple: "list",
-    Sequence: "list",
-    dict: "mapping",
-    Mapping: "mapping",
-}
 
 
 def print_run(result: Any) -> None:
@@ -49,6 +33,12 @@ def print_run(result: Any) -> None:
     else:
         print_report(result.report)
         print(f"The merged model and the report are in {result.folder}")
+
+
+def print_row(row: Row) -> None:
+    """One row of a table that is not finished: a model and its mean accuracy."""
+    seconds = f"  {row.seconds:5.1f} s" if row.seconds else ""
+    print(f"  {row.name.replace('_', ' '):<28}{100 * row.mean:5.1f} %{seconds}", flush=True)
 
 
 def print_sweep(report: Report, folder: Path) -> None:
@@ -193,75 +183,6 @@ def _cell(value: Any) -> str:
     if not isinstance(value, float):
         return f"{value:,}" if isinstance(value, int) else str(value)
     return "–" if not math.isfinite(value) else f"{value:.3f}" if abs(value) < 100 else f"{value:.1f}"
-
-
-def print_methods(methods: Iterable[Any]) -> None:
-    """Every method with its knobs, defaults, aliases and paper."""
-    console = _console(soft_wrap=True, highlight=False)
-    for method in methods:
-        console.print(f"{_named(method)}: {method.knobs.summary}")
-        for knob, default in method.knobs.defaults.items():
-            console.print(f"    method.{knob}={_typed(default)}", markup=False)
-        console.print(f"    {method.paper}")
-
-
-def print_method(method: Any) -> None:
-    """One method: what it does, each knob with its default and range, and its paper."""
-    console = _console(soft_wrap=True, highlight=False)
-    console.print(_named(method))
-    description = (inspect.getdoc(method.knobs.function) or "").partition(">>>")[0].strip()
-    console.print(f"\n{description}\n", markup=False)
-    knobs = {f"method.{knob}={_typed(default)}": knob for knob, default in method.knobs.defaults.items()}
-    width = min(38, max(map(len, knobs), default=0))
-    for typed, knob in knobs.items():
-        console.print(f"  {typed:<{width}}  {ranges(method.knobs)[knob]}", markup=False)
-    console.print(f"\n{method.paper}" if knobs else f"It has no knobs.\n\n{method.paper}")
-
-
-def _named(method: Any) -> str:
-    aliases = f" (also {', '.join(method.aliases)})" if method.aliases else ""
-    return f"[bold]{method.name}[/bold]{aliases}"
-
-
-def _typed(default: Any) -> str:
-    """A default as it is typed on the command line."""
-    if default is None or isinstance(default, bool):
-        return {None: "null", True: "true", False: "false"}[default]
-    return str(list(default)) if isinstance(default, tuple) else str(default)
-
-
-def ranges(knobs: Knobs) -> dict[str, str]:
-    """Knob → what it may be, from its type.
-
-    >>> def scale(*, factor: Annotated[float, Gt(0)] = 0.3, mode: Literal["sum", "mean"] | None = None): ...
-    >>> ranges(Knobs("scale", scale))
-    {'factor': 'number greater than 0', 'mode': 'sum, mean or null'}
-    """
-    return {knob: _or(_range(annotation)) for knob, annotation in knobs.annotations.items()}
-
-
-def _range(annotation: Any) -> list[str]:
-    """The alternatives that a type allows."""
-    if get_origin(annotation) is Annotated:
-        kind, *bounds = get_args(annotation)
-        return [" ".join([_or(_range(kind)), " and ".join(filter(None, map(_bound, bounds)))]).strip()]
-    if get_origin(annotation) is Literal:
-        return [str(value) for value in get_args(annotation)]
-    if get_origin(annotation) in (Union, UnionType):
-        return [alternative for part in get_args(annotation) for alternative in _range(part)]
-    return [_KINDS.get(get_origin(annotation) or annotation, getattr(annotation, "__name__", str(annotation)))]
-
-
-def _bound(bound: Any) -> str:
-    limits = ((Gt, "greater than"), (Ge, "at least"), (Lt, "less than"), (Le, "at most"))
-    return next(
-        (f"{text} {getattr(bound, kind.__name__.lower())}" for kind, text in limits if isinstance(bound, kind)), ""
-    )
-
-
-def _or(alternatives: Sequence[str]) -> str:
-    *others, last = alternatives
-    return f"{', '.join(others)} or {last}" if others else last
 
 
 def _console(**how: Any) -> "Console":

@@ -1,61 +1,23 @@
 """The table of verbs. The parser, the help and the completion scripts are all made from it."""
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Iterable
 
 from suture.cli import actions
+from suture.cli.catalogue import catalogue
 from suture.cli.grammar import Argument, Key, Option, Verb, true_or_false
 
 SHELLS = ("bash", "zsh", "fish")
 
 
-def _analyses() -> Sequence[str]:
-    from suture.pipeline.analyses import ANALYSES
-
-    return tuple(ANALYSES)
-
-
-def _analysis_defaults() -> dict[str, Any]:
-    """The defaults that the analyses' signatures give to the keys of the verb."""
-    from suture.core.knobs import Knobs
-    from suture.pipeline.analyses import ANALYSES
-
-    defaults: dict[str, Any] = {}
-    for name, (function, keys) in ANALYSES.items():
-        known = Knobs(name, function).defaults
-        defaults |= {key: known[key] for key in keys if key in known}
-    return {key: ",".join(map(str, value)) if isinstance(value, tuple) else value for key, value in defaults.items()}
+def _choices(key: str) -> Callable[[], Iterable[str]]:
+    """The values of a key, as the code that reads it has them."""
+    return lambda: catalogue().choices[key]
 
 
-def _scopes() -> Sequence[str]:
-    return ("model", "tensor")
-
-
-def _samplers() -> Sequence[str]:
-    from suture.core.samplers import KINDS
-
-    return KINDS
-
-
-def _scores() -> Sequence[str]:
-    from suture.pipeline.searching import SCORES
-
-    return SCORES
-
-
-def _splits() -> Sequence[str]:
-    from suture.tasks.base import SPLITS
-
-    return SPLITS
-
-
-def _search_defaults() -> dict[str, Any]:
-    """The defaults of the signature of `search`."""
-    from suture.core.knobs import Knobs
-    from suture.pipeline.searching import search
-
-    known = Knobs("search", search).defaults
-    return {key: known[key] for key in ("trials", "score", "split", "num_inputs")}
+def _analysis_keys() -> tuple[Key, ...]:
+    """The keys that the analyses declare, each with the names of those that take it."""
+    keys = catalogue().analysis_keys.items()
+    return tuple(Key(name, f"{', '.join(key.analyses)}: {key.explanation}", key.default) for name, key in keys)
 
 
 _HYDRA = (
@@ -115,14 +77,18 @@ _TABLE = (
         "unless score=accuracy; the best is run as by suture run. An interrupted search resumes when the same command "
         "is given again.",
         keys=(
-            Key("sampler", "how points are chosen; by default grid for lists, sobol for intervals", values=_samplers),
+            Key(
+                "sampler",
+                "how points are chosen; by default grid for lists, sobol for intervals",
+                values=_choices("sampler"),
+            ),
             Key("trials", "the number of points, unless they are a grid"),
-            Key("score", "how points are compared", values=_scores),
-            Key("split", "the split whose inputs are scored", values=_splits),
+            Key("score", "how points are compared", values=_choices("score")),
+            Key("split", "the split whose inputs are scored", values=_choices("split")),
             Key("num_inputs", "the number of inputs of each task"),
         ),
         configuration="config",
-        defaults=_search_defaults,
+        defaults=lambda: catalogue().search_defaults,
     ),
     Verb(
         "merge",
@@ -149,22 +115,19 @@ _TABLE = (
     ),
     Verb(
         "analyse",
-        "Compare the models of a pool, in six analyses",
+        "Compare the models of a pool",
         "suture analyse interpolation modelpool=glyphs8 taskpool=glyphs8 points=0,0.5,1",
         actions.analyse,
         details="similarity, layers and trimming look at the weights; interpolation, landscape and bias need a "
         "taskpool=… too. The table is printed; output=FOLDER gets it as files, with the figure.",
-        arguments=(Argument("ANALYSIS", "the analysis to run", values=_analyses),),
+        arguments=(Argument("ANALYSIS", "the analysis to run", values=lambda: catalogue().analyses),),
         keys=(
             Key("models", "names of models of the pool, with commas between them; by default all"),
-            Key("points", "interpolation, landscape: coefficients, with commas between them"),
-            Key("threshold", "trimming: percentage of entries that TIES keeps"),
-            Key("scope", "trimming: what the percentage is of", values=_scopes),
             Key("model", "bias: the path of a merged model; by default the method merges one", path=True),
         ),
         configuration="config",
         method="simple_average",
-        defaults=_analysis_defaults,
+        found_keys=_analysis_keys,
     ),
     Verb(
         "report",
@@ -225,10 +188,13 @@ _TABLE = (
     ),
     Verb(
         "demo",
-        "Merge, adapt and repair the eight experts that ship with suture",
+        "Merge, calibrate and repair the eight example experts",
         "suture demo --output demo",
         actions.demo,
-        options=(Option("--output", "a new folder; by default outputs/demo/TIME", "FOLDER"),),
+        options=(
+            Option("--output", "a new folder; by default outputs/demo/TIME", "FOLDER"),
+            Option("--full", "AdaMerging too, with final and deep surgery"),
+        ),
     ),
     Verb(
         "completion",

@@ -5,8 +5,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from suture.analysis import Finding, bias, interpolation, landscape, layers, save, similarity, trimming
+from suture.analysis import Finding, save
+from suture.analysis.registry import Analysis, get_analysis
 from suture.checkpoints import open_checkpoint
+from suture.core.extras import check_installed
 from suture.core.knobs import Knobs
 from suture.core.progress import Profile, bar
 from suture.errors import PRETRAINED, ConfigError, unknown_name
@@ -20,15 +22,6 @@ from suture.pipeline.repairs import NONE
 from suture.pipeline.settings import Settings
 from suture.storage.atomic import check_writable, new_folder
 
-#: Analysis → its function, and the knobs that the command line takes.
-ANALYSES: dict[str, tuple[Callable[..., Finding], tuple[str, ...]]] = {
-    "similarity": (similarity, ()),
-    "layers": (layers, ()),
-    "trimming": (trimming, ("threshold", "scope")),
-    "interpolation": (interpolation, ("points",)),
-    "landscape": (landscape, ("points",)),
-    "bias": (bias, ("model",)),
-}
 INPUTS = 256  # inputs of each task on which representations are compared
 
 
@@ -45,19 +38,21 @@ def analyse(
     The configuration is given as for `suture.run`. `options` are the analysis's own knobs, and `models`: the names of
     the pool's models to analyse.
     """
+    check_installed("suture analyse")
     options = dict(options or {})
     composed = configuration.composed(config, keywords, method="simple_average")
     config = _only(composed, options.pop("models", None))
-    knobs = _checked(name, options)
+    chosen = get_analysis(name)
+    knobs = _checked(chosen, options)
     settings = Settings.from_config({**config, "repair": {"kind": NONE}})
-    if name in _ON_INPUTS and not settings.tasks:
+    if chosen.reads != "weights" and not settings.tasks:
         raise ConfigError(f"analyse {name} needs inputs. Remedy: name a taskpool=…")
     folder = Path(config["output"]) if config["output"] else new_folder(f"analysis/{name}")
     check_writable(folder)
     models = open_models(settings.pool, settings.threads)
     preflight_of(models, settings).refuse()
     context, inputs = prepare(settings, models, folder, Profile())
-    finding = _ON_INPUTS.get(name, _on_weights)(ANALYSES[name][0], knobs, settings, models, inputs, context)
+    finding = _RUNNERS[chosen.reads](chosen.function, knobs, settings, models, inputs, context)
     return finding, save(finding, folder)
 
 
@@ -75,17 +70,18 @@ def _only(config: Mapping[str, Any], names: list[str] | None) -> dict[str, Any]:
     return {**config, "modelpool": pool, "taskpool": tasks}
 
 
-def _checked(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
-    if name not in ANALYSES:
-        raise ConfigError(unknown_name("analysis", name, ANALYSES))
-    function, known = ANALYSES[name]
+def _checked(chosen: Analysis, options: Mapping[str, Any]) -> dict[str, Any]:
+    known = (*chosen.keys, *_MERGED[chosen.reads])
     for key in options:
         if key not in known:
-            raise ConfigError(unknown_name(f"option of analyse {name}", key, [*known, "models", "output"]))
-    checked = {key: value for key, value in options.items() if key != "model"}
-    defaults = {key: value for key, value in Knobs(name, function).defaults.items() if key in checked}
-    validated = Knobs(f"analyse {name}", partial(function, **defaults), "--").validate(checked) if checked else {}
-    return {**{key: validated[key] for key in checked}, **{k: v for k, v in options.items() if k == "model"}}
+            raise ConfigError(unknown_name(f"option of analyse {chosen.name}", key, [*known, "models", "output"]))
+    merged = {key: value for key, value in options.items() if key in _MERGED[chosen.reads]}
+    own = {key: value for key, value in options.items() if key not in merged}
+    if not own:
+        return merged
+    typed = partial(chosen.function, **{key: chosen.defaults[key] for key in own})
+    validated = Knobs(f"analyse {chosen.name}", typed, "--").validate(own)
+    return {**{key: validated[key] for key in own}, **merged}
 
 
 Analyse = Callable[..., Finding]
@@ -125,11 +121,14 @@ def _on_features(
         return other.load(models.experts[task])
 
     few = {task: data.first(INPUTS).inputs for task, data in test.items() if task in models.experts}
-    return function(module, expert, few, batch_size=settings.batch_size, track=bar)
+    knobs = {key: value for key, value in knobs.items() if key not in _MERGED["features"]}
+    return function(module, expert, few, batch_size=settings.batch_size, track=bar, **knobs)
 
 
 def _frozen(settings: Settings) -> tuple[str, ...]:
     return (*settings.pool.frozen, *settings.method.frozen)
 
 
-_ON_INPUTS = {"interpolation": _on_tasks, "landscape": _on_tasks, "bias": _on_features}
+_RUNNERS = {"weights": _on_weights, "tasks": _on_tasks, "features": _on_features}
+#: The options that say which merged model is analysed.
+_MERGED = {"weights": (), "tasks": (), "features": ("model",)}

@@ -3,7 +3,7 @@
 import json
 import shutil
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,9 +13,10 @@ from typing import Any
 from torch import Tensor
 
 from suture.checkpoints import open_checkpoint
+from suture.core.extras import check_installed
 from suture.core.progress import Profile, bar
 from suture.errors import ConfigError
-from suture.evaluation import SplitInputs
+from suture.evaluation import Row, SplitInputs
 from suture.pipeline import config as configuration
 from suture.pipeline.context import Context
 from suture.pipeline.model_card import write_card
@@ -23,7 +24,7 @@ from suture.pipeline.models import Models, open_models
 from suture.pipeline.preflight import Preflight, preflight_of
 from suture.pipeline.repairs import fit
 from suture.pipeline.results import MergeResult
-from suture.pipeline.scoring import Scores, expert_matrix, score, score_model
+from suture.pipeline.scoring import Scores, expert_matrix, score_merge, score_model, score_references
 from suture.pipeline.settings import Settings
 from suture.repairs import (
     FINAL,
@@ -35,7 +36,13 @@ from suture.repairs import (
     unfoldable,
 )
 from suture.reporting import Report, write
-from suture.storage.atomic import new_directory, new_folder
+from suture.storage.atomic import new_directory
+
+Watch = Callable[[Row], None]
+
+
+def unwatched(row: Row) -> None:
+    """A `Watch` that does nothing."""
 
 
 @dataclass(frozen=True)
@@ -63,6 +70,8 @@ def run(config: Mapping[str, Any] | Sequence[str] | None = None, /, **keywords: 
     """
     config = configuration.composed(config, keywords)
     settings = Settings.from_config(config)
+    if not settings.dry_run:
+        check_installed("suture run")
     models = open_models(settings.pool, settings.threads)
     if settings.reuse and _is_finished(settings.output, config, models):
         return RunResult(settings.output, unchanged=True)
@@ -81,16 +90,21 @@ def run_settings(
     *,
     how: str = "",
     search: Mapping[str, Any] | None = None,
+    watch: Watch = unwatched,
 ) -> RunResult:
     """Merge one pool by one or several methods. The output folder appears when it is complete.
 
     `how` says how the knobs were chosen; `search` is the record of a search for them, as it is in report.json.
+    `watch` is called with each row of the table when it is known.
     """
     first, profile = runs[0], Profile()
     target = new_directory(first.output, overwrite=first.overwrite, inputs=_read_from(models, first))
     with target as folder, _encodings(folder) as encodings:
         context, inputs = prepare(first, models, folder, profile, encodings)
         merged, repairs = [], {}
+        scores = score_references(models, inputs, context, reuse=first.reuse) if first.tasks else Scores()
+        rows = list(scores.rows)
+        _tell(watch, rows)
         for settings in runs:
             part = folder if len(runs) == 1 else folder / "models" / settings.method.label
             own = replace(context, folder=part)
@@ -100,12 +114,13 @@ def run_settings(
             repairs[merged[-1].label] = fits
             folding = _save_repairs(fits, models, merged[-1], inputs, part)
             notes = [*notes, *folding]
+            if first.tasks:
+                rows += _tell(watch, score_merge(merged[-1], fits, models, inputs, own))
         warnings = [line for result in merged for line in result.warnings]
         warnings += [line for fits in repairs.values() for fitted in fits for line in fitted.warnings]
-        scores = score(models, merged, repairs, inputs, context, reuse=first.reuse) if first.tasks else Scores()
         report = Report(
             f"{', '.join(result.label for result in merged)} of {len(models.experts)} models",
-            scores.rows,
+            rows,
             scores.pretrained,
             scores.experts,
             config=config,
@@ -154,31 +169,6 @@ def merge_in_memory(settings: Settings) -> tuple[Models, MergeResult, list[Repai
         return models, merged, _fits(settings, models, merged, inputs, context)
 
 
-_REPAIRS = (("repair=final",), ("repair=deep", "repair.steps=200"))
-_DEMO: tuple[tuple[Sequence[str], Sequence[Sequence[str]]], ...] = (
-    (["method=simple_average"], []),
-    (["method=task_arithmetic"], []),
-    (["method=ties_merging"], _REPAIRS[:1]),
-    (["method=lw_adamerging", "method.schedule=fast", "method.max_steps=250"], _REPAIRS),
-)
-
-
-def demo(output: Path | str | None = None) -> RunResult:
-    """A run on the models that ship with suture: eight experts, merged, adapted and repaired."""
-    pools = ["modelpool=glyphs8", "taskpool=glyphs8", f"output={output or new_folder('demo')}"]
-    runs, configs = [], []
-    for words, repairs in _DEMO:
-        own = [configuration.compose([*words, *repair, *pools]) for repair in repairs or [()]]
-        several = [Settings.from_config(config) for config in own]
-        runs.append(replace(several[0], repairs=tuple(repair for each in several for repair in each.repairs)))
-        configs += own
-    models = open_models(runs[0].pool, runs[0].threads)
-    checked = preflight_of(models, runs[0])
-    checked.refuse()
-    groups = {group: [config[group] for config in configs] for group in ("method", "repair")}
-    return run_settings(runs, models, configs[0] | groups | {"command": "suture demo"}, checked.notes)
-
-
 def evaluate_pool(
     config: Mapping[str, Any] | Sequence[str] | None = None,
     /,
@@ -192,6 +182,7 @@ def evaluate_pool(
     The configuration is given as for `run`. With `matrix` every fine-tuned model is also scored on every task, and the
     report, with a heat map, is written if the configuration names an output folder.
     """
+    check_installed("suture evaluate")
     config = configuration.composed(config, keywords, method="simple_average")
     settings = Settings.from_config(config)
     if not settings.tasks:
@@ -204,7 +195,7 @@ def evaluate_pool(
     target = new_directory(settings.output, overwrite=settings.overwrite, inputs=inputs_of)
     with target if written else nullcontext() as folder:
         context, inputs = prepare(settings, models, folder or settings.output, Profile())
-        scores = score(models, [], {}, inputs, context)
+        scores = score_references(models, inputs, context)
         rows = [score_model(name, checkpoint, models, inputs, context) for name, checkpoint in one_more.items()]
         report = Report(
             "evaluation",
@@ -216,6 +207,12 @@ def evaluate_pool(
         if folder:
             write(report, folder)
     return report
+
+
+def _tell(watch: Watch, rows: list[Row]) -> list[Row]:
+    for row in rows:
+        watch(row)
+    return rows
 
 
 def _fits(

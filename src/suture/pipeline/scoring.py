@@ -27,29 +27,24 @@ class Scores:
     experts: Row | None = None
 
 
-def score(
-    models: Models,
-    merged: Sequence[MergeResult],
-    repairs: Mapping[str, Sequence[RepairResult]],
-    inputs: SplitInputs,
-    context: Context,
-    *,
-    reuse: bool = False,
-) -> Scores:
-    """Score every model of a run. `repairs`: label of a merge → its repairs.
-
-    With `reuse` the pretrained model and the experts are scored once in this process.
-    """
-    test = inputs["test"]
+def score_references(models: Models, inputs: SplitInputs, context: Context, *, reuse: bool = False) -> Scores:
+    """Score the pretrained model and the experts; with `reuse` once in this process."""
     with context.profile("evaluation"):
-        pretrained, experts = _references(models, test, context, reuse)
-        encoder, rows = models.new_encoder(context.device.device), []
-        for result in merged:
-            row = Row(result.label, {}, merge=result.label, learned=result.how, seconds=result.seconds)
-            rows.append(context.scorer.row(row, encoder.load(result.tensors), test))
-            for repair in repairs.get(result.label, ()):
-                rows += repair_rows(repair, result.label, list(models.experts), inputs, context)
-    return Scores([pretrained, *([experts] if experts else []), *rows], pretrained, experts)
+        pretrained, experts = _references(models, inputs["test"], context, reuse)
+    return Scores([pretrained, *([experts] if experts else [])], pretrained, experts)
+
+
+def score_merge(
+    result: MergeResult, repairs: Sequence[RepairResult], models: Models, inputs: SplitInputs, context: Context
+) -> list[Row]:
+    """Score a merged model, then each of its repairs."""
+    row = Row(result.label, {}, merge=result.label, learned=result.how, seconds=result.seconds)
+    with context.profile("evaluation"):
+        encoder = models.new_encoder(context.device.device)
+        rows = [context.scorer.row(row, encoder.load(result.tensors), inputs["test"])]
+        for repair in repairs:
+            rows += repair_rows(repair, result.label, list(models.experts), inputs, context)
+    return rows
 
 
 def score_model(name: str, model: Checkpoint, models: Models, inputs: SplitInputs, context: Context) -> Row:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from suture.checkpoints import allocate_checkpoint, open_checkpoint
+from suture.core.extras import check_installed
 from suture.core.progress import Profile, bar, untracked
 from suture.core.random import generator_for
 from suture.core.samplers import Interval, Kind, Point, Space, number_of_points, sampler
@@ -74,6 +75,7 @@ def search(
     The configuration is given as for `suture.run`. An interrupted search resumes with the same result. Raises
     `ConfigError` for an unknown knob or value, before any slow work.
     """
+    check_installed("suture search")
     composed = configuration.composed(config, keywords)
     space = {knob.removeprefix("method."): _values(knob, values) for knob, values in over.items()}
     return _Search(composed, space, sampler, trials, score, split, num_inputs).run()

@@ -6,6 +6,7 @@ from pathlib import Path
 from torch import nn
 
 from suture.checkpoints import Source
+from suture.core.extras import check_installed
 from suture.errors import ConfigError
 from suture.evaluation import TaskInputs
 from suture.reporting.comparison import compare
@@ -47,6 +48,7 @@ def report(
     >>> report({"identity": weights}, folder, tasks={"parity": data}, module=module).name
     'report.html'
     """
+    check_installed("suture report", modules=["vl_convert"])
     if not isinstance(results, Mapping):
         return compare([Path(run) for run in results], output, interactive=interactive)
     if not results:

@@ -8,6 +8,7 @@ import re
 from importlib.metadata import version
 from pathlib import Path
 
+from suture.core.extras import check_installed
 from suture.errors import OutputError
 from suture.reporting.chart import Chart
 from suture.storage.atomic import write_text
@@ -20,6 +21,7 @@ _ENTRY = "window.vegaEmbed = vegaEmbed;"
 
 def save(chart: Chart, stem: Path, model: str = "") -> Path:
     """Write STEM.svg and STEM.png, byte-identical for equal charts; returns the SVG's path."""
+    check_installed("a figure", modules=["vl_convert"])
     import vl_convert
 
     picture = _renumbered(vl_convert.vegalite_to_svg(chart.in_file(model), allowed_base_urls=[]))
@@ -37,6 +39,7 @@ def _renumbered(svg: str) -> str:
 
 def runtime() -> str:
     """The script that defines `vegaEmbed` (0.9 MB), bundled once and then read from the cache."""
+    check_installed("a page", modules=["vl_convert"])
     import vl_convert
 
     path = cache_directory() / f"vega-embed-{version('vl-convert-python')}.js"

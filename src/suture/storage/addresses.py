@@ -4,18 +4,31 @@
 'greek'
 """
 
+from functools import cache
+from importlib.util import find_spec
 from pathlib import Path, PurePosixPath
 
 from suture.errors import CheckpointError, ConfigError
 from suture.storage.cache import cache_directory
 
-ZOO = Path(__file__).parent.parent / "zoo"
 ZOO_ADDRESS = "zoo:"
-#: Every zoo by its name, and what it holds. One that does not ship is built in a checkout of the repository.
+#: Every zoo by its name, and what it holds.
 ZOOS = {
     "glyphs8": "a small CLIP and eight experts: seven tasks of rendered glyphs, one of handwriting",
     "real3": "three experts for real images: clothing, handwriting, photographs",
 }
+#: The zoos whose files are in the package suture-zoo. The others are built in a checkout of the repository.
+PACKED = ("glyphs8",)
+
+
+@cache
+def packed() -> Path | None:
+    """The folder of the package suture-zoo: installed, or beside this package in a checkout; None without it."""
+    spec = find_spec("suture_zoo")
+    if spec is not None and spec.submodule_search_locations:
+        return Path(spec.submodule_search_locations[0])
+    beside = Path(__file__).parents[3] / "packages" / "suture-zoo" / "src" / "suture_zoo"
+    return beside if beside.is_dir() else None
 
 
 def names() -> list[str]:
@@ -23,14 +36,22 @@ def names() -> list[str]:
     return [name for name in ZOOS if folder_of(name)]
 
 
-def how_to_build(name: str) -> str:
-    """The command that builds a zoo."""
+def how_to_get(name: str) -> str:
+    """The command that brings a zoo."""
+    if name in PACKED:
+        return "pip install 'suture[demo]', or pip install ./packages/suture-zoo in a checkout of suture's repository"
     return f"python -m tools.zoo build {name} in a checkout of suture's repository"
 
 
-def ships(name: str) -> bool:
-    """Whether the files of a zoo came with the package."""
-    return (ZOO / name / "experts").is_dir()
+def state(name: str) -> str:
+    """What a zoo has to be before it can be used."""
+    return "installed" if name in PACKED else "built"
+
+
+def installed(name: str) -> bool:
+    """Whether the files of a zoo are in the package suture-zoo, and it is there."""
+    folder = packed()
+    return folder is not None and (folder / name / "experts").is_dir()
 
 
 def home(name: str) -> Path:
@@ -39,8 +60,10 @@ def home(name: str) -> Path:
 
 
 def folder_of(name: str) -> Path | None:
-    """The folder of a zoo: in the package or else in suture's cache; None where there is none yet."""
-    return next((folder for folder in (ZOO / name, home(name)) if (folder / "experts").is_dir()), None)
+    """The folder of a zoo: in suture-zoo or else in suture's cache; None where there is none yet."""
+    if installed(name):
+        return Path(str(packed())) / name
+    return home(name) if (home(name) / "experts").is_dir() else None
 
 
 def zoo_path(address: str) -> Path:
@@ -54,7 +77,7 @@ def zoo_path(address: str) -> Path:
         raise ConfigError(f"{address!r}: there is no zoo {name!r}. Known: {', '.join(ZOOS)}.")
     path = folder_of(name)
     if path is None:
-        raise ConfigError(f"{address!r}: {name} is not built yet. Remedy: {how_to_build(name)}.")
+        raise ConfigError(f"{address!r}: {name} is not {state(name)} yet. Remedy: {how_to_get(name)}.")
     for part in parts:
         entries = sorted(entry.name for entry in path.iterdir()) if path.is_dir() else []
         if part not in entries:

@@ -1,10 +1,10 @@
-"""Models and data to start with: a zoo that ships with suture, and one that a checkout of its repository builds.
+"""Models and data to start with: a zoo in the package suture-zoo, and one that a checkout of the repository builds.
 
 >>> resolve("zoo:glyphs8/experts/greek").name
 'greek'
 """
 
-from suture.storage.addresses import ZOOS, folder_of, home, how_to_build, names, ships
+from suture.storage.addresses import ZOOS, folder_of, home, how_to_get, installed, names, state
 from suture.storage.addresses import zoo_path as resolve
 
 __all__ = ["home", "inventory", "names", "resolve"]
@@ -16,6 +16,6 @@ def inventory() -> dict[str, str]:
 
 
 def _whereabouts(name: str) -> str:
-    if ships(name):
-        return "ships with suture"
-    return f"built in {home(name)}" if folder_of(name) else f"not built ({how_to_build(name)})"
+    if installed(name):
+        return "installed"
+    return f"built in {home(name)}" if folder_of(name) else f"not {state(name)} ({how_to_get(name)})"

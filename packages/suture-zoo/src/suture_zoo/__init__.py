@@ -1,0 +1,1 @@
+"""The example models and data of suture; `suture.zoo` reads them."""
