@@ -119,3 +119,14 @@ def test_every_pairing_of_forms_merges_to_the_same(architecture, pairing, tmp_pa
     assert all(names & found.keys() for names in storages.values())  # a folder leaves out some names of a tie
     for name in set.union(*storages.values()) & found.keys():
         torch.testing.assert_close(found[name], wanted[name], msg=name)
+
+
+def test_the_file_names_of_vision_language_models_are_those_in_memory():
+    names = {"language_model.model.norm.weight": "model.language_model.norm.weight"}
+    names |= {"language_model.lm_head.weight": "lm_head.weight", "vision_tower.a.weight": "model.vision_tower.a.weight"}
+    older = {"visual.a.weight": "model.visual.a.weight", "model.norm.weight": "model.language_model.norm.weight"}
+    for table in (names, older | {"lm_head.weight": "lm_head.weight"}):
+        values = {name: torch.full((2,), float(i)) for i, name in enumerate(table)}
+        in_memory = {table[name]: tensor for name, tensor in values.items()}
+        merged = suture.merge(in_memory, {"m": values}, "simple_average")
+        assert all(torch.equal(merged[name], tensor) for name, tensor in in_memory.items())

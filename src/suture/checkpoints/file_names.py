@@ -2,14 +2,12 @@
 
 import re
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from suture.checkpoints.checkpoint import Checkpoint, Entry, TensorSpec
-from suture.checkpoints.json_files import model_config
 
 _NUMBER = r"(\d+)"
 
@@ -21,16 +19,43 @@ class Fusion(NamedTuple):
     target: str
 
 
-def in_memory(checkpoint: Checkpoint, directory: Path) -> Checkpoint | None:
+class Rules(NamedTuple):
+    """Renamings, each a pattern and what stands in its place, and then fusions."""
+
+    renamings: Sequence[tuple[str, str]]
+    fusions: Sequence[Fusion] = ()
+
+
+#: Architectures, or what several of them share, and what transformers changes as it loads their files.
+RULES: dict[str, Rules] = {
+    "experts": Rules(
+        [(r"\.block_sparse_moe\.", ".mlp.")],
+        [
+            Fusion([".experts.*.w1.weight", ".experts.*.w3.weight"], ".experts.gate_up_proj"),
+            Fusion([".experts.*.w2.weight"], ".experts.down_proj"),
+            Fusion([".experts.*.gate_proj.weight", ".experts.*.up_proj.weight"], ".experts.gate_up_proj"),
+            Fusion([".experts.*.down_proj.weight"], ".experts.down_proj"),
+        ],
+    ),
+    "llava": Rules(
+        [
+            (r"^language_model\.lm_head", "lm_head"),
+            (r"^language_model\.model", "model.language_model"),
+            (r"^language_model", "model.language_model"),
+            (r"^vision_tower", "model.vision_tower"),
+            (r"^multi_modal_projector", "model.multi_modal_projector"),
+        ]
+    ),
+    "qwen2_vl": Rules([(r"^visual", "model.visual"), (r"^model(?!\.(language_model|visual))", "model.language_model")]),
+}
+
+
+def in_memory(checkpoint: Checkpoint, kind: str) -> Checkpoint | None:
     """A checkpoint under the names that transformers gives its tensors in memory; None where these are the file's.
 
-    `directory` has the config.json that names the architecture. Experts that lie one by one in the file are fused slice
-    by slice, when they are read.
+    `kind` is one of `RULES`. Experts that lie one by one in the file are fused slice by slice, when they are read.
     """
-    rules = _rules(directory)
-    if rules is None:
-        return None
-    renamings, fusions = rules
+    renamings, fusions = RULES[kind]
     names = {_renamed(name, renamings): name for name in checkpoint}
     if len(names) != len(checkpoint):
         return None
@@ -45,28 +70,6 @@ def in_memory(checkpoint: Checkpoint, directory: Path) -> Checkpoint | None:
     if not fused and all(new == old for new, old in names.items()):
         return None
     return renamed.select({name: name for name in renamed if name not in taken}).extended(fused)
-
-
-def _rules(directory: Path) -> tuple[list[tuple[str, str]], list[Fusion]] | None:
-    """Renamings and fusions that transformers makes for an architecture as it loads a file."""
-    kind = model_config(directory).get("model_type")
-    if not isinstance(kind, str):
-        return None
-    try:
-        from transformers.conversion_mapping import get_checkpoint_conversion_mapping
-
-        rules = get_checkpoint_conversion_mapping(kind)
-    except ImportError:  # versions of transformers without this table
-        return None
-    renamings, fusions = [], []
-    for rule in rules or ():
-        operations = [type(each).__name__ for each in getattr(rule, "operations", ())]
-        sources, targets = list(rule.source_patterns), list(rule.target_patterns)
-        if not operations and len(sources) == len(targets) == 1:
-            renamings.append((sources[0], targets[0]))
-        elif operations in (["MergeModulelist"], ["MergeModulelist", "Concatenate"]) and len(targets) == 1:
-            fusions.append(Fusion(sources, targets[0]))
-    return renamings, fusions
 
 
 def _renamed(name: str, renamings: Sequence[tuple[str, str]]) -> str:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import torch
 
 from suture.checkpoints.checkpoint import Checkpoint
-from suture.checkpoints.file_names import in_memory
+from suture.checkpoints.file_names import RULES, in_memory
 from suture.checkpoints.spellings import common_prefix
 from suture.errors import shown
 
@@ -45,17 +45,16 @@ def _match_files(found: Matched) -> None:
     """Bring those that have the names of files to the names of the model in memory, where the others have these."""
     if all(_names(model) == _names(found.base) for model in found.models.values()):
         return
-    directories = [each.directory for each in (found.base, *found.models.values()) if each.directory is not None]
     for label, model in found.models.items():
         if not _distance(found.base, model):
             continue
-        for directory in dict.fromkeys(directories):
-            converted = in_memory(model, directory)
+        for kind in RULES:
+            converted = in_memory(model, kind)
             if converted is not None and _distance(found.base, converted) < _distance(found.base, model):
                 found.models[label] = converted
                 found.notes.append(f"'{label}' has the names of a file, read under those of the model in memory.")
                 break
-            whole = in_memory(found.base, directory)
+            whole = in_memory(found.base, kind)
             if whole is not None and _distance(whole, model) < _distance(found.base, model):
                 found.base = whole
                 found.notes.append("The base has the names of a file, read under those of the model in memory.")
