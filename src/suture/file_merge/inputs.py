@@ -13,6 +13,7 @@ from suture.checkpoints import Checkpoint, content_hash, open_checkpoint, open_f
 from suture.checkpoints.adapters import is_adapter, untied
 from suture.checkpoints.matching import matched
 from suture.errors import PRETRAINED, IncompatibleModels, SutureError, refusal
+from suture.file_merge.mergekit.chat_template import template_notes
 from suture.file_merge.options import MergeOptions
 from suture.file_merge.vocabulary import fit
 from suture.merging.compatibility import compatibility
@@ -117,7 +118,7 @@ def open_inputs(options: MergeOptions) -> Inputs:
     fitted = fit(found.base, chosen.models, options.vocabulary)
     apart = {"tie_word_embeddings": False} if base is not tied else {}
     config = None if config is None else {**_plain_weights(config, opened), **apart, **fitted.config}
-    notes = [*_read_as(opened), *found.notes]
+    notes = [*_read_as(opened), *found.notes, *template_notes(opened)]
     if base is not tied:
         notes.append("An adapter changes one name of a tied tensor alone, so the result has both, not tied.")
     inputs = Inputs(
