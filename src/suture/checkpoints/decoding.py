@@ -352,9 +352,8 @@ def _compressed(name: str, stored: Stored) -> Decoded | None:
     groups = grid.shape[1]
     bits, width = 32 // per, shape[1] // groups
     zero = f"{weight}_zero_point" if f"{weight}_zero_point" in stored.entries else None
-    if f"{weight}_g_idx" in stored.entries or (
-        zero and stored.spec(zero).shape != (-(-shape[0] // per), grid.shape[1])
-    ):
+    fits = zero is None or stored.entries[zero].spec.shape == (-(-shape[0] // per), groups)
+    if f"{weight}_g_idx" in stored.entries or not fits:
         raise refusal(stored.where, f"has an order of inputs or zeros for '{shown(weight)}' that are not read", _PLAIN)
     shifts = _shifts(bits, False)
 

@@ -6,7 +6,7 @@ What differs all the same is said in `notes` and in docs/merging-files.md. What 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 from suture.checkpoints import Checkpoint, open_checkpoint, open_fine_tuned
 from suture.errors import ConfigError, shown, unknown_name
@@ -59,13 +59,11 @@ def translate(path: str | Path, content: Mapping[str, Any] | None = None) -> Tra
 
     `content` is one of several documents in the file, which are otherwise refused here.
     """
-    if content is None:
-        content, *more = load_yaml(Path(path))
-        if more:
-            raise ConfigError(
-                f"'{path}' holds {len(more) + 1} documents. Remedy: suture merge mergekit={path} output=…."
-            )
-    content = _with_paths(content)
+    documents = load_yaml(Path(path)) if content is None else [content]
+    if len(documents) > 1:
+        remedy = f"suture merge mergekit={path} output=…"
+        raise ConfigError(f"'{path}' holds {len(documents)} documents. Remedy: {remedy}.")
+    content = cast("dict[str, Any]", _with_paths(documents[0]))
     _check_keys("key", content, _TOP)
     for key in _TEXTS:
         if not isinstance(content.get(key), str | None):
@@ -168,7 +166,7 @@ def _check_parameters(content: Mapping[str, Any], method: Method, where: str) ->
 
 
 def _unread(method: Method) -> set[str]:
-    return set(_CARRIED_ALONG) - set(method.parameters)
+    return {name for name in _CARRIED_ALONG if name not in method.parameters}
 
 
 def _ignored(content: Any, method: Method) -> set[str]:
