@@ -1,12 +1,14 @@
 """Merge sharded checkpoints of 1.1 B parameters in bf16: suture against plain reading and writing, and mergekit.
 
     python benchmarks/merge_files.py [--folder DIR] [--repeats 3] [--cold] [--mergekit PYTHON] [--layers 22]
+        [--form FORM]
 
 A base and two fine-tunes of TinyLlama's shape (2.2 GB each, random weights) are made on the spot and removed
 afterwards. "Plain" reads every byte of the inputs once and writes as many as the result has, and waits for the disk.
 Every measurement is a process of its own: wall time of the work (imports excluded; mergekit's command includes its own)
 and the peak of its anonymous memory above what the imports took. Files are read from the page cache, or with --cold
-from the disk. --mergekit names a Python that has mergekit 0.1.5.
+from the disk. --mergekit names a Python that has mergekit 0.1.5. --form stores the same weights otherwise: fp8 codes
+with a scale for each block of 128 × 128, as DeepSeek's, or experts, eight of them fused in one tensor.
 """
 
 import argparse
@@ -47,8 +49,8 @@ METHODS = {
 MERGEKIT = {"linear": "", "task_arithmetic": "", "ties": "      density: 0.2\n", "dare_linear": "      density: 0.5\n"}
 
 
-def shapes(layers: int) -> dict[str, tuple[int, ...]]:
-    """The tensors of a Llama."""
+def shapes(layers: int, form: str = "dense") -> dict[str, tuple[int, ...]]:
+    """The tensors of a Llama; with fused experts, eight that share the width of its feed-forward layers."""
     hidden, inner, keys = 2048, 5632, 256
     found = {"model.embed_tokens.weight": (32000, hidden)}
     for i in range(layers):
@@ -56,32 +58,47 @@ def shapes(layers: int) -> dict[str, tuple[int, ...]]:
         found |= {f"{prefix}.{n}.weight": (hidden,) for n in ("input_layernorm", "post_attention_layernorm")}
         rows = {"q_proj": hidden, "k_proj": keys, "v_proj": keys, "o_proj": hidden}
         found |= {f"{prefix}.self_attn.{n}.weight": (size, hidden) for n, size in rows.items()}
+        if form == "experts":
+            found[f"{prefix}.mlp.experts.gate_up_proj"] = (8, inner // 4, hidden)
+            found[f"{prefix}.mlp.experts.down_proj"] = (8, hidden, inner // 8)
+            continue
         found |= {f"{prefix}.mlp.{n}.weight": (inner, hidden) for n in ("gate_proj", "up_proj")}
         found |= {f"{prefix}.mlp.down_proj.weight": (hidden, inner)}
     return found | {"model.norm.weight": (hidden,), "lm_head.weight": (32000, hidden)}
 
 
-def make(folder: Path, layers: int) -> None:
+def stored(name: str, weight: torch.Tensor, form: str) -> dict[str, torch.Tensor]:
+    """A weight as it is in a file: bf16, or fp8 codes with a scale for each block."""
+    if form != "fp8" or ".layers." not in name or weight.dim() < 2:
+        return {name: weight.bfloat16()}
+    blocks = weight.unflatten(0, (-1, 128)).unflatten(2, (-1, 128))
+    scales = blocks.abs().amax((1, 3)) / 448
+    codes = (blocks / scales[:, None, :, None]).view(weight.shape).to(torch.float8_e4m3fn)
+    return {name: codes, f"{name}_scale_inv": scales}
+
+
+def make(folder: Path, layers: int, form: str = "dense") -> None:
     """A base and two fine-tunes, in shards with an index."""
     generator = torch.Generator().manual_seed(0)
     shards: list[dict[str, tuple[int, ...]]] = [{}]
-    for name, shape in shapes(layers).items():
+    for name, shape in shapes(layers, form).items():
         if 2 * sum(math.prod(shape) for shape in shards[-1].values()) > SHARD:
             shards.append({})
         shards[-1][name] = shape
-    models = ("base", "one", "two")
+    models, tensors = ("base", "one", "two"), {}
     for model in models:
         (folder / model).mkdir()
         (folder / model / "config.json").write_text(json.dumps({**CONFIG, "num_hidden_layers": layers}))
     weight_map = {}
     for i, names in enumerate(shards, start=1):
         file = f"model-{i:05d}-of-{len(shards):05d}.safetensors"
-        weight_map |= dict.fromkeys(names, file)
         base = {name: 0.02 * torch.randn(shape, generator=generator) for name, shape in names.items()}
         for model in models:
             scale = 0.0 if model == "base" else 1e-3
             noisy = lambda w, scale=scale: (w + scale * torch.randn(w.shape, generator=generator)) if scale else w
-            save_file({n: noisy(w).bfloat16() for n, w in base.items()}, folder / model / file, {"format": "pt"})
+            tensors = {k: t for n, w in base.items() for k, t in stored(n, noisy(w), form).items()}
+            save_file(tensors, folder / model / file, {"format": "pt"})
+        weight_map |= dict.fromkeys(tensors, file)
     for model in models:
         index = {"metadata": {}, "weight_map": weight_map}
         (folder / model / "model.safetensors.index.json").write_text(json.dumps(index))
@@ -165,6 +182,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--layers", type=int, default=22)
+    parser.add_argument("--form", choices=["dense", "fp8", "experts"], default="dense")
     parser.add_argument("--cold", action="store_true")
     parser.add_argument("--mergekit")
     parser.add_argument("--only", help="measure only what has this in its name, beside plain")
@@ -179,7 +197,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=options.folder) as outer:
         folder = Path(outer) / "models"
         folder.mkdir()
-        make(folder, options.layers)
+        make(folder, options.layers, options.form)
         compare(folder, options)
 
 

@@ -34,9 +34,10 @@ _WIDER = "choose a wider dtype or smaller coefficients, or allow it by name with
 
 @dataclass
 class Job:
-    """One merge of files by one process: its options, and what is opened for it when it is asked for."""
+    """One merge of files by one process: its options, what is opened for it when it is asked for, and notes on it."""
 
     options: MergeOptions
+    notes: list[str] = field(default_factory=list)
     _digests: dict[str, Digests] = field(default_factory=dict)
 
     @cached_property
@@ -50,7 +51,7 @@ class Job:
         options = self.options
         count = len(self.inputs.models)
         threads, chunk = chunk_for(options.memory, options.method, count, options.threads, options.device)
-        return TaskVectors(self.inputs.base, self.inputs.models, options.frozen, threads, chunk, options.device)
+        return TaskVectors(self.inputs.base, self.inputs.models, self.inputs.frozen, threads, chunk, options.device)
 
     @cached_property
     def knobs(self) -> TensorKnobs:
@@ -127,8 +128,8 @@ class Job:
         paths = {name: str(source) for name, source in options.models.items()}
         if options.after:
             raise ConfigError("method.after is not for adapters. Remedy: give base=PATH, for a whole model.")
-        choices = {"rank": options.rank, "overwrite": options.overwrite}
-        merge_adapters(paths, options.method, options.knobs, options.output, **choices)
+        choices = {"rank": options.rank, "space": options.space, "overwrite": options.overwrite}
+        self.notes += merge_adapters(paths, options.method, options.knobs, options.output, **choices)
         return True
 
     def share(self) -> list[str]:

@@ -16,6 +16,7 @@ from suture.merging.methods.ties_merging import as_merged, settle
 from suture.merging.overflow import refuse_overflow
 from suture.merging.registry import MergeMethod, get_method
 from suture.merging.roles import MatrixOptions, Role
+from suture.merging.selection import Selection
 from suture.merging.streams import DeltaStream
 from suture.merging.task_vectors import Piece, TaskVectors, Votes, matrix_memory, most_at_once, open_task_vectors
 from suture.merging.wrapping import After, Wrapped, Wrapping, chosen_wrappers
@@ -32,6 +33,10 @@ def merge(
     mixed_dtypes: bool = False,
     threads: int = 0,
     after: After = None,
+    frozen: Sequence[str] = (),
+    keep: Sequence[str] = (),
+    only: Sequence[str] = (),
+    key: str | None = None,
     **knobs: Any,
 ) -> dict[str, Tensor]:
     """Merge fine-tuned models into one mapping name → tensor.
@@ -41,6 +46,10 @@ def merge(
     arithmetic is in float32 (float64 for float64 tensors). Tied names share one tensor. `after` names wrappers that
     change the update before it is added to the base, in their order: `["svc", "lines"]`, or with their knobs
     `{"svc": {"alpha": 0.2}}`.
+
+    Names or patterns choose tensors: those of `frozen` stay at the base; those of `keep` do where some model lacks them
+    or has them in another shape; with `only`, nothing else is merged. `key` chooses one of several models in a PyTorch
+    file, such as params_ema.
 
     `out` may hold tensors to write into, such as those of a memory-mapped file; then nothing of the size of a model is
     allocated. Raises `ConfigError` for an unknown method or value, and `IncompatibleModels` for models that do not fit
@@ -53,8 +62,9 @@ def merge(
     """
     chosen, wrapped = get_method(method), chosen_wrappers(after)
     knobs = chosen.knobs.validate(knobs)
-    frozen = knobs.get("remove_keys", ())
-    vectors = open_task_vectors(base, models, frozen=frozen, mixed_dtypes=mixed_dtypes, threads=threads)
+    choice = {"selection": Selection(frozen, keep, only), "key": key}
+    left_out = knobs.get("remove_keys", ())
+    vectors = open_task_vectors(base, models, frozen=left_out, mixed_dtypes=mixed_dtypes, threads=threads, **choice)
     return merge_task_vectors(vectors, chosen, knobs, out, wrapped)
 
 

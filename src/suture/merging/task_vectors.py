@@ -21,6 +21,7 @@ from suture.merging.counter_random import SlicePosition, draw_names
 from suture.merging.order_statistic import kth_memory
 from suture.merging.registry import MergeMethod
 from suture.merging.roles import Role, Roles
+from suture.merging.selection import Selection, select
 from suture.merging.streams import BLOCK
 
 _CHUNK = 1 << 17  # entries of one model handled at once: the chunks of all models together fit in the cache
@@ -255,10 +256,16 @@ def open_task_vectors(
     frozen: Sequence[str] = (),
     mixed_dtypes: bool = False,
     threads: int = 0,
+    selection: Selection | None = None,
+    key: str | None = None,
 ) -> TaskVectors:
     """The opened models; raises `IncompatibleModels` if their headers show that they do not fit together."""
     module = base if isinstance(base, nn.Module) else None
-    vectors = TaskVectors(*open_models(base, models), frozen, threads, module=module)
+    opened, tuned = open_models(base, models, key)
+    if selection:
+        tuned, more = select(opened, tuned, selection)
+        frozen = (*frozen, *more)
+    vectors = TaskVectors(opened, tuned, frozen, threads, module=module)
     problems = compatibility(vectors.base, vectors.models, frozen=frozen, mixed_dtypes=mixed_dtypes)
     if problems:
         more = f" (and {len(problems) - 1} more; `suture check` lists them)" if len(problems) > 1 else ""

@@ -14,9 +14,14 @@ from suture.tasks.class_names import plain
 _TASK_KEYS = {*(key.name for key in fields(Task)), "folders"} - {"name"}
 
 
+_CHOICES = ("frozen", "keep", "only")
+
+
 @dataclass(frozen=True)
 class ModelPool:
-    """The models of one merge. `frozen` tensors stay at the base; `mixed_dtypes` allows dtypes other than the base's.
+    """The models of one merge; `mixed_dtypes` allows dtypes other than the base's.
+
+    `frozen`, `keep` and `only` are names or patterns of tensors, as in `suture.merge`.
 
     `settings` are the family's own keys. In a pool's YAML, relative paths start from the folder `root`.
     """
@@ -25,6 +30,8 @@ class ModelPool:
     models: Mapping[str, Source]
     family: str = "clip"
     frozen: tuple[str, ...] = ()
+    keep: tuple[str, ...] = ()
+    only: tuple[str, ...] = ()
     mixed_dtypes: bool = False
     settings: Mapping[str, Any] = field(default_factory=dict)
 
@@ -32,7 +39,7 @@ class ModelPool:
     def from_config(cls, config: Mapping[str, Any]) -> "ModelPool":
         """Read a pool's YAML; raises `ConfigError` for a missing `_pretrained_`, no models, or an unknown key."""
         own = family(config.get("family", "clip")).known_settings
-        _refuse_unknown("modelpool", config, {"family", "models", "frozen", "mixed_dtypes", "root", *own})
+        _refuse_unknown("modelpool", config, {"family", "models", *_CHOICES, "mixed_dtypes", "root", *own})
         config = {key: _under(config.get("root"), value) for key, value in config.items()}
         models = _mapping("modelpool.models", config.get("models"))
         if PRETRAINED not in models:
@@ -47,7 +54,8 @@ class ModelPool:
             )
         options = {key: config[key] for key in ("family", "mixed_dtypes") if key in config}
         settings = {key: config[key] for key in own if config.get(key) is not None}
-        return cls(base, models, frozen=tuple(config.get("frozen") or ()), settings=settings, **options)
+        options |= {key: tuple(config.get(key) or ()) for key in _CHOICES}
+        return cls(base, models, settings=settings, **options)
 
 
 @dataclass(frozen=True)

@@ -107,12 +107,13 @@ def preflight_of(models: Models, settings: Settings) -> Preflight:
         method.static,
         settings.taskpool,
         knobs=method.knobs,
-        frozen=(*settings.pool.frozen, *method.frozen),
+        frozen=(*models.pool.frozen, *method.frozen),
         mixed_dtypes=settings.pool.mixed_dtypes,
         output=settings.output,
         bytes_written=sum(spec.nbytes for spec in models.whole_base.specs.values()),
         threads=settings.threads,
     )
+    checked.notes += models.notes
     checked.problems[:0] = dict.fromkeys(line for task in settings.tasks for line in models.family.problems(task))
     if not models.base.specs:
         first, kind = next(iter(models.whole_base), "no tensor"), models.family.name
