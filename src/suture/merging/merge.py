@@ -12,15 +12,18 @@ from torch import Tensor
 
 from suture.checkpoints import Source
 from suture.errors import ConfigError, IncompatibleModels
+from suture.merging.compiled import COMPILED, Slices
+from suture.merging.compiled.methods import Merged
 from suture.merging.methods.ties_merging import as_merged, settle
 from suture.merging.overflow import refuse_overflow
 from suture.merging.registry import MergeMethod, get_method
 from suture.merging.roles import MatrixOptions, Role
 from suture.merging.streams import DeltaStream
-from suture.merging.task_vectors import Piece, TaskVectors, matrix_memory, open_task_vectors
+from suture.merging.task_vectors import Piece, TaskVectors, matrix_memory, open_task_vectors, widened
 from suture.merging.wrapping import After, Wrapped, Wrapping, chosen_wrappers
 
 T = TypeVar("T")
+_IN_FLIGHT = 3  # tensors beyond one for each thread, of which small ones are soon done
 
 
 def merge(
@@ -134,7 +137,9 @@ class Merging:
         """`function` of every tensor, as it comes: matrices side by side, each on one thread; others on all threads."""
         matrices = sorted(filter(self._is_matrix, names), key=lambda name: (-self.vectors.specs[name].numel, name))
         yield from self.vectors.side_by_side(matrices, function, self.needs, self.memory)
-        yield from map(function, [name for name in names if not self._is_matrix(name)])
+        others = [name for name in names if not self._is_matrix(name)]
+        searched = self.method.gather is not None and self.statistic is None
+        yield from self.vectors.overlapping(others, function, 1 if searched else _IN_FLIGHT)
 
     def whole_model(self) -> bool:
         """Whether the method must see the whole model before it merges a tensor."""
@@ -214,8 +219,12 @@ class Merging:
     def _merge(self, pieces: Sequence[Piece], *statistic: Any) -> None:
         method, name = self.method, pieces[0].name
         knobs, width = self.knobs_of(name), self.vectors.row_width(name)
+        compiled = self._compiled(name, statistic[0] if statistic else None)
 
-        def merge_piece(piece: Piece, base: Tensor, rows: Tensor) -> None:
+        def merge_piece(piece: Piece, stored: Tensor, models: Sequence[Tensor]) -> None:
+            if (found := compiled(piece, stored, models)) is not None:
+                return self.write(piece, found.merged)
+            base, rows = widened(stored, models, method.operand, self.vectors.device)
             self._check(piece, base, rows)
             position = {"position": self.vectors.position(piece)} if method.takes_position else {}
             if method.whole_rows:
@@ -224,7 +233,20 @@ class Merging:
             merged = method.function(origin, rows, *statistic, **position, **knobs)
             self.write(piece, self._as_update(merged, base).reshape(-1))
 
-        self.vectors.each_of(pieces, merge_piece, method.operand, device=self.vectors.device)
+        self.vectors.each_stored(pieces, merge_piece)
+
+    def _compiled(self, name: str, statistic: Any) -> Callable[[Piece, Tensor, Sequence[Tensor]], Merged | None]:
+        """The compiled loop of the method for slices of a tensor; it returns None where the plain path has to do it."""
+        loop, module = COMPILED.get(self.method.name), self.vectors.loops
+        if self.update or module is None or loop is None:
+            return lambda piece, base, models: None
+        knobs = {**self.method.knobs.defaults, **self.knobs_of(name)}
+
+        def merge_piece(piece: Piece, base: Tensor, models: Sequence[Tensor]) -> Merged | None:
+            slices = Slices.of(base, models)
+            return slices and loop(module, slices, statistic, self.vectors.position(piece), knobs)
+
+        return merge_piece
 
     def _origin(self, base: Tensor) -> Tensor:
         """The tensor that task vectors are added to: zeros where only the update is wanted."""
@@ -266,17 +288,23 @@ class Merging:
         waiting: list[Piece] = []
         merge_and_vote = self.method.vote
         assert merge_and_vote is not None
+        compiled = self._compiled(pieces[0].name, statistic)
 
-        def merge_piece(piece: Piece, base: Tensor, deltas: Tensor) -> None:
+        def plainly(piece: Piece, stored: Tensor, models: Sequence[Tensor]) -> Merged:
+            base, deltas = widened(stored, models, device=self.vectors.device)
             self._check(piece, base, deltas)
             merged, votes, cancelled = merge_and_vote(self._origin(base), deltas, statistic, **knobs)
-            self.write(piece, merged)
+            return Merged(merged, votes, cancelled is not None)
+
+        def merge_piece(piece: Piece, stored: Tensor, models: Sequence[Tensor]) -> None:
+            found = compiled(piece, stored, models) or plainly(piece, stored, models)
+            self.write(piece, found.merged)
             with lock:
-                counts.append(votes)
-                if cancelled is not None:
+                counts.append(found.votes)
+                if found.cancelled:
                     waiting.append(piece)
 
-        self.vectors.each_of(pieces, merge_piece, device=self.vectors.device)
+        self.vectors.each_stored(pieces, merge_piece)
         return Votes(sum(counts), sorted(waiting))
 
     def _check(self, piece: Piece, base: Tensor, rows: Tensor) -> None:

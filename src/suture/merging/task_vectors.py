@@ -2,12 +2,13 @@
 
 import math
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property, reduce
-from typing import NamedTuple, TypeVar
+from itertools import chain, groupby
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -17,11 +18,13 @@ from torch import Tensor, nn
 from suture.checkpoints import Checkpoint, Parts, Source, TensorSpec
 from suture.errors import ConfigError, IncompatibleModels
 from suture.merging.compatibility import compatibility, merged_names, open_models
+from suture.merging.compiled.loading import compiled_loops, worth_it
+from suture.merging.compiled.slices import Slices
 from suture.merging.counter_random import SlicePosition, draw_names
 from suture.merging.order_statistic import kth_memory
 from suture.merging.registry import MergeMethod
 from suture.merging.roles import Role, Roles
-from suture.merging.streams import BLOCK
+from suture.merging.streams import BLOCK, CompiledTally, Tally
 
 _CHUNK = 1 << 17  # entries of one model handled at once: the chunks of all models together fit in the cache
 _DEVICE_CHUNK = 1 << 21  # on a device, calls cost more than a cache saves
@@ -33,6 +36,7 @@ _THREAD = threading.local()
 T = TypeVar("T")
 Flat = Tensor | Parts
 Work = Callable[["Piece", Tensor, Tensor], None]
+Stored = Callable[["Piece", Tensor, Sequence[Tensor]], None]
 
 
 class Piece(NamedTuple):
@@ -92,29 +96,51 @@ class TaskVectors:
         base: (chunk,); rows: (task, chunk), the task vectors, or the models' own weights if `operand` is "models". With
         `rows` slices are whole rows of a matrix, whose first axis is the tensor's.
         """
-        for name in names:
-            self.each_of(self.pieces(name, rows=rows), function, operand)
+        pieces = chain.from_iterable(self.pieces(name, rows=rows) for name in names)
+        self.each_of(pieces, function, operand)
 
-    def each_of(self, pieces: Sequence[Piece], function: Work, operand: str = "deltas", *, device: str = "cpu") -> None:
-        """As `each_piece`, for some pieces of one tensor, with base and rows on a device."""
-        if not pieces:
-            return
-        base, models = self.flat(pieces[0].name)
-        waiting, lock = iter(pieces), threading.Lock()
+    def each_of(self, pieces: Iterable[Piece], function: Work, operand: str = "deltas", *, device: str = "cpu") -> None:
+        """As `each_piece`, for some pieces, with base and rows on a device."""
+        self.each_stored(pieces, lambda piece, base, models: function(piece, *widened(base, models, operand, device)))
+
+    def each_stored(self, pieces: Iterable[Piece], function: Stored) -> None:
+        """Call `function(piece, base, models)` on every piece, on several threads, in no particular order.
+
+        base: (entries,) and models: (entries,) of each, in the dtypes in which they are stored. The threads take the
+        pieces of all tensors from one queue, so that none waits at the end of a tensor.
+        """
+        pieces = pieces if isinstance(pieces, Sequence) else iter(pieces)
+        waiting, lock = self._opened(pieces), threading.Lock()
 
         def work(_: int) -> None:
             while True:
                 with lock:
-                    piece = next(waiting, None)
-                if piece is None:
+                    found = next(waiting, None)
+                if found is None:
                     return
-                function(piece, *_rows(piece, base, models, operand, device))
+                piece, base, models = found
+                part = slice(piece.start, piece.stop)
+                function(piece, base[part], [model[part] for model in models])
 
         if getattr(_THREAD, "is_worker", False):  # which waits for no other
             return work(0)
+        threads = self.number_of_threads
         with self.workers() as pool:
-            for _ in pool.map(work, range(min(self.number_of_threads, len(pieces)))):
+            for _ in pool.map(work, range(min(threads, len(pieces)) if isinstance(pieces, Sequence) else threads)):
                 pass
+
+    def _opened(self, pieces: Iterable[Piece]) -> Iterator[tuple[Piece, Flat, list[Flat]]]:
+        """Each piece with its tensor of the base and of every model, which are opened once for neighbouring pieces."""
+        for name, group in groupby(pieces, key=lambda piece: piece.name):
+            base, models = self.flat(name)
+            for piece in group:
+                yield piece, base, models
+
+    @cached_property
+    def loops(self) -> Any:
+        """The compiled loops, if they are installed and the models are large enough; else None."""
+        entries = sum(self.base.specs[name].numel for name in self.names) * len(self.models)
+        return compiled_loops() if self.device == "cpu" and worth_it(entries) else None
 
     def side_by_side(
         self, items: Sequence[str], function: Callable[[str], T], needs: Callable[[str], int], memory: float
@@ -131,6 +157,17 @@ class TaskVectors:
                 with ThreadPoolExecutor(1, initializer=_begin_worker) as one:
                     yield from one.map(function, large)
             yield from pool.map(function, [item for item in items if needs(item) <= room])
+
+    def overlapping(self, items: Sequence[str], function: Callable[[str], T], more: int) -> Iterator[T]:
+        """`function` of every item, in order; with `more` than one, the next ones begin before one is done.
+
+        The pieces of all that have begun are in one queue, so no thread waits at the end of an item.
+        """
+        if more == 1 or len(items) < 2:
+            yield from map(function, items)
+            return
+        with self.workers(), ThreadPoolExecutor(self.number_of_threads + more) as coordinators:
+            yield from coordinators.map(function, items)
 
     @contextmanager
     def workers(self) -> Iterator[ThreadPoolExecutor]:
@@ -165,7 +202,9 @@ class TaskVectors:
 
     def read(self, piece: Piece, operand: str = "deltas", *, device: str = "cpu") -> tuple[Tensor, Tensor]:
         """Base (entries,) and rows (task, entries) of one piece."""
-        return _rows(piece, *self.flat(piece.name), operand, device)
+        base, models = self.flat(piece.name)
+        part = slice(piece.start, piece.stop)
+        return widened(base[part], [model[part] for model in models], operand, device)
 
     def position(self, piece: Piece) -> SlicePosition:
         """The position that determines the random numbers of a slice."""
@@ -207,9 +246,17 @@ class RowStream:
 
         self.vectors.each_piece(self.names, work, self.operand, rows=self.rows)
 
-    def tally(self, function: Callable[[Tensor, Tensor], None], totals: Sequence[np.ndarray]) -> None:
+    def tally(self, function: Tally, totals: Sequence[np.ndarray]) -> None:
         """As `each`, for a function that only adds to `totals`: integer arrays that are zero before the call."""
-        self.each(function)
+        if self.vectors.loops is None or not isinstance(function, CompiledTally):
+            return self.each(function)
+
+        def work(piece: Piece, base: Tensor, models: Sequence[Tensor]) -> None:
+            slices = Slices.of(base, models)
+            if slices is None or not function.count(self.vectors.loops, slices, self.operand == "deltas"):
+                function(*widened(base, models, self.operand))
+
+        self.vectors.each_stored(chain.from_iterable(map(self.vectors.pieces, self.names)), work)
 
     def sample(self, num_entries: int) -> Float[Tensor, "task sample"]:
         """About `num_entries` entries of every row, or all if there are fewer, in the widest dtype of all tensors.
@@ -227,7 +274,7 @@ class RowStream:
         """Every `stride`-th run of neighbouring entries of one tensor, so that few pages of a file are read."""
         base, models = self.vectors.flat(name)
         base, models = _runs(base, stride), [_runs(model, stride) for model in models]
-        return _rows(Piece(name, 0, len(base)), base, models, self.operand)[1]
+        return widened(base, models, self.operand)[1]
 
 
 def _runs(flat: Flat, stride: int, length: int = 256) -> Tensor:
@@ -326,14 +373,15 @@ def _bytes_per_entry(num_models: int) -> int:
     return 4 * (3 * num_models + 8)
 
 
-def _rows(piece: Piece, base: Flat, models: Sequence[Flat], operand: str, device: str = "cpu") -> tuple[Tensor, Tensor]:
-    """Base (entries,) and rows (task, entries) of one piece; transferred in the file's dtype, then widened."""
-    part = base[piece.start : piece.stop]
-    dtype = compute_dtype(part.dtype)
-    part = part.to(device).to(dtype)
-    rows = part.new_empty(len(models), len(part))
+def widened(
+    base: Tensor, models: Sequence[Tensor], operand: str = "deltas", device: str = "cpu"
+) -> tuple[Float[Tensor, " entry"], Float[Tensor, "task entry"]]:
+    """Base and rows from entries as they are stored; transferred in the file's dtype, then widened."""
+    dtype = compute_dtype(base.dtype)
+    base = base.to(device).to(dtype)
+    rows = base.new_empty(len(models), len(base))
     for row, model in zip(rows, models, strict=True):
-        row.copy_(model[piece.start : piece.stop].to(device))
+        row.copy_(model.to(device))
         if operand == "deltas":
-            row -= part
-    return part, rows
+            row -= base
+    return base, rows
