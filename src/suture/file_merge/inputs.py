@@ -5,10 +5,10 @@ import threading
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from suture import __version__
 from suture.checkpoints import Checkpoint, content_hash, open_checkpoint, open_fine_tuned, provenance_of
 from suture.checkpoints.adapters import is_adapter
 from suture.errors import PRETRAINED, IncompatibleModels, SutureError, refusal
@@ -71,7 +71,7 @@ class Inputs:
             "shard_size": options.shard_size,
             "vocabulary": options.vocabulary,
             "allow_non_finite": list(options.allow_non_finite),
-            "suture": version("suture"),
+            "suture": __version__,
         } | ({} if device == "cpu" else {"device": device})  # a device rounds sums otherwise
 
     def _identity(self, checkpoint: Checkpoint) -> Any:

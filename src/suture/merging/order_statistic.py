@@ -158,7 +158,7 @@ class _Search:
         reaches, exceeds = patterns >= self.low, patterns > self.high
         near = np.flatnonzero(reaches ^ exceeds)  # few, so indices are faster than a mask
         inside = (patterns[near] - self.low) >> self.shift
-        self.add(np.count_nonzero(exceeds), lambda counts: np.add.at(counts, inside, 1))
+        self.add(int(np.count_nonzero(exceeds)), lambda counts: np.add.at(counts, inside, 1))
 
     def add(self, above: int, add_inside: Callable[[np.ndarray], None]) -> None:
         """Add the entries of a chunk that lie above the bracket, and those inside."""
