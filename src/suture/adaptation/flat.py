@@ -33,7 +33,7 @@ class Member:
         """The tensor's part of a buffer (block, entry) of one value for each entry."""
         return buffer[self.first : self.first + self.blocks].view(-1)[: self.target.numel()].view(self.target.shape)
 
-    def rows(self, buffer: Float[Tensor, "block task entry"]) -> Float[Tensor, "task entry"]:
+    def rows(self, buffer: Float[Tensor, "block task width"]) -> Float[Tensor, "task entry"]:
         """The task vectors of the tensor, copied."""
         blocks = buffer[self.first : self.first + self.blocks]
         return blocks.transpose(0, 1).flatten(1)[:, : self.target.numel()]
@@ -125,6 +125,11 @@ class FlatTensors:
             yield
         finally:
             self._attach(self.merged)
+
+
+def in_buffers(device: torch.device) -> bool:
+    """Whether a device gains from buffers; on a CPU they would cost the memory of a model and gain nothing."""
+    return device.type != "cpu"
 
 
 def flat_groups(

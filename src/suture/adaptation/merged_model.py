@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from suture.adaptation.flat import exact_products, flat_groups, widest
+from suture.adaptation.flat import exact_products, flat_groups, in_buffers, widest
 from suture.adaptation.vectors import Held, TensorVectors
 from suture.errors import IncompatibleModels
 from suture.merging.overflow import refuse_overflow
@@ -45,7 +45,7 @@ class MergedModel:
         self.targets = [state[target] for target in targets]
         self._write_unchanged(state)
         self.device = self.targets[0].device if self.targets else torch.device("cpu")
-        flat = self.device.type != "cpu" if flat is None else flat
+        flat = in_buffers(self.device) if flat is None else flat
         own = [rows[name] for name in self.names]
         bases = [_computed(vectors.base[name]) for name in self.names]
         self._flat = flat_groups(self.module, self.targets, bases, own) if flat else []

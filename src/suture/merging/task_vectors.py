@@ -163,7 +163,7 @@ class TaskVectors:
 
         The pieces of all that have begun are in one queue, so no thread waits at the end of an item.
         """
-        if more == 1 or len(items) < 2:
+        if more == 1 or len(items) < 2 or self.number_of_threads == 1:
             yield from map(function, items)
             return
         with self.workers(), ThreadPoolExecutor(self.number_of_threads + more) as coordinators:
