@@ -15,6 +15,9 @@ from suture.core.fabric import make_fabric
 from suture.merging.task_vectors import open_task_vectors
 from suture.storage.resume import Resume
 
+pytestmark = pytest.mark.device
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
 
 def wide():
     """Tensors of several blocks, of less than one, and of one exactly."""
@@ -39,6 +42,18 @@ OPTIONS = [
     {"objective": "expert_feature_l1"},
     {"stream_vectors": True},
 ]
+
+
+@pytest.mark.parametrize("concatenate", [True, False])
+def test_a_gpu_finds_what_the_cpu_finds(concatenate, buffers):
+    """Without a GPU the buffers are on the CPU."""
+    module, *rest = problem(torch.float64, build=wide)
+    plain = adapt(module, *rest, max_steps=4, lr=0.1, concatenate=concatenate)
+    buffers()
+    there = adapt(module.to(DEVICE), *rest, max_steps=4, lr=0.1, concatenate=concatenate)
+    torch.testing.assert_close(there.history, plain.history, rtol=0, atol=1e-9)
+    again = adapt(module, *rest, max_steps=4, lr=0.1, concatenate=concatenate)
+    assert torch.equal(again.history, there.history)
 
 
 @pytest.mark.parametrize("build", [network, wide])

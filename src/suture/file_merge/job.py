@@ -24,7 +24,7 @@ from suture.file_merge.tensor_knobs import TensorKnobs
 from suture.file_merge.workspace import Digests, TensorRecord, WorkingFolder, bytes_of, damaged, recorded_work
 from suture.merging.merge import Merging
 from suture.merging.overflow import refuse_overflow
-from suture.merging.task_vectors import FIXED_BYTES, Piece, TaskVectors, chunk_for, memory_of
+from suture.merging.task_vectors import FIXED_BYTES, Piece, TaskVectors, chunk_for, device_chunk_for, memory_of
 from suture.storage.atomic import check_replaceable
 
 _WIDER = "choose a wider dtype or smaller coefficients, or allow it by name with allow_non_finite=[NAME]"
@@ -47,8 +47,11 @@ class Job:
         """The opened models, with threads and slices that keep the memory's ceiling."""
         options = self.options
         count = len(self.inputs.models)
-        threads, chunk = chunk_for(options.memory, options.method, count, options.threads, options.device)
-        return TaskVectors(self.inputs.base, self.inputs.models, options.frozen, threads, chunk, options.device)
+        threads, chunk = chunk_for(options.memory, options.method, count, options.threads)
+        sizes = {"chunk": chunk, "device_chunk": device_chunk_for(options.memory, threads)}
+        return TaskVectors(
+            self.inputs.base, self.inputs.models, options.frozen, threads, device=options.device, **sizes
+        )
 
     @cached_property
     def knobs(self) -> TensorKnobs:

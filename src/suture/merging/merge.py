@@ -34,6 +34,7 @@ def merge(
     out: Mapping[str, Tensor] | None = None,
     mixed_dtypes: bool = False,
     threads: int = 0,
+    device: str = "cpu",
     after: After = None,
     **knobs: Any,
 ) -> dict[str, Tensor]:
@@ -45,9 +46,12 @@ def merge(
     change the update before it is added to the base, in their order: `["svc", "lines"]`, or with their knobs
     `{"svc": {"alpha": 0.2}}`.
 
-    `out` may hold tensors to write into, such as those of a memory-mapped file; then nothing of the size of a model is
-    allocated. Raises `ConfigError` for an unknown method or value, and `IncompatibleModels` for models that do not fit
-    together, weights that are not finite, and results that are too large for their dtype.
+    Slices are merged on `device`, cpu, cuda or cuda:N, whatever the method; order statistics such as TIES's thresholds
+    are searched for there too, other statistics on the CPU. The result is on the CPU. `out` may hold tensors to write
+    into, such as those of a memory-mapped file; then nothing of the size of a model is allocated.
+
+    Raises `ConfigError` for an unknown method or value, and `IncompatibleModels` for models that do not fit together,
+    weights that are not finite, and results that are too large for their dtype.
 
     >>> import torch
     >>> base, tuned = {"w": torch.zeros(2)}, {"w": torch.ones(2)}
@@ -57,7 +61,7 @@ def merge(
     chosen, wrapped = get_method(method), chosen_wrappers(after)
     knobs = chosen.knobs.validate(knobs)
     frozen = knobs.get("remove_keys", ())
-    vectors = open_task_vectors(base, models, frozen=frozen, mixed_dtypes=mixed_dtypes, threads=threads)
+    vectors = open_task_vectors(base, models, frozen=frozen, mixed_dtypes=mixed_dtypes, threads=threads, device=device)
     return merge_task_vectors(vectors, chosen, knobs, out, wrapped)
 
 
@@ -76,7 +80,7 @@ def merge_task_vectors(
     def write(piece: Piece, part: Tensor) -> None:
         stored = part.to(merged[piece.name].dtype)
         refuse_overflow(piece.name, part, stored, start=piece.start)
-        merged[piece.name].view(-1)[piece.start : piece.stop] = stored
+        merged[piece.name].view(-1)[piece.start : piece.stop] = stored.cpu()
 
     merging = Merging(vectors, method, lambda name: knobs, write)
     (Wrapping(merging, after, write) if after else merging).run()
@@ -170,7 +174,7 @@ class Merging:
     def pieces(self, name: str) -> list[Piece]:
         """The slices of one tensor that are merged at once: whole matrices for a method on matrices."""
         if not self._is_matrix(name):
-            return self.vectors.pieces(name, rows=self.method.whole_rows)
+            return self.vectors.pieces(name, rows=self.method.whole_rows, on_device=True)
         role = self.role(name)
         size = role.rows * role.columns
         return [Piece(name, start, start + size) for start in range(0, role.count * size, size)]

@@ -126,6 +126,16 @@ class _Count:
             search.add(int(number), lambda counts, own=own[:found]: loops.add_counts(counts, own))
         return True
 
+    def count_on_device(self, rows: Tensor) -> None:
+        """Count one chunk where it is; only the few entries inside the brackets leave the device."""
+        integers = torch.int64 if self.dtype == torch.float64 else torch.int32
+        for own, row in zip(self.waiting, rows, strict=True):
+            patterns = row.to(self.dtype).abs().view(integers) if own else None
+            for search in own:
+                inside = patterns[(patterns >= search.low) & (patterns <= search.high)]
+                bins = ((inside - search.low) >> search.shift).cpu().numpy()
+                search.add(int((patterns > search.high).sum()), lambda counts, bins=bins: np.add.at(counts, bins, 1))
+
 
 class _Search:
     """One row's search: the k-th pattern lies in [low, high]; `counts` are those of the current pass."""

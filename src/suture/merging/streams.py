@@ -33,6 +33,10 @@ class CompiledTally(Protocol):
         """
         ...
 
+    def count_on_device(self, rows: Tensor) -> None:
+        """Count one chunk that is on a device."""
+        ...
+
 
 @runtime_checkable
 class DeltaStream(Protocol):

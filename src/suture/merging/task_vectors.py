@@ -1,10 +1,11 @@
 """The models of one merge side by side, and their task vectors as a stream of slices."""
 
 import math
+import re
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property, reduce
 from itertools import chain, groupby
@@ -16,7 +17,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from suture.checkpoints import Checkpoint, Parts, Source, TensorSpec
-from suture.errors import ConfigError, IncompatibleModels
+from suture.errors import ConfigError, IncompatibleModels, shown
 from suture.merging.compatibility import compatibility, merged_names, open_models
 from suture.merging.compiled.loading import compiled_loops, worth_it
 from suture.merging.compiled.slices import Slices
@@ -27,7 +28,9 @@ from suture.merging.roles import Role, Roles
 from suture.merging.streams import BLOCK, CompiledTally, Tally
 
 _CHUNK = 1 << 17  # entries of one model handled at once: the chunks of all models together fit in the cache
-_DEVICE_CHUNK = 1 << 21  # on a device, calls cost more than a cache saves
+_DEVICE_CHUNK = 1 << 23  # on a device, calls cost more than a cache saves: a quarter of a gigabyte for eight models
+_DEVICE_THREADS = 4  # that hand slices to a device: one is read while others are copied and merged
+_BYTES_HERE = 16  # for each entry that is merged on a device: the result, in two dtypes, and what it is written from
 _SHORT_CHUNK = 1 << 14  # below this, giving up a thread costs less than the calls for shorter slices
 _GRAIN = BLOCK
 _LARGE_BLOCK = 30 << 20  # bytes; glibc adapts its threshold to freed blocks of up to 32 MB
@@ -53,8 +56,9 @@ class TaskVectors:
 
     Tensors named in `frozen` stay at the base. Of tied names only the first is merged. Integer and bool tensors always
     come from the base. Arithmetic is in float32, or float64 for float64 tensors. `chunk` entries of each model are
-    handled at once; with 0, as many as fit in the cache. Slices are merged on `device`; statistics are always gathered
-    on the CPU. `module` is the base itself, where it was given as a module.
+    handled at once; with 0, as many as fit in the cache. Slices are merged on `device`, `device_chunk` entries at once.
+    Order statistics are searched for there too; other statistics, and matrices, are those of the CPU. `module` is the
+    base itself, where it was given as a module.
     """
 
     base: Checkpoint
@@ -64,6 +68,7 @@ class TaskVectors:
     chunk: int = 0
     device: str = "cpu"
     module: nn.Module | None = None
+    device_chunk: int = 0
     _pools: list[ThreadPoolExecutor] = field(default_factory=list, repr=False, compare=False)
 
     @cached_property
@@ -120,7 +125,8 @@ class TaskVectors:
                     return
                 piece, base, models = found
                 part = slice(piece.start, piece.stop)
-                function(piece, base[part], [model[part] for model in models])
+                with _own_stream(self.device):
+                    function(piece, base[part], [model[part] for model in models])
 
         if getattr(_THREAD, "is_worker", False):  # which waits for no other
             return work(0)
@@ -188,7 +194,8 @@ class TaskVectors:
     @property
     def number_of_threads(self) -> int:
         """The number of threads that handle pieces."""
-        return self.threads or torch.get_num_threads()
+        threads = self.threads or torch.get_num_threads()
+        return threads if self.device == "cpu" else min(threads, _DEVICE_THREADS)
 
     def flat(self, name: str) -> tuple[Flat, list[Flat]]:
         """One tensor of the base and of every model, each flattened for slicing."""
@@ -215,10 +222,12 @@ class TaskVectors:
         shape = self.base.specs[name].shape
         return math.prod(shape[1:]) if len(shape) > 1 else math.prod(shape)
 
-    def pieces(self, name: str, *, rows: bool = False) -> list[Piece]:
-        """The slices of one tensor; with `rows` they are whole rows of a matrix."""
+    def pieces(self, name: str, *, rows: bool = False, on_device: bool = False) -> list[Piece]:
+        """The slices of one tensor; with `rows` they are whole rows of a matrix, and with `on_device` long ones."""
         numel, unit = self.base.specs[name].numel, self.row_width(name) if rows else 1
-        length = max(1, (self.chunk or _CHUNK) // max(1, unit)) * unit
+        there = on_device and self.device != "cpu"
+        chunk = (self.device_chunk or _DEVICE_CHUNK) if there else (self.chunk or _CHUNK)
+        length = max(1, chunk // max(1, unit)) * unit
         return [Piece(name, start, min(start + length, numel)) for start in range(0, numel, length or 1)]
 
 
@@ -248,6 +257,10 @@ class RowStream:
 
     def tally(self, function: Tally, totals: Sequence[np.ndarray]) -> None:
         """As `each`, for a function that only adds to `totals`: integer arrays that are zero before the call."""
+        if self.vectors.device != "cpu" and isinstance(function, CompiledTally):
+            pieces = chain.from_iterable(self.vectors.pieces(name, on_device=True) for name in self.names)
+            count = lambda piece, base, rows: function.count_on_device(rows)
+            return self.vectors.each_of(pieces, count, self.operand, device=self.vectors.device)
         if self.vectors.loops is None or not isinstance(function, CompiledTally):
             return self.each(function)
 
@@ -295,10 +308,11 @@ def open_task_vectors(
     frozen: Sequence[str] = (),
     mixed_dtypes: bool = False,
     threads: int = 0,
+    device: str = "cpu",
 ) -> TaskVectors:
     """The opened models; raises `IncompatibleModels` if their headers show that they do not fit together."""
     module = base if isinstance(base, nn.Module) else None
-    vectors = TaskVectors(*open_models(base, models), frozen, threads, module=module)
+    vectors = TaskVectors(*open_models(base, models), frozen, threads, device=read_device(device), module=module)
     problems = compatibility(vectors.base, vectors.models, frozen=frozen, mixed_dtypes=mixed_dtypes)
     if problems:
         more = f" (and {len(problems) - 1} more; `suture check` lists them)" if len(problems) > 1 else ""
@@ -306,9 +320,31 @@ def open_task_vectors(
     return vectors
 
 
+def read_device(value: str) -> str:
+    """`cpu`, `cuda` or `cuda:N`, if this PyTorch has it; raises `ConfigError`."""
+    match = re.fullmatch(r"cpu|cuda(?::([0-9]{1,4}))?", str(value)[:40])
+    if match is None:
+        raise ConfigError(f"device={shown(value)}: wanted cpu, cuda or cuda:N.")
+    available = torch.cuda.device_count() if match[0] != "cpu" else 1
+    if int(match[1] or 0) >= available:
+        problem = f"device={value}: PyTorch {torch.__version__} finds {available} CUDA devices"
+        raise ConfigError(f"{problem}. Remedy: device=cpu.")
+    return str(value)
+
+
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype in which tensors of this dtype are merged: float64 for float64, else float32."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _own_stream(device: str) -> AbstractContextManager:
+    """A queue of this thread's own on a GPU, so that its copies run beside what other threads compute there."""
+    if device == "cpu" or not torch.cuda.is_available():
+        return nullcontext()
+    streams = _THREAD.__dict__.setdefault("streams", {})
+    if device not in streams:
+        streams[device] = torch.cuda.Stream(device)
+    return torch.cuda.stream(streams[device])
 
 
 def _begin_worker() -> None:
@@ -331,9 +367,7 @@ def working_memory(num_models: int, threads: int = 0, chunk: int = 0) -> int:
     return buffers + num_models * kth_memory(num_models)
 
 
-def chunk_for(
-    memory: int, method: MergeMethod, num_models: int, threads: int = 0, device: str = "cpu"
-) -> tuple[int, int]:
+def chunk_for(memory: int, method: MergeMethod, num_models: int, threads: int = 0) -> tuple[int, int]:
     """(threads, entries per chunk) that keep the working memory below `memory` bytes; `ConfigError` if none do.
 
     The number of threads is reduced before slices become short.
@@ -346,7 +380,12 @@ def chunk_for(
     if chunk < _GRAIN:
         least = math.ceil((fixed + _GRAIN * each) / 1e6)
         raise ConfigError(f"memory={memory} is too little for {num_models} models. Remedy: give {least}MB or more.")
-    return threads, min(_CHUNK if device == "cpu" else _DEVICE_CHUNK, chunk)
+    return threads, min(_CHUNK, chunk)
+
+
+def device_chunk_for(memory: int, threads: int) -> int:
+    """Entries that are merged on a device at once so that what is held here of them stays below `memory` bytes."""
+    return max(_GRAIN, min(_DEVICE_CHUNK, (memory - FIXED_BYTES) // (threads * _BYTES_HERE) // _GRAIN * _GRAIN))
 
 
 def memory_of(method: MergeMethod, num_models: int, threads: int, chunk: int) -> int:
