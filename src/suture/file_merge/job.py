@@ -29,6 +29,8 @@ from suture.storage.atomic import check_replaceable
 
 _WIDER = "choose a wider dtype or smaller coefficients, or allow it by name with allow_non_finite=[NAME]"
 
+_MAPPED = 1 << 26  # bytes of the result after which pages of the inputs are let go
+
 
 @dataclass
 class Job:
@@ -36,6 +38,7 @@ class Job:
 
     options: MergeOptions
     _digests: dict[str, Digests] = field(default_factory=dict)
+    _merged_bytes: int = 0
 
     @cached_property
     def inputs(self) -> Inputs:
@@ -197,7 +200,10 @@ class Job:
         if votes is not None:
             record = replace(record, votes=votes.count, waiting=[piece.start for piece in votes.waiting])
         self.folder.start_writing_out(name)
-        self.inputs.let_go()
+        self._merged_bytes += self.specs[name].nbytes
+        if self._merged_bytes >= _MAPPED:  # of tensors side by side, none has to map its pages anew for each small one
+            self._merged_bytes = 0
+            self.inputs.let_go()
         return record
 
     def _copy_from_base(self, pieces: Sequence[Piece]) -> None:
