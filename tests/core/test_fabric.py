@@ -34,7 +34,7 @@ def test_a_report_names_tf32_and_states_of_loops_tell_it_apart(tmp_path):
 
 
 def test_a_wrong_value_is_refused():
-    with pytest.raises(ConfigError, match="fabric.tf32=yes: wanted true or false"):
+    with pytest.raises(ConfigError, match=r"fabric\.tf32=yes: wanted true or false"):
         check_fabric({"tf32": "yes"})
 
 

@@ -97,7 +97,8 @@ class FlatTensors:
         gradients = [_dense(member.target.grad) for member in with_gradient]
         flat = torch.zeros_like(self.base)
         if gradients:
-            torch._foreach_copy_([member.view(flat) for member in with_gradient], gradients)
+            parts = [member.view(flat) for member in with_gradient]
+            torch._foreach_copy_(parts, gradients)  # pyright: ignore[reportPrivateImportUsage]
         for member in self.members:
             member.target.grad = None
         with exact_products(self.base.device):

@@ -111,9 +111,10 @@ class _Count:
 
     def __call__(self, _: Tensor, chunk: Tensor) -> None:
         for own, row in zip(self.waiting, chunk, strict=True):
-            patterns = _patterns(row, self.dtype) if own else None
-            for search in own:
-                search.count(patterns)
+            if own:
+                patterns = _patterns(row, self.dtype)
+                for search in own:
+                    search.count(patterns)
 
     def count(self, loops: Any, slices: Any, deltas: bool) -> bool:
         """Count one chunk with the compiled loops."""
@@ -130,7 +131,9 @@ class _Count:
         """Count one chunk where it is; only the few entries inside the brackets leave the device."""
         integers = torch.int64 if self.dtype == torch.float64 else torch.int32
         for own, row in zip(self.waiting, rows, strict=True):
-            patterns = row.to(self.dtype).abs().view(integers) if own else None
+            if not own:
+                continue
+            patterns = row.to(self.dtype).abs().view(integers)
             for search in own:
                 inside = patterns[(patterns >= search.low) & (patterns <= search.high)]
                 bins = ((inside - search.low) >> search.shift).cpu().numpy()

@@ -8,7 +8,7 @@ of dtypes; whoever calls one keeps the tensors alive. They release Python's lock
 import inspect
 
 import numpy as np
-from numba import carray, njit, types
+from numba import carray, njit, types  # pyright: ignore[reportPrivateImportUsage]
 from numba.extending import intrinsic
 
 BLOCK = 1024  # entries: the rows of eight models fill half of a first cache
@@ -47,11 +47,12 @@ _floats, _halves = _pointer(types.float32), _pointer(types.uint16)
 def _widen(address, kind, start, count, out):
     """`count` entries of a slice from `start` on, as float32."""
     if kind == FLOAT32:
-        floats = carray(_floats(address + 4 * start), count)
+        floats = carray(_floats(address + 4 * start), count)  # pyright: ignore[reportCallIssue]
         for i in range(count):
             out[i] = floats[i]
         return
-    halves, bits = carray(_halves(address + 2 * start), count), out.view(np.uint32)
+    halves = carray(_halves(address + 2 * start), count)  # pyright: ignore[reportCallIssue]
+    bits = out.view(np.uint32)
     if kind == BFLOAT16:
         for i in range(count):
             bits[i] = np.uint32(halves[i]) << _16
