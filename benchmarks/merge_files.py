@@ -124,7 +124,8 @@ def suture(folder: Path, name: str) -> None:
 
     models = {model: folder / model for model in ("one", "two")}
     out = folder.with_name(f"{folder.name}-merged")
-    merge_files(folder / "base", models, name.split(",")[0], out, shard_size="500MB", **METHODS[name])
+    where = {"device": os.environ.get("SUTURE_BENCHMARK_DEVICE", "cpu")}
+    merge_files(folder / "base", models, name.split(",")[0], out, shard_size="500MB", **METHODS[name], **where)
 
 
 def mergekit(folder: Path, method: str, python: str) -> None:
@@ -184,10 +185,13 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=22)
     parser.add_argument("--form", choices=["dense", "fp8", "experts"], default="dense")
     parser.add_argument("--cold", action="store_true")
+    parser.add_argument("--device", choices=["cpu", "cuda"], help="where suture merges")
     parser.add_argument("--mergekit")
     parser.add_argument("--only", help="measure only what has this in its name, beside plain")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if options.device:
+        os.environ["SUTURE_BENCHMARK_DEVICE"] = options.device
     if options.one:
         print(json.dumps(one(options.one, options.folder, options.mergekit)))
         return
@@ -217,13 +221,16 @@ def compare(folder: Path, options: argparse.Namespace) -> None:
             tidy(folder)
     size = sum(path.stat().st_size for path in folder.glob("base/*.safetensors"))
     where = "the disk" if options.cold else "the page cache"
+    print(f"on {torch.cuda.get_device_name() if options.device == 'cuda' else 'the CPU'}")
     print(f"model size {size / 1e9:.2f} GB, three models read from {where}; median of {options.repeats} (min – max)")
     for name, measured in runs.items():
         seconds = [run["seconds"] for run in measured]
         memory = statistics.median(run["memory"] for run in measured)
         ratios = [run["seconds"] / plain["seconds"] for run, plain in zip(measured, runs["plain"], strict=True)]
         spread = f"{statistics.median(seconds):7.2f} s ({min(seconds):.2f} – {max(seconds):.2f})"
-        print(f"{name:34s} {spread}   {statistics.median(ratios):5.2f} × plain   {memory / 1e6:6.0f} MB")
+        used = statistics.median(run["processor"] for run in measured)
+        spread = f"{spread}   {statistics.median(ratios):5.2f} × plain"
+        print(f"{name:34s} {spread}   {used:6.2f} processor seconds   {memory / 1e6:6.0f} MB")
 
 
 if __name__ == "__main__":

@@ -5,10 +5,10 @@ import threading
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from suture import __version__
 from suture.checkpoints import Checkpoint, content_hash, open_checkpoint, open_fine_tuned, provenance_of
 from suture.checkpoints.adapters import is_adapter, untied
 from suture.checkpoints.matching import matched
@@ -77,7 +77,7 @@ class Inputs:
             "shard_size": options.shard_size,
             "vocabulary": options.vocabulary,
             "allow_non_finite": list(options.allow_non_finite),
-            "suture": version("suture"),
+            "suture": __version__,
             **({"after": {w.name: _plain(knobs) for w, knobs in options.after}} if options.after else {}),
             **({"selection": _plain(asdict(options.selection))} if options.selection else {}),
             **({"key": options.key} if options.key else {}),

@@ -18,6 +18,7 @@ from suture.file_merge.masks import MASK_METHODS, check_masks
 from suture.file_merge.tensor_knobs import TensorKnobs, tensor_knobs
 from suture.merging.registry import MergeMethod, get_method
 from suture.merging.selection import Selection
+from suture.merging.task_vectors import read_device
 from suture.merging.wrapping import After, Wrapped, chosen_wrappers
 
 if TYPE_CHECKING:
@@ -132,7 +133,7 @@ def read_options(
         shard_size=parse_size("shard_size", shard_size),
         memory=parse_size("memory", memory),
         threads=_whole_number("threads", threads, 0, _MOST_THREADS),
-        device=_device(device),
+        device=read_device(device),
         part=_part(shard),
         vocabulary=vocabulary,
         allow_non_finite=_names("allow_non_finite", allow_non_finite),
@@ -221,18 +222,6 @@ def _dtype(value: torch.dtype | str | None) -> torch.dtype | None:
     if name not in DTYPES:
         raise ConfigError(unknown_name("dtype", name, DTYPES))
     return getattr(torch, name)
-
-
-def _device(value: str) -> str:
-    """`cpu`, `cuda` or `cuda:N`, if this PyTorch has it."""
-    match = re.fullmatch(r"cpu|cuda(?::([0-9]{1,4}))?", str(value)[:40])
-    if match is None:
-        raise ConfigError(f"device={shown(value)}: wanted cpu, cuda or cuda:N.")
-    available = torch.cuda.device_count() if match[0] != "cpu" else 1
-    if int(match[1] or 0) >= available:
-        problem = f"device={value}: PyTorch {torch.__version__} finds {available} CUDA devices"
-        raise ConfigError(f"{problem}. Remedy: device=cpu.")
-    return str(value)
 
 
 def _part(shard: str | None) -> tuple[int, int]:
