@@ -86,10 +86,11 @@ def _task(name: str, config: Mapping[str, Any], root: str | None) -> Task:
     keys = known(name) | {key: value for key, value in config.items() if value is not None}
     if root is not None and (folder := _folder_of(Path(root).expanduser(), name, keys)):
         keys["source"] = str(folder)
-    missing = [key for key in ("source", "classnames") if not keys.get(key)]
-    if missing:
-        raise ConfigError(f"taskpool.tasks.{name} has no {missing[0]}. Wanted: source and classnames, at least.")
-    names = keys["classnames"]
+    needed = ("source",) if keys.get("score") is not None else ("source", "classnames")
+    if missing := [key for key in needed if not keys.get(key)]:
+        wanted = "source and classnames, or source and score, at least"
+        raise ConfigError(f"taskpool.tasks.{name} has no {missing[0]}. Wanted: {wanted}.")
+    names = keys.get("classnames") or []
     keys |= {"source": str(keys["source"]), "classnames": list(map(str, names)) if isinstance(names, list) else names}
     return Task(name, **{key: value for key, value in keys.items() if key != "folders"})
 

@@ -47,7 +47,9 @@ class LanguageRecipe:
     longest: int = 1200
 
 
-SMALL = LanguageRecipe(width=128, layers=4, mlp=384, vocabulary=2048, pretraining_steps=900, finetuning_steps=150)
+SMALL = LanguageRecipe(
+    width=128, layers=4, mlp=384, vocabulary=2048, context=128, pretraining_steps=600, finetuning_steps=100, longest=800
+)
 MINIATURE = LanguageRecipe(
     width=32, layers=2, mlp=64, heads=2, vocabulary=400, context=64, pretraining_steps=3, finetuning_steps=2, batch=2,
     characters=20_000, tokenizer_characters=4_000, test_texts=4, quizzes=6, longest=300,
