@@ -60,11 +60,13 @@ def new_model(kind: str, vocabulary: int):
     own = {
         "llama": {},
         "qwen3": {"head_dim": 8},
-        "gemma": {"head_dim": 8, "num_key_value_heads": 1},
+        "gemma": {"head_dim": 8},
         "gemma2": {"head_dim": 8, "sliding_window": 16},
         "mixtral": {"num_local_experts": 3, "num_experts_per_tok": 2},
+        "granitemoe": {"num_local_experts": 3, "num_experts_per_tok": 2, "logits_scaling": 2.0},
     }[kind]
-    prefix = {"llama": "Llama", "qwen3": "Qwen3", "gemma": "Gemma", "gemma2": "Gemma2", "mixtral": "Mixtral"}[kind]
+    prefix = {"llama": "Llama", "qwen3": "Qwen3", "gemma": "Gemma", "gemma2": "Gemma2", "mixtral": "Mixtral"}
+    prefix = (prefix | {"granitemoe": "GraniteMoe"})[kind]
     tied = kind in ("gemma", "gemma2", "qwen3")
     facts = {"vocab_size": vocabulary, "bos_token_id": 1, "eos_token_id": 1, "pad_token_id": 0}
     config = getattr(transformers, f"{prefix}Config")(**_SIZES, **facts, tie_word_embeddings=tied, **own)

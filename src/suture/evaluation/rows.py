@@ -89,4 +89,4 @@ class Row:
 
 
 def _ratio(part: float, whole: float) -> float:
-    return part / whole if whole else nan
+    return part / whole + 0.0 if whole else nan  # + 0.0: a zero has no sign
