@@ -2,6 +2,7 @@
 
 import json
 import random
+import warnings
 from pathlib import Path
 
 import torch
@@ -87,6 +88,13 @@ def train(model, tokenizer, name: str, steps: int = 25, rate: float = 5e-3):
     return model.eval()
 
 
+def adapted(model):
+    """The model with LoRA adapters to train."""
+    from peft import LoraConfig, get_peft_model
+
+    return get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=["q_proj", "v_proj"]))
+
+
 def build_shop(folder: Path, kind: str = "llama", *, lora: bool = False, chat: bool = False) -> Path:
     """`base`, `colour` and `animal` in a folder, with `data` of every kind of score."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -96,11 +104,9 @@ def build_shop(folder: Path, kind: str = "llama", *, lora: bool = False, chat: b
     tokenizer = AutoTokenizer.from_pretrained(folder / "base")
     for name in SENTENCES:
         model = AutoModelForCausalLM.from_pretrained(folder / "base")
-        if lora:
-            from peft import LoraConfig, get_peft_model
-
-            model = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=["q_proj", "v_proj"]))
-        train(model, tokenizer, name).save_pretrained(folder / name)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # peft uses what transformers calls deprecated
+            train(adapted(model) if lora else model, tokenizer, name).save_pretrained(folder / name)
         write_data(folder / "data" / name, name)
     return folder
 

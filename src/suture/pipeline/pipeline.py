@@ -18,6 +18,7 @@ from suture.errors import ConfigError
 from suture.evaluation import SplitInputs
 from suture.pipeline import config as configuration
 from suture.pipeline.context import Context
+from suture.pipeline.harness import measure
 from suture.pipeline.model_card import write_card
 from suture.pipeline.models import Models, open_models
 from suture.pipeline.preflight import Preflight, preflight_of
@@ -103,6 +104,12 @@ def run_settings(
         warnings = [line for result in merged for line in result.warnings]
         warnings += [line for fits in repairs.values() for fitted in fits for line in fitted.warnings]
         scores = score(models, merged, repairs, inputs, context, reuse=first.reuse) if first.tasks else Scores()
+        record = None
+        if first.harness is not None:
+            with profile("lm_eval"):
+                folders, device = _folders(folder, merged, repairs), str(context.device.device)
+                measured = measure(first.harness, models, merged, repairs, folders, scores, device)
+            scores, record, notes = measured.scores, measured.record, [*notes, *measured.notes]
         report = Report(
             f"{', '.join(result.label for result in merged)} of {len(models.experts)} models",
             scores.rows,
@@ -115,6 +122,7 @@ def run_settings(
             command=config.get("command", ""),
             learning={result.label: result.learned for result in merged if result.learned},
             search=search,
+            harness=record,
             repairs={" + ".join((label, *fitted.chain)): fitted for label, fits in repairs.items() for fitted in fits},
         )
         write(report, folder)
@@ -216,6 +224,19 @@ def evaluate_pool(
         if folder:
             write(report, folder)
     return report
+
+
+def _folders(
+    folder: Path, merged: Sequence[MergeResult], repairs: Mapping[str, Sequence[RepairResult]]
+) -> dict[str, Path]:
+    """Name of a row → the folder of its model, of the merges and of the repairs that change weights alone."""
+    folders = {}
+    for result in merged:
+        part = folder if len(merged) == 1 else folder / "models" / result.label
+        folders[result.label] = part / "model"
+        static = [fitted for fitted in repairs.get(result.label, ()) if fitted.tensors is not None]
+        folders |= {fitted.name: part / "_".join(("model", *fitted.chain)) for fitted in static}
+    return folders
 
 
 def _fits(

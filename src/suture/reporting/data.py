@@ -19,7 +19,8 @@ class Report:
 
     `pretrained` and `experts` are among the `rows`; without them there is no gap to report. `curves`: knob → model →
     value of the knob → mean accuracy. `matrix`: a row per expert, on every task. `profile`: activity → seconds.
-    `search`: the trials of a search for knobs, and the score and inputs that they were compared by.
+    `search`: the trials of a search for knobs, and the score and inputs that they were compared by. `harness`: versions,
+    settings and results of an evaluation harness. `generations`: a prompt, and its continuation by each model.
     """
 
     title: str
@@ -36,6 +37,8 @@ class Report:
     repairs: Mapping[str, RepairResult] = field(default_factory=dict)
     matrix: Sequence[Row] = ()
     search: Mapping[str, Any] | None = None
+    harness: Mapping[str, Any] | None = None
+    generations: Sequence[Mapping[str, Any]] = ()
 
     @property
     def tasks(self) -> list[str]:
@@ -79,6 +82,8 @@ class Report:
             "repairs": {name: repair_data(fitted) for name, fitted in self.repairs.items()},
             "seconds": {row.name: row.seconds for row in self.rows if row.seconds is not None},
             "search": None if self.search is None else dict(self.search),
+            "harness": None if self.harness is None else dict(self.harness),
+            "generations": [dict(each) for each in self.generations],
             "profile_seconds": dict(self.profile),
             "notes": list(self.notes),
             "config": dict(self.config),
