@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from desk import refused
-from language_shop import COLOURS, SCORES, build_shop, save_tokenizer, texts, write_pools
+from language_shop import SCORES, build_shop, save_tokenizer, texts, write_pools
 
 from suture.checkpoints import open_checkpoint
 from suture.cli.main import main
@@ -16,6 +16,7 @@ from suture.evaluation.inputs import task_inputs
 from suture.evaluation.language import LanguageScorer
 from suture.evaluation.rows import Row
 from suture.families.causal_lm import CausalLM
+from suture.families.seq2seq import Seq2Seq
 from suture.tasks import Scoring, Task
 
 KINDS = ("llama", "qwen3", "gemma", "gemma2", "granitemoe")
@@ -272,8 +273,35 @@ def test_an_expert_with_another_tokenizer_is_refused(shop, tmp_path, monkeypatch
 
 
 def test_a_score_is_refused_by_other_families():
-    from suture.families.image_classification import FAMILY
-
-    line = FAMILY(None).problems(Task("t", ".", score="acc"))[0]
+    line = Seq2Seq(None).problems(Task("t", ".", score="acc"))[0]
     assert "family: causal_lm" in line
-    assert len(COLOURS) == 4
+
+
+def test_only_and_keep_say_which_tensors_are_merged(shop, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    pool = {"only": ["model.layers.*"], "keep": ["*norm*"]}
+    assert run(shop, tmp_path, "text", "method=task_arithmetic", **pool) == 0
+    base, merged = open_checkpoint(shop / "base"), open_checkpoint(tmp_path / "out" / "model")
+    for name in base:
+        moved = "layers" in name and "norm" not in name
+        assert torch.equal(base[name], merged[name]) is not moved, name
+    capsys.readouterr()
+    words = write_pools(shop, tmp_path, keep=["*vision_tower*"])
+    assert "matches no tensor" in refused(capsys, ["method=simple_average", *words, "output=other"])
+
+
+def test_companions_and_code_come_from_the_named_model_only_when_asked(shop, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "chat_template.jinja").write_text("{{ messages }}")
+    (other / "modeling_own.py").write_text("raise SystemExit")
+    assert run(shop, tmp_path, "text", "method=simple_average", companions=str(other)) == 0
+    model = tmp_path / "out" / "model"
+    assert (model / "chat_template.jinja").read_text() == "{{ messages }}"
+    assert not (model / "modeling_own.py").exists()
+    assert (
+        run(shop, tmp_path, "text", "method=simple_average", "overwrite=true", companions=str(other), copy_code=True)
+        == 0
+    )
+    assert (model / "modeling_own.py").exists()

@@ -5,7 +5,7 @@ Undefined values are nan.
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from math import nan
+from math import isfinite, nan
 from statistics import fmean
 from typing import Literal
 
@@ -25,7 +25,7 @@ class Row:
 
     `metrics`: task → the name of its score, where that is no accuracy; `errors`: task → its standard error; `details`:
     task → metric → (value, standard error), of everything that was measured. The mean of tasks with scores in different
-    units is nan; the gap closed is then the mean over tasks of the gaps closed.
+    units is nan; the gap closed is then the mean of the gaps closed over the tasks that have one.
     """
 
     name: str
@@ -79,7 +79,8 @@ class Row:
     def gap_closed(self, pretrained: "Row", experts: "Row") -> float:
         """(model − pretrained) / (expert − pretrained) of the means over tasks; nan where there is no gap."""
         if not self.comparable:
-            return fmean(self.gaps_closed(pretrained, experts).values())
+            closed = [value for value in self.gaps_closed(pretrained, experts).values() if isfinite(value)]
+            return fmean(closed) if closed else nan
         start, goal = (fmean(row.on(task) for task in self.accuracies) for row in (pretrained, experts))
         return _ratio(self.mean - start, goal - start)
 

@@ -18,7 +18,7 @@ from suture.checkpoints import Checkpoint
 from suture.checkpoints.tokenizers import mixed_tokens
 from suture.core.head import Head
 from suture.core.progress import Track, untracked
-from suture.errors import CheckpointError, ConfigError, SutureError, shown
+from suture.errors import CheckpointError, SutureError, shown
 from suture.families.shared.base import Family
 from suture.families.shared.models import build, config_of, tied_names
 from suture.families.shared.next_token import NextToken

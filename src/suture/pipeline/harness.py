@@ -88,7 +88,6 @@ class Harness:
             device=device,
             apply_chat_template=self.apply_chat_template,
             log_samples=False,
-            bootstrap_iters=0,
         )
         if results is None:
             raise SutureError("lm_eval returned no results. Remedy: run it on one process.")
@@ -136,7 +135,9 @@ def measure(
     kept = {task for row in rows for task in row.accuracies}
     filled = [_with_results(row, _of_row(row, results, experts), kept) for row in rows]
     outside = [row.name for row in rows if row.name not in results and row.role == "repair"]
-    notes = tuple(f"lm_eval cannot load '{name}', which has modules beside its weights: not scored." for name in outside)
+    notes = tuple(
+        f"lm_eval cannot load '{name}', which has modules beside its weights: not scored." for name in outside
+    )
     record = _record(harness, {**results, **{f"expert {name}": each for name, each in experts.items()}})
     return Measured(Scores(filled, filled[0], filled[1]), record, notes)
 

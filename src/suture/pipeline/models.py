@@ -101,4 +101,6 @@ def open_models(pool: ModelPool, threads: int = 0) -> Models:
         return checkpoint.select(chosen.canonical_names(checkpoint))
 
     experts = {name: mergeable(model) for name, model in whole_experts.items()}
-    return Models(pool, chosen, whole_base, mergeable(whole_base), experts, threads)
+    base = mergeable(whole_base)
+    names = [name for name in base if name not in base.aliases]
+    return Models(pool.with_names(names), chosen, whole_base, base, experts, threads)

@@ -1,7 +1,8 @@
 """Pools: a pretrained model with its fine-tuned versions, and the tasks on which they are scored."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, fields, replace
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,8 @@ _TASK_KEYS = {*(key.name for key in fields(Task)), "folders"} - {"name"}
 class ModelPool:
     """The models of one merge. `frozen` tensors stay at the base; `mixed_dtypes` allows dtypes other than the base's.
 
-    `settings` are the family's own keys. In a pool's YAML, relative paths start from the folder `root`.
+    `only` and `keep` are patterns of canonical names, such as `model.language_model.*` and `*embed*`: what matches none of
+    `only`, or any of `keep`, stays at the base too. `settings` are the family's own keys. In a pool's YAML, relative paths start from the folder `root`.
     """
 
     base: Source
@@ -27,12 +29,36 @@ class ModelPool:
     frozen: tuple[str, ...] = ()
     mixed_dtypes: bool = False
     settings: Mapping[str, Any] = field(default_factory=dict)
+    only: tuple[str, ...] = ()
+    keep: tuple[str, ...] = ()
+
+    def with_names(self, names: Iterable[str]) -> "ModelPool":
+        """The pool with the names that `only` and `keep` leave at the base among the `frozen` ones.
+
+        Raises `ConfigError` for a pattern that matches no name, or where nothing is left to merge.
+        """
+        names = list(names)
+        for key in ("only", "keep"):
+            for pattern in getattr(self, key):
+                if not any(fnmatchcase(name, pattern) for name in names):
+                    problem = f"modelpool.{key}={pattern!r} matches no tensor (there is {next(iter(names), 'none')}, …)"
+                    raise ConfigError(f"{problem}. Remedy: patterns such as '*.layers.*', or leave it out.")
+        left = [name for name in names if not self._merges(name)]
+        if (self.only or self.keep) and len(left) == len(names):
+            raise ConfigError("modelpool.only and modelpool.keep leave nothing to merge. Remedy: keep less.")
+        return replace(self, frozen=tuple(dict.fromkeys((*self.frozen, *left))))
+
+    def _merges(self, name: str) -> bool:
+        chosen = not self.only or any(fnmatchcase(name, pattern) for pattern in self.only)
+        return chosen and not any(fnmatchcase(name, pattern) for pattern in self.keep)
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> "ModelPool":
         """Read a pool's YAML; raises `ConfigError` for a missing `_pretrained_`, no models, or an unknown key."""
         own = family(config.get("family", "clip")).known_settings
-        _refuse_unknown("modelpool", config, {"family", "models", "frozen", "mixed_dtypes", "root", *own})
+        _refuse_unknown(
+            "modelpool", config, {"family", "models", "frozen", "only", "keep", "mixed_dtypes", "root", *own}
+        )
         config = {key: _under(config.get("root"), value) for key, value in config.items()}
         models = _mapping("modelpool.models", config.get("models"))
         if PRETRAINED not in models:
@@ -47,7 +73,8 @@ class ModelPool:
             )
         options = {key: config[key] for key in ("family", "mixed_dtypes") if key in config}
         settings = {key: config[key] for key in own if config.get(key) is not None}
-        return cls(base, models, frozen=tuple(config.get("frozen") or ()), settings=settings, **options)
+        names = {key: _patterns(key, config.get(key)) for key in ("frozen", "only", "keep")}
+        return cls(base, models, settings=settings, **names, **options)
 
 
 @dataclass(frozen=True)
@@ -71,6 +98,14 @@ class TaskPool:
         root = config.get("root")
         tasks = tuple(_task(name, _mapping(f"taskpool.tasks.{name}", task), root) for name, task in named.items())
         return cls(tasks, config.get("recommended") or {})
+
+
+def _patterns(key: str, value: Any) -> tuple[str, ...]:
+    """A list of names or patterns; one text is a list of one."""
+    values = [value] if isinstance(value, str) else value or ()
+    if not isinstance(values, list | tuple) or not all(isinstance(each, str) for each in values):
+        raise ConfigError(f"modelpool.{key}={value!r}: wanted a list of names.")
+    return tuple(values)
 
 
 def _under(root: str | None, value: Any) -> Any:

@@ -107,7 +107,7 @@ def preflight_of(models: Models, settings: Settings) -> Preflight:
         method.static,
         settings.taskpool,
         knobs=method.knobs,
-        frozen=(*settings.pool.frozen, *method.frozen),
+        frozen=(*models.pool.frozen, *method.frozen),
         mixed_dtypes=settings.pool.mixed_dtypes,
         output=settings.output,
         bytes_written=sum(spec.nbytes for spec in models.whole_base.specs.values()),

@@ -120,7 +120,9 @@ def _passage_problems(task: Task, split: Split) -> list[str]:
     missing = [column for column in columns if task.templates and "{" + column + "}" not in task.templates[0]]
     if missing:
         place = "{" + missing[0] + "}"
-        return [f"Task {task.name!r}: template {task.templates[0]!r} has no {place}. Remedy: put {place} where it goes."]
+        return [
+            f"Task {task.name!r}: template {task.templates[0]!r} has no {place}. Remedy: put {place} where it goes."
+        ]
     if _is_on_hub(task) and hub.cached_dataset(task.source) is None and not hub.is_offline():
         return []  # as below
     try:

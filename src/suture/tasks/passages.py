@@ -127,5 +127,7 @@ def _right(answer: Any, choices: Sequence[str], where: str) -> int:
     if isinstance(answer, str) and len(answer.strip()) == 1:
         answer = ord(answer.strip().upper()) - ord("A")
     if not isinstance(answer, int) or isinstance(answer, bool) or not 0 <= answer < len(choices):
-        raise DataError(f"{where} has the answer {shown(answer)!r}; wanted the number of one of {len(choices)} choices.")
+        raise DataError(
+            f"{where} has the answer {shown(answer)!r}; wanted the number of one of {len(choices)} choices."
+        )
     return answer

@@ -166,7 +166,14 @@ def _new_model(vocabulary: int, recipe: LanguageRecipe, seed: int) -> Any:
 
 
 def _train(
-    model: Any, tokenizer: Any, learned: list[str], recipe: LanguageRecipe, steps: int, rate: float, seed: int, name: str
+    model: Any,
+    tokenizer: Any,
+    learned: list[str],
+    recipe: LanguageRecipe,
+    steps: int,
+    rate: float,
+    seed: int,
+    name: str,
 ) -> None:
     """AdamW on next tokens, with a linear warm-up and a cosine to zero."""
     stream = _stream(tokenizer, learned)

@@ -83,7 +83,9 @@ class PromptReader:
         if task.score is None or not task.score.chat_template:
             return prompt
         if not self.tokenizer.chat_template:
-            problem = f"Task {task.name!r}: score.chat_template=true, but the tokenizer of '{self.label}' has no template"
+            problem = (
+                f"Task {task.name!r}: score.chat_template=true, but the tokenizer of '{self.label}' has no template"
+            )
             raise ConfigError(f"{problem}. Remedy: leave it out, or give a pretrained model with chat_template.jinja.")
         message = [{"role": "user", "content": prompt}]
         return self.tokenizer.apply_chat_template(message, add_generation_prompt=True, tokenize=False)

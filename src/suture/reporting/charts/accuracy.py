@@ -113,7 +113,11 @@ def matrix(run: FinishedRun) -> Chart | None:
         {**names_across("task", tasks), "title": "task"},
         {**names_down("model", list(models)), "title": "model"},
         {"scale": {"scheme": "blues", **({"domain": [0, 100]} if shares else {"reverse": True})}},
-        tips=[tip("model", "nominal"), tip("task", "nominal"), tip("value", title="accuracy" if shares else "score", format=".1f" if shares else ".3f")],
+        tips=[
+            tip("model", "nominal"),
+            tip("task", "nominal"),
+            tip("value", title="accuracy" if shares else "score", format=".1f" if shares else ".3f"),
+        ],
         height=26 * len(models),
         numbers=".0f" if shares else ".2f",
     )
