@@ -19,8 +19,9 @@ _TASK_KEYS = {*(key.name for key in fields(Task)), "folders"} - {"name"}
 class ModelPool:
     """The models of one merge. `frozen` tensors stay at the base; `mixed_dtypes` allows dtypes other than the base's.
 
-    `only` and `keep` are patterns of canonical names, such as `model.language_model.*` and `*embed*`: what matches none of
-    `only`, or any of `keep`, stays at the base too. `settings` are the family's own keys. In a pool's YAML, relative paths start from the folder `root`.
+    `only` and `keep` are patterns of canonical names, such as `model.language_model.*` and `*embed*`: what matches none
+    of `only`, or any of `keep`, stays at the base too. `settings` are the family's own keys. In a pool's YAML, relative
+    paths start from the folder `root`.
     """
 
     base: Source

@@ -19,8 +19,8 @@ class Report:
 
     `pretrained` and `experts` are among the `rows`; without them there is no gap to report. `curves`: knob → model →
     value of the knob → mean accuracy. `matrix`: a row per expert, on every task. `profile`: activity → seconds.
-    `search`: the trials of a search for knobs, and the score and inputs that they were compared by. `harness`: versions,
-    settings and results of an evaluation harness. `generations`: a prompt, and its continuation by each model.
+    `search`: the trials of a search for knobs, and the score and inputs that they were compared by. `harness`:
+    versions, settings and results of an evaluation harness. `generations`: a prompt, and its continuation by each model.
     """
 
     title: str
@@ -196,8 +196,8 @@ def about_scores(metrics: Mapping[str, str]) -> str:
     lower = sorted({name.replace("_", " ") for name in metrics.values() if metric(name).lower})
     less = f"Less is better for {', '.join(lower)} (↓). " if lower else ""
     return (
-        f"Shares in %, ± standard error. {less}Norm.: mean over tasks of score / expert score, the other way round where "
-        "less is better. Gap closed: 0 is the pretrained model, 100 the experts, whatever the unit."
+        f"Shares in %, ± standard error. {less}Norm.: mean over tasks of score / expert score, the other way round "
+        "where less is better. Gap closed: 0 is the pretrained model, 100 the experts, whatever the unit."
     )
 
 
