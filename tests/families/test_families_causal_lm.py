@@ -305,3 +305,20 @@ def test_companions_and_code_come_from_the_named_model_only_when_asked(shop, tmp
         == 0
     )
     assert (model / "modeling_own.py").exists()
+
+
+def test_continuations_stand_side_by_side_on_page_and_card(shop, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    words = ["method=task_arithmetic", "generate.prompts=['the colour red is','<b>']", "generate.max_new_tokens=4"]
+    assert run(shop, tmp_path, "text", *words) == 0
+    first = report_of(tmp_path)["generations"][0]
+    assert list(first["continuations"]) == ["pretrained", "expert colour", "expert animal", "task_arithmetic"]
+    model, tokenizer = loaded(tmp_path / "out" / "model"), tokenizer_of(shop)
+    ids = torch.tensor([tokenizer("the colour red is")["input_ids"]])
+    out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=4, do_sample=False)
+    expected = tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
+    assert first["continuations"]["task_arithmetic"] == expected
+    assert "&lt;b&gt;" in (tmp_path / "out" / "report.html").read_text()
+    card = (tmp_path / "out" / "model" / "README.md").read_text()
+    assert "## Continuations" in card
+    assert "## Tokens and templates" in card

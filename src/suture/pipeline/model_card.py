@@ -40,6 +40,8 @@ def card(run: FinishedRun) -> str:
         _table(["setting", "value"], _settings(config)),
         *(_coefficients(learned) for learned in data.get("learning", {}).values()),
         *_accuracies(data),
+        *_tokens(config),
+        *_generations(data),
         ["## Merged from"],
         inputs_table(sources, data["provenance"]["inputs"]),
         ["## To repeat it"],
@@ -96,6 +98,36 @@ def _accuracies(data: Mapping[str, Any]) -> list[list[str]]:
         return [["## Scores"], _table(heads, rows), [about_scores(metrics)]]
     legend = ["Accuracy in %. Norm.: mean over tasks of accuracy / expert accuracy. Gap closed: how far from the"]
     return [["## Accuracy"], _table(heads, rows), [*legend, "pretrained model's mean to that of the experts."]]
+
+
+def _tokens(config: Mapping[str, Any]) -> list[list[str]]:
+    """How texts become tokens, for language models: the context, templates, and whose files these are."""
+    pool, tasks = config["modelpool"], (config.get("taskpool") or {}).get("tasks") or {}
+    if pool.get("family") != "causal_lm":
+        return []
+    whose = "`companions`" if pool.get("companions") else "the pretrained model"
+    lines = [f"Tokenizer, chat template and generation settings are those of {whose}."]
+    rows = [[name, f"`{_one_line(task.get('score'))}`", _templates(task)] for name, task in tasks.items()]
+    return [["## Tokens and templates"], lines, _table(["task", "score", "template"], rows) if rows else []]
+
+
+def _templates(task: Mapping[str, Any]) -> str:
+    templates = task.get("templates") or []
+    return f"`{_one_line(templates[0])}`" if templates else "–"
+
+
+def _generations(data: Mapping[str, Any]) -> list[list[str]]:
+    """Prompts and their continuations, which are quoted so that nothing in them is markup."""
+    parts = [["## Continuations"]] if data.get("generations") else []
+    for each in data.get("generations", ()):
+        rows = [[name, f"`{_one_line(text)}`"] for name, text in each["continuations"].items()]
+        parts += [[f"Prompt: `{_one_line(each['prompt'])}`"], _table(["model", "continuation"], rows)]
+    return parts
+
+
+def _one_line(text: Any) -> str:
+    """A text inside a cell and between backticks."""
+    return " ".join(str(text).replace("`", "'").replace("|", "¦").split()) or " "
 
 
 def _table(heads: Sequence[str], rows: Any) -> list[str]:

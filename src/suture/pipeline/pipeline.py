@@ -18,6 +18,7 @@ from suture.errors import ConfigError
 from suture.evaluation import SplitInputs
 from suture.pipeline import config as configuration
 from suture.pipeline.context import Context
+from suture.pipeline.generations import generations
 from suture.pipeline.harness import measure
 from suture.pipeline.model_card import write_card
 from suture.pipeline.models import Models, open_models
@@ -123,6 +124,7 @@ def run_settings(
             learning={result.label: result.learned for result in merged if result.learned},
             search=search,
             harness=record,
+            generations=generations(first.generation, models, merged, context) if first.generation else (),
             repairs={" + ".join((label, *fitted.chain)): fitted for label, fits in repairs.items() for fitted in fits},
         )
         write(report, folder)

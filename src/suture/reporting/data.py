@@ -20,7 +20,7 @@ class Report:
     `pretrained` and `experts` are among the `rows`; without them there is no gap to report. `curves`: knob → model →
     value of the knob → mean accuracy. `matrix`: a row per expert, on every task. `profile`: activity → seconds.
     `search`: the trials of a search for knobs, and the score and inputs that they were compared by. `harness`:
-    versions, settings and results of an evaluation harness. `generations`: a prompt, and its continuation by each model.
+    versions, settings and results of an evaluation harness. `generations`: prompts, and their continuations by model.
     """
 
     title: str

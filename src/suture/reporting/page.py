@@ -70,7 +70,7 @@ def _as_json(charts: Sequence[Chart]) -> str:
 def _sections(run: FinishedRun, charts: list[Chart] | None) -> str:
     """The sections of the page; appends its charts to `charts`, or shows pictures if that is None."""
     data = run.data
-    parts = [_best(data), _table(data), _notes(data)]
+    parts = [_best(data), _table(data), _notes(data), _generations(data)]
     if charts is None:
         parts += _pictures(run)
     else:
@@ -196,6 +196,19 @@ def _cell(value: float | None, attributes: str = "") -> str:
 def _notes(data: Mapping[str, Any]) -> str:
     notes = "".join(f"<li>{escape(note)}</li>" for note in data.get("notes", ()))
     return f"<ul class=notes>{notes}</ul>" if notes else ""
+
+
+def _generations(data: Mapping[str, Any]) -> str:
+    """The prompts, each with its continuation by every model."""
+    tables = []
+    for each in data.get("generations", ()):
+        lines = "".join(
+            f"<tr><th scope=row>{escape(str(name))}</th><td class=text>{escape(str(text))}</td></tr>"
+            for name, text in each.get("continuations", {}).items()
+        )
+        prompt = escape(str(each.get("prompt", "")))
+        tables.append(f"<h3>{prompt}</h3><div class=wide><table><tbody>{lines}</tbody></table></div>")
+    return _section_of("Continuations", "".join(tables))
 
 
 def _facts(repair: Mapping[str, Any]) -> str:

@@ -117,12 +117,11 @@ def _passage_problems(task: Task, split: Split) -> list[str]:
     if len(task.templates) > 1:
         return [f"Task {task.name!r} has {len(task.templates)} templates; wanted one, or none. Remedy: leave one."]
     columns = task.text_columns or ("text",)
-    missing = [column for column in columns if task.templates and "{" + column + "}" not in task.templates[0]]
+    template = next(iter(task.templates), None)
+    missing = [column for column in columns if template is not None and "{" + column + "}" not in template]
     if missing:
         place = "{" + missing[0] + "}"
-        return [
-            f"Task {task.name!r}: template {task.templates[0]!r} has no {place}. Remedy: put {place} where it goes."
-        ]
+        return [f"Task {task.name!r}: template {template!r} has no {place}. Remedy: put {place} where it goes."]
     if _is_on_hub(task) and hub.cached_dataset(task.source) is None and not hub.is_offline():
         return []  # as below
     try:

@@ -44,7 +44,7 @@ class Scoring:
         """Read the key `score` of a task: a metric, or a mapping with its fields; raises `ConfigError`."""
         if isinstance(value, Scoring):
             return value
-        values = {"metric": value} if isinstance(value, str) else value
+        values: Any = {"metric": value} if isinstance(value, str) else value
         where = f"Task {task!r}: score"
         if not isinstance(values, Mapping) or "metric" not in values:
             raise ConfigError(f"{where}={shown(value)!r}: wanted a metric, or a mapping with the key metric.")

@@ -52,7 +52,7 @@ class NextToken(Encoder):
 
     def next_token_logits(self, features: Tensor) -> Tensor:
         """Logits (…, V) of the next token, from hidden states (…, D), by the model's own output layer."""
-        layer = self.get_submodule(self._output)
+        layer: Any = self.get_submodule(self._output)
         logits = linear(self.scale * features, layer.weight, layer.bias)
         return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
 
