@@ -312,7 +312,7 @@ def test_continuations_stand_side_by_side_on_page_and_card(shop, tmp_path, monke
     words = ["method=task_arithmetic", "generate.prompts=['the colour red is','<b>']", "generate.max_new_tokens=4"]
     assert run(shop, tmp_path, "text", *words) == 0
     first = report_of(tmp_path)["generations"][0]
-    assert list(first["continuations"]) == ["pretrained", "expert colour", "expert animal", "task_arithmetic"]
+    assert list(first["continuations"]) == ["pretrained", "expert animal", "expert colour", "task_arithmetic"]
     model, tokenizer = loaded(tmp_path / "out" / "model"), tokenizer_of(shop)
     ids = torch.tensor([tokenizer("the colour red is")["input_ids"]])
     out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=4, do_sample=False)

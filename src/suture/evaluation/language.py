@@ -187,10 +187,7 @@ class _Run:
         return [requests.decode(each) for each in tokens]
 
     def _new_cache(self) -> Any:
-        from transformers import DynamicCache
-
-        base = next(part for part in self.model.modules() if isinstance(part, NextToken))
-        return DynamicCache(config=base.config) if base.config is not None else DynamicCache()
+        return next(part for part in self.model.modules() if isinstance(part, NextToken)).new_cache()
 
     def _features(self, **inputs: Any) -> Tensor:
         moved = {name: part.to(self.device) if isinstance(part, Tensor) else part for name, part in inputs.items()}

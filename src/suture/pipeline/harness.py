@@ -74,7 +74,7 @@ class Harness:
 
     def evaluated(self, device: str, folder: Path, more: Mapping[str, str] | None = None) -> dict[str, Any]:
         """The harness's own results for a model's folder; `more` are further arguments of its model."""
-        import lm_eval
+        import lm_eval  # type: ignore[import-not-found]
 
         arguments = {"pretrained": str(folder), **(more or {}), **self.model_args}
         results = lm_eval.simple_evaluate(
@@ -94,7 +94,7 @@ class Harness:
         return results
 
     def _manager(self) -> Any:
-        from lm_eval.tasks import TaskManager
+        from lm_eval.tasks import TaskManager  # type: ignore[import-not-found]
 
         return TaskManager(include_path=self.include_path)
 

@@ -56,6 +56,12 @@ class NextToken(Encoder):
         logits = linear(self.scale * features, layer.weight, layer.bias)
         return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
 
+    def new_cache(self) -> Any:
+        """An empty cache of keys and values, of the kinds that the layers need."""
+        from transformers import DynamicCache
+
+        return DynamicCache(config=self.config)
+
     def load(self, state: Mapping[str, Tensor]) -> "NextToken":
         """Copy in the weights of another model of this architecture; raises `CheckpointError` if they do not fit."""
         copy_into(self, state, self._naming)
