@@ -14,6 +14,7 @@ from suture.adaptation.objectives import (
     entropy_loss,
     expert_cross_entropy,
     expert_feature_l1,
+    expert_kl,
 )
 from suture.adaptation.options import AdaMergingOptions
 from suture.adaptation.regression_mean import regmean, regmean_pp
@@ -35,6 +36,7 @@ __all__ = [
     "esm",
     "expert_cross_entropy",
     "expert_feature_l1",
+    "expert_kl",
     "feature_norms",
     "fisher",
     "layout",

@@ -5,7 +5,7 @@ Undefined values are nan.
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from math import nan
+from math import isfinite, nan
 from statistics import fmean
 from typing import TYPE_CHECKING, Literal
 
@@ -13,6 +13,8 @@ from suture.core.notebooks import frame, table_html
 
 if TYPE_CHECKING:
     from pandas import DataFrame
+
+from suture.evaluation.metrics import ACCURACY, Metric, metric
 
 Role = Literal["pretrained", "experts", "merge", "repair"]
 
@@ -25,6 +27,10 @@ class Row:
     repair's row also has the label of its `merge` and its kind, `repair`. In a `routed` row a router chose each input's
     task. `needs_task`: whether the task's name must be given at inference. `learned` says what was learned and from
     which inputs, and is empty where only weights were read; `seconds` is the time that making the model took.
+
+    `metrics`: task → the name of its score, where that is no accuracy; `errors`: task → its standard error; `details`:
+    task → metric → (value, standard error), of everything that was measured. The mean of tasks with scores in different
+    units is nan; the gap closed is then the mean of the gaps closed over the tasks that have one.
     """
 
     name: str
@@ -37,6 +43,19 @@ class Row:
     needs_task: bool = False
     learned: str = ""
     seconds: float | None = field(default=None, compare=False)
+    metrics: Mapping[str, str] = field(default_factory=dict)
+    errors: Mapping[str, float] = field(default_factory=dict)
+    details: Mapping[str, Mapping[str, tuple[float, float]]] = field(default_factory=dict)
+
+    def metric(self, task: str) -> Metric:
+        """The metric of a task."""
+        return metric(self.metrics[task]) if task in self.metrics else ACCURACY
+
+    @property
+    def comparable(self) -> bool:
+        """Whether the scores of all tasks have one unit, so that they have a mean."""
+        metrics = {self.metric(task) for task in self.accuracies}
+        return len(metrics) <= 1 or all(each.share and not each.lower for each in metrics)
 
     def __repr__(self) -> str:
         mean = f", mean {100 * self.mean:.1f} %" if self.accuracies else ""
@@ -53,12 +72,16 @@ class Row:
 
     @property
     def mean(self) -> float:
-        """The unweighted mean over tasks."""
-        return fmean(self.accuracies.values())
+        """The unweighted mean over tasks; nan where their scores are in different units."""
+        return fmean(self.accuracies.values()) if self.comparable else nan
 
     def normalised(self, experts: "Row") -> dict[str, float]:
-        """Per task, accuracy / the expert's accuracy; nan where there is no expert or its accuracy is 0."""
-        return {task: _ratio(value, experts.on(task)) for task, value in self.accuracies.items()}
+        """Per task, accuracy / the expert's accuracy; nan where there is no expert or its accuracy is 0.
+
+        Where less is better it is the expert's score / the model's, so that more is better here too.
+        """
+        pairs = {task: (value, experts.on(task)) for task, value in self.accuracies.items()}
+        return {task: _ratio(*pair[:: -1 if self.metric(task).lower else 1]) for task, pair in pairs.items()}
 
     def normalised_mean(self, experts: "Row") -> float:
         """The mean over tasks of accuracy / the expert's accuracy; nan if it is nan on any task."""
@@ -73,6 +96,9 @@ class Row:
 
     def gap_closed(self, pretrained: "Row", experts: "Row") -> float:
         """(model − pretrained) / (expert − pretrained) of the means over tasks; nan where there is no gap."""
+        if not self.comparable:
+            closed = [value for value in self.gaps_closed(pretrained, experts).values() if isfinite(value)]
+            return fmean(closed) if closed else nan
         start, goal = (fmean(row.on(task) for task in self.accuracies) for row in (pretrained, experts))
         return _ratio(self.mean - start, goal - start)
 
@@ -82,4 +108,4 @@ class Row:
 
 
 def _ratio(part: float, whole: float) -> float:
-    return part / whole if whole else nan
+    return part / whole + 0.0 if whole else nan  # + 0.0: a zero has no sign

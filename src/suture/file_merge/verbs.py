@@ -98,9 +98,8 @@ def merge_files(
     may be a value, a gradient over the layers (a list of numbers) or a list of `{"filter": part of a tensor's name,
     "value": …}`. `after` names wrappers, as in `merge`. Arithmetic is in float32, in float64 for float64 tensors.
 
-    Names or patterns choose tensors: those of `frozen` stay at the base; those of `keep` do where some model lacks them
-    or has them in another shape; with `only`, nothing else is merged. `key` chooses one of several models in a PyTorch
-    file, such as params_ema.
+    Names or patterns choose tensors: those of `frozen` and `keep` stay at the base, whatever the models have there or
+    lack; with `only`, all others do. `key` chooses one of several models in a PyTorch file, such as params_ema.
 
     `dtype` is that of the result (by default the base's), `shard_size` the most that one file holds, `memory` the most
     that the merge holds beside what the system caches of files, whatever the size of the models, and `device` is where

@@ -59,9 +59,8 @@ def merge(
     change the update before it is added to the base, in their order: `["svc", "lines"]`, or with their knobs
     `{"svc": {"alpha": 0.2}}`.
 
-    Names or patterns choose tensors: those of `frozen` stay at the base; those of `keep` do where some model lacks them
-    or has them in another shape; with `only`, nothing else is merged. `key` chooses one of several models in a PyTorch
-    file, such as params_ema.
+    Names or patterns choose tensors: those of `frozen` and `keep` stay at the base, whatever the models have there or
+    lack; with `only`, all others do. `key` chooses one of several models in a PyTorch file, such as params_ema.
 
     Slices are merged on `device`, cpu, cuda or cuda:N, whatever the method; order statistics such as TIES's thresholds
     are searched for there too, other statistics on the CPU. The result is on the CPU. `out` may hold tensors to write

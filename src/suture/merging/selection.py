@@ -13,10 +13,9 @@ from suture.errors import ConfigError, shown
 class Selection:
     """Names or patterns of tensors (* stands for anything).
 
-    - `frozen`: stay at the base, whatever the models have.
-    - `keep`: stay at the base where some model lacks them or has them in another shape; they are merged otherwise.
+    - `frozen` and `keep`: stay at the base, whatever the models have there: other weights, another shape, or nothing.
       Tensors of these names that only models have are left out.
-    - `only`: nothing else is merged.
+    - `only`: everything else stays at the base likewise.
     """
 
     frozen: Sequence[str] = ()
@@ -43,19 +42,17 @@ def select(base: Checkpoint, models: Mapping[str, Checkpoint], selection: Select
                 raise ConfigError(
                     f"{key}: '{shown(pattern)}' is the name of no tensor. Remedy: give names or patterns."
                 )
-    stays = {name for name in base if _stays(base, models, name, selection)}
+    stays = {name for name in base if _stays(name, selection)}
+    if selection and stays == set(base):
+        raise ConfigError("frozen, keep and only leave nothing to merge. Remedy: leave out fewer tensors.")
     tied = {alias for alias, name in base.aliases.items() if name in stays}
     left = {label: _without(base, model, selection) for label, model in models.items()}
     return Selected(left, tuple(sorted(stays | tied)))
 
 
-def _stays(base: Checkpoint, models: Mapping[str, Checkpoint], name: str, selection: Selection) -> bool:
-    if _fits(name, selection.frozen) or (selection.only and not _fits(name, selection.only)):
-        return True
-    shape = base.specs[name].shape
-    return _fits(name, selection.keep) and any(
-        name not in model or model.specs[name].shape != shape for model in models.values()
-    )
+def _stays(name: str, selection: Selection) -> bool:
+    chosen = not selection.only or _fits(name, selection.only)
+    return not chosen or _fits(name, (*selection.frozen, *selection.keep))
 
 
 def _without(base: Checkpoint, model: Checkpoint, selection: Selection) -> Checkpoint:

@@ -21,9 +21,9 @@ _CHOICES = ("frozen", "keep", "only")
 class ModelPool:
     """The models of one merge; `mixed_dtypes` allows dtypes other than the base's.
 
-    `frozen`, `keep` and `only` are names or patterns of tensors, as in `suture.merge`.
-
-    `settings` are the family's own keys. In a pool's YAML, relative paths start from the folder `root`.
+    `frozen`, `keep` and `only` are canonical names or patterns of tensors, as in `suture.merge`, such as
+    `model.language_model.*` and `*embed*`. `settings` are the family's own keys. In a pool's YAML, relative paths start
+    from the folder `root`.
     """
 
     base: Source
@@ -54,8 +54,8 @@ class ModelPool:
             )
         options = {key: config[key] for key in ("family", "mixed_dtypes") if key in config}
         settings = {key: config[key] for key in own if config.get(key) is not None}
-        options |= {key: tuple(config.get(key) or ()) for key in _CHOICES}
-        return cls(base, models, settings=settings, **options)
+        names = {key: _patterns(key, config.get(key)) for key in _CHOICES}
+        return cls(base, models, settings=settings, **names, **options)
 
 
 @dataclass(frozen=True)
@@ -81,6 +81,14 @@ class TaskPool:
         return cls(tasks, config.get("recommended") or {})
 
 
+def _patterns(key: str, value: Any) -> tuple[str, ...]:
+    """A list of names or patterns; one text is a list of one."""
+    values = [value] if isinstance(value, str) else value or ()
+    if not isinstance(values, list | tuple) or not all(isinstance(each, str) for each in values):
+        raise ConfigError(f"modelpool.{key}={value!r}: wanted a list of names.")
+    return tuple(values)
+
+
 def _under(root: str | None, value: Any) -> Any:
     """A mapping with its relative paths below `root`; any other value unchanged."""
     if root is None or not isinstance(value, Mapping):
@@ -94,10 +102,11 @@ def _task(name: str, config: Mapping[str, Any], root: str | None) -> Task:
     keys = known(name) | {key: value for key, value in config.items() if value is not None}
     if root is not None and (folder := _folder_of(Path(root).expanduser(), name, keys)):
         keys["source"] = str(folder)
-    missing = [key for key in ("source", "classnames") if not keys.get(key)]
-    if missing:
-        raise ConfigError(f"taskpool.tasks.{name} has no {missing[0]}. Wanted: source and classnames, at least.")
-    names = keys["classnames"]
+    needed = ("source",) if keys.get("score") is not None else ("source", "classnames")
+    if missing := [key for key in needed if not keys.get(key)]:
+        wanted = "source and classnames, or source and score, at least"
+        raise ConfigError(f"taskpool.tasks.{name} has no {missing[0]}. Wanted: {wanted}.")
+    names = keys.get("classnames") or []
     keys |= {"source": str(keys["source"]), "classnames": list(map(str, names)) if isinstance(names, list) else names}
     return Task(name, **{key: value for key, value in keys.items() if key != "folders"})
 

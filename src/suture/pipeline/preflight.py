@@ -120,6 +120,13 @@ def preflight_of(models: Models, settings: Settings) -> Preflight:
         remedy = "name another family in the pool, or merge files of any kind by suture merge."
         line = f"{PRETRAINED} has no tensor that family={kind} merges (it has '{first}', …)."
         checked.problems.insert(0, f"{line} Remedy: {remedy}")
+    if settings.generation is not None and not checked.problems:
+        try:
+            settings.generation.requests(models)
+        except SutureError as error:
+            checked.problems.append(str(error))
+    if settings.harness is not None:
+        checked.problems += settings.harness.problems()
     if not checked.problems:
         unmatched = models.unmatched(settings.task_names) if settings.repairs else []
         checked.problems += dict.fromkeys([*unmatched, *method.problems(models, settings.task_names)])

@@ -7,7 +7,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from suture.reporting.data import COSTS, Report, cells, columns, costs
+from suture.reporting.data import COSTS, Report, about_scores, cells, columns, costs
 from suture.reporting.figures import draw
 from suture.reporting.page import page
 from suture.reporting.points import points_of
@@ -52,7 +52,7 @@ def _markdown(report: Report, figures: list[Path]) -> str:
     parts = [
         f"# {report.title}",
         "\n".join(table),
-        "Accuracy in %. Norm.: mean over tasks of accuracy / expert accuracy.",
+        about_scores(report.metrics),
     ]
     parts += [f"Test samples: {counts}."] if counts else []
     parts += [f"- {note}" for note in report.notes] + pictures

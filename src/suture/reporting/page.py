@@ -13,7 +13,7 @@ from importlib.resources import files
 from typing import Any
 
 from suture.reporting.chart import Chart
-from suture.reporting.data import COSTS, costs, percent
+from suture.reporting.data import COSTS, about_scores, costs, percent, score_text, task_head
 from suture.reporting.figures import charts_of
 from suture.reporting.rendering import runtime
 from suture.reporting.run_folder import FinishedRun, flat, is_reference
@@ -70,7 +70,7 @@ def _as_json(charts: Sequence[Chart]) -> str:
 def _sections(run: FinishedRun, charts: list[Chart] | None) -> str:
     """The sections of the page; appends its charts to `charts`, or shows pictures if that is None."""
     data = run.data
-    parts = [_best(data), _table(data), _notes(data)]
+    parts = [_best(data), _table(data), _notes(data), _generations(data)]
     if charts is None:
         parts += _pictures(run)
     else:
@@ -121,6 +121,8 @@ def _pictures(run: FinishedRun) -> Iterator[str]:
 
 def _best(data: Mapping[str, Any]) -> str:
     """The first sentence: the best model, its accuracy, and the references."""
+    if data.get("metrics"):
+        return _best_by_gap(data)
     scored = [row for row in data["rows"] if not is_reference(row) and row["mean"] is not None]
     if not scored:
         return ""
@@ -132,6 +134,21 @@ def _best(data: Mapping[str, Any]) -> str:
     return f"<p class=lead>{sentence}{f' <span class=note>({compared})</span>' if compared else ''}</p>"
 
 
+def _best_by_gap(data: Mapping[str, Any]) -> str:
+    """The same for language models, whose scores may be in several units: the model that closes most of the gap."""
+    scored = [row for row in data["rows"] if not is_reference(row) and row.get("gap_closed") is not None]
+    if not scored:
+        return ""
+    best = max(scored, key=lambda row: row["gap_closed"])
+    closed = _percents(best["gap_closed"])
+    return f"<p class=lead>Best: <strong>{escape(best['name'])}</strong>, which closes {closed} of the gap.</p>"
+
+
+def _name_of(data: Mapping[str, Any], task: str) -> str | None:
+    """The name of a task's metric; None for accuracy."""
+    return data.get("metrics", {}).get(task, {}).get("name")
+
+
 def _percents(value: float | None) -> str:
     return f"{percent(value)}\N{NO-BREAK SPACE}%"
 
@@ -139,17 +156,23 @@ def _percents(value: float | None) -> str:
 def _table(data: Mapping[str, Any]) -> str:
     if not data["rows"]:
         return ""
-    heads = ["model", *data["tasks"], "mean", "norm.", "gap closed", *COSTS]
+    metrics = {task: each["name"] for task, each in data.get("metrics", {}).items()}
+    title, about = ("Scores", about_scores(metrics)) if metrics else ("Accuracy", _ABOUT)
+    tasks = [task_head(task, metrics.get(task)) for task in data["tasks"]]
+    heads = ["model", *tasks, "mean", "norm.", "gap closed", *COSTS]
     head = "".join(f"<th scope=col><button type=button>{escape(name)}</button></th>" for name in heads)
     body = "".join(_table_row(data, row) for row in data["rows"])
     counts = "".join(f"<td>{data['samples'].get(task, '')}</td>" for task in data["tasks"])
     foot = f"<tfoot><tr><th scope=row>samples</th>{counts}{'<td></td>' * (3 + len(COSTS))}</tr></tfoot>"
-    return f"""<section><h2>Accuracy</h2><div class=wide><table id=accuracy class=sortable>
-<thead><tr>{head}</tr></thead><tbody>{body}</tbody>{foot}</table></div><p class=note>{_ABOUT}</p></section>"""
+    return f"""<section><h2>{title}</h2><div class=wide><table id=accuracy class=sortable>
+<thead><tr>{head}</tr></thead><tbody>{body}</tbody>{foot}</table></div><p class=note>{about}</p></section>"""
 
 
 def _table_row(data: Mapping[str, Any], row: Mapping[str, Any]) -> str:
-    values = [*(row["accuracies"].get(task) for task in data["tasks"]), row["mean"], row["normalised_mean"]]
+    relative = _cell(row["normalised_mean"])
+    errors, names = row.get("errors", {}), {task: _name_of(data, task) for task in data["tasks"]}
+    scores = [_score(row["accuracies"].get(task), name, errors.get(task)) for task, name in names.items()]
+    scores.append(_score(row["mean"], next((name for name in names.values() if name), None), None))
     share = min(1.0, max(0.0, row["gap_closed"] or 0.0))
     kind = " class=reference" if is_reference(row) else ""
     closed = _cell(row["gap_closed"], f' class=bar style="--share: {100 * share:.1f}%"')
@@ -158,7 +181,12 @@ def _table_row(data: Mapping[str, Any], row: Mapping[str, Any]) -> str:
     named, learned, seconds = map(escape, costs(row, taken))
     value = "" if taken is None else float(taken)
     cost = f'<td class=text>{named}</td><td class=text>{learned}</td><td data-value="{value}">{seconds}</td>'
-    return f"<tr{kind}><th scope=row>{name}</th>{''.join(map(_cell, values))}{closed}{cost}</tr>"
+    return f"<tr{kind}><th scope=row>{name}</th>{''.join(scores)}{relative}{closed}{cost}</tr>"
+
+
+def _score(value: float | None, name: str | None, error: float | None) -> str:
+    text = score_text(value, name, error)
+    return f'<td data-value="{"" if value is None else float(value)}">{text}</td>'
 
 
 def _cell(value: float | None, attributes: str = "") -> str:
@@ -168,6 +196,19 @@ def _cell(value: float | None, attributes: str = "") -> str:
 def _notes(data: Mapping[str, Any]) -> str:
     notes = "".join(f"<li>{escape(note)}</li>" for note in data.get("notes", ()))
     return f"<ul class=notes>{notes}</ul>" if notes else ""
+
+
+def _generations(data: Mapping[str, Any]) -> str:
+    """The prompts, each with its continuation by every model."""
+    tables = []
+    for each in data.get("generations", ()):
+        lines = "".join(
+            f"<tr><th scope=row>{escape(str(name))}</th><td class=text>{escape(str(text))}</td></tr>"
+            for name, text in each.get("continuations", {}).items()
+        )
+        prompt = escape(str(each.get("prompt", "")))
+        tables.append(f"<h3>{prompt}</h3><div class=wide><table><tbody>{lines}</tbody></table></div>")
+    return _section_of("Continuations", "".join(tables))
 
 
 def _facts(repair: Mapping[str, Any]) -> str:

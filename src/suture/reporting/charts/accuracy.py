@@ -31,8 +31,12 @@ def accuracy(run: FinishedRun) -> Chart | None:
     if not data["rows"] or not data["tasks"]:
         return None
     names, tasks = [row["name"] for row in data["rows"]], [*data["tasks"], "mean"]
-    rows = [row for task in tasks for row in _on_task(data, task)]
-    measure = Choice("measure", "show", _MEASURES)
+    in_percent = all(each["share"] for each in data.get("metrics", {}).values())
+    measures = _MEASURES if in_percent else _MEASURES[:0:-1]  # the gap closed first, which has a sign in any unit
+    rows = [row for task in tasks for row in _on_task(data, task) if row["measure"] in measures]
+    if not rows:
+        return None
+    measure = Choice("measure", "show", measures)
     if len(names) > _MANY:
         cells = {**_cells(rows, names, tasks), "transform": [measure.filter]}
         return Chart("Accuracy by task", cells, choices=[measure], width=max(400, 34 * len(tasks)))
@@ -101,17 +105,29 @@ def matrix(run: FinishedRun) -> Chart | None:
     if not models:
         return None
     cells = [(model, task, value) for model, row in models.items() for task, value in row.items()]
-    rows = [{"model": m, "task": t, "value": 100 * value} for m, t, value in cells if value is not None]
+    shares = all(each["share"] for each in data_metrics(run).values())
+    unit = 100 if shares else 1
+    rows = [{"model": m, "task": t, "value": unit * value} for m, t, value in cells if value is not None]
     spec = heat_map(
         rows,
         {**names_across("task", tasks), "title": "task"},
         {**names_down("model", list(models)), "title": "model"},
-        {"scale": {"scheme": "blues", "domain": [0, 100]}},
-        tips=[tip("model", "nominal"), tip("task", "nominal"), tip("value", title="accuracy", format=".1f")],
+        {"scale": {"scheme": "blues", **({"domain": [0, 100]} if shares else {"reverse": True})}},
+        tips=[
+            tip("model", "nominal"),
+            tip("task", "nominal"),
+            tip("value", title="accuracy" if shares else "score", format=".1f" if shares else ".3f"),
+        ],
         height=26 * len(models),
-        numbers=".0f",
+        numbers=".0f" if shares else ".2f",
     )
-    return Chart("Every model on every task, accuracy in %", spec, width=max(240, 34 * len(tasks)))
+    title = "Every model on every task" + (", accuracy in %" if shares else "")
+    return Chart(title, spec, width=max(240, 34 * len(tasks)))
+
+
+def data_metrics(run: FinishedRun) -> Mapping[str, Any]:
+    """Task → its metric, of the tasks whose score is no accuracy."""
+    return run.data.get("metrics", {})
 
 
 def model_colours(data: Mapping[str, Any]) -> dict[str, str]:
@@ -129,7 +145,10 @@ def _on_task(data: Mapping[str, Any], task: str) -> list[dict[str, Any]]:
         by_role = {row["role"]: row["accuracies"].get(task) for row in data["rows"]}
         low, high = by_role.get("pretrained"), by_role.get("experts")
         scored = [(row["name"], row["accuracies"].get(task)) for row in data["rows"]]
-        measured = [(name, value, _share(value, 0, high), _share(value, low, high)) for name, value in scored]
+        lower = data.get("metrics", {}).get(task, {}).get("lower", False)
+        relative = [_share(high, 0, value) if lower else _share(value, 0, high) for _, value in scored]
+        shares = zip(scored, relative, strict=True)
+        measured = [(name, value, ratio, _share(value, low, high)) for (name, value), ratio in shares]
     return [
         {"model": name, "task": task, "measure": measure, "value": 100 * value}
         for name, *values in measured
