@@ -1,4 +1,4 @@
-"""Any network from the command line: a function of one's own, files of tensors, images and texts, heads of each kind."""
+"""Any network from the command line: a function of one's own, tensors, images and texts, heads of each kind."""
 
 import json
 

@@ -41,7 +41,7 @@ __all__ = [
 
 
 def load(task: Task, split: Split) -> Images | Texts | Tensors:
-    """The images, texts or tensors, and the labels, of one split; raises `DataError` with the first problem that `check` names.
+    """The inputs and the labels of one split; raises `DataError` with the first problem that `check` names.
 
     A data set of a hub is downloaded first, unless it is in the hub's cache.
     """
