@@ -11,12 +11,15 @@ from suture.checkpoints.json_files import is_text, read_object
 from suture.errors import refusal, shown
 
 INDEX_SUFFIX = ".index.json"
-# In the order in which `transformers` looks for them.
+# In the order in which `transformers` looks for them, then those of diffusers.
 _USUAL = (
     "model.safetensors",
     "model.safetensors.index.json",
     "pytorch_model.bin",
     "pytorch_model.bin.index.json",
+    "diffusion_pytorch_model.safetensors",
+    "diffusion_pytorch_model.safetensors.index.json",
+    "diffusion_pytorch_model.bin",
 )
 _AGAIN = "copy or download the directory again"
 _COMPANIONS = (*SUFFIXES, ".json", ".txt", ".model", ".py", ".jinja", ".tiktoken")
