@@ -81,7 +81,8 @@ def decoded(entries: Mapping[str, Entry], directory: Path | None, where: object)
     plain = {name: entry for name, entry in entries.items() if name not in taken}
     dtype = _DTYPES.get(str(config.get("dtype") or config.get("torch_dtype")), torch.bfloat16)
     plain |= {each.name: _entry(each, dtype, entries) for each in found}
-    return plain, " and ".join(sorted({each.kind for each in found}))
+    kinds = {each.kind for each in found} | {entry.codes.kind for entry in plain.values() if entry.codes}
+    return plain, " and ".join(sorted(kinds))
 
 
 def _idle(name: str) -> list[str]:
