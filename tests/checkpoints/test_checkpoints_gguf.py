@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import tiny_llama
 import torch
+from gguf_writing import write
 
 from suture import merge_files, open_checkpoint
 from suture.errors import CheckpointError, ConfigError
@@ -23,23 +24,6 @@ def decodable(kind):
 
 
 DECODED = [kind for kind in KINDS if decodable(kind) and kind.name != "BF16"]
-
-
-def write(path, tensors, raw=()):
-    """A GGUF file of plain arrays and of blocks: name → (bytes (rows, width), type)."""
-    writer = gguf.GGUFWriter(path, "llama")
-    writer.add_array("tokenizer.ggml.tokens", ["a", "b"])
-    writer.add_array("tokenizer.ggml.scores", [0.5, 1.0])
-    writer.add_block_count(2)
-    for name, tensor in tensors.items():
-        writer.add_tensor(name, tensor)
-    for name, (blocks, kind) in dict(raw).items():
-        writer.add_tensor(name, blocks, raw_dtype=kind)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return path
 
 
 def blocks(kind, rows=5, per_row=3, seed=0):

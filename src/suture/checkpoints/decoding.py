@@ -28,6 +28,7 @@ _FP8 = {getattr(torch, name) for name in ("float8_e4m3fn", "float8_e5m2") if has
 _MXFP4 = torch.tensor([*FP4, *(-number for number in FP4)])
 _AWQ_ORDER = (0, 4, 1, 5, 2, 6, 3, 7)  # the nibble of each of eight columns
 _BLOCK = (128, 128)  # of FP8, where the configuration says nothing
+_STEP = 1 << 15  # entries that are decoded at once
 _DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 _AGAIN = "copy or download the model again"
 
@@ -98,7 +99,24 @@ def _entry(each: Decoded, dtype: torch.dtype, entries: Mapping[str, Entry]) -> E
     beside = [name for name in _idle(each.name) if name in entries and name not in each.takes]
     stored = {name: entries[name].spec for name in (*each.takes, *beside)}
     codes = Codes(each.kind, stored, lambda name: entries[name].read(), each.encode)
-    return Entry(spec, lambda: each.part(0, spec.numel).view(spec.shape).to(spec.dtype), part=each.part, codes=codes)
+    part = in_steps(each.part)
+    return Entry(spec, lambda: part(0, spec.numel).view(spec.shape).to(spec.dtype), part=part, codes=codes)
+
+
+def in_steps(decode: Part) -> Part:
+    """The same entries, a few at a time, so that what decoding holds beside them stays small."""
+
+    def part(start: int, stop: int) -> Tensor:
+        if stop - start <= _STEP:
+            entries = decode(start, stop)  # a view would keep whole rows of the neighbours
+            return entries.clone() if entries.untyped_storage().nbytes() > 2 * entries.nbytes else entries
+        entries = torch.empty(stop - start)
+        for begin in range(start, stop, _STEP):
+            end = min(begin + _STEP, stop)
+            entries[begin - start : end - start] = decode(begin, end)
+        return entries
+
+    return part
 
 
 def _by_rows(columns: int, rows: RowPart) -> Part:

@@ -14,7 +14,7 @@ from torch import Tensor
 #: Some entries of a flattened tensor: (start, stop) → float32.
 Part = Callable[[int, int], Tensor]
 
-_SLICE = 1 << 20  # entries that are encoded at once
+_SLICE = 1 << 18  # entries that are encoded at once
 FP4 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)  # what a code of MXFP4 may be, without its sign
 _FP4_STEPS = torch.tensor([(a + b) / 2 for a, b in zip(FP4, FP4[1:], strict=False)])
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from suture.checkpoints.checkpoint import Codes, Entry, TensorSpec
+from suture.checkpoints.decoding import in_steps
 from suture.errors import CheckpointError, refusal, shown
 from suture.storage.mapped_file import MappedFile
 
@@ -128,7 +129,7 @@ def _entry(header: _Header, mapped: MappedFile, stored: _Stored, start: int) -> 
         raise header.wrong(f"ends within {shown(stored.name)!r}")
     if dtype is not None:
         return Entry(spec, lambda: mapped.tensor(begin, spec.numel, spec.dtype).view(spec.shape), file=mapped)
-    part = partial(_part, mapped, begin, width, columns, decode)
+    part = in_steps(partial(_part, mapped, begin, width, columns, decode))
     codes = Codes(f"{kind} blocks of GGUF", {}, lambda name: mapped.tensor(begin, spec.numel, torch.uint8))
     whole = lambda: part(0, spec.numel).view(spec.shape).to(spec.dtype)
     return Entry(spec, whole, part=part, file=mapped, codes=codes)
@@ -138,8 +139,6 @@ def _part(
     mapped: MappedFile, begin: int, width: int, columns: int, decode: Callable[[Any], Any], start: int, stop: int
 ) -> Tensor:
     """Some entries of a flattened tensor, from its rows of `width` bytes."""
-    if start >= stop:
-        return torch.empty(0)
     first, last = start // columns, -(-stop // columns)
     rows = mapped.tensor(begin + first * width, (last - first) * width, torch.uint8).view(-1, width)
     values = torch.from_numpy(decode(rows.numpy()))

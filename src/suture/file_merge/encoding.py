@@ -15,7 +15,7 @@ from suture.checkpoints.provenance import PROVENANCE
 from suture.errors import ConfigError, shown
 from suture.file_merge.layout import split_into_shards, write_index
 
-_SLICE = 1 << 20  # entries that are compared at once
+_SLICE = 1 << 18  # entries that are compared at once
 _REMEDY = "leave out encode, for plain weights"
 
 
