@@ -12,7 +12,9 @@ from suture import merge_files, open_checkpoint
 from suture.errors import CheckpointError, ConfigError
 
 gguf = pytest.importorskip("gguf", reason="the gguf package is not installed")
-KINDS = [kind for kind in gguf.GGMLQuantizationType if kind.name not in ("F32", "F16", "F64", "I8", "I16", "I32", "I64")]
+KINDS = [
+    kind for kind in gguf.GGMLQuantizationType if kind.name not in ("F32", "F16", "F64", "I8", "I16", "I32", "I64")
+]
 
 
 def decodable(kind):
@@ -43,7 +45,13 @@ def test_blocks_are_decoded_as_the_package_decodes_them_slice_by_slice(kind, tmp
     flat = opened.flat("w")
     same = lambda one, other: torch.equal(torch.nan_to_num(one), torch.nan_to_num(other))
     assert same(flat[:].view(wanted.shape), wanted)
-    for start, stop in ((0, 1), (5, 6), (3, 47), (wanted.shape[1] - 1, wanted.shape[1] + 1), (wanted.numel() - 9, None)):
+    for start, stop in (
+        (0, 1),
+        (5, 6),
+        (3, 47),
+        (wanted.shape[1] - 1, wanted.shape[1] + 1),
+        (wanted.numel() - 9, None),
+    ):
         assert same(flat[start:stop], wanted.view(-1)[start:stop])
 
 

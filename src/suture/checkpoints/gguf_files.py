@@ -160,6 +160,8 @@ def _blocks(header: _Header, stored: _Stored) -> tuple[str, int, int, Callable[[
         decode(np.zeros((1, size), np.uint8))  # some types can be written only
     except (ValueError, KeyError, NotImplementedError):
         name = getattr(locals().get("kind"), "name", f"number {stored.kind}")
-        problem = f"is a GGUF file with '{shown(stored.name)}' in the type {name}, which the gguf package does not decode"
+        problem = (
+            f"is a GGUF file with '{shown(stored.name)}' in the type {name}, which the gguf package does not decode"
+        )
         raise refusal(header.path, problem, "give the model that it was converted from") from None
     return kind.name, block, size, decode

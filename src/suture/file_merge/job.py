@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from suture.checkpoints import TensorSpec
-from suture.core.progress import bar
 from suture.checkpoints.checkpoint import Codes
+from suture.core.progress import bar
 from suture.errors import PRETRAINED, ConfigError
 from suture.file_merge.adapters import merge_adapters
 from suture.file_merge.encoding import codes_of, error_line, record_error, write_encoded
