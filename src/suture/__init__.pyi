@@ -7,6 +7,7 @@ from .pipeline.pipeline import run as run
 from .pipeline.searching import search as search
 from .pipeline.preflight import check as check
 from .pipeline.pipeline import evaluate_pool as evaluate_pool
+from .pipeline.planning import plan as plan
 from .merging.merge import merge as merge
 from .adaptation import adapt as adapt
 from .repairs import repair as repair
