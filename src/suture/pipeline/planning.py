@@ -109,8 +109,8 @@ def plan(
 ) -> JobPlan:
     """What `run`, `evaluate_pool` (`verb="evaluate"`) or `search` with the same arguments would read, pass and take.
 
-    `over` and `searching` (trials, score, split, num_inputs, …) are the search's, `model` and `matrix` the evaluation's.
-    Nothing is merged. Bytes and inputs are counted; seconds come from slopes that are measured once for a model, method
+    `over` and `searching` (trials, score, split, …) are the search's, `model` and `matrix` the evaluation's. Nothing is
+    merged. Bytes and inputs are counted; seconds come from slopes that are measured once for a model, method
     and machine, in a few seconds. The plan of a merge of files is `plan_files`. Raises `SutureError` for the first
     problem that the job would have.
     """
@@ -256,6 +256,7 @@ class _Counting:
         if name == "final":
             fitted = 2 * used + 3 * self._compared(options.compare)
             seconds = fitted * self.known.forward + repair.knobs["steps"] * _STEP
+            self.left_out += ["fitting a linear router"] if options.router == "linear" else []
             known = options.split == "test" and options.num_inputs is None  # the features of these are encoded already
             scored = 0 if known else tests
         elif name == "calibrate":

@@ -28,6 +28,7 @@ from suture.storage.cache import cache_directory, digest
 from suture.storage.speeds import read_speed, timed, write_speed
 
 _PART = 8  # of a model's tensors, one in so many is merged to measure the method
+_SMALL = 1 << 28  # bytes of models that are merged whole to measure it
 _REPEATS = 2
 _FEW = 256  # inputs of the forward passes that are timed
 
@@ -52,8 +53,8 @@ class Slopes:
 def slopes(settings: Settings, models: Models) -> Slopes:
     """The slopes of a run's model, method, device and batch size: those that were measured before, or new ones.
 
-    A measurement takes a few seconds: two batches of the first task, a backward pass if the method has any, the merge of
-    an eighth of the tensors, and 64 MB on each disk.
+    A measurement takes a few seconds: batches of the first task, a backward pass if the method has any, the merge of an
+    eighth of the tensors, and 64 MB on each disk.
     """
     path = cache_directory() / "slopes" / f"{_key(settings, models)}.json"
     with suppress(OSError, ValueError, TypeError):
@@ -81,10 +82,10 @@ def _disk_of(path: Path) -> int:
 
 
 def _measured(settings: Settings, models: Models) -> Slopes:
-    disks = {"read": read_speed(models.files), "write": write_speed(settings.output)}
+    read, write = read_speed(models.files), write_speed(settings.output)
     merging = 0.0 if settings.method.static is None else _merging(settings, models)
     if not settings.tasks or settings.tasks[0].score is not None:
-        return Slopes(merging=merging, **disks)
+        return Slopes(merging=merging, read=read, write=write)
     context = Context(settings.output, "", settings.fabric, settings.seed, settings.batch_size)
     encoder = models.new_encoder(context.device.device)
     count = min(settings.batch_size, _FEW)
@@ -93,7 +94,7 @@ def _measured(settings: Settings, models: Models) -> Slopes:
     backward = _backward(context, encoder, task, settings.method.batch_size) if learned else 0.0  # type: ignore[union-attr]
     vectors = _vectors(models) if learned else 0.0
     forward = _per_input(lambda: context.scorer.correct(encoder, task), len(task))
-    return Slopes(forward, backward, vectors, merging, **disks, host=_peak(), device=_on_device())
+    return Slopes(forward, backward, vectors, merging, read, write, _peak(), _on_device())
 
 
 def _per_input(function: Callable[[], Any], count: int) -> float:
@@ -128,7 +129,9 @@ def _vectors(models: Models) -> float:
 def _merging(settings: Settings, models: Models) -> float:
     """Seconds for a byte of the inputs of a static merge with its wrappers, from some of the tensors."""
     whole = models.vectors(settings.method.frozen)
-    names = sorted(whole.names, key=lambda name: (-whole.specs[name].numel, name))[_PART // 2 :: _PART] or whole.names
+    names = sorted(whole.names, key=lambda name: (-whole.specs[name].numel, name))
+    if sum(whole.specs[name].nbytes for name in names) * (1 + len(models.experts)) > _SMALL:
+        names = names[::_PART]
     kept = {name: name for name in names}
     few = [each.select({name: name for name in kept if name in each}) for each in models.experts.values()]
     part = models.base.select(kept)
@@ -137,7 +140,7 @@ def _merging(settings: Settings, models: Models) -> float:
     assert method.static is not None
     merge = lambda: merge_task_vectors(vectors, method.static, method.knobs, None, after)  # type: ignore[arg-type]
     read = sum(spec_of(each, name).nbytes for each in (part, *few) for name in names if name in each)
-    return _per_input(merge, max(1, read))
+    return _per_input(merge, max(1, read * method.static.times_read(method.knobs)))
 
 
 def _peak() -> int:
@@ -147,5 +150,3 @@ def _peak() -> int:
 
 def _on_device() -> int:
     return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
-
-
