@@ -17,6 +17,7 @@ from .pipeline.analyses import analyse as analyse
 from .pipeline.pushing import push as push
 from .file_merge import merge_files as merge_files
 from .file_merge import plan_files as plan_files
+from .file_merge import launch_shares as launch_shares
 from .file_merge import merge_mergekit as merge_mergekit
 from .pipeline.demo import demo as demo
 from .pipeline.starting import init as init

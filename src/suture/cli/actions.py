@@ -138,11 +138,17 @@ def _whole(key: str, value: str) -> int:
 def merge(request: Request) -> Answer:
     """A merge of checkpoint files, or its plan."""
     from suture.cli.overrides import check_overrides
-    from suture.file_merge import merge_configured
+    from suture.file_merge import launch_shares, merge_configured
     from suture.pipeline import config
 
     check_overrides([word for word in request.words if not _is_path(word)], request.verb.configuration)
-    result = merge_configured(config.compose_merging(request.words))
+    configured = config.compose_merging(request.words)
+    if launcher := request.values.get("--launcher"):
+        shards = _whole("--shards", request.values.get("--shards") or "2")
+        launch_shares(request.words, shards=shards, launcher=launcher)
+    elif request.values.get("--shards"):
+        raise ConfigError("--shards without --launcher. Remedy: --launcher local, or --shard i/n for one share.")
+    result = merge_configured(configured)
     print(*(f"note: {note}" for note in result.notes), result, sep="\n")
     if result.plan is None:
         return Answer({"output": str(result.output), "finished": result.finished}, str(result.output))

@@ -115,6 +115,8 @@ _TABLE = (
             Option("--plan", "", key="plan"),
             Option("--shard", "", "i/n", key="shard"),
             Option("--device", "", "DEVICE", key="device"),
+            Option("--launcher", "do the merge in shares: local, slurm or ray", "NAME"),
+            Option("--shards", "with --launcher: the number of shares", "N"),
         ),
         configuration="merging",
     ),

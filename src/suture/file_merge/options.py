@@ -126,7 +126,7 @@ def read_options(
     for key in ("mixed_dtypes", "overwrite"):
         if not isinstance(rest.get(key, False), bool):
             raise ConfigError(f"{key}={shown(rest[key])}: wanted true or false.")
-    destination = Destination.of(output) if is_remote(output) else None
+    destination = Destination.of(str(output)) if is_remote(output) else None
     options = MergeOptions(
         base=base,
         models=models,
