@@ -61,7 +61,7 @@ def test_a_sweep_through_submitit_resumes_after_a_killed_worker(desk, monkeypatc
     (desk.folder / "dying" / "sitecustomize.py").write_text(DYING)
     environment = {
         "DIES_ONCE": str(desk.folder / "dead"),
-        "PYTHONPATH": f"{desk.folder}/dying:{os.environ['PYTHONPATH']}",
+        "PYTHONPATH": f"{desk.folder}/dying:{os.environ.get('PYTHONPATH', '')}",
     }
     for key, value in environment.items():
         monkeypatch.setenv(key, value)
@@ -70,7 +70,7 @@ def test_a_sweep_through_submitit_resumes_after_a_killed_worker(desk, monkeypatc
     assert "A job of the sweep was lost" in capsys.readouterr().err
     first = {path: path.stat().st_mtime_ns for path in (desk.folder / "there").glob("*/report.json")}
     assert main(there) == 0
-    assert str(desk.folder / "there" / "2") or capsys.readouterr().out
+    assert (desk.folder / "dead").exists()
     assert all(path.stat().st_mtime_ns == changed for path, changed in first.items())
     assert without_seconds(rows(desk.folder / "there")) == without_seconds(rows(desk.folder / "here"))
 
