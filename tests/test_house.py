@@ -40,6 +40,7 @@ AT_HOME = {
     "vl_convert": ["reporting/"],
     "datasets": ["tasks/"],
     "h5py": ["tasks/"],
+    "fsspec": ["storage/"],
     "scipy": ["tasks/"],
 }
 

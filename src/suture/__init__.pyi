@@ -7,6 +7,7 @@ from .pipeline.pipeline import run as run
 from .pipeline.searching import search as search
 from .pipeline.preflight import check as check
 from .pipeline.pipeline import evaluate_pool as evaluate_pool
+from .pipeline.planning import plan as plan
 from .merging.merge import merge as merge
 from .adaptation import adapt as adapt, symerge as symerge
 from .repairs import repair as repair
@@ -16,6 +17,7 @@ from .pipeline.analyses import analyse as analyse
 from .pipeline.pushing import push as push
 from .file_merge import merge_files as merge_files
 from .file_merge import plan_files as plan_files
+from .file_merge import launch_shares as launch_shares
 from .file_merge import merge_mergekit as merge_mergekit
 from .file_merge import transplant as transplant
 from .pipeline.demo import demo as demo

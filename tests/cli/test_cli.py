@@ -16,7 +16,6 @@ from suture.cli.main import main
 from suture.core.fabric import OneDevice
 from suture.evaluation import Scorer
 from suture.families.clip import ClipEncoder
-from suture.pipeline import scoring
 
 
 def test_a_run_leaves_one_folder_with_everything(desk, capsys):
@@ -91,7 +90,7 @@ def test_a_sweep_runs_every_value(desk):
 
 def test_a_sweep_scores_the_pretrained_model_and_the_experts_once(desk, monkeypatch):
     measured, experts = [], Scorer.experts
-    monkeypatch.setattr(scoring, "_REFERENCES", {})
+    monkeypatch.setenv("SUTURE_CACHE", str(desk.folder / "cache"))
     monkeypatch.setattr(Scorer, "experts", lambda self, *a: measured.append(1) or experts(self, *a))
 
     def sweep(folder):

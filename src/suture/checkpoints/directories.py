@@ -1,6 +1,7 @@
 """Model directories as `transformers` saves them, with one weight file or with shards and their index."""
 
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path, PurePath
 from typing import Any
@@ -24,6 +25,7 @@ _USUAL = (
 _AGAIN = "copy or download the directory again"
 _COMPANIONS = (*SUFFIXES, ".json", ".txt", ".model", ".py", ".jinja", ".tiktoken")
 _LONGEST_NAME = 255  # bytes; no file system allows more
+_PART = re.compile(r"-\d+-of-0*([2-9]|1\d)")
 #: Weights of other libraries, which are named where nothing else is there.
 _STRANGERS = (".ggml", ".h5", ".msgpack", ".onnx", ".npz", ".keras", ".tflite")
 
@@ -36,10 +38,13 @@ def weight_file(directory: Path) -> Path:
     visible = sorted(path for path in directory.iterdir() if path.is_file() and path.name[0] != ".")
     files = [path for path in visible if path.suffix in SUFFIXES]
     files = files or [path for path in visible if path.suffix == ".gguf"]
-    if len(files) == 1:
+    if len(files) == 1 and not _PART.search(files[0].name):
         return files[0]
     strangers = [path.name for path in visible if path.suffix in _STRANGERS]
-    if files:
+    if len(files) == 1:
+        problem = f"has '{files[0].name}', a part of a model, but no index of the parts,"
+        remedy = "wait until all is there, or download it again"
+    elif files:
         problem, remedy = f"has several weight files ({', '.join(p.name for p in files[:4])})", "give the file itself"
     elif strangers:
         problem = f"has no weight file that is read, only '{strangers[0]}',"

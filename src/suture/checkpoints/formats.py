@@ -7,6 +7,7 @@ from suture.checkpoints.gguf_files import read_gguf
 from suture.checkpoints.safetensors_files import read_safetensors
 from suture.checkpoints.torch_files import read_legacy_torch, read_torch_zip
 from suture.errors import CheckpointError, refusal
+from suture.storage.remote import RemotePath
 
 PICKLE_SUFFIXES = (".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth")
 SUFFIXES = (".safetensors", *PICKLE_SUFFIXES)
@@ -46,6 +47,8 @@ def _read(path: Path, start: bytes, key: str | None) -> tuple[dict[str, Entry], 
     stranger = _stranger(path, start)
     if stranger:
         raise stranger
+    if isinstance(path, RemotePath) and start[8:9] != b"{":
+        raise refusal(path, "is no safetensors file, and only these are read by ranges", "download it first")
     if start[:4] == b"GGUF":
         return read_gguf(path)
     if start[:4] == b"PK\x03\x04":

@@ -29,9 +29,9 @@ def read_object(path: Path, remedy: str, *, largest: int = _LARGEST) -> dict[str
 
 def model_config(directory: Path | None) -> dict[str, Any]:
     """The config.json of a model directory, empty where there is none; raises `CheckpointError` for a damaged one."""
-    if directory is None or not os.path.lexists(directory / "config.json"):
+    if directory is None or not ((path := directory / "config.json").exists() or path.is_symlink()):
         return {}
-    return read_object(directory / "config.json", "copy or download the directory again")
+    return read_object(path, "copy or download the directory again")
 
 
 def is_text(value: object) -> bool:

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -17,6 +18,7 @@ from suture.checkpoints.state_dicts import without_prefix
 from suture.errors import CheckpointError, refusal, shown
 from suture.storage.addresses import ZOO_ADDRESS, zoo_path
 from suture.storage.hub import download, is_hub_id
+from suture.storage.remote import RemotePath, is_remote
 
 Source = str | os.PathLike[str] | nn.Module | Mapping[str, Tensor]
 
@@ -26,12 +28,13 @@ def open_checkpoint(
 ) -> Checkpoint:
     """Open a checkpoint from its headers alone; its tensors are read when they are asked for.
 
-    `source` is a safetensors file, a PyTorch file, an index of shards, a model directory, a hub id
-    ("org/name", with an optional `revision`), a "zoo:…" name, a module, a mapping name → tensor, or an open
-    checkpoint, which is returned as it is. `label` is what messages call it. `key` chooses one of several models in
-    a PyTorch file (`params_ema`, `teacher`). Nothing that a pickle asks to
-    run is run. A prefix that DataParallel or torch.compile put before every name of a file is left out. Low-precision
-    codes of files are decoded with their scales when they are read (`decoding` lists the formats).
+    `source` is a safetensors file, a PyTorch file, an index of shards, a model directory, a hub id ("org/name", with an
+    optional `revision`), a "zoo:…" name, a module, a mapping name → tensor, or an open checkpoint, which is returned as
+    it is; or the address of safetensors files, such as s3://… or hf://…, of which only the tensors that are asked for
+    are read. `label` is what messages call it. `key` chooses one of several models in a PyTorch file (`params_ema`,
+    `teacher`). Nothing that a pickle asks to run is run. A prefix that DataParallel or torch.compile put before every
+    name of a file is left out. Low-precision codes of files are decoded with their scales when they are read
+    (`decoding` lists the formats).
 
     Raises `CheckpointError`: missing, truncated, corrupt, no weights, or a pickle that asks to run code.
 
@@ -66,8 +69,10 @@ def _in_memory(entries: Mapping[str, Entry], label: str) -> Checkpoint:
     return Checkpoint(entries, label, quantised=quantisation({name: entry.spec for name, entry in entries.items()}))
 
 
-def _locate(source: str | os.PathLike[str], revision: str | None) -> Path:
-    """The file or directory that a source names, fetched if it has to be."""
+def _locate(source: str | os.PathLike[str], revision: str | None) -> Any:
+    """The file or directory that a source names; a hub's is fetched, one at an address stays there."""
+    if isinstance(source, RemotePath) or is_remote(source):
+        return _remote(RemotePath(str(source)), revision)
     if isinstance(source, str) and source.startswith(ZOO_ADDRESS):
         return zoo_path(source)
     path = Path(source)
@@ -81,6 +86,17 @@ def _locate(source: str | os.PathLike[str], revision: str | None) -> Path:
     if revision is not None:
         raise refusal(source, f"is on disk, so it has no revision '{shown(revision)}'", "leave the revision out")
     return path
+
+
+def _remote(path: RemotePath, revision: str | None) -> RemotePath:
+    if revision is not None:
+        raise refusal(path, f"is an address, so it has no revision '{shown(revision)}'", "leave the revision out")
+    try:
+        if path.exists():
+            return path
+    except OSError as error:
+        raise refusal(path, f"cannot be read: {_reason(error)}", "check the network and your rights") from error
+    raise refusal(path, "does not exist", "check the address and your rights")
 
 
 def _exists(path: Path) -> bool:
@@ -97,7 +113,7 @@ def _reason(error: Exception) -> str:
     return getattr(error, "strerror", None) or str(error)
 
 
-def _open_path(path: Path, label: str, key: str | None = None) -> Checkpoint:
+def _open_path(path: Any, label: str, key: str | None = None) -> Checkpoint:
     try:
         directory = path if path.is_dir() else _model_directory(path.parent)
         if directory is not None:
@@ -116,5 +132,5 @@ def _open_path(path: Path, label: str, key: str | None = None) -> Checkpoint:
     return Checkpoint(entries, label, **about, quantised=kind, prefix=prefix, decoded=formats)
 
 
-def _model_directory(folder: Path) -> Path | None:
+def _model_directory(folder: Any) -> Any:
     return folder if (folder / "config.json").is_file() else None

@@ -20,6 +20,7 @@ from suture.core.names import short
 from suture.errors import OutputError, refusal
 from suture.storage.atomic import write_text
 from suture.storage.cache import cache_directory
+from suture.storage.remote import RemotePath
 
 PROVENANCE = "suture_merge.json"  # beside the weights of a merge of files
 _SETTLED = 2_000_000_000  # ns; a file changed this recently may change again without its time stamp showing it
@@ -76,7 +77,12 @@ def _state(path: Path) -> list[int]:
 def _fingerprint(checkpoint: Checkpoint) -> dict[str, Any]:
     if not checkpoint.files:
         return {"source": checkpoint.label, "sha256": content_hash(checkpoint)}
-    return {"source": checkpoint.label, "files": {str(path): file_sha256(path) for path in checkpoint.files}}
+    return {"source": checkpoint.label, "files": {str(path): _file_hash(path) for path in checkpoint.files}}
+
+
+def _file_hash(path: Any) -> str:
+    """The sha256 of a file's bytes; of one that lies elsewhere, of what its server says of this version."""
+    return path.version if isinstance(path, RemotePath) else file_sha256(path)
 
 
 def _version(package: str) -> str | None:

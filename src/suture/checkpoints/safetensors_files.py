@@ -15,6 +15,7 @@ from suture.checkpoints.checkpoint import DTYPES, Entry, TensorSpec
 from suture.checkpoints.json_files import is_text
 from suture.errors import refusal, shown
 from suture.storage.mapped_file import MappedFile
+from suture.storage.remote import RangedFile, RemotePath
 
 ALIASES_KEY = "aliases"  # the metadata entry in which tied names are kept, as JSON: alias → name
 _LONGEST_HEADER = 100_000_000  # the format's own limit
@@ -27,15 +28,25 @@ def read_safetensors(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
     metadata = _metadata(path, header.pop("__metadata__", {}))
     where = {name: _location(path, name, value) for name, value in header.items()}
     _check_layout(path, where, data_size)
-    file = MappedFile(path)
-    entries = {
-        name: Entry(spec, partial(_read, file, data_start + begin, spec), file=file)
-        for name, (spec, begin) in where.items()
-    }
+    entries = _entries(
+        path, {name: (spec, data_start + begin) for name, (spec, begin) in where.items()}, data_start + data_size
+    )
     for alias, name in _tied_names(path, metadata, entries).items():
         entries[name] = entries[name]._replace(identity=(path, name))
         entries[alias] = entries[name]
     return entries, metadata
+
+
+def _entries(path: Path, where: Mapping[str, tuple[TensorSpec, int]], size: int) -> dict[str, Entry]:
+    """The tensors at these bytes of a file: mapped, or read by ranges where it lies elsewhere."""
+    if isinstance(path, RemotePath):
+        ranged = RangedFile(path, size)
+        return {
+            name: Entry(spec, partial(_read, ranged, begin, spec), part=partial(_part, ranged, begin, spec))
+            for name, (spec, begin) in where.items()
+        }
+    file = MappedFile(path)
+    return {name: Entry(spec, partial(_read, file, begin, spec), file=file) for name, (spec, begin) in where.items()}
 
 
 def _read_header(path: Path) -> tuple[dict[str, Any], int, int]:
@@ -102,8 +113,12 @@ def _check_layout(path: Path, where: Mapping[str, tuple[TensorSpec, int]], data_
         raise refusal(path, f"is {state}: its tensors take {reached} bytes, but it holds {data_size}", _AGAIN)
 
 
-def _read(file: MappedFile, begin: int, spec: TensorSpec) -> Tensor:
+def _read(file: MappedFile | RangedFile, begin: int, spec: TensorSpec) -> Tensor:
     return file.tensor(begin, spec.numel, spec.dtype).view(spec.shape)
+
+
+def _part(file: RangedFile, begin: int, spec: TensorSpec, start: int, stop: int) -> Tensor:
+    return file.tensor(begin + start * spec.dtype.itemsize, stop - start, spec.dtype)
 
 
 def _tied_names(path: Path, metadata: Mapping[str, str], entries: Mapping[str, Entry]) -> dict[str, str]:

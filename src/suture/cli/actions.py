@@ -25,6 +25,10 @@ def run(request: Request) -> Answer:
         return result
 
     check_overrides(request.words, request.verb.configuration)
+    if request.values.get("--plan"):
+        if request.values.get("--multirun"):
+            raise ConfigError("--plan with -m: wanted one run. Remedy: plan one of them, which stands for the others.")
+        return _planned(config.compose(request.words))
     results = config.run_each([*_for_hydra(request), *request.words], run_one, Settings.from_config)
     folders = [result.folder for result in results if hasattr(result, "folder")]
     if len(folders) > 1 and (summary := summarise(folders)):
@@ -35,8 +39,20 @@ def run(request: Request) -> Answer:
 
 
 def _for_hydra(request: Request) -> list[str]:
-    given = {name: value for name, value in request.values.items() if value}
+    given = {name: value for name, value in request.values.items() if value and name != "--plan"}
     return [word for name, value in given.items() for word in ((name,) if value is True else (name, value))]
+
+
+def _planned(config: Any, **options: Any) -> Answer:
+    """The plan of a job, printed in place of it."""
+    from suture.pipeline.planning import plan
+
+    planned = plan(config, **options)
+    print(planned)
+    memory = {"memory": planned.memory, "device_memory": planned.device_memory}
+    data = {"stages": [asdict(stage) for stage in planned.stages], "seconds": planned.seconds, **memory}
+    on = {str(devices): planned.on(devices) for devices in (2, 4, 8)}
+    return Answer(data | {"devices": on, "left_out": list(planned.left_out)}, f"{planned.seconds:.0f}")
 
 
 def _as_data(result: Any) -> dict[str, Any]:
@@ -75,6 +91,8 @@ def evaluate(request: Request) -> Answer:
     if matrix not in ("true", "false"):
         raise ConfigError(f"matrix={matrix}: wanted true or false.")
     composed = _composed(request)
+    if request.values.get("--plan"):
+        return _planned(composed, verb="evaluate", model=request.values.get("model"), matrix=matrix == "true")
     report = evaluate_pool(composed, model=request.values.get("model"), matrix=matrix == "true")
     tables.print_report(report)
     data = report.as_data()
@@ -96,6 +114,8 @@ def search(request: Request) -> Answer:
     check_overrides(words, request.verb.configuration)
     numbers = {key: _whole(key, request.values[key]) for key in _SEARCH_NUMBERS if key in request.values}
     names = {key: request.values[key] for key in ("sampler", "score", "split") if key in request.values}
+    if request.values.get("--plan"):
+        return _planned(words, verb="search", over=searched, searching={**numbers, **names})
     result = search(words, over=searched, **numbers, **names)
     tables.print_run(result)
     trials = [asdict(trial) for trial in result.trials]
@@ -118,11 +138,17 @@ def _whole(key: str, value: str) -> int:
 def merge(request: Request) -> Answer:
     """A merge of checkpoint files, or its plan."""
     from suture.cli.overrides import check_overrides
-    from suture.file_merge import merge_configured
+    from suture.file_merge import launch_shares, merge_configured
     from suture.pipeline import config
 
     check_overrides([word for word in request.words if not _is_path(word)], request.verb.configuration)
-    result = merge_configured(config.compose_merging(request.words))
+    configured = config.compose_merging(request.words)
+    if launcher := request.values.get("--launcher"):
+        shards = _whole("--shards", request.values.get("--shards") or "2")
+        launch_shares(request.words, shards=shards, launcher=launcher)
+    elif request.values.get("--shards"):
+        raise ConfigError("--shards without --launcher. Remedy: --launcher local, or --shard i/n for one share.")
+    result = merge_configured(configured)
     print(*(f"note: {note}" for note in result.notes), result, sep="\n")
     if result.plan is None:
         return Answer({"output": str(result.output), "finished": result.finished}, str(result.output))

@@ -34,6 +34,8 @@ _HYDRA = (
     Option("--package", "with --cfg: print only this part of the configuration, such as method", "KEY", "-p"),
 )
 
+_PLAN = Option("--plan", "print bytes, passes, memory and time on this machine, and do nothing else")
+
 _TABLE = (
     Verb(
         "run",
@@ -44,7 +46,7 @@ _TABLE = (
         "combination of values runs, as in method.scaling_factor=0.1,0.3. Names that start with hydra: only "
         "hydra.sweep.dir, hydra.sweep.subdir, and the launchers and sweepers that are installed (hydra/launcher=NAME, "
         "hydra/sweeper=NAME) with their settings.",
-        options=_HYDRA,
+        options=(*_HYDRA, _PLAN),
         configuration="config",
     ),
     Verb(
@@ -64,6 +66,7 @@ _TABLE = (
             Key("model", "one more model to score: the path of a checkpoint", path=True),
             Key("matrix", "every model on every task; with output=FOLDER a report too", "false", values=true_or_false),
         ),
+        options=(_PLAN,),
         configuration="config",
         method="simple_average",
     ),
@@ -88,6 +91,7 @@ _TABLE = (
             Key("num_inputs", "the number of inputs of each task"),
             Key("groups", "the number of scales to search, from the first block to the last"),
         ),
+        options=(_PLAN,),
         configuration="config",
         defaults=lambda: catalogue().search_defaults,
     ),
@@ -111,6 +115,8 @@ _TABLE = (
             Option("--plan", "", key="plan"),
             Option("--shard", "", "i/n", key="shard"),
             Option("--device", "", "DEVICE", key="device"),
+            Option("--launcher", "do the merge in shares: local, slurm or ray", "NAME"),
+            Option("--shards", "with --launcher: the number of shares", "N"),
         ),
         configuration="merging",
     ),

@@ -20,7 +20,7 @@ from suture.core.progress import Track, untracked
 from suture.errors import CheckpointError, OutputError
 from suture.families.shared.base import Family
 from suture.storage.atomic import new_file
-from suture.storage.cache import cache_directory, digest
+from suture.storage.cache import cache_directory, digest, making
 from suture.storage.mapped_file import MappedFile
 from suture.tasks.base import Images, Tensors, Texts
 
@@ -72,13 +72,19 @@ def _decoded(family: Family, images: Images, track: Track, description: str) -> 
         return family.decode(images, track, description)
     shape = (len(images), *family.input_shape)
     path = cache_directory() / "inputs" / f"{digest({}, [], images.identity, family.preprocessing, shape)}.uint8"
-    if not path.is_file() or path.stat().st_size != math.prod(shape):
+    if not _is_whole(path, shape):
         try:
-            _fill(path, shape, lambda pixels: family.decode(images, track, description, pixels))
+            with making(path):
+                if not _is_whole(path, shape):
+                    _fill(path, shape, lambda pixels: family.decode(images, track, description, pixels))
         except OutputError as error:
             log.warning("Decoded inputs are held in memory, not in %s: %s", path.parent, error)
             return family.decode(images, track, description)
     return MappedFile(path).tensor(0, math.prod(shape), torch.uint8).view(shape)
+
+
+def _is_whole(path: Path, shape: Sequence[int]) -> bool:
+    return path.is_file() and path.stat().st_size == math.prod(shape)
 
 
 def _fill(path: Path, shape: Sequence[int], write: Callable[[Tensor], T]) -> None:

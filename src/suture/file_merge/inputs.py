@@ -18,6 +18,7 @@ from suture.file_merge.options import MergeOptions
 from suture.file_merge.vocabulary import fit
 from suture.merging.compatibility import compatibility
 from suture.merging.selection import select
+from suture.storage.remote import RemotePath
 
 
 @dataclass
@@ -52,7 +53,12 @@ class Inputs:
     def paths(self) -> list[Path]:
         """The files and directories that the models come from."""
         directories = [c.directory for c in self.opened.values() if c.directory is not None]
-        return [*directories, *self._states]
+        return [path for path in (*directories, *self._states) if not isinstance(path, RemotePath)]
+
+    @property
+    def remote(self) -> bool:
+        """Whether some of the files lie elsewhere."""
+        return any(isinstance(file, RemotePath) for file in self._states)
 
     def let_go(self) -> None:
         """Forget the pages of the files that were read; what is read again comes from the system's cache."""

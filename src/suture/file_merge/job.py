@@ -32,9 +32,11 @@ from suture.merging.overflow import refuse_overflow
 from suture.merging.task_vectors import FIXED_BYTES, Piece, TaskVectors, chunk_for, device_chunk_for, memory_of
 from suture.merging.wrapping import Wrapping
 from suture.storage.atomic import check_replaceable
+from suture.storage.remote import BLOCKS
 
 _WIDER = "choose a wider dtype or smaller coefficients, or allow it by name with allow_non_finite=[NAME]"
 
+_BLOCKS = 1 << 26  # bytes of remote files that are held at most
 _MAPPED = 1 << 26  # bytes of the result after which pages of the inputs are let go
 
 
@@ -56,8 +58,11 @@ class Job:
     def vectors(self) -> TaskVectors:
         """The opened models, with threads and slices that keep the memory's ceiling."""
         options = self.options
-        count = len(self.inputs.models)
-        threads, chunk = chunk_for(options.memory, options.method, count, options.threads)
+        count, memory = len(self.inputs.models), options.memory
+        if self.inputs.remote:
+            BLOCKS.limit(min(_BLOCKS, memory // 4))
+            memory -= min(_BLOCKS, memory // 4)
+        threads, chunk = chunk_for(memory, options.method, count, options.threads)
         return TaskVectors(
             self.inputs.base,
             self.inputs.models,
@@ -65,7 +70,7 @@ class Job:
             threads,
             chunk,
             options.device,
-            device_chunk=device_chunk_for(options.memory, threads),
+            device_chunk=device_chunk_for(memory, threads),
         )
 
     @cached_property
@@ -120,6 +125,13 @@ class Job:
 
     def run(self) -> bool:
         """Merge what is left of this process's share, and publish if nothing is missing; whether it is published."""
+        destination = self.options.destination
+        if destination is None:
+            return self._run()
+        work = None if self.options.adapters else _as_json(self.inputs.work(self.options))
+        return destination.hold(work, self._run, overwrite=self.options.overwrite)
+
+    def _run(self) -> bool:
         if self.options.adapters:
             return self._merge_adapters()
         work = self.inputs.work(self.options)

@@ -14,12 +14,14 @@ from suture.checkpoints import Source
 from suture.checkpoints.adapters import is_adapter
 from suture.errors import ConfigError, shown, unknown_name
 from suture.file_merge.adapter_spaces import SPACES
+from suture.file_merge.destination import Destination
 from suture.file_merge.masks import MASK_METHODS, check_masks
 from suture.file_merge.tensor_knobs import TensorKnobs, tensor_knobs
 from suture.merging.registry import MergeMethod, get_method
 from suture.merging.selection import Selection
 from suture.merging.task_vectors import read_device
 from suture.merging.wrapping import After, Wrapped, chosen_wrappers
+from suture.storage.remote import is_remote
 
 if TYPE_CHECKING:
     from suture.file_merge.mergekit.translation import Translation
@@ -36,7 +38,8 @@ class MergeOptions:
     """The models of a merge, its method and options, and its output.
 
     `knobs` are the method's, as they were given (see `tensor_knobs`), `after` the wrappers around it, `part` is (i, n)
-    for the i-th of n shares, and `command` is the command line to record, if there was one.
+    for the i-th of n shares, and `command` is the command line to record, if there was one. `destination` is where the
+    finished `output` is sent, if that is elsewhere.
     """
 
     base: Source | None
@@ -62,6 +65,7 @@ class MergeOptions:
     encode: str | None = None
     translation: "Translation | None" = None
     command: str | None = None
+    destination: Destination | None = None
 
     def tensor_knobs(self, names: Sequence[str]) -> TensorKnobs:
         """The knobs of every tensor."""
@@ -126,11 +130,13 @@ def read_options(
     for key in ("mixed_dtypes", "overwrite"):
         if not isinstance(rest.get(key, False), bool):
             raise ConfigError(f"{key}={shown(rest[key])}: wanted true or false.")
+    destination = Destination.of(str(output)) if is_remote(output) else None
     options = MergeOptions(
         base=base,
         models=models,
         method=chosen,
-        output=_output(output),
+        output=_output(output if destination is None else destination.staging),
+        destination=destination,
         knobs=knobs,
         after=tuple(chosen_wrappers(after)),
         dtype=_dtype(dtype),

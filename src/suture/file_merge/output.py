@@ -13,6 +13,7 @@ from suture.file_merge.inputs import Inputs
 from suture.file_merge.mergekit.chat_template import write_template
 from suture.file_merge.options import MergeOptions
 from suture.pipeline.card_parts import command_line, front_matter, inputs_table
+from suture.storage.remote import RemotePath
 
 _COMPANIONS = (
     "added_tokens.json",
@@ -38,7 +39,10 @@ def write_companions(
 ) -> None:
     """Everything of a model directory but weights and index."""
     for path in companions(inputs.directory):
-        shutil.copyfile(path, folder / path.name)
+        if isinstance(path, RemotePath):
+            (folder / path.name).write_bytes(path.read_bytes())
+        else:
+            shutil.copyfile(path, folder / path.name)
     if inputs.config is not None:
         sliced = options.translation.config(inputs.config) if options.translation else {}
         (folder / "config.json").write_text(_config_text({**inputs.config, **sliced}, specs), "utf-8")

@@ -1,11 +1,7 @@
 """The plan of a file merge: bytes, passes, memory, and the time on this machine, from short measurements."""
 
-import os
-import time
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 from torch import Tensor
 
@@ -18,9 +14,9 @@ from suture.merging.compatibility import spec_of
 from suture.merging.merge import Merging
 from suture.merging.task_vectors import FIXED_BYTES, Piece, TaskVectors, memory_of
 from suture.merging.wrapping import Wrapping
-from suture.storage.atomic import disk_errors, scratch_file, write_at
+from suture.storage.atomic import write_at
+from suture.storage.speeds import duration, probe_file, read_speed, timed, write_speed
 
-_PROBE = 1 << 26  # bytes that are read and written to measure the disk
 _MOMENT = 8 * 1024**3  # multiplications of the matrix that is merged to measure a method on matrices
 _PIECES = 24  # slices that are merged to measure the method
 
@@ -60,7 +56,7 @@ class Plan:
             f"compute  {in_bytes(self.compute_speed)}/s of inputs on {self.threads} threads",
             f"memory   {in_bytes(self.memory)} at most, beside what the system caches of files",
             *([f"matrix   {in_bytes(self.matrix)} for the largest, whatever memory= says"] if self.matrix else []),
-            f"time     {_duration(self.seconds)} for this share, all in all",
+            f"time     {duration(self.seconds)} for this share, all in all",
         ]
         return "\n".join(lines)
 
@@ -93,8 +89,8 @@ def make_plan(job: Job) -> Plan:
         bytes_written=sum(job.specs[name].nbytes for name in share) + _encoded_bytes(job),
         memory=max(slices, FIXED_BYTES + job.merging.held()) if matrices else slices,
         threads=vectors.number_of_threads,
-        read_speed=_read_speed([path for c in job.inputs.opened.values() for path in c.files]),
-        write_speed=_write_speed(job.options.output),
+        read_speed=read_speed([path for c in job.inputs.opened.values() for path in c.files]),
+        write_speed=write_speed(job.options.output),
         compute_speed=_matrix_speed(job) if matrices else _compute_speed(job),
         matrix=max(map(job.merging.needs, vectors.names), default=0),
     )
@@ -108,33 +104,6 @@ def _encoded_bytes(job: Job) -> int:
     return plain + sum(spec.nbytes for each in job.codes.values() for spec in each.specs.values())
 
 
-def _read_speed(files: list[Path]) -> float:
-    """Of one input, from the disk and not from what the system has in memory."""
-    if not files:
-        return float("inf")
-    path = max(files, key=lambda path: path.stat().st_size)
-    size = min(_PROBE, path.stat().st_size)
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        if hasattr(os, "posix_fadvise"):
-            os.posix_fadvise(descriptor, 0, size, os.POSIX_FADV_DONTNEED)
-        return size / _timed(lambda: [os.pread(descriptor, 1 << 20, at) for at in range(0, size, 1 << 20)])
-    finally:
-        os.close(descriptor)
-
-
-def _write_speed(output: Path) -> float:
-    data = memoryview(os.urandom(1 << 20))
-    with _probe(output) as descriptor:
-
-        def write() -> None:
-            for offset in range(0, _PROBE, 1 << 20):
-                write_at(descriptor, data, offset)
-            os.fsync(descriptor)
-
-        return _PROBE / _timed(write)
-
-
 def _compute_speed(job: Job) -> float:
     """Bytes of inputs a second, with the files in memory: a few slices of the largest tensor, hashed and written."""
     vectors, method = job.vectors, job.options.method
@@ -143,7 +112,7 @@ def _compute_speed(job: Job) -> float:
     name = max(vectors.names, key=lambda name: vectors.base.specs[name].numel)
     pieces = vectors.pieces(name, rows=method.whole_rows)[:_PIECES]
     dtype = job.specs[name].dtype
-    with _probe(job.options.output) as descriptor:
+    with probe_file(job.options.output) as descriptor:
 
         def take(piece: Piece, merged: Tensor) -> None:
             data = bytes_of(merged.to(dtype).cpu())
@@ -154,7 +123,7 @@ def _compute_speed(job: Job) -> float:
         with merging.vectors.workers():
             merging.tensor(name)
             job.inputs.let_go()  # so that pages are mapped anew, as they are for each tensor
-            seconds = _timed(lambda: merging.tensor(name))
+            seconds = timed(lambda: merging.tensor(name))
     each = sum(spec_of(m, name).dtype.itemsize for m in [vectors.base, *vectors.models.values()])
     return each * pieces[-1].stop / seconds
 
@@ -168,7 +137,7 @@ def _matrix_speed(job: Job) -> float:
     name = max((n for n in work if work[n] <= _MOMENT), key=lambda n: work[n], default=min(work, key=lambda n: work[n]))
     one = job.merging_into(lambda piece, merged: None)
     with vectors.workers():
-        seconds = _timed(lambda: list(one.each([name], one.tensor)))
+        seconds = timed(lambda: list(one.each([name], one.tensor)))
     models = [vectors.base, *vectors.models.values()]
     size = sum(spec_of(model, each).nbytes for model in models for each in vectors.names)
     at_once = min(vectors.number_of_threads, max(1, merging.held() // max(map(merging.needs, work))))
@@ -194,28 +163,3 @@ def _few(vectors: TaskVectors, name: str, count: int) -> TaskVectors:
 
     models = {label: first_entries(model) for label, model in vectors.models.items()}
     return replace(vectors, base=first_entries(vectors.base), models=models, frozen=())
-
-
-@contextmanager
-def _probe(output: Path) -> Iterator[int]:
-    """A descriptor of a file on the output's disk, which is removed again."""
-    folder = next(folder for folder in output.absolute().parents if folder.exists())
-    with disk_errors(output), scratch_file(folder) as descriptor:
-        yield descriptor
-
-
-def _timed(function: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    function()
-    return max(time.perf_counter() - start, 1e-9)
-
-
-def _duration(seconds: float) -> str:
-    """45 s, 12 min, 3.5 h.
-
-    >>> _duration(45), _duration(720), _duration(12600)
-    ('45 s', '12 min', '3.5 h')
-    """
-    if seconds < 120:
-        return f"{max(1, seconds):.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

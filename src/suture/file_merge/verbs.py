@@ -93,11 +93,12 @@ def merge_files(
 ) -> Path:
     """Merge checkpoints into a model directory that `transformers` loads; returns its path.
 
-    `base` and `models` are whatever `open_checkpoint` takes, or adapters' folders; `base` may be None for methods
-    without task vectors, and where all models are adapters: these make one adapter, exactly or cut to `rank`, by a
-    linear method or by any method in a shared `space` (core, knots, dc, dc_linear). `knobs` are the method's own; each
-    may be a value, a gradient over the layers (a list of numbers) or a list of `{"filter": part of a tensor's name,
-    "value": …}`. `after` names wrappers, as in `merge`. Arithmetic is in float32, in float64 for float64 tensors.
+    `base` and `models` are whatever `open_checkpoint` takes, addresses such as s3://… included, or adapters' folders;
+    `base` may be None for methods without task vectors, and where all models are adapters: these make one adapter,
+    exactly or cut to `rank`, by a linear method or by any method in a shared `space` (core, knots, dc, dc_linear).
+    `knobs` are the method's own; each may be a value, a gradient over the layers (a list of numbers) or a list of
+    `{"filter": part of a tensor's name, "value": …}`. `after` names wrappers, as in `merge`. Arithmetic is in float32,
+    in float64 for float64 tensors.
 
     Names or patterns choose tensors: those of `frozen` and `keep` stay at the base, whatever the models have there or
     lack; with `only`, all others do. `key` chooses one of several models in a PyTorch file, such as params_ema.
@@ -109,7 +110,8 @@ def merge_files(
     that the merge holds beside what the system caches of files, whatever the size of the models, and `device` is where
     slices are merged: cpu, cuda or cuda:N. `shard="i/n"` does the i-th of n shares; the process that finds all shares
     done publishes the result, after every tensor was read back. A merge that was killed resumes with bit-identical
-    results when it is called again. Raises `SutureError` in one line for whatever does not fit.
+    results when it is called again. An `output` at an address (s3://…) is made in suture's cache, then sent, so that it
+    is visible when it is whole. Raises `SutureError` in one line for whatever does not fit.
 
     >>> import tempfile, torch
     >>> out = Path(tempfile.mkdtemp()) / "merged"
@@ -144,7 +146,7 @@ def merge_files(
         encode=encode,
     )
     Job(options).run()
-    return options.output
+    return _place(options)
 
 
 def plan_files(
@@ -195,7 +197,12 @@ def _merge_one(config: Mapping[str, Any], options: MergeOptions) -> ConfiguredMe
     finished = plan is None and job.run()
     notes = options.translation.notes if options.translation else ()
     read = () if options.adapters else job.inputs.notes
-    return ConfiguredMerge(options.output, options.part, finished, (*notes, *read, *job.notes), plan)
+    return ConfiguredMerge(_place(options), options.part, finished, (*notes, *read, *job.notes), plan)
+
+
+def _place(options: MergeOptions) -> Any:
+    """The path or the address of the result."""
+    return options.output if options.destination is None else options.destination.address
 
 
 def _configured(

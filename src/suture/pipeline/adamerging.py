@@ -34,7 +34,7 @@ NAMES: dict[str, tuple[str, bool]] = {
     "lw_adamergingpp": ("layer", True),
     "tw_adamergingpp": ("task", True),
 }
-_COMPARED = 64  # inputs of each task whose feature norms are compared with the experts'
+COMPARED = 64  # inputs of each task whose feature norms are compared with the experts'
 _FASTER = 5  # the fast schedule reaches as far in a fifth of the steps
 _WITHOUT_EFFECT = {"cache_dir", "devices", "eval_iterations", "num_workers", "save_merging_weights", "strict"}
 _OPTIONS = {each.name for each in fields(AdaMergingOptions)}
@@ -130,6 +130,11 @@ class AdaMerging(MethodBase, AdaMergingOptions):
         how = f"coefficients, {steps:,} steps on all {self.split} inputs" if steps else ""
         return MergeResult(self.label, written(learned.merged, out), learned, how, warnings=learned.warnings)
 
+    def steps(self, fast: bool) -> int:
+        """The number of steps; `fast`: of a fast_dev_run."""
+        steps = self.max_steps // _FASTER if self.schedule == "fast" else self.max_steps
+        return min(steps, FEW) if self.fast_dev_run or fast else steps
+
     @property
     def options(self) -> AdaMergingOptions:
         """The options of `adapt` that the knobs stand for."""
@@ -149,8 +154,7 @@ class AdaMerging(MethodBase, AdaMergingOptions):
             name: ShuffledBatches(task.inputs, self.batch_size, seed=context.seed, name=name)
             for name, task in tasks.items()
         }
-        steps = self.max_steps // _FASTER if self.schedule == "fast" else self.max_steps
-        steps = min(steps, FEW) if self.fast_dev_run else context.shortened(steps)
+        steps = self.steps(context.fast)
         resume = context.resume(self.cache_dir, self._work(steps))
 
         def score(step: int, module: nn.Module) -> float:
@@ -184,7 +188,7 @@ class AdaMerging(MethodBase, AdaMergingOptions):
                 lambda task: other.load(models.experts[task]),
                 {name: task.inputs for name, task in tasks.items()},
                 forward=context.device.call,
-                num_inputs=_COMPARED,
+                num_inputs=COMPARED,
             )
         return replace(learned, feature_norms=norms)
 

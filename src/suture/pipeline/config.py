@@ -13,12 +13,13 @@ import shlex
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from importlib.resources import files
 from itertools import product
 from pathlib import Path
 from typing import Any
 
-from suture.errors import ConfigError, one_line, unknown_name
+from suture.errors import ConfigError, OutputError, one_line, unknown_name
 from suture.merging.registry import MergeMethod
 from suture.pipeline.methods import all_methods
 from suture.pipeline.repairs import JOIN, NONE, Repair
@@ -51,6 +52,9 @@ def run_each(
 
     def job(config):
         try:
+            if not _in_this_process():  # a launcher sends the result back: the folder is enough
+                result = task(_plain(config))
+                return replace(result, report=None) if hasattr(result, "report") else result
             results.append(task(_plain(config)))
         except Exception as error:
             if not _in_this_process():
@@ -58,11 +62,46 @@ def run_each(
             failures.append(error)  # raised below, because Hydra would print a line before it
 
     entry = hydra.main(version_base="1.3", config_path="pkg://suture.pipeline.conf", config_name="config")(job)
-    with _one_line_errors(), _hydra_environment(argv):
+    returned: list[Any] = []
+    with _one_line_errors(), _hydra_environment(argv), _lost_jobs(), _keeping_returns(returned):
         entry()
+        results += [each.return_value for each in returned if each.return_value is not None]
     if failures:
         raise failures[0]
     return results
+
+
+@contextmanager
+def _keeping_returns(returned: list[Any]) -> Iterator[None]:
+    """Inside the block, keep what the jobs of a sweep return, which `hydra.main` drops."""
+    from hydra._internal.hydra import Hydra
+
+    original = Hydra.multirun
+
+    def multirun(self, *arguments, **more):
+        batches = original(self, *arguments, **more)
+        returned.extend(
+            each for batch in batches or () for each in (batch if isinstance(batch, list | tuple) else [batch])
+        )
+        return batches
+
+    Hydra.multirun = multirun
+    try:
+        yield
+    finally:
+        Hydra.multirun = original
+
+
+@contextmanager
+def _lost_jobs() -> Iterator[None]:
+    """One line for a job that a launcher has lost, such as one whose process was killed."""
+    try:
+        yield
+    except Exception as error:
+        if type(error).__module__.partition(".")[0] not in ("submitit", "ray"):
+            raise
+        remedy = "give the same command with hydra.sweep.dir=, the folder of this sweep: what is finished is kept"
+        raise OutputError(f"A job of the sweep was lost ({type(error).__name__}). Remedy: {remedy}.") from error
 
 
 def _combinations(arguments: Sequence[str]) -> Iterator[list[str]]:

@@ -6,6 +6,7 @@ https://github.com/EleutherAI/lm-evaluation-harness
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -74,10 +75,9 @@ class Harness:
 
     def evaluated(self, device: str, folder: Path, more: Mapping[str, str] | None = None) -> dict[str, Any]:
         """The harness's own results for a model's folder; `more` are further arguments of its model."""
-        import lm_eval  # type: ignore[import-not-found]
-
+        harness: Any = import_module("lm_eval")
         arguments = {"pretrained": str(folder), **(more or {}), **self.model_args}
-        results = lm_eval.simple_evaluate(
+        results = harness.simple_evaluate(
             model=self.backend,
             model_args=arguments,
             tasks=list(self.tasks),

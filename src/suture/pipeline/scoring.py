@@ -1,13 +1,16 @@
 """The rows of a run's accuracy table: pretrained model, experts, merges and their repairs, on the test split."""
 
+import hashlib
+import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from suture import __version__
 from suture.checkpoints import Checkpoint
 from suture.evaluation import Row, SplitInputs, TaskInputs
 from suture.evaluation.accuracy import with_language_scores
@@ -15,8 +18,7 @@ from suture.pipeline.context import Context
 from suture.pipeline.models import Models
 from suture.pipeline.results import MergeResult
 from suture.repairs import Problem, RepairResult
-
-_REFERENCES: dict[str, tuple[Row, Row | None]] = {}  # rows that the jobs of a sweep share
+from suture.storage.cache import cache_directory, once
 
 
 @dataclass(frozen=True)
@@ -29,7 +31,7 @@ class Scores:
 
 
 def score_references(models: Models, inputs: SplitInputs, context: Context, *, reuse: bool = False) -> Scores:
-    """Score the pretrained model and the experts; with `reuse` once in this process."""
+    """Score the pretrained model and the experts; with `reuse` once for all runs that share a cache."""
     with context.profile("evaluation"):
         pretrained, experts = _references(models, inputs["test"], context, reuse)
     return Scores([pretrained, *([experts] if experts else [])], pretrained, experts)
@@ -99,17 +101,33 @@ def _references(
 ) -> tuple[Row, Row | None]:
     identities = {name: task.identity for name, task in test.items()}
     computation = (context.fabric, context.batch_size, torch.get_num_threads())
-    key = str((context.fingerprint, identities, models.pool, *computation))
-    reuse = reuse and None not in identities.values()
-    if reuse and key in _REFERENCES:
-        return _REFERENCES[key]
+    key = str(
+        (context.fingerprint, identities, models.pool, *computation, context.seed, __version__, torch.__version__)
+    )
+    if not reuse or None in identities.values():
+        return _score_references(models, test, context)
+    path = cache_directory() / "references" / f"{hashlib.sha256(key.encode()).hexdigest()}.json"
+    rows = json.loads(once(path, lambda: json.dumps([_data(row) for row in _score_references(models, test, context)])))
+    pretrained, experts = (None if row is None else _from_data(row) for row in rows)
+    assert pretrained is not None
+    return pretrained, experts
+
+
+def _data(row: Row | None) -> dict[str, Any] | None:
+    return None if row is None else asdict(row)
+
+
+def _from_data(data: dict[str, Any]) -> Row:
+    details = {task: {name: tuple(pair) for name, pair in each.items()} for task, each in data["details"].items()}
+    return Row(**{**data, "details": details})
+
+
+def _score_references(models: Models, test: Mapping[str, TaskInputs], context: Context) -> tuple[Row, Row | None]:
     encoder = models.new_encoder(context.device.device)
     row = Row("pretrained", {}, role="pretrained")
     pretrained = context.scorer.row(row, encoder.load(models.base), test)
     complete = set(test) <= set(models.experts)
     experts = context.scorer.experts(lambda task: encoder.load(models.experts[task]), test) if complete else None
-    if reuse:
-        _REFERENCES[key] = pretrained, experts
     return pretrained, experts
 
 

@@ -83,12 +83,28 @@ def search(
     """
     check_installed("suture search")
     composed = configuration.composed(config, keywords)
+    arguments = {"sampler": sampler, "trials": trials, "score": score, "split": split}
+    return prepared_search(composed, over, **arguments, num_inputs=num_inputs, groups=groups).run()
+
+
+def prepared_search(
+    config: Mapping[str, Any],
+    over: Mapping[str, Any],
+    *,
+    sampler: Kind | None = None,
+    trials: int = 32,
+    score: Score = "agreement",
+    split: Split = "train",
+    num_inputs: int = 256,
+    groups: int = 1,
+) -> "Search":
+    """The search of a composed configuration, checked; see `search`."""
     space = {knob.removeprefix("method."): _values(knob, values) for knob, values in over.items()}
-    return _Search(composed, space, sampler, trials, score, split, num_inputs, groups).run()
+    return Search(config, space, sampler, trials, score, split, num_inputs, groups)
 
 
 @dataclass(frozen=True)
-class _Search:
+class Search:
     """The arguments of `search`, checked."""
 
     config: Mapping[str, Any]
@@ -221,7 +237,7 @@ class _Search:
 class _Scoring:
     """The score of the merge at a point."""
 
-    search: _Search
+    search: Search
     models: Models
     context: Context
     inputs: SplitInputs

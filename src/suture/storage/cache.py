@@ -3,9 +3,13 @@
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from suture.errors import OutputError
+from suture.storage.atomic import held, write_text
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -17,6 +21,31 @@ def cache_directory() -> Path:
         return Path(os.environ["SUTURE_CACHE"])
     home = os.environ.get("XDG_CACHE_HOME")
     return (Path(home) if home else Path.home() / ".cache") / "suture"
+
+
+@contextmanager
+def making(path: Path) -> Iterator[None]:
+    """Be the only process, of those that share the cache, that makes a file; the others wait, and then find it."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(path.with_name(f".{path.name}.lock"), os.O_RDWR | os.O_CREAT, 0o666)
+    except OSError:  # a cache that cannot be written is met again by whoever writes
+        yield
+        return
+    with held(descriptor, wait=True):
+        yield
+
+
+def once(path: Path, make: Callable[[], str]) -> str:
+    """The text of a file of the cache, which is made by the first process that asks for it."""
+    if not path.is_file():
+        with making(path):
+            if not path.is_file():
+                text = make()
+                with suppress(OutputError):
+                    write_text(path, text)
+                return text
+    return path.read_text("utf-8")
 
 
 def digest(tensors: Mapping[str, "Tensor"], files: Iterable[Path], *facts: object) -> str:

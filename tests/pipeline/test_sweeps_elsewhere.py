@@ -1,0 +1,83 @@
+"""Sweeps whose jobs are processes of a launcher: the table of one process, and nothing done twice."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from suture.cli.main import main
+from suture.storage.cache import making, once
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+DYING = """
+import os, sys, threading
+if "submitit.core._submit" in " ".join(sys.orig_argv):
+    try:
+        os.close(os.open(os.environ["DIES_ONCE"], os.O_CREAT | os.O_EXCL))
+        threading.Timer(1, os._exit, [9]).start()
+    except FileExistsError:
+        pass
+"""
+
+
+def rows(folder):
+    reports = sorted(folder.glob("*/report.json"), key=lambda path: int(path.parent.name))
+    return [json.loads(path.read_text())["rows"] for path in reports]
+
+
+def without_seconds(tables):
+    return [[{key: value for key, value in row.items() if key != "seconds"} for row in table] for table in tables]
+
+
+def words(desk, folder, *more):
+    ours = [word for word in desk.words(method="task_arithmetic") if not word.startswith("output=")]
+    return ["run", "-m", *ours, "method.scaling_factor=0.1,0.2,0.3", f"hydra.sweep.dir={folder}", *more]
+
+
+def test_what_two_ask_for_is_made_once(tmp_path):
+    code = "import sys, time; from pathlib import Path; from suture.storage.cache import once\n"
+    code += "def make():\n time.sleep(0.5); open('made', 'a').write('x'); return 'text'\n"
+    code += "assert once(Path('cache/key.json'), make) == 'text'"
+    processes = [subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path) for _ in range(3)]
+    assert [process.wait() for process in processes] == [0, 0, 0]
+    assert (tmp_path / "made").read_text() == "x"
+    with making(tmp_path / "cache" / "key.json"):
+        assert once(tmp_path / "cache" / "key.json", lambda: pytest.fail("made again")) == "text"
+
+
+def test_a_second_run_takes_the_references_from_the_cache(desk, monkeypatch):
+    assert main(words(desk, "first")) == 0
+    monkeypatch.setattr("suture.pipeline.scoring._score_references", lambda *a: pytest.fail("scored again"))
+    assert main(words(desk, "second")) == 0
+    assert without_seconds(rows(desk.folder / "first")) == without_seconds(rows(desk.folder / "second"))
+
+
+def test_a_sweep_through_submitit_resumes_after_a_killed_worker(desk, monkeypatch, capsys):
+    pytest.importorskip("hydra_plugins.hydra_submitit_launcher", reason="pip install 'suture[submitit]'")
+    assert main(words(desk, "here")) == 0
+    (desk.folder / "dying").mkdir()
+    (desk.folder / "dying" / "sitecustomize.py").write_text(DYING)
+    environment = {
+        "DIES_ONCE": str(desk.folder / "dead"),
+        "PYTHONPATH": f"{desk.folder}/dying:{os.environ.get('PYTHONPATH', '')}",
+    }
+    for key, value in environment.items():
+        monkeypatch.setenv(key, value)
+    there = words(desk, "there", "hydra/launcher=submitit_local")
+    assert main(there) == 2
+    assert "A job of the sweep was lost" in capsys.readouterr().err
+    first = {path: path.stat().st_mtime_ns for path in (desk.folder / "there").glob("*/report.json")}
+    assert main(there) == 0
+    assert (desk.folder / "dead").exists()
+    assert all(path.stat().st_mtime_ns == changed for path, changed in first.items())
+    assert without_seconds(rows(desk.folder / "there")) == without_seconds(rows(desk.folder / "here"))
+
+
+@pytest.mark.slow
+def test_a_sweep_on_ray_has_the_same_table(desk):
+    pytest.importorskip("hydra_plugins.hydra_ray_launcher", reason="pip install 'suture[ray]'")
+    assert main(words(desk, "here")) == 0
+    assert main(words(desk, "there", "hydra/launcher=ray", "+hydra.launcher.ray.init.num_cpus=2")) == 0
+    assert without_seconds(rows(desk.folder / "there")) == without_seconds(rows(desk.folder / "here"))
