@@ -5,6 +5,7 @@ Scales are the smallest that reach the largest weight of their tensor, row, grou
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -16,7 +17,7 @@ Part = Callable[[int, int], Tensor]
 
 _SLICE = 1 << 18  # entries that are encoded at once
 FP4 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)  # what a code of MXFP4 may be, without its sign
-_FP4_STEPS = torch.tensor([(a + b) / 2 for a, b in zip(FP4, FP4[1:], strict=False)])
+_FP4_STEPS = torch.tensor([(a + b) / 2 for a, b in pairwise(FP4)])
 
 
 class Encoder(NamedTuple):
@@ -196,9 +197,8 @@ def table_codes(codes: str, scale: str, table: Callable[[], Tensor], numel: int,
             largest = values.abs().amax(1).to(stored[scale].dtype)
             stored[scale].view(-1)[start // size : -(-stop // size)] = largest
             steps = torch.where(largest > 0, largest.float(), 1.0)[:, None]
-            found = (
-                order[torch.bucketize((values / steps).contiguous(), middles)].to(torch.uint8).view(-1)[: stop - start]
-            )
+            nearest = torch.bucketize((values / steps).contiguous(), middles)
+            found = order[nearest].to(torch.uint8).view(-1)[: stop - start]
             found = torch.nn.functional.pad(found, (0, len(found) % 2))
             stored[codes].view(-1)[start // 2 : -(-stop // 2)] = found[::2] << 4 | found[1::2]
 
