@@ -7,7 +7,7 @@ _suture_names() {
 }
 
 _suture() {
-    local verb method repair before key
+    local verb method repair before setting
     local -a candidates ready open
     for before in ${words[2,CURRENT-1]}; do
         case $before in
@@ -18,11 +18,11 @@ _suture() {
         esac
     done
     if [[ $PREFIX == *=* ]]; then
-        key=${PREFIX%%=*}=
+        setting=${PREFIX%%=*}=
         compset -P '*='
-        candidates=(${=$(_suture_names $key)})
+        candidates=(${=$(_suture_names $setting)})
         compadd -a candidates
-        case $key in
+        case $setting in
             @PATHS@) _files ;;
         esac
         return
