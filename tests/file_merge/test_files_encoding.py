@@ -96,7 +96,7 @@ def test_codes_that_are_only_read_are_refused_by_their_name_or_written(name, tmp
         out = merge_files(base, {"a": moved(plain_copy(base))}, "task_arithmetic", tmp_path / "out", **options)
         assert json.loads((out / "suture_merge.json").read_text())["encoding"]["relative_error"] < 0.2
         return
-    with pytest.raises(ConfigError, match="are read and not written. Remedy: leave out encode"):
+    with pytest.raises(ConfigError, match=r"are read and not written. Remedy: leave out encode"):
         merge_files(base, [plain_copy(base)], "task_arithmetic", tmp_path / "out", **options)
     assert not (tmp_path / "out").exists()
 
@@ -204,9 +204,10 @@ def test_an_interrupted_encoding_resumes_with_the_same_bits(tmp_path, monkeypatc
     def killed(*arguments):
         raise KeyboardInterrupt
 
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch:
         patch.setattr("suture.file_merge.job.record_error", killed)
-        merge_files(base, [tuned], "task_arithmetic", tmp_path / "out", **options)
+        with pytest.raises(KeyboardInterrupt):
+            merge_files(base, [tuned], "task_arithmetic", tmp_path / "out", **options)
     assert not (tmp_path / "out").exists()
     out = merge_files(base, [tuned], "task_arithmetic", tmp_path / "out", **options)
     assert (out / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()

@@ -142,3 +142,15 @@ def test_chat_templates_that_differ_are_reported(tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "note: 'other' has a chat template of its own; that of '_pretrained_' is kept." in printed
     assert "'same' has a chat template" not in printed
+
+
+def test_a_reserved_row_that_two_models_use_for_different_tokens_is_refused_or_told_apart(tmp_path):
+    base = folder(tmp_path / "base", ["a", "<reserved_1>"], [1, 2])
+    one = folder(tmp_path / "one", ["a", "<x>"], [1, 30])
+    two = folder(tmp_path / "two", ["a", "<y>"], [1, 40])
+    with pytest.raises(IncompatibleModels, match=r"has the token '<y>' in row 1, where one has '<x>'"):
+        merged(tmp_path, base, {"one": one, "two": two})
+    found = merged(tmp_path, base, {"one": one, "two": two}, vocabulary="union")["embed.weight"]
+    assert found[:, 0].tolist() == [1, 2, 30, 40]
+    added = json.loads((tmp_path / "out" / "tokenizer.json").read_text())["added_tokens"]
+    assert [(token["content"], token["id"]) for token in added] == [("<x>", 2), ("<y>", 3)]

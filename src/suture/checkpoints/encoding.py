@@ -197,9 +197,8 @@ def table_codes(codes: str, scale: str, table: Callable[[], Tensor], numel: int,
             largest = values.abs().amax(1).to(stored[scale].dtype)
             stored[scale].view(-1)[start // size : -(-stop // size)] = largest
             steps = torch.where(largest > 0, largest.float(), 1.0)[:, None]
-            found = (
-                order[torch.bucketize((values / steps).contiguous(), middles)].to(torch.uint8).view(-1)[: stop - start]
-            )
+            nearest = torch.bucketize((values / steps).contiguous(), middles)
+            found = order[nearest].to(torch.uint8).view(-1)[: stop - start]
             found = torch.nn.functional.pad(found, (0, len(found) % 2))
             stored[codes].view(-1)[start // 2 : -(-stop // 2)] = found[::2] << 4 | found[1::2]
 

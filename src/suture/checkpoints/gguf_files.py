@@ -129,6 +129,7 @@ def _entry(header: _Header, mapped: MappedFile, stored: _Stored, start: int) -> 
         raise header.wrong(f"ends within {shown(stored.name)!r}")
     if dtype is not None:
         return Entry(spec, lambda: mapped.tensor(begin, spec.numel, spec.dtype).view(spec.shape), file=mapped)
+    assert decode is not None
     part = in_steps(partial(_part, mapped, begin, width, columns, decode))
     codes = Codes(f"{kind} blocks of GGUF", {}, lambda name: mapped.tensor(begin, spec.numel, torch.uint8))
     whole = lambda: part(0, spec.numel).view(spec.shape).to(spec.dtype)
@@ -159,9 +160,8 @@ def _blocks(header: _Header, stored: _Stored) -> tuple[str, int, int, Callable[[
         decode = lambda rows: gguf.quants.dequantize(rows, kind)
         decode(np.zeros((1, size), np.uint8))  # some types can be written only
     except (ValueError, KeyError, NotImplementedError):
-        name = getattr(locals().get("kind"), "name", f"number {stored.kind}")
-        problem = (
-            f"is a GGUF file with '{shown(stored.name)}' in the type {name}, which the gguf package does not decode"
-        )
+        names = {each.value: each.name for each in gguf.GGMLQuantizationType}
+        name = names.get(stored.kind, f"number {stored.kind}")
+        problem = f"is a GGUF file with '{shown(stored.name)}' in the type {name}, which gguf does not decode"
         raise refusal(header.path, problem, "give the model that it was converted from") from None
     return kind.name, block, size, decode

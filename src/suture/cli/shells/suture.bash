@@ -6,7 +6,7 @@ _suture_names() {
 }
 
 _suture() {
-    local line=${COMP_LINE:0:COMP_POINT} word verb='' method='' repair='' before candidates typed
+    local line=${COMP_LINE:0:COMP_POINT} word verb='' method='' repair='' before candidates setting
     word=${line##*[[:space:]]}
     local -a typed
     read -r -a typed <<< "${line%"$word"}"
@@ -20,12 +20,12 @@ _suture() {
         esac
     done
     if [[ $word == *=* ]]; then
-        typed=${word%%=*}=
-        candidates=$(_suture_names "$typed")
-        COMPREPLY=($(compgen -P "$typed" -W "$candidates" -- "${word#*=}"))
-        case $typed in
+        setting=${word%%=*}=
+        candidates=$(_suture_names "$setting")
+        COMPREPLY=($(compgen -P "$setting" -W "$candidates" -- "${word#*=}"))
+        case $setting in
             @PATHS@)
-                COMPREPLY+=($(compgen -P "$typed" -f -- "${word#*=}")) ;;
+                COMPREPLY+=($(compgen -P "$setting" -f -- "${word#*=}")) ;;
         esac
     else
         [[ ${#typed[@]} -gt 1 && -z $verb ]] && verb=run

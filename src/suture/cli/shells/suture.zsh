@@ -7,7 +7,7 @@ _suture_names() {
 }
 
 _suture() {
-    local verb method repair before typed
+    local verb method repair before setting
     local -a candidates ready open
     for before in ${words[2,CURRENT-1]}; do
         case $before in
@@ -18,11 +18,11 @@ _suture() {
         esac
     done
     if [[ $PREFIX == *=* ]]; then
-        typed=${PREFIX%%=*}=
+        setting=${PREFIX%%=*}=
         compset -P '*='
-        candidates=(${=$(_suture_names $typed)})
+        candidates=(${=$(_suture_names $setting)})
         compadd -a candidates
-        case $typed in
+        case $setting in
             @PATHS@) _files ;;
         esac
         return
