@@ -44,11 +44,15 @@ class Timm(ModuleFamily):
     def reader(self) -> PictureReader:
         """The resizing and cropping of the pretrained configuration."""
         with quiet():
-            from transformers import ViTImageProcessorPil as Squashed
             from transformers import CLIPImageProcessorPil as Centred
+            from transformers import ViTImageProcessorPil as Squashed
         picture = self._picture
         _, height, width = picture["input_size"]
-        options = {"image_mean": list(picture["mean"]), "image_std": list(picture["std"]), "resample": picture["filter"]}
+        options = {
+            "image_mean": list(picture["mean"]),
+            "image_std": list(picture["std"]),
+            "resample": picture["filter"],
+        }
         if picture["crop_mode"] == "squash":
             sides = {"height": int(height / picture["crop_pct"]), "width": int(width / picture["crop_pct"])}
             processor = Squashed(size=sides, **options)
@@ -68,7 +72,9 @@ class Timm(ModuleFamily):
         try:
             config = json.loads(path.read_text("utf-8"))
         except (OSError, ValueError) as error:
-            raise CheckpointError(problem(path, f"cannot be read ({one_line(error)})", "save the model again")) from error
+            raise CheckpointError(
+                problem(path, f"cannot be read ({one_line(error)})", "save the model again")
+            ) from error
         if not self.recognises(self.directory) or not isinstance(config["pretrained_cfg"], Mapping):
             remedy = "save the model with timm.models.save_for_hf or transformers"
             raise CheckpointError(problem(path, "names no architecture of timm with its pretrained_cfg", remedy))
@@ -87,7 +93,9 @@ class Timm(ModuleFamily):
             found = f"prepares pictures by {shown({key: picture[key] for key in ('input_size', 'crop_mode')})}"
             raise CheckpointError(problem(path, found, "wanted three channels, and a square or squashed crop"))
         if picture["crop_mode"] == "squash" and picture["crop_pct"] != 1:
-            raise CheckpointError(problem(path, "squashes pictures and crops them too", "wanted crop_pct 1 with squash"))
+            raise CheckpointError(
+                problem(path, "squashes pictures and crops them too", "wanted crop_pct 1 with squash")
+            )
         return picture | {"filter": _FILTERS[picture["interpolation"]]}
 
     @cached_property

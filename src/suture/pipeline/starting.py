@@ -136,7 +136,12 @@ def _family_of(base: Path) -> str:
 
 def _model_pool(chosen: str, base: Path, experts: dict[str, Path]) -> str:
     lines = ["# The models to merge. `suture check modelpool=models.yaml` says whether they fit together.", ""]
-    lines += [f"family: {chosen}", *([_MODULE] if chosen == "module" else []), "models:", f"  {PRETRAINED}: {_quoted(base)}"]
+    lines += [
+        f"family: {chosen}",
+        *([_MODULE] if chosen == "module" else []),
+        "models:",
+        f"  {PRETRAINED}: {_quoted(base)}",
+    ]
     return "\n".join([*lines, *(f"  {_key(name)}: {_quoted(path)}" for name, path in experts.items())]) + "\n"
 
 

@@ -159,7 +159,9 @@ def _raises(encoder: Encoder, state: Mapping[str, Tensor]) -> bool:
     except CheckpointError:
         return True
     except Exception as error:
-        raise AssertionError(f"load() raises {type(error).__name__} for a missing tensor, not CheckpointError") from error
+        raise AssertionError(
+            f"load() raises {type(error).__name__} for a missing tensor, not CheckpointError"
+        ) from error
     return False
 
 
