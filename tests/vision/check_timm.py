@@ -1,4 +1,4 @@
-"""The family timm against the real library: hub layout, transformers' wrapper, pictures, a whole run, and the test kit."""
+"""The family timm against the real library: both layouts, pictures, a whole run, and the test kit."""
 
 import json
 
