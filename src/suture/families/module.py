@@ -44,7 +44,7 @@ class ModuleEncoder(Encoder):
     def forward(self, *inputs: Tensor, **named: Tensor) -> Tensor:
         prepare: Any = self.__dict__["_prepare"]
         if prepare is not None:
-            to = prepare.to  # pixels as decoded are prepared on their device; floating-point inputs are prepared already
+            to = prepare.to  # only pixels as decoded: floating-point inputs are prepared already
             inputs = tuple(to(x.device)(x) if x.dtype == torch.uint8 else x for x in inputs)
         output = self.__dict__["_module"](*inputs, **named)
         output = output["logits"] if isinstance(output, Mapping) and "logits" in output else output
