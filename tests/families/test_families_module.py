@@ -274,3 +274,14 @@ def test_images_without_a_transform_are_refused_before_the_merge(desk_of, tmp_pa
         Image.new("RGB", (4, 4)).save(tmp_path / "images" / "test" / label / "0.png")
     task = {"source": "images", "classnames": ["a", "b", "c"]}
     assert "no transform" in refused(capsys, desk_of(tasks={"left": task}))
+
+
+def test_init_takes_files_of_weights_for_modules_and_files_of_tensors_for_data(nets, tmp_path):
+    from suture.pipeline.starting import init
+
+    started = init([nets], tmp_path)
+    pool, tasks = (yaml.safe_load(path.read_text()) for path in (started.modelpool, started.taskpool))
+    assert pool["family"] == "module"
+    assert pool["module"] is None
+    assert list(pool["models"]) == ["_pretrained_", *NAMES]
+    assert {name: task["source"] for name, task in tasks["tasks"].items()} == {n: str(nets / "data" / n) for n in NAMES}

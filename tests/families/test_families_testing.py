@@ -2,10 +2,13 @@
 
 import pytest
 import torch
+from desk import CLASSES as DIGITS
+from desk import write_idx
 from test_families_image_classification import CLASSES as PICTURES
 from test_families_image_classification import shop  # noqa: F401
 from test_families_module import CODE, NAMES, nets  # noqa: F401
 from test_families_pooled import make_sentence, shelf  # noqa: F401
+from tiny_clip import save_tiny_clip
 from tiny_texts import TASKS
 
 from suture.checkpoints import open_checkpoint
@@ -71,11 +74,10 @@ def test_image_classifiers_pass(shop, tmp_path):  # noqa: F811
     check_family(ImageClassification(shop / "base", experts=experts), tasks, tmp_path / "model")
 
 
-def test_clip_passes(desk, tmp_path):
-    from desk import CLASSES
-
-    base = desk.models["_pretrained_"]
-    task = Task("first", desk.tasks["first"]["source"], tuple(CLASSES), ("a {}.",))
+def test_clip_passes(tmp_path):
+    base = save_tiny_clip(tmp_path / "base")
+    write_idx(tmp_path / "data", torch.Generator().manual_seed(0))
+    task = Task("digits", str(tmp_path / "data"), tuple(DIGITS), ("a {}.",))
     check_family(Clip(base), [task], tmp_path / "model")
 
 

@@ -44,7 +44,8 @@ class ModuleEncoder(Encoder):
     def forward(self, *inputs: Tensor, **named: Tensor) -> Tensor:
         prepare: Any = self.__dict__["_prepare"]
         if prepare is not None:
-            inputs = tuple(prepare.to(tensor.device)(tensor) for tensor in inputs)
+            to = prepare.to  # only pixels as decoded: floating-point inputs are prepared already
+            inputs = tuple(to(x.device)(x) if x.dtype == torch.uint8 else x for x in inputs)
         output = self.__dict__["_module"](*inputs, **named)
         output = output["logits"] if isinstance(output, Mapping) and "logits" in output else output
         output = getattr(output, "logits", output)

@@ -16,6 +16,8 @@ _BASES = ("pretrained", "base", "basemodel", "original", "init", "zeroshot")  # 
 _CONFIGS = ("config.json", "open_clip_config.json", "adapter_config.json")
 _DEPTH = 2  # folders below a given one that are looked into
 _SPLITS = ("train", "test", "val")
+_DATA = (*_SPLITS, "validation", "valid")  # names of files of tensors that are data
+_MODULE = "module:  # fill in: package.module:function or path/to/file.py:function, which makes the network and is run"
 
 
 @dataclass(frozen=True)
@@ -68,7 +70,7 @@ def init(
 def _models(places: Iterable[Path]) -> Iterator[Path]:
     """Model directories, adapters and files of weights."""
     for path in _all(places):
-        beside = path.suffix in WEIGHTS and not _is_model(path.parent)
+        beside = path.suffix in WEIGHTS and not _is_model(path.parent) and path.stem not in _DATA
         if beside or _is_model(path):
             yield path
 
@@ -122,7 +124,9 @@ def _base(models: dict[str, Path], given: str | Path | None) -> Path:
 
 
 def _family_of(base: Path) -> str:
-    """The family whose models have such a configuration."""
+    """The family whose models have such a configuration; for a file of weights alone, a module of the caller's."""
+    if base.is_file() and not _is_model(base.parent):
+        return "module"
     for name in families():
         if base.is_dir() and family(name).recognises(base):
             return name
@@ -132,7 +136,12 @@ def _family_of(base: Path) -> str:
 
 def _model_pool(chosen: str, base: Path, experts: dict[str, Path]) -> str:
     lines = ["# The models to merge. `suture check modelpool=models.yaml` says whether they fit together.", ""]
-    lines += [f"family: {chosen}", "models:", f"  {PRETRAINED}: {_quoted(base)}"]
+    lines += [
+        f"family: {chosen}",
+        *([_MODULE] if chosen == "module" else []),
+        "models:",
+        f"  {PRETRAINED}: {_quoted(base)}",
+    ]
     return "\n".join([*lines, *(f"  {_key(name)}: {_quoted(path)}" for name, path in experts.items())]) + "\n"
 
 
@@ -172,6 +181,8 @@ def _class_folders(path: Path) -> list[str]:
 
 def _next_lines(folder: Path, chosen: str, experts: dict[str, Path], data: dict[str, Path], tasks: str) -> list[str]:
     lines = [f"family {chosen}; {len(experts)} fine-tuned models: {', '.join(experts)}"]
+    if chosen == "module":
+        lines.append(f"fill in `module` in {folder / 'models.yaml'}: the function that makes the network")
     if "# fill in" in tasks:
         lines.append(f"fill in what is marked in {folder / 'tasks.yaml'}")
     unused = [name for name in data if plain(name) not in {plain(expert) for expert in experts}]

@@ -30,7 +30,7 @@ def linear_head(state: Mapping[str, Tensor], where: object, task: str, classes: 
     weights = [name for name in state if state[name].ndim == 2]
     biases = [name for name in state if state[name].ndim == 1]
     if len(weights) != 1 or len(biases) > 1 or len(weights) + len(biases) != len(list(state)):
-        found = f"holds {shown(', '.join(state))}; wanted one linear layer: weight (classes, width) and bias"
+        found = f"holds {shown(', '.join(list(state)[:3]))}; wanted one linear layer: weight (classes, width) and bias"
         raise CheckpointError(problem(where, found, "save the head alone"))
     weight, bias = state[weights[0]].float(), state[biases[0]].float() if biases else None
     if bias is not None and len(bias) != len(weight):
