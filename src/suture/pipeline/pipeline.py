@@ -26,6 +26,7 @@ from suture.pipeline.model_card import write_card
 from suture.pipeline.models import Models, open_models
 from suture.pipeline.preflight import Preflight, preflight_of
 from suture.pipeline.repairs import fit
+from suture.pipeline.repeating import write_pools
 from suture.pipeline.results import MergeResult
 from suture.pipeline.scoring import Scores, expert_matrix, score_merge, score_model, score_references
 from suture.pipeline.settings import Settings
@@ -158,6 +159,7 @@ def run_settings(
             provenance=models.provenance,
             profile=profile.seconds,
             circumstances=circumstances(),
+            repeat=write_pools(config, folder, first.output),
             notes=[*notes, *context.notes(), *warnings],
             command=config.get("command", ""),
             learning={result.label: result.learned for result in merged if result.learned},

@@ -104,10 +104,10 @@ def shared_inputs(features: Mapping[str, Tensor]) -> tuple[str, ...]:
 
     `features`: task → (input, dim) of one model. Up to 256 inputs of a task are compared with all of another.
     """
-    few = {name: rows[_spread(len(rows), _COMPARED)].float() for name, rows in features.items()}
+    few = {name: rows[_spread(len(rows), _COMPARED)].double() for name, rows in features.items()}
     lines = []
     for one, other in combinations(features, 2):
-        nearest = torch.cdist(few[one], features[other].float()).amin(1)
+        nearest = _distance_to_nearest(few[one], features[other])
         share = (nearest <= _SAME * few[one].norm(dim=1)).double().mean().item()
         if share > _IN_COMMON:
             lines.append(
@@ -115,6 +115,18 @@ def shared_inputs(features: Mapping[str, Tensor]) -> tuple[str, ...]:
                 "apart. Remedy: give the task's name."
             )
     return tuple(lines)
+
+
+def _distance_to_nearest(few: Tensor, rows: Tensor) -> Tensor:
+    """From each of a few features to the nearer of its two neighbours among `rows` along a fixed direction.
+
+    The same input's feature, up to rounding, is one of these; a search of all pairs would take minutes for many tasks.
+    """
+    direction = torch.arange(rows.shape[1], dtype=torch.float64).cos()
+    keys, order = (rows.double() @ direction).sort()
+    after = torch.searchsorted(keys, few @ direction)
+    neighbours = torch.stack([after - 1, after]).clamp(0, len(rows) - 1)
+    return (rows[order[neighbours]].double() - few).norm(dim=-1).amin(0)
 
 
 def _spread(length: int, most: int) -> Tensor:

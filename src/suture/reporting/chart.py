@@ -15,7 +15,7 @@ _INK_IN_FILES = "#24303b"
 # both of the page's backgrounds (contrast 2 or more), then the same lighter and darker, with other dashes.
 PALETTE = (
     *("#4466cc", "#eeaa00", "#aa3300", "#44ccaa", "#774477", "#dd6633", "#bb99ff", "#aa7799"),
-    *("#98abe3", "#f6d073", "#d08f73", "#98e3d0", "#b498b4", "#ecab8f", "#dac7ff", "#d0b4c7"),
+    *("#859bde", "#f2c466", "#c77d5e", "#7fdcc4", "#a884a8", "#e79a7c", "#cfb8ff", "#c5a3b9"),
     *("#273b76", "#8a6300", "#631e00", "#277663", "#452745", "#803b1e", "#6c5994", "#634559"),
 )
 _DASHES = ((1, 0), (7, 3), (2, 2))  # of the lines in the palette's three rows
@@ -32,6 +32,7 @@ _CONFIG: Mapping[str, Any] = {
         **{"titleFontWeight": "normal", "labelFontSize": 11, "titleFontSize": 11, "labelLimit": 110},
     },
     "axisQuantitative": {"labelOverlap": "greedy", "labelSeparation": 8},
+    "axisXQuantitative": {"tickCount": 8},
     "legend": {"labelColor": INK, "titleColor": INK, "titleFontWeight": "normal"},
     "header": {"labelColor": INK, "labelFontSize": 11, "titleColor": INK},
 }

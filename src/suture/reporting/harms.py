@@ -16,7 +16,7 @@ def harms(data: Data) -> list[str]:
         lines += [f"{row['name']}: {line}" for line in row["warnings"]]
     for part in ("learning", "repairs"):
         for name, made in data[part].items():
-            lines += [f"{name}: {line}" for line in made.get("warnings", ()) if isinstance(line, str)]
+            lines += [f"{name}: {line}" for line in made.get("warnings", ())]
     return list(dict.fromkeys(lines))
 
 

@@ -145,10 +145,14 @@ def _best(data: Mapping[str, Any], named: bool, leaders: Sequence[Mapping[str, A
     bounds = interval(data, best, "mean")
     between = f" ({'–'.join(map(percent, bounds))})" if bounds else ""
     closed = "" if best["gap_closed"] is None else f", {_percents(best['gap_closed'])} of the gap closed"
-    split = f", learned from the {escape(best['split'])} split" if best["split"] and best["learned"] else ""
+    split = _split(best)
     sentence = f"{use}: <strong>{escape(best['name'])}</strong>, {_percents(best['mean'])}{between}{closed}{split}."
-    equal = "; ".join(f"{escape(row['name'])} {_percents(row['mean'])}" for row in others)
+    equal = "; ".join(f"{escape(row['name'])} {_percents(row['mean'])}{_split(row)}" for row in others)
     return sentence + (f" <span class=note>Not told apart from it: {equal}.</span>" if equal else "")
+
+
+def _split(row: Mapping[str, Any]) -> str:
+    return f", learned from the {escape(row['split'])} split" if row["split"] and row["learned"] else ""
 
 
 def _percents(value: float | None) -> str:

@@ -49,6 +49,7 @@ class LearningData(TypedDict):
     layers: list[str] | None
     coefficients: list[Number | None] | list[list[Number | None]]
     scores: Scores
+    warnings: NotRequired[list[str]]
 
 
 class DistancesData(TypedDict):

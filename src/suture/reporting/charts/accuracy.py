@@ -63,7 +63,7 @@ def _cells(rows: Sequence[Mapping[str, Any]], names: Sequence[str], tasks: Seque
 
 def _bars(rows: Sequence[Mapping[str, Any]], legend: Mapping[str, str], tasks: Sequence[str]) -> dict[str, Any]:
     bar = {"mark": {"type": "bar", "cornerRadiusEnd": 2}, "encoding": coloured("model", legend)}
-    span = {"x": {**number("low"), "title": None}, "x2": {"field": "high"}, "color": {"value": INK}}
+    span = {"x": number("low", zero=True), "x2": {"field": "high"}, "color": {"value": INK}}
     line = {"transform": [{"filter": "isValid(datum.low)"}], "mark": {"type": "rule", "opacity": 0.7}, "encoding": span}
     return specification(
         rows,

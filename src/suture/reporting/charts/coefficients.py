@@ -23,6 +23,7 @@ from suture.reporting.figures import figure
 from suture.reporting.labels import short_names
 from suture.reporting.run_folder import FinishedRun
 
+_MANY = 8  # with more tasks, bands and dots cover each other: a band is drawn for the task that is picked
 _DOTTED = 60  # curves of at most so many steps show a dot for each
 
 
@@ -41,10 +42,11 @@ def over_steps(run: FinishedRun, name: str) -> Chart | None:
     legend = {task: palette[task] for task in curves["mean"]}
     y = number("mean", "coefficient" + (", mean and range over layers" if layers else ""))
     tips = [tip("task", "nominal"), tip("step"), *(tip(side, format=".3f") for side in ("mean", "low", "high"))]
+    many = len(legend) > _MANY
     ranges = {"y": {**y, "field": "low"}, "y2": {"field": "high"}}
-    shades = coloured("task", legend, faint=0, full=0.3, unpicked=min(0.1, 0.4 / len(legend)))
+    shades = coloured("task", legend, faint=0, full=0.3, unpicked=0 if many else min(0.1, 0.4 / len(legend)))
     band = {"mark": "area", "encoding": {**ranges, **shades}}
-    dots = {"size": 14, "filled": True} if len(curves["steps"]) <= _DOTTED else False
+    dots = {"size": 14, "filled": True} if len(curves["steps"]) <= _DOTTED and not many else False
     curve: dict[str, Any] = {"mark": {"type": "line", "point": dots}}
     curve["encoding"] = {"y": y, "tooltip": tips, **coloured("task", legend), **dashed("task", legend)}
     marks = [*([band] if layers else []), curve]
