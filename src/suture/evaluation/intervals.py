@@ -59,4 +59,5 @@ def _student(degrees: int) -> float:
         return _STUDENT[degrees - 1]
     first = (_Z**3 + _Z) / (4 * degrees)
     second = (5 * _Z**5 + 16 * _Z**3 + 3 * _Z) / (96 * degrees**2)
-    return _Z + first + second
+    third = (3 * _Z**7 + 19 * _Z**5 + 17 * _Z**3 - 15 * _Z) / (384 * degrees**3)
+    return _Z + first + second + third
