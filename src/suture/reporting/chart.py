@@ -12,11 +12,11 @@ from typing import Any
 INK = "currentColor"  # charts on the page follow its theme; in files it is replaced by `_INK_IN_FILES`
 _INK_IN_FILES = "#24303b"
 # Eight colours that stay apart for every kind of colour blindness (at least 0.13 in OKLab, Okabe and Ito's 0.08) and on
-# both of the page's backgrounds (contrast 2 or more), then the same lighter and darker, with other dashes.
+# both of the page's backgrounds (contrast 2 or more), then the same lighter and greyer, with other dashes.
 PALETTE = (
     *("#4466cc", "#eeaa00", "#aa3300", "#44ccaa", "#774477", "#dd6633", "#bb99ff", "#aa7799"),
-    *("#859bde", "#f2c466", "#c77d5e", "#7fdcc4", "#a884a8", "#e79a7c", "#cfb8ff", "#c5a3b9"),
-    *("#273b76", "#8a6300", "#631e00", "#277663", "#452745", "#803b1e", "#6c5994", "#634559"),
+    *("#859cde", "#f4c859", "#c87a59", "#85dec8", "#a785a7", "#e99c7a", "#d3bdff", "#c8a7bd"),
+    *("#5a6b9e", "#af8d38", "#8d5238", "#5a9e8d", "#745a74", "#a66b52", "#9684b8", "#8d7484"),
 )
 _DASHES = ((1, 0), (7, 3), (2, 2))  # of the lines in the palette's three rows
 _ROW = 8

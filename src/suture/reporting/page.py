@@ -30,6 +30,7 @@ Block = Chart | str
 _DESTINATIONS = ("output", "overwrite", "reuse", "choices.", "hydra")  # keys that do not affect a run's results
 _ABOUT = """Accuracy in %. Bold: not told apart from the best merge or repair of the column, because the 95% intervals
 (Wilson) overlap. Rows are in the order of the run, not of merit; click a column head to sort."""
+_TEXTS = ("learned from", "task's name", "learned")  # columns of words
 _PEAKS = {"process": "Peak memory of the process", "accelerator": "Peak memory of the accelerator"}
 
 
@@ -164,8 +165,13 @@ def _table(data: Mapping[str, Any]) -> str:
         return ""
     palette, top = task_colours(data["tasks"]), top_names(data)
     chips = [f'<i class=chip style="--colour:{palette[task]}"></i>{escape(task)}' for task in data["tasks"]]
-    heads = ["model", *chips, *(explained(head) for head in (*HEADS, *COSTS))]
-    head = "".join(f"<th scope=col><button type=button>{inside}</button></th>" for inside in heads)
+    heads = {"model": "model", **dict(zip(data["tasks"], chips, strict=True))}
+    cells = [(name in _TEXTS, inside) for name, inside in heads.items()]
+    cells += [(name in _TEXTS, explained(name)) for name in (*HEADS, *COSTS)]
+    head = "".join(
+        f"<th scope=col{' class=text' * is_text}><button type=button>{inside}</button></th>"
+        for is_text, inside in cells
+    )
     body = "".join(_table_row(data, row, top) for row in data["rows"])
     counts = "".join(f"<td>{_count(data['samples'].get(task))}</td>" for task in data["tasks"])
     foot = f"<tfoot><tr><th scope=row>test inputs</th>{counts}{'<td></td>' * len((*HEADS, *COSTS))}</tr></tfoot>"
@@ -194,8 +200,8 @@ def _table_row(data: Mapping[str, Any], row: Mapping[str, Any], top: Mapping[str
     taken = data["seconds"].get(row["name"])
     named, learned, added, seconds = map(escape, costs(row, taken))
     value = "" if taken is None else float(taken)
-    cost = f'<td class=text>{named}</td><td class=text>{learned}</td><td data-value="{row["added_parameters"]}">{added}'
-    cost += f'</td><td data-value="{value}">{seconds}</td>'
+    cost = f'<td class=text>{named}</td><td class="text long">{learned}</td>'
+    cost += f'<td data-value="{row["added_parameters"]}">{added}</td><td data-value="{value}">{seconds}</td>'
     name = explained_name(row["name"])
     return f"<tr{kind}><th scope=row>{name}</th>{''.join(cells)}<td class=text>{split}</td>{norm}{closed}{cost}</tr>"
 
