@@ -1,6 +1,7 @@
 """AdaMerging on a ViT-B/32-sized tower and eight tasks: suture against the textbook loop. Seconds a step, and memory.
 
     python benchmarks/adamerging.py [--steps 2] [--repeats 3] [--scale 1.0] [--tasks 8] [--measure memory] [--rows …]
+                                    [--device cuda]
 
 The weights are random: the vision tower of CLIP ViT-B/32 with its projection (88 M parameters, float32), task vectors
 of scale 1e-3, heads of 100 classes, 16 images a task and step, layer-wise coefficients, entropy. "Textbook" keeps the
@@ -35,9 +36,13 @@ from watching import anonymous, watched
 from suture.adaptation import adapt, entropy
 from suture.adaptation.merged_model import MergedModel
 from suture.adaptation.network import Network
+from suture.adaptation.options import AdaMergingOptions
+from suture.adaptation.vectors import task_vector_rows
 from suture.core.batches import ShuffledBatches
+from suture.merging.task_vectors import open_task_vectors
 
 BATCH, CLASSES = 16, 100
+DEVICE = os.environ.get("SUTURE_BENCHMARK_DEVICE", "cpu")
 
 
 def tower(scale: float) -> nn.Module:
@@ -51,11 +56,11 @@ def tower(scale: float) -> nn.Module:
 
 def problem(scale: float, tasks: int) -> SimpleNamespace:
     """Module, base, fine-tuned weights written nowhere but memory, images, heads; 25 MB of images in all."""
-    module, generator = tower(scale), torch.Generator().manual_seed(1)
+    module, generator = tower(scale).to(DEVICE), torch.Generator().manual_seed(1)
     noise = lambda *shape: torch.randn(*shape, generator=generator)
-    base = {name: tensor.detach() for name, tensor in module.state_dict().items() if tensor.is_floating_point()}
+    base = {name: tensor.detach().cpu() for name, tensor in module.state_dict().items() if tensor.is_floating_point()}
     names = [f"task{t}" for t in range(tasks)]
-    heads = {name: normalize(noise(CLASSES, 512), dim=-1) for name in names}
+    heads = {name: normalize(noise(CLASSES, 512), dim=-1).to(DEVICE) for name in names}
     return SimpleNamespace(
         module=module,
         base=base,
@@ -83,8 +88,9 @@ def forward(module: nn.Module, images: Tensor) -> Tensor:
 
 def textbook(found: SimpleNamespace, folder: Path, steps: int) -> dict[str, Any]:
     """The merged weights are functions of the coefficients, and the graph goes through them."""
-    base, streams = found.base, {name: iter(b) for name, b in batches(found).items()}
-    vectors = [{n: w - base[n] for n, w in load(folder, name).items()} for name in found.images]
+    base = {name: w.to(DEVICE) for name, w in found.base.items()}
+    streams = {name: iter(b) for name, b in batches(found).items()}
+    vectors = [{n: w.to(DEVICE) - base[n] for n, w in load(folder, name).items()} for name in found.images]
     values = torch.full((len(vectors), len(base)), 0.3, dtype=torch.float64, requires_grad=True)
     descent, times = torch.optim.Adam([values], lr=1e-3), [time.perf_counter()]
     for _ in range(steps):
@@ -94,11 +100,14 @@ def textbook(found: SimpleNamespace, folder: Path, steps: int) -> dict[str, Any]
         }
         losses = []
         for name, head in found.heads.items():
-            output = torch.func.functional_call(found.module, merged, (), {"pixel_values": next(streams[name])})
+            output = torch.func.functional_call(
+                found.module, merged, (), {"pixel_values": next(streams[name]).to(DEVICE)}
+            )
             losses.append(entropy(head(output.image_embeds)))
         descent.zero_grad()
         torch.stack(losses).sum().backward()
         descent.step()
+        settle()
         times.append(time.perf_counter())
     return {"times": times, "values": values.detach()}
 
@@ -114,7 +123,7 @@ def suture(found: SimpleNamespace, folder: Path, steps: int, autocast: bool = Fa
 
     network: list[float] = []
     models = {name: folder / f"{name}.safetensors" for name in found.images}
-    with clocked(inside), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+    with clocked(inside), torch.autocast(DEVICE, torch.bfloat16, enabled=autocast, cache_enabled=False):
         result = adapt(
             *(found.module, found.base, models, batches(found), found.heads),
             **{"forward": forward, "max_steps": steps, "on_step": seen} | options,
@@ -150,6 +159,17 @@ def load(folder: Path, name: str) -> dict[str, Tensor]:
     return load_file(folder / f"{name}.safetensors")
 
 
+def settle() -> None:
+    """Wait until the device has done what it was given."""
+    if DEVICE != "cpu":
+        torch.cuda.synchronize()
+
+
+def device_name() -> str:
+    """The name of what is measured."""
+    return "the CPU" if DEVICE == "cpu" else torch.cuda.get_device_name()
+
+
 def free_gradients(module: nn.Module) -> None:
     """Let the backward pass make every weight's gradient and drop it as soon as it is there."""
 
@@ -166,7 +186,8 @@ def network_alone(found: SimpleNamespace, folder: Path, steps: int) -> dict[str,
     streams, times = {name: iter(b) for name, b in batches(found).items()}, [time.perf_counter()]
     for _ in range(steps):
         for stream, head in zip(streams.values(), found.heads.values(), strict=True):
-            entropy(head(forward(found.module, next(stream)))).backward()
+            entropy(head(forward(found.module, next(stream).to(DEVICE)))).backward()
+        settle()
         times.append(time.perf_counter())
     return {"times": times, "values": torch.zeros(0)}
 
@@ -217,10 +238,14 @@ def main() -> None:
     parser.add_argument(
         "--rows", nargs="*", default=list(WORK), choices=list(WORK), help="out of which the table is made"
     )
-    parser.add_argument("--measure", nargs="*", default=["memory", "time"], choices=["memory", "time"])
+    parser.add_argument("--measure", nargs="*", default=["memory", "time"], choices=["memory", "time", "operators"])
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--one", help=argparse.SUPPRESS)
+    parser.add_argument("--device", default=DEVICE, choices=["cpu", "cuda"])
     options = parser.parse_args()
+    if options.device != DEVICE:  # which every process reads when it starts
+        os.environ["SUTURE_BENCHMARK_DEVICE"] = options.device
+        os.execv(sys.executable, [sys.executable, *sys.argv])
     if options.one:
         print(json.dumps(measure(WORK[options.one], options)))
         return
@@ -234,18 +259,59 @@ def main() -> None:
             save_file(make(), Path(folder) / f"{name}.safetensors")
         size = sum(tensor.nbytes for tensor in found.base.values())
         del found
-        print(f"model size {size / 1e6:.0f} MB; {options.tasks} tasks", flush=True)
+        print(f"model size {size / 1e6:.0f} MB; {options.tasks} tasks; on {device_name()}", flush=True)
         compare(Path(folder), options)
 
 
 def compare(folder: Path, options: argparse.Namespace) -> None:
-    if AUTOCAST in options.rows and not bf16_units():
+    if AUTOCAST in options.rows and DEVICE == "cpu" and not bf16_units():
         print(f"{AUTOCAST}: skipped, because this processor has no bfloat16 matrix units", flush=True)
         options.rows.remove(AUTOCAST)
     if "memory" in options.measure:
         compare_memory(folder, options)
     if "time" in options.measure:
         compare_time(folder, options)
+    if "operators" in options.measure:
+        compare_operators(folder, options)
+
+
+def compare_operators(folder: Path, options: argparse.Namespace) -> None:
+    """Operators of PyTorch in one step, tensor by tensor and in buffers; each is at least one launch on a device.
+
+    What only makes a view launches nothing and does not count.
+    """
+    found = problem(options.scale, options.tasks)
+    models = {name: folder / f"{name}.safetensors" for name in found.images}
+    vectors = open_task_vectors(found.base, models)
+    images = torch.cat([images[:1] for images in found.images.values()]).to(DEVICE)
+    for name, flat in (("tensor by tensor", False), ("in buffers", True)):
+        rows = task_vector_rows(vectors, AdaMergingOptions())
+        outside, backward = operators(MergedModel(found.module, vectors, rows, flat=flat), images)
+        print(f"{name:20s} {outside:5d} operators for merge and gradient, {backward:5d} in the backward pass")
+
+
+def operators(model: MergedModel, images: Tensor) -> tuple[int, int]:
+    """Those of the merge and the gradient of the coefficients, and those of the backward pass with its hooks."""
+    coefficients = torch.rand(len(model.vectors.models), len(model.names), dtype=torch.float64)
+    with model.collecting():
+        outside = counted(lambda: model.write(coefficients))
+        loss = forward(model.module, images).square().sum()
+        backward = counted(lambda: model.backward(loss))
+        return outside + counted(model.gradient), backward
+
+
+VIEWS = ("view", "reshape", "slice", "select", "as_strided", "expand", "transpose", "permute", "unsqueeze", "squeeze")
+VIEWS += ("t", "detach", "alias", "numpy_T", "_unsafe_view", "unflatten", "flatten", "split", "unbind", "narrow")
+
+
+def counted(function: Callable[[], Any]) -> int:
+    """The operators that a call runs, without views and without the operators that only call others."""
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CPU]) as found:
+        function()
+    leaves = (event for event in found.events() if event.name.startswith("aten::") and not event.cpu_children)
+    return sum(event.name.removeprefix("aten::") not in (*VIEWS, "empty", "empty_strided") for event in leaves)
 
 
 def compare_memory(folder: Path, options: argparse.Namespace) -> None:

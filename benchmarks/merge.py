@@ -10,6 +10,7 @@ matrices instead (all but wudi, or those named), beside TIES.
 
 import argparse
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -22,6 +23,7 @@ from safetensors.torch import load_file, save_file
 from watching import measure
 
 from suture.checkpoints import allocate_checkpoint
+from suture.merging.compiled.loading import SWITCH
 from suture.merging.merge import merge_task_vectors
 from suture.merging.registry import get_method, methods
 from suture.merging.task_vectors import open_task_vectors
@@ -52,13 +54,19 @@ def make(folder: Path, models: int, scale: float) -> None:
         save_file(tuned, folder / f"model_{i}.safetensors")
 
 
-def suture(folder: Path, method: str) -> None:
+def suture(folder: Path, method: str, device: str = "cpu") -> None:
     """What `suture` runs: memory-mapped in, streamed, memory-mapped out."""
     chosen = get_method(method)
     models = {path.stem: path for path in sorted(folder.glob("model_*.safetensors"))}
-    vectors = open_task_vectors(folder / "base.safetensors", models)
+    vectors = open_task_vectors(folder / "base.safetensors", models, device=device)
     with allocate_checkpoint(vectors.specs, folder / "merged.safetensors") as out:
         merge_task_vectors(vectors, chosen, chosen.knobs.validate({}), out)
+
+
+def plainly(folder: Path, method: str) -> None:
+    """The same without the compiled loops."""
+    os.environ[SWITCH] = "0"
+    suture(folder, method)
 
 
 def textbook_ties(folder: Path) -> None:
@@ -91,8 +99,6 @@ def plain_io(folder: Path) -> None:
         for start in range(0, size, len(buffer)):
             file.write(buffer[: min(len(buffer), size - start)])
         file.flush()
-        import os
-
         os.fsync(file.fileno())
 
 
@@ -100,7 +106,10 @@ WORK = {
     "plain input and output": plain_io,
     "suture simple_average": lambda folder: suture(folder, "simple_average"),
     "suture task_arithmetic": lambda folder: suture(folder, "task_arithmetic"),
+    "suture dare": lambda folder: suture(folder, "dare"),
     "suture ties_merging": lambda folder: suture(folder, "ties_merging"),
+    "ties without the loops": lambda folder: plainly(folder, "ties_merging"),
+    "ties, device=cuda": lambda folder: suture(folder, "ties_merging", "cuda"),
     "textbook ties": textbook_ties,
 }
 
@@ -112,6 +121,9 @@ def main() -> None:
     parser.add_argument("--models", type=int, default=8)
     parser.add_argument("--scale", type=float, default=1.0, help="width relative to ViT-B/32")
     parser.add_argument("--matrices", nargs="*", metavar="METHOD")
+    parser.add_argument(
+        "--only", nargs="*", choices=list(WORK), help="measure these alone, with plain input and output"
+    )
     parser.add_argument("--one", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.one:
@@ -121,7 +133,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
         make(Path(folder), options.models, options.scale)
         if options.matrices is None:
-            compare(Path(folder), options.repeats)
+            compare(Path(folder), options.repeats, options.only)
         else:
             compare_matrices(Path(folder), options.repeats, options.matrices)
 
@@ -140,7 +152,8 @@ def measured(folder: Path, repeats: int, names: Sequence[str]) -> dict[str, list
         seconds = [run["seconds"] for run in each]
         memory = statistics.median(run["memory"] for run in each)
         spread = f"{statistics.median(seconds):7.2f} s ({min(seconds):.2f} – {max(seconds):.2f})"
-        print(f"{name:24s} {spread}   {memory / size:5.2f} model sizes")
+        used = statistics.median(run["processor"] for run in each)
+        print(f"{name:24s} {spread}   {used:6.2f} processor seconds   {memory / size:5.2f} model sizes")
     return runs
 
 
@@ -149,11 +162,19 @@ def ratio(runs: dict[str, list[dict[str, float]]], one: str, other: str) -> floa
     return statistics.median(x["seconds"] / y["seconds"] for x, y in zip(runs[one], runs[other], strict=True))
 
 
-def compare(folder: Path, repeats: int) -> None:
-    runs = measured(folder, repeats, list(WORK))
+def compare(folder: Path, repeats: int, only: Sequence[str] | None) -> None:
+    names = [
+        name
+        for name in ([*dict.fromkeys(["plain input and output", *only])] if only else WORK)
+        if torch.cuda.is_available() or "cuda" not in name
+    ]
+    print(f"on {torch.cuda.get_device_name() if torch.cuda.is_available() else 'the CPU, no GPU'}")
+    runs = measured(folder, repeats, names)
+    for name in names:
+        print(f"{name} / plain input and output: {ratio(runs, name, 'plain input and output'):.2f}")
+    if only:
+        return
     print(f"textbook TIES / suture TIES: {ratio(runs, 'textbook ties', 'suture ties_merging'):.1f}")
-    overhead = ratio(runs, "suture task_arithmetic", "plain input and output")
-    print(f"suture Task Arithmetic / plain input and output: {overhead:.2f}")
 
 
 def compare_matrices(folder: Path, repeats: int, names: Sequence[str]) -> None:

@@ -1,12 +1,14 @@
 """Merge sharded checkpoints of 1.1 B parameters in bf16: suture against plain reading and writing, and mergekit.
 
     python benchmarks/merge_files.py [--folder DIR] [--repeats 3] [--cold] [--mergekit PYTHON] [--layers 22]
+        [--form FORM]
 
 A base and two fine-tunes of TinyLlama's shape (2.2 GB each, random weights) are made on the spot and removed
 afterwards. "Plain" reads every byte of the inputs once and writes as many as the result has, and waits for the disk.
 Every measurement is a process of its own: wall time of the work (imports excluded; mergekit's command includes its own)
 and the peak of its anonymous memory above what the imports took. Files are read from the page cache, or with --cold
-from the disk. --mergekit names a Python that has mergekit 0.1.5.
+from the disk. --mergekit names a Python that has mergekit 0.1.5. --form stores the same weights otherwise: fp8 codes
+with a scale for each block of 128 × 128, as DeepSeek's, or experts, eight of them fused in one tensor.
 """
 
 import argparse
@@ -47,8 +49,8 @@ METHODS = {
 MERGEKIT = {"linear": "", "task_arithmetic": "", "ties": "      density: 0.2\n", "dare_linear": "      density: 0.5\n"}
 
 
-def shapes(layers: int) -> dict[str, tuple[int, ...]]:
-    """The tensors of a Llama."""
+def shapes(layers: int, form: str = "dense") -> dict[str, tuple[int, ...]]:
+    """The tensors of a Llama; with fused experts, eight that share the width of its feed-forward layers."""
     hidden, inner, keys = 2048, 5632, 256
     found = {"model.embed_tokens.weight": (32000, hidden)}
     for i in range(layers):
@@ -56,32 +58,47 @@ def shapes(layers: int) -> dict[str, tuple[int, ...]]:
         found |= {f"{prefix}.{n}.weight": (hidden,) for n in ("input_layernorm", "post_attention_layernorm")}
         rows = {"q_proj": hidden, "k_proj": keys, "v_proj": keys, "o_proj": hidden}
         found |= {f"{prefix}.self_attn.{n}.weight": (size, hidden) for n, size in rows.items()}
+        if form == "experts":
+            found[f"{prefix}.mlp.experts.gate_up_proj"] = (8, inner // 4, hidden)
+            found[f"{prefix}.mlp.experts.down_proj"] = (8, hidden, inner // 8)
+            continue
         found |= {f"{prefix}.mlp.{n}.weight": (inner, hidden) for n in ("gate_proj", "up_proj")}
         found |= {f"{prefix}.mlp.down_proj.weight": (hidden, inner)}
     return found | {"model.norm.weight": (hidden,), "lm_head.weight": (32000, hidden)}
 
 
-def make(folder: Path, layers: int) -> None:
+def stored(name: str, weight: torch.Tensor, form: str) -> dict[str, torch.Tensor]:
+    """A weight as it is in a file: bf16, or fp8 codes with a scale for each block."""
+    if form != "fp8" or ".layers." not in name or weight.dim() < 2:
+        return {name: weight.bfloat16()}
+    blocks = weight.unflatten(0, (-1, 128)).unflatten(2, (-1, 128))
+    scales = blocks.abs().amax((1, 3)) / 448
+    codes = (blocks / scales[:, None, :, None]).view(weight.shape).to(torch.float8_e4m3fn)
+    return {name: codes, f"{name}_scale_inv": scales}
+
+
+def make(folder: Path, layers: int, form: str = "dense") -> None:
     """A base and two fine-tunes, in shards with an index."""
     generator = torch.Generator().manual_seed(0)
     shards: list[dict[str, tuple[int, ...]]] = [{}]
-    for name, shape in shapes(layers).items():
+    for name, shape in shapes(layers, form).items():
         if 2 * sum(math.prod(shape) for shape in shards[-1].values()) > SHARD:
             shards.append({})
         shards[-1][name] = shape
-    models = ("base", "one", "two")
+    models, tensors = ("base", "one", "two"), {}
     for model in models:
         (folder / model).mkdir()
         (folder / model / "config.json").write_text(json.dumps({**CONFIG, "num_hidden_layers": layers}))
     weight_map = {}
     for i, names in enumerate(shards, start=1):
         file = f"model-{i:05d}-of-{len(shards):05d}.safetensors"
-        weight_map |= dict.fromkeys(names, file)
         base = {name: 0.02 * torch.randn(shape, generator=generator) for name, shape in names.items()}
         for model in models:
             scale = 0.0 if model == "base" else 1e-3
             noisy = lambda w, scale=scale: (w + scale * torch.randn(w.shape, generator=generator)) if scale else w
-            save_file({n: noisy(w).bfloat16() for n, w in base.items()}, folder / model / file, {"format": "pt"})
+            tensors = {k: t for n, w in base.items() for k, t in stored(n, noisy(w), form).items()}
+            save_file(tensors, folder / model / file, {"format": "pt"})
+        weight_map |= dict.fromkeys(tensors, file)
     for model in models:
         index = {"metadata": {}, "weight_map": weight_map}
         (folder / model / "model.safetensors.index.json").write_text(json.dumps(index))
@@ -107,7 +124,8 @@ def suture(folder: Path, name: str) -> None:
 
     models = {model: folder / model for model in ("one", "two")}
     out = folder.with_name(f"{folder.name}-merged")
-    merge_files(folder / "base", models, name.split(",")[0], out, shard_size="500MB", **METHODS[name])
+    where = {"device": os.environ.get("SUTURE_BENCHMARK_DEVICE", "cpu")}
+    merge_files(folder / "base", models, name.split(",")[0], out, shard_size="500MB", **METHODS[name], **where)
 
 
 def mergekit(folder: Path, method: str, python: str) -> None:
@@ -165,11 +183,15 @@ def main() -> None:
     parser.add_argument("--folder", type=Path)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--layers", type=int, default=22)
+    parser.add_argument("--form", choices=["dense", "fp8", "experts"], default="dense")
     parser.add_argument("--cold", action="store_true")
+    parser.add_argument("--device", choices=["cpu", "cuda"], help="where suture merges")
     parser.add_argument("--mergekit")
     parser.add_argument("--only", help="measure only what has this in its name, beside plain")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if options.device:
+        os.environ["SUTURE_BENCHMARK_DEVICE"] = options.device
     if options.one:
         print(json.dumps(one(options.one, options.folder, options.mergekit)))
         return
@@ -179,7 +201,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=options.folder) as outer:
         folder = Path(outer) / "models"
         folder.mkdir()
-        make(folder, options.layers)
+        make(folder, options.layers, options.form)
         compare(folder, options)
 
 
@@ -199,13 +221,16 @@ def compare(folder: Path, options: argparse.Namespace) -> None:
             tidy(folder)
     size = sum(path.stat().st_size for path in folder.glob("base/*.safetensors"))
     where = "the disk" if options.cold else "the page cache"
+    print(f"on {torch.cuda.get_device_name() if options.device == 'cuda' else 'the CPU'}")
     print(f"model size {size / 1e9:.2f} GB, three models read from {where}; median of {options.repeats} (min – max)")
     for name, measured in runs.items():
         seconds = [run["seconds"] for run in measured]
         memory = statistics.median(run["memory"] for run in measured)
         ratios = [run["seconds"] / plain["seconds"] for run, plain in zip(measured, runs["plain"], strict=True)]
         spread = f"{statistics.median(seconds):7.2f} s ({min(seconds):.2f} – {max(seconds):.2f})"
-        print(f"{name:34s} {spread}   {statistics.median(ratios):5.2f} × plain   {memory / 1e6:6.0f} MB")
+        used = statistics.median(run["processor"] for run in measured)
+        spread = f"{spread}   {statistics.median(ratios):5.2f} × plain"
+        print(f"{name:34s} {spread}   {used:6.2f} processor seconds   {memory / 1e6:6.0f} MB")
 
 
 if __name__ == "__main__":

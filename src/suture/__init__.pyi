@@ -8,7 +8,7 @@ from .pipeline.searching import search as search
 from .pipeline.preflight import check as check
 from .pipeline.pipeline import evaluate_pool as evaluate_pool
 from .merging.merge import merge as merge
-from .adaptation import adapt as adapt
+from .adaptation import adapt as adapt, symerge as symerge
 from .repairs import repair as repair
 from .evaluation import evaluate as evaluate
 from .reporting import report as report

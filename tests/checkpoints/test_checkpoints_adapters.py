@@ -146,15 +146,14 @@ def test_square_weights_are_turned_where_the_configuration_knows_a_conv1d(target
 @pytest.mark.parametrize(
     ("key", "value"),
     [
-        ("init_lora_weights", "pissa"),
         ("init_lora_weights", "pissa_niter_4"),
-        ("init_lora_weights", "olora"),
+        ("init_lora_weights", "lora_ga"),
         ("init_lora_weights", "corda"),
         ("init_lora_weights", "loftq"),
         ("alora_invocation_tokens", [1, 2]),
-        ("lora_bias", True),
-        ("trainable_token_indices", [0]),
-        ("target_parameters", ["experts.weight"]),
+        ("lora_bias", "yes"),
+        ("trainable_token_indices", [-1]),
+        ("target_parameters", {"experts": 1}),
         ("layer_replication", [[0, 2]]),
         ("megatron_config", {"a": 1}),
         ("use_qalora", True),
@@ -182,10 +181,8 @@ def test_a_key_that_asks_for_more_than_lora_is_refused_by_its_name(base, tmp_pat
 @pytest.mark.parametrize(
     ("name", "what"),
     [
-        ("first.lora_embedding_A", "a factor of an embedding"),
-        ("first.lora_magnitude_vector.weight", "the magnitudes of DoRA"),
-        ("first.lora_B.bias", "a part of LoRA that is not one of its two factors"),
-        ("embed.token_adapter.trainable_tokens_delta", "rows of an embedding (trainable_token_indices)"),
+        ("first.lora_E", "a part of LoRA that is not known"),
+        ("embed.trainable_tokens_delta", "rows of an embedding"),
         ("first.hada_w1_a", "a factor of LoHa"),
         ("first.ia3_l", "a vector of IA³"),
     ],
@@ -257,8 +254,8 @@ def test_a_transposed_layer_has_its_factors_turned(tmp_path):
         (factors("elsewhere"), {}, "adapts 'elsewhere.weight', which the base lacks"),
         (factors("first", 7), {}, r"for 'first.weight' of shape \(5, 6\)"),
         (dict(list(factors().items())[:1]), {}, "only one of the two factors of 'first.weight'"),
-        (factors(), {"peft_type": "IA3"}, "an adapter of type 'IA3'"),
-        (factors(), {"use_dora": True}, "asks for use_dora=True, which is not plain LoRA"),
+        (factors(), {"peft_type": "OFT"}, "an adapter of type 'OFT'"),
+        (factors(), {"use_dora": True}, "has no lora_magnitude_vector for 'first', with use_dora=True"),
         ({}, {}, "holds no weights"),
     ],
 )

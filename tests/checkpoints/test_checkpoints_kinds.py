@@ -38,13 +38,23 @@ QUANTISED = {
 
 
 @pytest.mark.parametrize("kind", QUANTISED)
-def test_quantised_models_open_but_are_not_merged(kind, tmp_path):
+def test_quantised_models_in_memory_open_but_are_not_merged(kind):
+    assert kind in (open_checkpoint(QUANTISED[kind]).quantised or "")
+    line = refused(suture.merge, QUANTISED[kind], {"m": QUANTISED[kind]}, "simple_average", kind=IncompatibleModels)
+    assert kind in line
+    assert "model.dequantize()" in line
+
+
+@pytest.mark.parametrize("kind", QUANTISED)
+def test_quantised_files_are_decoded_or_refused(kind, tmp_path):
     safetensors.torch.save_file(QUANTISED[kind], tmp_path / "x.safetensors")
-    assert kind in (open_checkpoint(tmp_path / "x.safetensors").quantised or "")
-    for base, model in ((tmp_path / "x.safetensors", QUANTISED[kind]), (QUANTISED[kind], tmp_path / "x.safetensors")):
-        line = refused(suture.merge, base, {"m": model}, "simple_average", kind=IncompatibleModels)
-        assert kind in line
-        assert "model.dequantize()" in line
+    if kind in ("4-bit weights of bitsandbytes", "4-bit weights of GPTQ or AWQ", "4-bit weights of MXFP4"):
+        assert "Remedy: " in refused(open_checkpoint, tmp_path / "x.safetensors", kind=CheckpointError)  # damaged ones
+        return
+    opened = open_checkpoint(tmp_path / "x.safetensors")
+    assert bool(opened.decoded) != bool(opened.quantised)
+    if opened.decoded:
+        assert all(spec.dtype.is_floating_point for spec in opened.specs.values())
 
 
 def test_what_is_kept_of_a_quantised_model_is_still_quantised():
@@ -129,13 +139,32 @@ def test_a_prefix_of_some_names_only_stays(tmp_path):
 
 
 @pytest.mark.parametrize("prefix", ["bert.", "module.", "_orig_mod.", "model.text."])
-def test_models_that_differ_by_a_prefix_are_told_so(prefix):
+def test_a_prefix_on_one_side_is_seen_through_and_a_head_on_one_side_is_named(prefix):
     state = dict(small_model().state_dict())
-    wrapped = {prefix + name: tensor for name, tensor in state.items()} | {"head.weight": torch.ones(2, 2)}
-    line = refused(suture.merge, state, {"m": wrapped}, "simple_average", kind=IncompatibleModels)
-    assert f"'m' has the prefix '{prefix}'" in line
-    line = refused(suture.merge, wrapped, {"m": state}, "simple_average", kind=IncompatibleModels)
-    assert f"has no prefix '{prefix}' before its names, which the base has" in line
+    wrapped = {prefix + name: tensor for name, tensor in state.items()}
+    for base, model in ((state, wrapped), (wrapped, state)):
+        assert_same(suture.merge(base, {"m": model}, "simple_average"), base)
+    headed = wrapped | {"head.weight": torch.ones(2, 2)}
+    line = refused(suture.merge, state, {"m": headed}, "simple_average", kind=IncompatibleModels)
+    assert "'head.weight' (float32 (2, 2)) is in 'm' but not in the base" in line
+    line = refused(suture.merge, headed, {"m": state}, "simple_average", kind=IncompatibleModels)
+    assert "'head.weight' is missing in 'm'" in line
+
+
+def test_two_spellings_of_norms_and_of_weight_normalisation_are_one():
+    old, new = nn.utils.parametrizations.weight_norm(nn.Linear(3, 2)), {}
+    for name, tensor in old.state_dict().items():
+        new[
+            {"parametrizations.weight.original0": "weight_g", "parametrizations.weight.original1": "weight_v"}.get(
+                name, name
+            )
+        ] = tensor
+    assert_same(suture.merge(old, {"m": new}, "simple_average"), old.state_dict())
+    norms = {"a.LayerNorm.weight": torch.ones(3), "a.LayerNorm.bias": torch.zeros(3)}
+    given = {"a.LayerNorm.gamma": torch.ones(3) * 3, "a.LayerNorm.beta": torch.ones(3)}
+    merged = suture.merge(norms, {"m": given}, "simple_average")
+    assert torch.equal(merged["a.LayerNorm.weight"], torch.ones(3) * 3)
+    assert torch.equal(merged["a.LayerNorm.bias"], torch.ones(3))
 
 
 def test_weight_normalisation_is_named():
@@ -167,11 +196,22 @@ def test_a_file_of_several_models_is_refused_with_their_keys(wrappers, tmp_path)
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_a_torchscript_archive_is_named_and_its_remedy_works(tmp_path):
-    torch.jit.save(torch.jit.trace(small_model().eval(), torch.ones(2, 3)), tmp_path / "x.pt")
-    assert "is a TorchScript archive" in refused(open_checkpoint, tmp_path / "x.pt", kind=CheckpointError)
-    torch.save(torch.jit.load(tmp_path / "x.pt").state_dict(), tmp_path / "y.pt")
-    assert set(small_model().state_dict()) >= set(open_checkpoint(tmp_path / "y.pt"))
+@pytest.mark.parametrize("compiled", [torch.jit.script, lambda model: torch.jit.trace(model, torch.ones(2, 3))])
+def test_a_torchscript_archive_is_read_for_its_weights(compiled, tmp_path):
+    torch.jit.save(compiled(small_model().eval()), tmp_path / "x.pt")
+    assert_same(open_checkpoint(tmp_path / "x.pt"), torch.jit.load(tmp_path / "x.pt").state_dict())
+
+
+def test_a_key_chooses_one_of_several_models_and_must_be_there(tmp_path):
+    one, two = small_model().state_dict(), {n: t + 1 for n, t in small_model().state_dict().items()}
+    torch.save({"params": one, "params_ema": two, "mine": {"deep": two}}, tmp_path / "x.pt")
+    assert_same(open_checkpoint(tmp_path / "x.pt", key="params_ema"), two)
+    assert "key=params" in refused(open_checkpoint, tmp_path / "x.pt", kind=CheckpointError)
+    merged = suture.merge(tmp_path / "x.pt", [tmp_path / "x.pt"], "simple_average", key="params_ema")
+    assert_same(merged, two)
+    torch.save({"state_dict": one}, tmp_path / "y.pt")
+    with pytest.raises(CheckpointError, match=r"has no weights under key=params_ema, only under state_dict"):
+        open_checkpoint(tmp_path / "y.pt", key="params_ema")
 
 
 @pytest.mark.parametrize("name", ["x.gguf", "tf_model.h5", "flax_model.msgpack", "model.onnx"])

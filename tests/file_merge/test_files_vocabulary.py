@@ -125,3 +125,20 @@ def test_a_real_model_grows_and_loads(tmp_path):
 
 def test_rows_that_follow_one_another_are_read_at_once():
     assert list(_runs(_first(3, 5), 10)) == [(10, 13), (13, 15)]
+
+
+def test_chat_templates_that_differ_are_reported(tmp_path, capsys):
+    from suture.cli.main import main
+
+    base = tiny_llama.save_base(tmp_path / "base")
+    for seed, name in enumerate(("same", "other"), start=1):
+        tiny_llama.save_tuned(tmp_path / name, base, seed)
+    for name in ("base", "same", "other"):
+        (tmp_path / name / "chat_template.jinja").write_text("{{ other }}" if name == "other" else "{{ base }}")
+    models = [f"models.{name}={tmp_path / name}" for name in ("same", "other")]
+    assert (
+        main(["merge", f"base={tmp_path / 'base'}", *models, "method=simple_average", f"output={tmp_path / 'o'}"]) == 0
+    )
+    printed = capsys.readouterr().out
+    assert "note: 'other' has a chat template of its own; that of '_pretrained_' is kept." in printed
+    assert "'same' has a chat template" not in printed

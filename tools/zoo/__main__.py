@@ -30,7 +30,8 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("name", metavar="NAME", help=f"one of: {', '.join(buildable())}")
     command.add_argument("--output", type=Path, metavar="DIR", help="a new folder; by default in suture's cache")
     command.add_argument("--seed", type=int, metavar="N", help="the same seed gives the same bits (default: 0)")
-    command.add_argument("--data", type=Path, metavar="DIR", help="a folder of Fashion-MNIST, for real3")
+    command.add_argument("--data", type=Path, metavar="DIR", help="a folder of Fashion-MNIST, or of manual pages")
+    command.add_argument("--size", choices=["full", "small", "miniature"], help="the size of manuals (default: full)")
     return parser
 
 

@@ -14,9 +14,11 @@ from suture.adaptation.objectives import (
     entropy_loss,
     expert_cross_entropy,
     expert_feature_l1,
+    expert_kl,
 )
 from suture.adaptation.options import AdaMergingOptions
 from suture.adaptation.regression_mean import regmean, regmean_pp
+from suture.adaptation.symerge import SyMergeResult, symerge
 
 __all__ = [
     "OBJECTIVES",
@@ -28,6 +30,7 @@ __all__ = [
     "InputMerge",
     "Layout",
     "Objective",
+    "SyMergeResult",
     "adapt",
     "entropy",
     "entropy_epsilon",
@@ -35,6 +38,7 @@ __all__ = [
     "esm",
     "expert_cross_entropy",
     "expert_feature_l1",
+    "expert_kl",
     "feature_norms",
     "fisher",
     "layout",
@@ -43,4 +47,5 @@ __all__ = [
     "regmean",
     "regmean_pp",
     "save_coefficients",
+    "symerge",
 ]

@@ -29,7 +29,7 @@ from suture.adaptation.schedules import get_schedule
 from suture.adaptation.trajectory import Trajectory
 from suture.adaptation.vectors import task_vector_rows
 from suture.checkpoints import Source, save_checkpoint
-from suture.core.batches import Forward, ShuffledBatches, call, to_device
+from suture.core.batches import Forward, ShuffledBatches, Upcoming, call
 from suture.core.fabric import Team
 from suture.core.notebooks import frame
 from suture.core.progress import Profile
@@ -169,31 +169,31 @@ def adapt(
     team, profile = Team(fabric), profile or Profile()
     concatenate = check_concatenation(chosen.concatenate, module, logits, chosen.micro_batch, device=team.device)
 
-    with profile("construct the wrapped model"):
-        rows = task_vector_rows(vectors, chosen)
-        model = MergedModel(module, vectors, rows, team.device)
-    masks = mask_leaves(dict(zip(model.names, model.rows, strict=True)))
+    with profile("construct the wrapped model"), team.autocast():
+        model = MergedModel(module, vectors, task_vector_rows(vectors, chosen), team.device)
+    masks = mask_leaves(model.separate)
     logits_of_masks = [masked.logits for masked in masks.values()]
     optimizer = _optimizer(chosen, [values, *logits_of_masks])
     network = Network(model, forward, logits, objective, profile)
     saving = resume if team.rank == 0 or resume is None else resume.read_only()
     trajectory = Trajectory(values, optimizer, saving, logits_of_masks)
     streams = {task: _endless(task, batches[task], trajectory.step) for task in arrangement.tasks} if max_steps else {}
+    steps = max_steps - trajectory.step
+    upcoming = Upcoming(({task: next(stream) for task, stream in streams.items()} for _ in range(steps)), model.device)
     independent = depends_on_batch(module) is None
     cut = {"concatenate": concatenate, "micro_batch": chosen.micro_batch, "independent": independent}
     scores: dict[int, float] = {}
     with profile("test-time adaptation"), torch.enable_grad(), team.autocast(), model.collecting():
         while trajectory.step < max_steps:
             with profile("data loading"):
-                inputs = {task: to_device(next(stream), model.device) for task, stream in streams.items()}
-                work = passes(inputs, **cut, rank=team.rank, world=team.world)
+                work = passes(next(upcoming), **cut, rank=team.rank, world=team.world)
             if objective.expert:
                 work = network.with_expert_outputs(work)
             coefficients = spread()
             with profile("merging weights"):
                 model.write(coefficients.detach())  # θ = θ₀ + Σ λ τ
-            loss = team.sum(network.backward(work))  # ∂L/∂θ, turned into ⟨∂L/∂θ, τ⟩ tensor by tensor
-            gradient = team.sum(model.gradient())
+            loss = network.backward(work)  # ∂L/∂θ, turned into ⟨∂L/∂θ, τ⟩ tensor by tensor
+            loss, gradient = _read(team, loss, model.gradient(), upcoming)
             if not loss.isfinite():
                 where = f"at step {trajectory.step}. Remedy: check the inputs, or lower lr={chosen.lr}."
                 raise DataError(f"The objective is {loss.item()} {where}")
@@ -208,8 +208,8 @@ def adapt(
             if on_step is not None:
                 on_step(trajectory.step - 1, trajectory.losses[-1], trajectory.history[-1])
             if on_evaluation is not None and eval_iterations and trajectory.step % eval_iterations == 0:
-                model.write(spread().detach())
-                score = on_evaluation(trajectory.step, model.module)
+                with model.in_full(spread().detach()) as merged:
+                    score = on_evaluation(trajectory.step, merged)
                 scores |= {} if score is None else {trajectory.step: score}
 
     final = effective(values.detach(), clamp=chosen.clamp_weights, softmax=chosen.softmax)
@@ -217,6 +217,17 @@ def adapt(
     losses = torch.tensor(trajectory.losses, dtype=torch.float64)
     merged, logits_by_name = model.merged(spread().detach()), {n: m.logits.detach() for n, m in masks.items()}
     return AdaMergingResult(named, torch.stack(trajectory.history), losses, merged, scores, mask_logits=logits_by_name)
+
+
+def _read(team: Team, loss: Tensor, gradient: Tensor, upcoming: Upcoming) -> tuple[Tensor, Tensor]:
+    """Loss and gradient, float64 on the CPU, summed over processes: the one time in a step that the device is read.
+
+    While it still computes, the next step's inputs are sent to it.
+    """
+    packed = torch.cat([gradient.reshape(-1), loss.reshape(1).to(gradient)])
+    upcoming.prepare()
+    packed = team.sum(packed).to("cpu", torch.float64)
+    return packed[-1], packed[:-1].view(gradient.shape)
 
 
 def _optimizer(options: AdaMergingOptions, values: list[Tensor]) -> torch.optim.Optimizer:

@@ -5,7 +5,7 @@ The merged parameters are plain leaves of a copy of the caller's module. With G 
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from copy import deepcopy
 from functools import partial
 
@@ -13,7 +13,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from suture.adaptation.vectors import TensorVectors
+from suture.adaptation.flat import exact_products, flat_groups, in_buffers, widest
+from suture.adaptation.vectors import Held, TensorVectors
 from suture.errors import IncompatibleModels
 from suture.merging.overflow import refuse_overflow
 from suture.merging.task_vectors import TaskVectors, compute_dtype
@@ -24,7 +25,9 @@ class MergedModel:
 
     `module`: the copy, in the same mode as the caller's, on its device unless another is given. `names`: the merged
     tensors, first the parameters in the module's order, then its floating-point buffers, which are merged too but
-    contribute no gradient. Integer and bool buffers and frozen tensors are the base's.
+    contribute no gradient. Integer and bool buffers and frozen tensors are the base's. `flat`: tensors are views of one
+    buffer, and merged by few large operations instead of one after another; by default everywhere but on a CPU, where
+    it would gain nothing and cost the memory of one more model.
     """
 
     def __init__(
@@ -33,6 +36,7 @@ class MergedModel:
         vectors: TaskVectors,
         rows: Mapping[str, TensorVectors],
         device: torch.device | None = None,
+        flat: bool | None = None,
     ):
         self.vectors = vectors
         self.names, targets = matched_tensors(module, vectors)
@@ -41,17 +45,49 @@ class MergedModel:
         self.targets = [state[target] for target in targets]
         self._write_unchanged(state)
         self.device = self.targets[0].device if self.targets else torch.device("cpu")
-        self.rows = [rows[name].to(self.device) for name in self.names]
-        self._base = [_computed(vectors.base[name]).to(self.device) for name in self.names]
+        flat = in_buffers(self.device) if flat is None else flat
+        own = [rows[name] for name in self.names]
+        bases = [_computed(vectors.base[name]) for name in self.names]
+        self._flat = flat_groups(self.module, self.targets, bases, own) if flat else []
+        grouped = {member.index for group in self._flat for member in group.members}
+        self._single = [i for i in range(len(self.names)) if i not in grouped]
+        self._rows = {i: own[i].to(self.device) for i in self._single}
+        self._base = {i: bases[i].to(self.device) for i in self._single}
         self._leaves = [target for target in self.targets if isinstance(target, nn.Parameter)]
-        self._products: list[Tensor] = []
+        self._products: dict[int, Tensor] = {}
         self._waiting = False
+
+    @property
+    def separate(self) -> dict[str, TensorVectors]:
+        """The task vectors of the tensors that are merged one after another, by name."""
+        return {self.names[i]: rows for i, rows in self._rows.items()}
 
     @torch.no_grad()
     def write(self, coefficients: Float[Tensor, "task tensor"]) -> None:
         """Write θ₀ + Σ λ_t τ_t into the module."""
-        for target, base, rows, column in zip(self.targets, self._base, self.rows, coefficients.T, strict=True):
-            target.copy_(rows.combine(base, column))
+        if self._flat:
+            sent = self._sent(coefficients)
+            for group in self._flat:
+                group.write(sent)
+        self._write_single(coefficients)
+
+    def _write_single(self, coefficients: Tensor) -> None:
+        with exact_products(self.device):
+            for i in self._single:
+                self.targets[i].copy_(self._rows[i].combine(self._base[i], coefficients[:, i]))
+
+    def _sent(self, coefficients: Tensor) -> Tensor:
+        """The coefficients on the device, in one copy."""
+        return coefficients.to(widest(self.device)).to(self.device, non_blocking=True)
+
+    @contextmanager
+    def in_full(self, coefficients: Float[Tensor, "task tensor"]) -> Iterator[nn.Module]:
+        """Inside the block the module has the merged weights in their own dtypes, whatever it computes in."""
+        with torch.no_grad(), ExitStack() as stack:
+            self._write_single(coefficients)
+            for group in self._flat:
+                stack.enter_context(group.in_full(self._sent(coefficients)))
+            yield self.module
 
     @torch.no_grad()
     def write_expert(self, task: str) -> None:
@@ -62,10 +98,10 @@ class MergedModel:
     @contextmanager
     def collecting(self) -> Iterator[None]:
         """Inside the block, every backward pass adds to the gradient of the coefficients."""
-        parameters = [(i, p) for i, p in enumerate(self.targets) if isinstance(p, nn.Parameter)]
-        hooks = [
-            p.requires_grad_(True).register_post_accumulate_grad_hook(partial(self._take, i)) for i, p in parameters
-        ]
+        for leaf in self._leaves:
+            leaf.requires_grad_(True)
+        parameters = [(i, self.targets[i]) for i in self._single if isinstance(self.targets[i], nn.Parameter)]
+        hooks = [p.register_post_accumulate_grad_hook(partial(self._take, i)) for i, p in parameters]
         self._clear()
         try:
             yield
@@ -82,18 +118,22 @@ class MergedModel:
         finally:
             self._waiting = False
 
-    def backward(self, loss: Tensor) -> None:
-        """Backpropagate to the merged parameters only; the caller's heads get no gradient."""
-        loss.backward(inputs=self._leaves)
+    def backward(self, loss: Tensor, *others: Tensor) -> None:
+        """Backpropagate to the merged parameters and to `others` only; the caller's heads get no gradient."""
+        loss.backward(inputs=[*self._leaves, *others])
 
     def gradient(self) -> Float[Tensor, "task tensor"]:
-        """∂L/∂λ of all backward passes since the last call, float64 on the CPU."""
-        for i, target in enumerate(self.targets):
-            if target.grad is not None:  # an earlier backward pass reached this tensor, but the last one did not
-                self._take(i, target)
-        gradient = torch.stack(self._products, dim=1).to("cpu", torch.float64)
+        """∂L/∂λ of all backward passes since the last call, float64 where the device has it, on the device."""
+        for i in self._single:
+            if self.targets[i].grad is not None:  # an earlier backward pass reached this tensor, the last one did not
+                self._take(i, self.targets[i])
+        parts = [(group.products(), [member.index for member in group.members]) for group in self._flat]
+        if self._single:
+            parts.append((torch.stack(list(self._products.values()), dim=1).to(widest(self.device)), self._single))
         self._clear()
-        return gradient
+        order = sorted(range(len(self.names)), key=[i for _, indices in parts for i in indices].__getitem__)
+        whole = torch.cat([columns for columns, _ in parts], dim=1) if len(parts) > 1 else parts[0][0]
+        return whole if order == list(range(len(order))) else whole[:, order]
 
     def merged(self, coefficients: Float[Tensor, "task tensor"]) -> dict[str, Tensor]:
         """The merged checkpoint: the base's names, shapes and dtypes, tied names as one tensor, on the CPU.
@@ -102,24 +142,30 @@ class MergedModel:
         """
         base = self.vectors.base
         state = {name: base[name].to("cpu", copy=True) for name in self.vectors.specs}
-        for name, start, rows, column in zip(self.names, self._base, self.rows, coefficients.T, strict=True):
-            merged = rows.combine(start, column).cpu()
+        for i, name in enumerate(self.names):
+            merged = self._combined(i, coefficients[:, i]).cpu()
             state[name].copy_(merged)
             refuse_overflow(name, merged, state[name])
         return state | {alias: state[name] for alias, name in base.aliases.items()}
+
+    def _combined(self, i: int, column: Tensor) -> Tensor:
+        """One merged tensor, as `combine` gives it."""
+        if i in self._rows:
+            return self._rows[i].combine(self._base[i], column)
+        group, member = next((g, m) for g in self._flat for m in g.members if m.index == i)
+        return Held(member.rows(group.rows)).combine(member.view(group.base), column)
 
     def _take(self, i: int, parameter: Tensor) -> None:
         if self._waiting or parameter.grad is None:
             return
         gradient = parameter.grad.to_dense() if parameter.grad.is_sparse else parameter.grad
-        self._products[i] += self.rows[i].products(gradient)
+        with exact_products(self.device):
+            self._products[i] += self._rows[i].products(gradient)
         parameter.grad = None
 
     def _clear(self) -> None:
-        self._products = [torch.zeros(len(rows), dtype=base.dtype, device=base.device) for rows, base in self._pairs()]
-
-    def _pairs(self) -> Iterator[tuple[TensorVectors, Tensor]]:
-        return zip(self.rows, self._base, strict=True)
+        zeros = lambda i: torch.zeros(len(self._rows[i]), dtype=self._base[i].dtype, device=self.device)
+        self._products = {i: zeros(i) for i in self._single}
 
     @torch.no_grad()
     def _write_unchanged(self, state: Mapping[str, Tensor]) -> None:

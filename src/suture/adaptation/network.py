@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from suture.adaptation.flat import widest
 from suture.adaptation.merged_model import MergedModel
 from suture.adaptation.objectives import Objective
 from suture.adaptation.passes import Part, Pass
@@ -71,17 +72,17 @@ class Network:
         self.logits = logits if callable(logits) and takes_logits else None
 
     def backward(self, passes: Sequence[Pass]) -> Tensor:
-        """Backpropagate the objective, Σ over tasks of a mean over the batch, and return its value.
+        """Backpropagate the objective, Σ over tasks of a mean over the batch, and return its value, on the device.
 
         Gradients are added up over passes before they are multiplied with task vectors: Σ⟨g_t, τ⟩ = ⟨Σ g_t, τ⟩.
         """
-        total = torch.zeros((), dtype=torch.float64)
+        total = torch.zeros((), dtype=widest(self.model.device), device=self.model.device)
         for i, parts in enumerate(passes):
             with self.profile("forward pass"):
                 loss = self._loss(parts)
             with self.profile("backward pass"), self.model.waiting(i < len(passes) - 1):
                 self.model.backward(loss)
-            total += loss.detach().cpu()
+            total += loss.detach()
         return total
 
     @torch.no_grad()

@@ -45,6 +45,12 @@ def expert_cross_entropy(logits: Tensor, expert: Tensor) -> Float[Tensor, ""]:
     return F.cross_entropy(logits, expert.argmax(-1))
 
 
+def expert_kl(logits: Tensor, expert: Tensor) -> Float[Tensor, ""]:
+    """KL divergence in nats of the model's predictions from the expert's, Σ p_expert·log(p_expert / p), batch mean."""
+    _check_logits(logits)
+    return F.kl_div(logits.log_softmax(-1), expert.log_softmax(-1), log_target=True, reduction="batchmean")
+
+
 def expert_feature_l1(features: Float[Tensor, " *shape"], expert: Float[Tensor, " *shape"]) -> Float[Tensor, ""]:
     """Mean absolute difference to the expert's features, over batch and dimensions."""
     return (features - expert).abs().mean()
@@ -80,6 +86,7 @@ OBJECTIVES = {
     "entropy": Objective(entropy),
     "entropy_epsilon": Objective(entropy_epsilon),
     "expert_cross_entropy": Objective(expert_cross_entropy, expert=True),
+    "expert_kl": Objective(expert_kl, expert=True),
     "expert_feature_l1": Objective(expert_feature_l1, of="features", expert=True),
 }
 

@@ -9,7 +9,8 @@ What happens to the tensors that are no ordinary weights:
 - Integer and bool buffers (`num_batches_tracked`, `position_ids`, masks) keep their dtype; merging takes them
   from the base and never averages them.
 - Float buffers (the running statistics of BatchNorm) are merged like weights.
-- Every dtype is kept. Sparse, quantised, meta and complex tensors are refused.
+- Every dtype is kept, but codes of low precision are decoded (`decoding`). Sparse, meta, complex and other quantised
+  tensors are refused.
 """
 
 from suture.checkpoints.adapters import open_fine_tuned

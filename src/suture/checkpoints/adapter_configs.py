@@ -1,4 +1,4 @@
-"""The adapter_config.json of `peft`: every key that is understood; a LoRA that asks for more is refused by that key."""
+"""The adapter_config.json of `peft`: every key that is understood, by kind of adapter; all else is refused by name."""
 
 import math
 import re
@@ -11,17 +11,47 @@ from suture.errors import refusal, shown
 
 MERGE_FIRST = "merge it into its base first: PeftModel.from_pretrained(BASE, ADAPTER).merge_and_unload()"
 _AGAIN = "copy or download the adapter again"
-_DEFAULTS = {"r": 8, "lora_alpha": 8}
-#: Keys that say how the adapter was trained, or what its tensors say themselves.
+#: Keys that say how an adapter was trained, or what its tensors say themselves.
 _FREE = {
     *("auto_mapping", "base_model_name_or_path", "revision", "inference_mode", "peft_type", "peft_version"),
-    *("task_type", "lora_dropout", "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"),
-    *("modules_to_save", "ephemeral_gpu_offload", "runtime_config", "megatron_core", "qalora_group_size"),
-    *("eva_config", "loftq_config"),
+    *("task_type", "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save"),
 }
-#: Initialisations that leave the base's weights as they are; PiSSA, OLoRA, CorDA, LoftQ and others do not.
-_HARMLESS_STARTS = ("gaussian", "orthogonal", "eva")
-_BIASES = (None, "none", "all", "lora_only")
+_LYCORIS = {"r", "alpha", "rank_pattern", "alpha_pattern", "rank_dropout", "module_dropout", "init_weights"}
+#: Kind of adapter → the further keys that are understood.
+KINDS: dict[str, set[str]] = {
+    "LORA": {
+        *("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "fan_in_fan_out", "init_lora_weights"),
+        *("bias", "lora_bias", "use_dora", "trainable_token_indices", "target_parameters", "lora_dropout"),
+        *("ephemeral_gpu_offload", "runtime_config", "megatron_core", "qalora_group_size", "eva_config"),
+        "loftq_config",
+    },
+    "IA3": {"feedforward_modules", "fan_in_fan_out", "init_ia3_weights"},
+    "LOHA": {*_LYCORIS, "use_effective_conv2d"},
+    "LOKR": {*_LYCORIS, "use_effective_conv2d", "decompose_both", "decompose_factor", "rank_dropout_scale"},
+    "VERA": {
+        *("r", "projection_prng_key", "save_projection", "vera_dropout", "d_initial", "fan_in_fan_out", "bias"),
+        "init_weights",
+    },
+    "TRAINABLE_TOKENS": {"token_indices", "init_weights"},
+    "LN_TUNING": set(),
+}
+_DEFAULTS: dict[str, dict[str, Any]] = {
+    "LORA": {"r": 8, "lora_alpha": 8},
+    "LOHA": {"r": 8, "alpha": 8},
+    "LOKR": {"r": 8, "alpha": 8},
+    "VERA": {"r": 256, "projection_prng_key": 0},
+}
+#: Initialisations that leave the base's weights as they are.
+_HARMLESS_STARTS = ("gaussian", "orthogonal", "eva", "mica")
+#: Initialisations that take a part of the base away which the base alone determines.
+UNDONE_STARTS = ("pissa", "olora")
+#: Initialisations that changed the base by what the adapter does not hold, and what that is.
+_LOST_STARTS = {
+    "pissa_niter": "took a randomised decomposition away from the base",
+    "corda": "took away from the base what the activations of its training data gave",
+    "loftq": "quantised the base",
+    "lora_ga": "took away from the base what the gradients of its training data gave",
+}
 _LARGEST_RANK, _LARGEST_ALPHA, _MOST_PATTERNS = 1_000_000, 1e9, 10_000
 #: Regular expressions of names, classes and alternatives; none with a repeated group, which could take for ever.
 _PATTERN = re.compile(r"(?:[\w.^$|()\[\]-]|\\[.dw]|[*+?]){1,500}")
@@ -32,26 +62,38 @@ _CONV1D = ("c_attn", "q_attn", "c_proj", "c_fc")
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """The configuration of a LoRA adapter, checked, with peft's defaults for `r` and `lora_alpha`.
+    """The configuration of an adapter, checked, with peft's defaults for ranks and their factors.
 
-    Raises `CheckpointError` for another kind of adapter and for every key or value that is not understood.
+    Raises `CheckpointError` for a kind of adapter that is not read, and for every key or value that is not understood.
     """
-    config = _DEFAULTS | read_object(path, _AGAIN, largest=10_000_000)
-    if config.get("peft_type") != "LORA":
-        raise refusal(path, f"describes an adapter of type {shown(config.get('peft_type'))!r}, not LoRA", MERGE_FIRST)
+    config = read_object(path, _AGAIN, largest=10_000_000)
+    kind = config.get("peft_type")
+    if not isinstance(kind, str) or kind not in KINDS:
+        read = ", ".join(sorted(KINDS))
+        raise refusal(path, f"describes an adapter of type {shown(kind)!r}; {read} are read", MERGE_FIRST)
+    config = _DEFAULTS.get(kind, {}) | config
     for key, value in config.items():
-        if key in _CHECKS and not _CHECKS[key](value):
-            remedy = MERGE_FIRST if key == "init_lora_weights" else _AGAIN
-            raise refusal(path, f"has {key}={shown(value)}, which is not understood", remedy)
-        if key not in _CHECKS and key not in _FREE and value not in (None, False, [], {}, ""):
-            raise refusal(path, f"asks for {shown(key)}={shown(value)}, which is not plain LoRA", MERGE_FIRST)
+        if key in KINDS[kind] and key in _CHECKS and not _CHECKS[key](value):
+            raise _not_understood(path, key, value)
+        if key not in KINDS[kind] and key not in _FREE and value not in (None, False, [], {}, ""):
+            raise refusal(path, f"asks for {shown(key)}={shown(value)}, which is not known to {kind} here", MERGE_FIRST)
     return config
 
 
+def _not_understood(path: Path, key: str, value: Any) -> Exception:
+    """The refusal of a value, with what it did to the base where that is known."""
+    if key != "init_lora_weights":
+        return refusal(path, f"has {key}={shown(value)}, which is not understood", _AGAIN)
+    lost = next((what for start, what in _LOST_STARTS.items() if str(value).lower().startswith(start)), None)
+    found = f"has {key}={shown(value)}, which {lost or 'is not understood'}"
+    convert = "save it with save_pretrained(…, path_initial_model_for_weight_conversion=INITIAL)"
+    return refusal(path, found, f"{convert}, or {MERGE_FIRST}")
+
+
 def scale_of(config: Mapping[str, Any], module: str) -> float:
-    """lora_alpha / r, or / √r with rank stabilisation; both may have a pattern of their own for some modules."""
+    """alpha / r, or / √r with rank stabilisation; both may have a pattern of their own for some modules."""
     rank = rank_of(config, module)
-    alpha = _patterned(config.get("alpha_pattern"), module, config["lora_alpha"])
+    alpha = _patterned(config.get("alpha_pattern"), module, config.get("lora_alpha", config.get("alpha")))
     return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
 
 
@@ -75,7 +117,29 @@ def may_be_conv1d(module: str) -> bool:
     return module.rpartition(".")[2] in _CONV1D
 
 
-def _patterned(patterns: Mapping[str, float] | None, module: str, default: float) -> float:
+def start_of(config: Mapping[str, Any]) -> str | None:
+    """The initialisation that has to be undone: one of `UNDONE_STARTS`, or None."""
+    start = config.get("init_lora_weights")
+    return start.lower() if isinstance(start, str) and start.lower() in UNDONE_STARTS else None
+
+
+def is_feedforward(config: Mapping[str, Any], module: str) -> bool:
+    """Whether IA³ scales the inputs of a module, and not its outputs."""
+    named = config.get("feedforward_modules") or []
+    if isinstance(named, str):
+        return re.fullmatch(named, module) is not None
+    return any(module == each or module.endswith(f".{each}") for each in named)
+
+
+def token_rows(config: Mapping[str, Any], module: str) -> list[int] | None:
+    """The rows of a module's table that the configuration says were trained; None where it names other modules."""
+    rows = config.get("trainable_token_indices") or config.get("token_indices")
+    if isinstance(rows, dict):
+        return next((each for name, each in rows.items() if module == name or module.endswith(f".{name}")), None)
+    return rows
+
+
+def _patterned(patterns: Mapping[str, float] | None, module: str, default: Any) -> Any:
     for pattern, value in (patterns or {}).items():
         if re.fullmatch(rf"(.*\.)?({pattern})", module):
             return value
@@ -117,20 +181,43 @@ def _is_safe_pattern(pattern: str) -> bool:
 
 
 def _leaves_the_base(value: Any) -> bool:
-    return _is_flag(value) or (isinstance(value, str) and value.lower() in _HARMLESS_STARTS)
+    return _is_flag(value) or (isinstance(value, str) and value.lower() in (*_HARMLESS_STARTS, *UNDONE_STARTS))
 
 
 def _is_bias(value: Any) -> bool:
-    return value in _BIASES
+    return value in (None, "none", "all", "lora_only", "vera_only")
+
+
+def _are_names(value: Any) -> bool:
+    names = isinstance(value, list) and len(value) <= _MOST_PATTERNS and all(isinstance(each, str) for each in value)
+    return value is None or names or (isinstance(value, str) and _is_safe_pattern(value))
+
+
+def _are_rows(value: Any) -> bool:
+    if isinstance(value, dict):
+        return all(isinstance(name, str) and _are_rows(rows) for name, rows in value.items())
+    return value is None or (isinstance(value, list) and all(type(row) is int and row >= 0 for row in value))
+
+
+def _is_key(value: Any) -> bool:
+    return type(value) is int and -(2**63) <= value < 2**63
 
 
 _CHECKS = {
     "r": _is_rank,
     "lora_alpha": _is_alpha,
+    "alpha": _is_alpha,
     "rank_pattern": _are_ranks,
     "alpha_pattern": _are_alphas,
     "use_rslora": _is_flag,
+    "use_dora": _is_flag,
+    "lora_bias": _is_flag,
     "fan_in_fan_out": _is_flag,
     "init_lora_weights": _leaves_the_base,
     "bias": _is_bias,
+    "feedforward_modules": _are_names,
+    "target_parameters": _are_names,
+    "trainable_token_indices": _are_rows,
+    "token_indices": _are_rows,
+    "projection_prng_key": _is_key,
 }

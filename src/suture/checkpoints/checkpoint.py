@@ -119,6 +119,7 @@ class Checkpoint(Mapping[str, Tensor]):
     - `directory`: the model directory with its config and tokenizer, if there is one.
     - `metadata`: the text that was saved beside the tensors (safetensors only).
     - `quantised`: the kind of quantisation that some of the tensors are stored in; None for plain weights.
+    - `decoded`: the formats of low-precision codes that are decoded here, in words; empty where there are none.
     - `prefix`: what all stored names began with, such as "module.", and the names here do not.
     """
 
@@ -132,9 +133,10 @@ class Checkpoint(Mapping[str, Tensor]):
         metadata: Mapping[str, str] | None = None,
         quantised: str | None = None,
         prefix: str = "",
+        decoded: str = "",
     ):
         self.label, self.files, self.directory = label, files, directory
-        self.quantised, self.prefix = quantised, prefix
+        self.quantised, self.prefix, self.decoded = quantised, prefix, decoded
         self.metadata: Mapping[str, str] = MappingProxyType(dict(metadata or {}))
         self.specs: Mapping[str, TensorSpec] = MappingProxyType({name: e.spec for name, e in entries.items()})
         self.aliases: Mapping[str, str] = MappingProxyType(_aliases(entries))
@@ -200,6 +202,24 @@ class Checkpoint(Mapping[str, Tensor]):
                 merged[each] = entry._replace(identity=("replaced", id(self), first)) if tied else entry
         return self._with(merged)
 
+    def untied(self, names: Mapping[str, str]) -> "Checkpoint":
+        """The same checkpoint with these tensors as ones of their own: name → name here, whatever was tied to it."""
+        entries = dict(self._entries or {})
+        return self._with(entries | {new: entries[name]._replace(identity=None) for new, name in names.items()})
+
+    def tied(self, ties: Mapping[str, str]) -> "Checkpoint":
+        """The same checkpoint with some tensors tied to others that have the same values: name → the other."""
+        entries = dict(self._entries or {})
+        for name, other in ties.items():
+            first = self.aliases.get(other, other)
+            group = [name, first, *(alias for alias, canonical in self.aliases.items() if canonical == first)]
+            entries |= {each: entries[first]._replace(identity=("tied", id(self), first)) for each in group}
+        return self._with(entries)
+
+    def extended(self, entries: Mapping[str, Entry]) -> "Checkpoint":
+        """The same checkpoint with further tensors."""
+        return self._with({**(self._entries or {}), **entries})
+
     @classmethod
     def joined(cls, parts: Sequence["Checkpoint"], label: str) -> "Checkpoint":
         """One checkpoint with the tensors of several, which have no name in common; the directory is the first's."""
@@ -207,7 +227,8 @@ class Checkpoint(Mapping[str, Tensor]):
         files = tuple(dict.fromkeys(file for part in parts for file in part.files))
         directory = next((part.directory for part in parts if part.directory), None)
         quantised = next((part.quantised for part in parts if part.quantised), None)
-        return cls(entries, label, files=files, directory=directory, quantised=quantised)
+        decoded = next((part.decoded for part in parts if part.decoded), "")
+        return cls(entries, label, files=files, directory=directory, quantised=quantised, decoded=decoded)
 
     def _with(self, entries: Mapping[str, Entry]) -> "Checkpoint":
         """The same checkpoint with other entries."""
@@ -219,6 +240,7 @@ class Checkpoint(Mapping[str, Tensor]):
             metadata=self.metadata,
             quantised=self.quantised,
             prefix=self.prefix,
+            decoded=self.decoded,
         )
 
     def close(self) -> None:

@@ -27,15 +27,18 @@ _STRANGERS = [
 ]
 
 
-def read_entries(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
-    """The entries of a file and the text saved beside them; `CheckpointError` if it holds no weights."""
+def read_entries(path: Path, key: str | None = None) -> tuple[dict[str, Entry], dict[str, str]]:
+    """The entries of a file and the text saved beside them; `CheckpointError` if it holds no weights.
+
+    `key` chooses one of several models that a PyTorch file holds.
+    """
     try:
         if not path.is_file():  # a pipe would keep its reader waiting, a device would have no end
             kind = "a folder" if path.is_dir() else "no regular file"
             raise refusal(path, f"is {kind}, not a file of weights", "give the file or model directory itself")
         with path.open("rb") as file:
             start = file.read(512)
-        return _read(path, start)
+        return _read(path, start, key)
     except OSError as error:
         problem = f"cannot be read: {error.strerror or error}"
         raise refusal(path, problem, "check the path and its permissions") from error
@@ -43,16 +46,16 @@ def read_entries(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
         raise refusal(path, "is nested too deeply to be a checkpoint", "copy or download it again") from error
 
 
-def _read(path: Path, start: bytes) -> tuple[dict[str, Entry], dict[str, str]]:
+def _read(path: Path, start: bytes, key: str | None) -> tuple[dict[str, Entry], dict[str, str]]:
     stranger = _stranger(path, start)
     if stranger:
         raise stranger
     if start[:4] == b"PK\x03\x04":
-        return read_torch_zip(path), {}
+        return read_torch_zip(path, key), {}
     if path.suffix == ".safetensors" or start[8:9] == b"{":
         return read_safetensors(path)
     if start[:1] == b"\x80" or path.suffix in PICKLE_SUFFIXES:
-        return read_legacy_torch(path), {}
+        return read_legacy_torch(path, key), {}
     problem = f"is no checkpoint; it starts with the bytes {start[:8].hex(' ')}"
     raise refusal(path, problem, "give a safetensors or PyTorch file")
 

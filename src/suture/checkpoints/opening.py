@@ -7,6 +7,7 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from suture.checkpoints.checkpoint import Checkpoint, Entry
+from suture.checkpoints.decoding import decoded
 from suture.checkpoints.directories import INDEX_SUFFIX, check_links, read_sharded, weight_file
 from suture.checkpoints.formats import read_entries
 from suture.checkpoints.json_files import is_text
@@ -20,13 +21,17 @@ from suture.storage.hub import download, is_hub_id
 Source = str | os.PathLike[str] | nn.Module | Mapping[str, Tensor]
 
 
-def open_checkpoint(source: Source, *, label: str | None = None, revision: str | None = None) -> Checkpoint:
+def open_checkpoint(
+    source: Source, *, label: str | None = None, revision: str | None = None, key: str | None = None
+) -> Checkpoint:
     """Open a checkpoint from its headers alone; its tensors are read when they are asked for.
 
     `source` is a safetensors file, a PyTorch file, an index of shards, a model directory, a hub id
     ("org/name", with an optional `revision`), a "zoo:…" name, a module, a mapping name → tensor, or an open
-    checkpoint, which is returned as it is. `label` is what messages call it. Nothing that a pickle asks to
-    run is run. A prefix that DataParallel or torch.compile put before every name of a file is left out.
+    checkpoint, which is returned as it is. `label` is what messages call it. `key` chooses one of several models in
+    a PyTorch file (`params_ema`, `teacher`). Nothing that a pickle asks to
+    run is run. A prefix that DataParallel or torch.compile put before every name of a file is left out. Low-precision
+    codes of files are decoded with their scales when they are read (`decoding` lists the formats).
 
     Raises `CheckpointError`: missing, truncated, corrupt, no weights, or a pickle that asks to run code.
 
@@ -45,7 +50,7 @@ def open_checkpoint(source: Source, *, label: str | None = None, revision: str |
         raise refusal(label or shown(source), problem, "give a path, a hub id, a module or a mapping")
     try:
         check_text(source, label)
-        return _open_path(_locate(source, revision), label or str(source))
+        return _open_path(_locate(source, revision), label or str(source), key)
     except CheckpointError as error:
         raise CheckpointError(f"'{shown(label)}': {error}" if label else str(error)) from error
 
@@ -92,7 +97,7 @@ def _reason(error: Exception) -> str:
     return getattr(error, "strerror", None) or str(error)
 
 
-def _open_path(path: Path, label: str) -> Checkpoint:
+def _open_path(path: Path, label: str, key: str | None = None) -> Checkpoint:
     try:
         directory = path if path.is_dir() else _model_directory(path.parent)
         if directory is not None:
@@ -103,12 +108,12 @@ def _open_path(path: Path, label: str) -> Checkpoint:
     if file.name.endswith(INDEX_SUFFIX):
         (entries, files), metadata = read_sharded(file), None
     else:
-        (entries, metadata), files = read_entries(file), (file,)
+        (entries, metadata), files = read_entries(file, key), (file,)
     entries, prefix = without_prefix(entries)
+    entries, formats = decoded(entries, directory, label)
     kind = quantisation({name: entry.spec for name, entry in entries.items()})
-    return Checkpoint(
-        entries, label, files=files, directory=directory, metadata=metadata, quantised=kind, prefix=prefix
-    )
+    about = {"files": files, "directory": directory, "metadata": metadata}
+    return Checkpoint(entries, label, **about, quantised=kind, prefix=prefix, decoded=formats)
 
 
 def _model_directory(folder: Path) -> Path | None:

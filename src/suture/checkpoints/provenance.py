@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from suture import __version__
 from suture.checkpoints.checkpoint import Checkpoint
 from suture.core.names import short
 from suture.errors import OutputError, refusal
@@ -29,9 +30,9 @@ def provenance_of(checkpoints: Mapping[str, Checkpoint]) -> dict[str, Any]:
 
     A model without files, such as a module, has the sha256 of its tensors.
     """
-    packages = ("suture", "torch", "safetensors", "transformers")
+    packages = {name: _version(name) for name in ("torch", "safetensors", "transformers")}
     return {
-        "versions": {"python": platform.python_version(), **{name: _version(name) for name in packages}},
+        "versions": {"python": platform.python_version(), "suture": __version__, **packages},
         "inputs": {name: _fingerprint(checkpoint) for name, checkpoint in checkpoints.items()},
     }
 

@@ -1,4 +1,4 @@
-"""Quantised checkpoints, recognised by the tensors they hold.
+"""Quantised checkpoints that are not decoded, recognised by the tensors they hold.
 
 Codes are not weights: neither they nor their scales can be merged.
 """
@@ -59,9 +59,11 @@ def quantisation(specs: Mapping[str, TensorSpec]) -> str | None:
 
 
 def quantised_problem(checkpoint: Checkpoint) -> str | None:
-    """Why a checkpoint cannot be merged, if it is quantised: by its tensors, or by its config.json."""
+    """Why a checkpoint cannot be merged, if it is quantised and not decoded: by its tensors, or by its config.json."""
     if checkpoint.quantised:
         return problem(checkpoint.label, f"holds {checkpoint.quantised}", _PLAIN)
+    if checkpoint.decoded:
+        return None
     settings: Any = model_config(checkpoint.directory).get("quantization_config")
     if not settings:
         return None

@@ -25,16 +25,16 @@ def spelling_problem(label: str, names: Iterable[str], base: Collection[str], mo
         return _normalisation(label, label, normalised)
     if normalised := next((name for name in extra if _normalised(name, base)), None):
         return _normalisation(label, "the base", normalised)
-    if prefix := _prefix(missing, extra):
+    if prefix := common_prefix(missing, extra):
         found = f"has the prefix '{shown(prefix)}' before its names: '{shown(prefix + missing[0])}'"
         return problem(label, f"{found} is '{shown(missing[0])}' in the base", _remedy(prefix))
-    if prefix := _prefix(extra, missing):
+    if prefix := common_prefix(extra, missing):
         found = f"has no prefix '{shown(prefix)}' before its names, which the base has: '{shown(missing[0])}'"
         return problem(label, found, _remedy(prefix))
     return None
 
 
-def _prefix(names: list[str], others: list[str]) -> str | None:
+def common_prefix(names: list[str], others: list[str]) -> str | None:
     """The prefix that most of the names have."""
     there = set(others)
     guesses = (

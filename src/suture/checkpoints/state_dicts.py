@@ -21,14 +21,17 @@ _KINDS_OF_PARTS = ("_parameters", "_buffers", "_modules")
 _STATE_DICT = "save the model's state_dict(), or better a safetensors file"
 
 
-def weights(value: Any, where: object) -> Mapping[str, TensorRef]:
+def weights(value: Any, where: object, key: str | None = None) -> Mapping[str, TensorRef]:
     """Name → tensor of the state dict that `value` is or holds.
 
-    A wrapper's other entries (epoch, optimizer) are left aside; a flat dict must hold tensors and nothing
-    else. Raises `CheckpointError`, also for a file with the weights of several models.
+    `key` chooses one of several models in a file. A wrapper's other entries (epoch, optimizer) are left aside; a flat
+    dict must hold tensors and nothing else. Raises `CheckpointError`, also for a file with the weights of several
+    models.
     """
-    inner, wrapped = _unwrap(value, where)
-    if _is_module(inner):
+    inner, wrapped = _unwrap(value, where, key)
+    if _is_script(inner):
+        found = _script_tensors(inner, where)
+    elif _is_module(inner):
         found = _module_tensors(inner, where)
     elif isinstance(inner, dict):
         found = {n: t for n, t in inner.items() if not (isinstance(n, str) and n.endswith("_extra_state"))}
@@ -52,19 +55,47 @@ def without_prefix(entries: dict[str, Entry]) -> tuple[dict[str, Entry], str]:
     return entries, prefix
 
 
-def _unwrap(value: Any, where: object) -> tuple[Any, bool]:
-    wrapped = False
+def _unwrap(value: Any, where: object, key: str | None) -> tuple[Any, bool]:
+    wrapped, names = False, []
     for _ in range(4):
         value = _as_dict(value)
-        keys = [key for key in _WRAPPERS if isinstance(value, dict) and _holds_weights(value.get(key))]
+        keys = [name for name in _WRAPPERS if isinstance(value, dict) and _holds_weights(value.get(name))]
+        if key is not None and isinstance(value, dict) and _holds_weights(value.get(key)):
+            keys, key = [key], None
         if len(keys) > 1:
-            names = ", ".join(map(repr, keys))
-            remedy = f"save the one you mean by itself: torch.save(torch.load(FILE)['{keys[0]}'], NEW)"
-            raise refusal(where, f"holds the weights of several models, under {names}", remedy)
+            several = ", ".join(map(repr, keys))
+            remedy = f"choose one, such as key={keys[0]}, or save it: torch.save(torch.load(FILE)['{keys[0]}'], NEW)"
+            raise refusal(where, f"holds the weights of several models, under {several}", remedy)
         if not keys:
             break
         value, wrapped = value[keys[0]], True
+        names = keys
+    if key is not None and wrapped:
+        raise refusal(where, f"has no weights under key={shown(key)}, only under {', '.join(names)}", "give that key")
     return value, wrapped
+
+
+def _is_script(value: Any) -> bool:
+    """Whether a value is a module of a TorchScript archive."""
+    return isinstance(value, Inert) and str(value.name).startswith("__torch__.")
+
+
+def _script_tensors(module: Inert, where: object) -> dict[str, Any]:
+    """The tensors of a TorchScript module and of those in it: parameters, buffers and attributes."""
+    found: dict[str, Any] = {}
+    waiting: list[tuple[str, Inert, frozenset[int]]] = [("", module, frozenset())]
+    parts = 0
+    while waiting:
+        prefix, current, above = waiting.pop()
+        parts += 1 + len(current.state)
+        if id(current) in above or len(prefix) > _LONGEST_NAME or parts > _MOST_PARTS:
+            raise refusal(where, "holds a module that contains itself or has too many parts", _STATE_DICT)
+        for name, part in current.state.items():
+            if isinstance(part, TensorRef | Unsupported):
+                found[f"{prefix}{name}"] = part
+            elif _is_script(part):
+                waiting.append((f"{prefix}{name}.", part, above | {id(current)}))
+    return found
 
 
 def _holds_weights(value: Any) -> bool:

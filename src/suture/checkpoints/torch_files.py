@@ -5,7 +5,7 @@ The pickle is read as data (`unpickling`); tensors are views of the file.
 
 import struct
 import zipfile
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from functools import partial
 from io import BytesIO
 from pathlib import Path
@@ -36,8 +36,11 @@ class Extent(NamedTuple):
     nbytes: int
 
 
-def read_torch_zip(path: Path) -> dict[str, Entry]:
-    """The entries of a PyTorch zip file; `CheckpointError` if it is not whole or asks for code to be run."""
+def read_torch_zip(path: Path, key: str | None = None) -> dict[str, Entry]:
+    """The entries of a PyTorch zip file; `CheckpointError` if it is not whole or asks for code to be run.
+
+    `key` chooses one of several models. Of a TorchScript archive only the weights are read, none of its program.
+    """
     records = _zip_records(path)
     prefix = _archive_prefix(path, records)
     with path.open("rb") as file:
@@ -50,10 +53,10 @@ def read_torch_zip(path: Path) -> dict[str, Entry]:
         for name, extent in records.items()
         if name.startswith(f"{prefix}data/")
     }
-    return _entries(path, weights(value, path), storages)
+    return _entries(path, weights(value, path, key), storages)
 
 
-def read_legacy_torch(path: Path) -> dict[str, Entry]:
+def read_legacy_torch(path: Path, key: str | None = None) -> dict[str, Entry]:
     """The entries of a file of PyTorch before 1.6, or the refusal of any other pickle."""
     with path.open("rb") as file:
         magic = read_pickle(file, path)
@@ -66,7 +69,7 @@ def read_legacy_torch(path: Path) -> dict[str, Entry]:
         value = read_pickle(file, path, seen)
         keys = read_pickle(file, path)
         storages = _legacy_storages(file, path, keys, seen)
-    return _entries(path, weights(value, path), storages)
+    return _entries(path, weights(value, path, key), storages)
 
 
 def _zip_records(path: Path) -> dict[str, Extent]:
@@ -74,10 +77,9 @@ def _zip_records(path: Path) -> dict[str, Extent]:
         with zipfile.ZipFile(path) as archive, path.open("rb") as file:
             listed = archive.infolist()
             names = {info.filename for info in listed}
-            _refuse_torchscript(path, names)
             if len(names) != len(listed):
                 raise ValueError("it lists a record twice")
-            return {info.filename: _record(file, info) for info in listed}
+            return {info.filename: _record(file, info) for info in listed if not _is_program(info.filename)}
     except (
         zipfile.BadZipFile,
         ValueError,
@@ -113,11 +115,9 @@ def _archive_prefix(path: Path, records: Mapping[str, Extent]) -> str:
     return prefix
 
 
-def _refuse_torchscript(path: Path, names: Collection[str]) -> None:
-    """Told by the names alone: such an archive may have records that PyTorch never writes for weights."""
-    if any(name.split("/")[1:2] in (["constants.pkl"], ["code"]) for name in names):
-        remedy = "if you trust it, save its weights: torch.save(torch.jit.load(FILE).state_dict(), NEW)"
-        raise refusal(path, "is a TorchScript archive, which holds a program and not only weights", remedy)
+def _is_program(name: str) -> bool:
+    """Whether a record belongs to the program of a TorchScript archive, and not to its weights."""
+    return name.split("/")[1:2] in (["constants.pkl"], ["constants"], ["code"], ["extra"])
 
 
 def _bytes_of(file: IO[bytes], path: Path, extent: Extent) -> bytes:

@@ -10,7 +10,7 @@ from suture.core.names import in_bytes
 from suture.evaluation import Row
 from suture.pipeline.preflight import Preflight
 from suture.pipeline.reproduce import Compared, Published
-from suture.reporting.data import Report, cells, columns, percent
+from suture.reporting.data import Report, cells, columns, score_text
 from suture.reporting.labels import end_label, label, short_names
 
 if TYPE_CHECKING:
@@ -53,12 +53,14 @@ def print_report(report: Report) -> None:
         return
     console = _console()
     caption = "accuracy in %; norm.: relative to the experts"
+    if report.metrics:
+        caption = "shares in %, ± standard error; ↓: less is better; norm.: relative to the experts"
     table = _table(title=report.title, caption=caption, padding=0, title_justify="left")
     if not _models_across(table, report, console.width):
         _models_down(table, report)
     console.print(table)
     if report.matrix:
-        console.print("every model on every task, accuracy in %", style="italic")
+        console.print("every model on every task" + ", accuracy in %" * (not report.metrics), style="italic")
         for start in range(0, len(report.tasks), _TASKS_ACROSS):
             console.print(_matrix(report, report.tasks[start : start + _TASKS_ACROSS]))
     for note in report.notes:
@@ -83,7 +85,8 @@ def _models_across(table: "Table", report: Report, width: int) -> bool:
     for i, head in enumerate(heads[1:], start=1):
         if head == "mean":
             table.add_section()
-        samples = [str(report.samples.get(head, ""))] if counted else []
+        task = report.tasks[i - 1] if i <= len(report.tasks) else ""
+        samples = [str(report.samples.get(task, ""))] if counted else []
         table.add_row(head, *(line[i] for line in body), *samples)
     return True
 
@@ -113,7 +116,7 @@ def _matrix(report: Report, tasks: Sequence[str]) -> "Table":
     for task in tasks:
         table.add_column(_cut(task, 7), justify="right")
     for row in report.matrix:
-        table.add_row(_cut(row.name, 12), *(percent(row.on(task)) for task in tasks))
+        table.add_row(_cut(row.name, 12), *(score_text(row.on(task), row.metrics.get(task)) for task in tasks))
     return table
 
 

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
+from itertools import islice
 from typing import Any
 
 import torch
@@ -118,6 +119,36 @@ def to_device(inputs: Any, device: torch.device) -> Any:
     if isinstance(inputs, tuple | list):
         return tuple(to_device(value, device) for value in inputs)
     return inputs.to(device) if isinstance(inputs, Tensor) else inputs
+
+
+class Upcoming:
+    """Batches of one step after another on a device. On a GPU the next ones are sent while it computes.
+
+    They are copied from pinned memory, so that neither the device nor this process waits for the copy.
+    """
+
+    def __init__(self, batches: Iterator[Any], device: torch.device):
+        self.batches, self.device = batches, device
+        self._next: list[Any] = []
+
+    def prepare(self) -> None:
+        """Send the batches of the next step, if there is one; on a CPU they wait until they are asked for."""
+        if self.device.type == "cuda" and not self._next:
+            self._next = [_sent(batch, self.device) for batch in islice(self.batches, 1)]
+
+    def __next__(self) -> Any:
+        return self._next.pop() if self._next else to_device(next(self.batches), self.device)
+
+
+def _sent(inputs: Any, device: torch.device) -> Any:
+    """As `to_device`, without waiting for the copy."""
+    if isinstance(inputs, Mapping):
+        return {key: _sent(value, device) for key, value in inputs.items()}
+    if isinstance(inputs, tuple | list):
+        return tuple(_sent(value, device) for value in inputs)
+    if not isinstance(inputs, Tensor) or inputs.device.type != "cpu":
+        return to_device(inputs, device)
+    return inputs.pin_memory().to(device, non_blocking=True)
 
 
 def call(module: Any, inputs: Any) -> Tensor:

@@ -1,6 +1,7 @@
 """Devices, processes, precision and loggers through Lightning Fabric, which only this module and `loggers` import."""
 
 import io
+import logging
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -18,7 +19,8 @@ if TYPE_CHECKING:
     from lightning_fabric import Fabric
 
 T = TypeVar("T")
-_KEYS = ("accelerator", "devices", "strategy", "precision", "num_nodes", "loggers")
+_KEYS = ("accelerator", "devices", "strategy", "precision", "num_nodes", "loggers", "tf32")
+_OWN_KEYS = ("devices", "loggers", "tf32")  # which Fabric does not take
 LOGGERS = ("csv", "tensorboard", "mlflow", "wandb", "none")
 PRECISIONS = ("32-true", "bf16-mixed")
 
@@ -41,8 +43,8 @@ class OneDevice:
 
     @property
     def precision(self) -> str:
-        """The precision of forward passes: "32-true" or "bf16-mixed"."""
-        return _precision(self.config)
+        """The precision of forward passes: "32-true" or "bf16-mixed", and "with TF32" where that is on."""
+        return f"{_precision(self.config)} with TF32" if self.config.get("tf32") else _precision(self.config)
 
     def call(self, module: Any, inputs: Any) -> Tensor:
         """The module's output for a batch, (batch, …), in float32 whatever the precision."""
@@ -55,12 +57,15 @@ class OneDevice:
 def make_fabric(config: Mapping[str, Any], devices: int = 1):
     """The Fabric that the `fabric.*` keys describe, with `devices` unless they give a number.
 
-    Raises `ConfigError` for an invalid key or value.
+    `tf32` lets a GPU round the operands of float32 products to 10 bits, for the rest of the process; it is off unless
+    the keys turn it on. Raises `ConfigError` for an invalid key or value.
     """
     from lightning_fabric import Fabric
 
     check_fabric(config)
-    options = {key: config[key] for key in _KEYS if config.get(key) is not None and key not in ("devices", "loggers")}
+    logging.getLogger("lightning_fabric").setLevel(logging.WARNING)  # what it tells is in the report
+    _set_tf32(bool(config.get("tf32")))
+    options = {key: config[key] for key in _KEYS if config.get(key) is not None and key not in _OWN_KEYS}
     number = config["devices"] if config.get("devices") is not None else devices
     if options.get("strategy", "auto") == "auto" and number not in (1, "1"):
         options["strategy"] = "ddp_fork"  # only the adaptation runs in several processes; this one does the rest
@@ -68,6 +73,13 @@ def make_fabric(config: Mapping[str, Any], devices: int = 1):
         return Fabric(devices=number, **options)
     except Exception as error:  # Lightning raises a different class for each kind of wrong value
         raise ConfigError(f"fabric: {' '.join(str(error).split())}") from None
+
+
+def _set_tf32(on: bool) -> None:
+    """Allow or forbid TF32; without a GPU there is none."""
+    if torch.cuda.is_available():
+        torch.backends.cuda.matmul.allow_tf32 = on
+        torch.backends.cudnn.allow_tf32 = on
 
 
 def check_fabric(config: Mapping[str, Any]) -> None:
@@ -82,6 +94,8 @@ def check_fabric(config: Mapping[str, Any]) -> None:
     if "spawn" in str(config.get("strategy")):
         remedy = "Remedy: ddp_fork, or ddp, which starts the command once for each process."
         raise ConfigError(f"fabric.strategy={config['strategy']}: a run cannot be handed to a new process. {remedy}")
+    if not isinstance(config.get("tf32"), bool | None):
+        raise ConfigError(f"fabric.tf32={config['tf32']}: wanted true or false.")
     if (precision := _precision(config)) not in PRECISIONS:
         raise ConfigError(unknown_name("fabric.precision", precision, PRECISIONS))
     if (kind := _logger_kind(config)) not in LOGGERS:

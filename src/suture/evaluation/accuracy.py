@@ -16,6 +16,7 @@ from suture.core.batches import Forward, call, device_of, evaluation_mode, take,
 from suture.core.progress import Track, untracked
 from suture.errors import CheckpointError, ConfigError, DataError
 from suture.evaluation.inputs import TaskInputs, as_task
+from suture.evaluation.language import LanguageScore, LanguageScorer
 from suture.evaluation.rows import Row
 from suture.tasks.given import Given
 
@@ -53,6 +54,8 @@ class Scorer:
         name: str = "Evaluating",
     ) -> Tensor:
         """`function(logits, labels)` of every batch, concatenated; raises as `evaluate` does."""
+        if task.requests is not None:
+            raise ConfigError(f"Task {task.name!r} is scored by {task.requests.scoring.metric}, not by its labels.")
         if len(task) == 0:
             raise DataError(f"Task {task.name!r} has no inputs to evaluate on.")
         if self.batch_size < 1:
@@ -72,6 +75,12 @@ class Scorer:
     def accuracy(self, model: Model, task: TaskInputs, name: str = "Evaluating") -> Accuracy:
         """The accuracy of a model on one task."""
         return Accuracy(int(self.correct(model, task, name).sum()) / len(task), len(task))
+
+    def language(self, model: Model, task: TaskInputs, name: str = "Evaluating") -> LanguageScore:
+        """The scores of a language model on a task with requests."""
+        assert task.requests is not None
+        scorer = LanguageScorer(track=self.track, forward=self.forward)
+        return scorer.score(model, task.requests, f"{name}: {task.name}")
 
     def row(self, row: Row | str, model: Model | Mapping[str, Model], tasks: Mapping[str, TaskInputs]) -> Row:
         """The row of one model on all tasks; of each task's own where `model` is a mapping from task to model.
@@ -93,9 +102,13 @@ class Scorer:
         return [self.row(name, expert(name), tasks) for name in (tasks if names is None else names)]
 
     def _each(self, row: Row, model: Callable[[str], Model], tasks: Mapping[str, TaskInputs], name: str) -> Row:
-        results = {task: self.accuracy(model(task), inputs, name) for task, inputs in tasks.items()}
+        plain = {task: inputs for task, inputs in tasks.items() if inputs.requests is None}
+        results = {task: self.accuracy(model(task), inputs, name) for task, inputs in plain.items()}
+        asked = {task: inputs for task, inputs in tasks.items() if inputs.requests is not None}
+        scores = {task: self.language(model(task), inputs, name) for task, inputs in asked.items()}
         accuracies = {task: result.value for task, result in results.items()}
-        return replace(row, accuracies=accuracies, samples={task: result.samples for task, result in results.items()})
+        row = replace(row, accuracies=accuracies, samples={task: result.samples for task, result in results.items()})
+        return with_language_scores(row, scores, asked)
 
 
 @overload
@@ -125,6 +138,22 @@ def evaluate(model: Any, task: Any, *, name: str = "model", **scoring: Any) -> A
 def evaluate_row(name: str, model: Model | Mapping[str, Model], tasks: Mapping[str, TaskInputs], **scoring: Any) -> Row:
     """The row of one model on all tasks, or of each task's own if `model` is a mapping; `scoring`: see `Scorer`."""
     return Scorer(**scoring).row(name, model, tasks)
+
+
+def with_language_scores(row: Row, scores: Mapping[str, LanguageScore], tasks: Mapping[str, TaskInputs]) -> Row:
+    """A row with the scores of language tasks, in the order of the tasks."""
+    if not scores:
+        return row
+    names = {task: inputs.requests.scoring.metric for task, inputs in tasks.items() if inputs.requests is not None}
+    chosen = {task: score.estimates[names[task]] for task, score in scores.items()}
+    return replace(
+        row,
+        accuracies={**row.accuracies, **{task: estimate.value for task, estimate in chosen.items()}},
+        samples={**row.samples, **{task: score.samples for task, score in scores.items()}},
+        errors={**row.errors, **{task: estimate.error for task, estimate in chosen.items()}},
+        metrics={**row.metrics, **{task: names[task] for task in scores}},
+        details={**row.details, **{task: dict(score.estimates) for task, score in scores.items()}},
+    )
 
 
 def _check(task: TaskInputs, logits: Tensor, labels: Tensor) -> None:

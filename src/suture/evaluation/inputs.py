@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,6 +13,7 @@ from suture.core.head import Head
 from suture.core.progress import Profile, Track, untracked
 from suture.evaluation.input_cache import decoded
 from suture.families import Family
+from suture.families.shared.requests import Requests
 from suture.tasks import Split, Task
 from suture.tasks.base import SPLITS
 from suture.tasks.given import Given, labelled
@@ -21,7 +23,8 @@ from suture.tasks.given import Given, labelled
 class TaskInputs:
     """One decoded task: inputs (N, …) or a mapping of such tensors, labels (N,), and the head, if any.
 
-    `identity` identifies the data if they come from files.
+    `identity` identifies the data if they come from files. `requests`: what a language model is asked to be scored; its
+    inputs are prompts without labels.
     """
 
     name: str
@@ -30,6 +33,7 @@ class TaskInputs:
     head: Head | None = None
     classnames: tuple[str, ...] | None = None
     identity: str | None = None
+    requests: Requests | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -110,6 +114,8 @@ def task_inputs(
     family: Family, task: Task, split: Split = "test", track: Track = untracked, first: int | None = None
 ) -> TaskInputs:
     """One task, or only its `first` inputs, decoded by the family, with its head."""
+    if task.score is not None:
+        return _language_inputs(family, task, split, track, first)
     loaded = data.load(task, split)
     loaded = loaded if first is None else loaded.first(first)
     return TaskInputs(
@@ -120,3 +126,14 @@ def task_inputs(
         classnames=task.classnames,
         identity=loaded.identity,
     )
+
+
+def _language_inputs(family: Any, task: Task, split: Split, track: Track, first: int | None) -> TaskInputs:
+    """A task with a `score`: unlabelled prompts, and the requests of its rows."""
+    rows = data.passages(task, split)
+    rows = rows if first is None else rows.first(first)
+    with track(f"Reading {task.name}", len(rows)) as advance:
+        inputs, requests = family.language_inputs(task, rows)
+        advance(len(rows))
+    labels = torch.zeros(len(rows), dtype=torch.int64)
+    return TaskInputs(task.name, inputs, labels, family.head(task), identity=rows.identity, requests=requests)

@@ -5,7 +5,7 @@ Undefined values are nan.
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from math import nan
+from math import isfinite, nan
 from statistics import fmean
 from typing import TYPE_CHECKING, Literal
 
@@ -14,6 +14,8 @@ from suture.evaluation.intervals import Interval, mean_interval, wilson
 
 if TYPE_CHECKING:
     from pandas import DataFrame
+
+from suture.evaluation.metrics import ACCURACY, Metric, metric
 
 Role = Literal["pretrained", "experts", "merge", "repair"]
 
@@ -28,6 +30,10 @@ class Row:
     which inputs, and is empty where only weights were read; `split` is the split of these inputs, if any. `seconds` is
     the time that making the model took, and `added_parameters` the number of its parameters beside one model's.
     `routing`: task → the share of its inputs that the router sends to it. `warnings` are lines about this row.
+
+    `metrics`: task → the name of its score, where that is no accuracy; `errors`: task → its standard error; `details`:
+    task → metric → (value, standard error), of everything that was measured. The mean of tasks with scores in different
+    units is nan; the gap closed is then the mean of the gaps closed over the tasks that have one.
     """
 
     name: str
@@ -44,6 +50,19 @@ class Row:
     added_parameters: int = 0
     routing: Mapping[str, float] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
+    metrics: Mapping[str, str] = field(default_factory=dict)
+    errors: Mapping[str, float] = field(default_factory=dict)
+    details: Mapping[str, Mapping[str, tuple[float, float]]] = field(default_factory=dict)
+
+    def metric(self, task: str) -> Metric:
+        """The metric of a task."""
+        return metric(self.metrics[task]) if task in self.metrics else ACCURACY
+
+    @property
+    def comparable(self) -> bool:
+        """Whether the scores of all tasks have one unit, so that they have a mean."""
+        metrics = {self.metric(task) for task in self.accuracies}
+        return len(metrics) <= 1 or all(each.share and not each.lower for each in metrics)
 
     def __repr__(self) -> str:
         mean = f", mean {100 * self.mean:.1f} %" if self.accuracies else ""
@@ -60,12 +79,16 @@ class Row:
 
     @property
     def mean(self) -> float:
-        """The unweighted mean over tasks."""
-        return fmean(self.accuracies.values())
+        """The unweighted mean over tasks; nan where their scores are in different units."""
+        return fmean(self.accuracies.values()) if self.comparable else nan
 
     def normalised(self, experts: "Row") -> dict[str, float]:
-        """Per task, accuracy / the expert's accuracy; nan where there is no expert or its accuracy is 0."""
-        return {task: _ratio(value, experts.on(task)) for task, value in self.accuracies.items()}
+        """Per task, accuracy / the expert's accuracy; nan where there is no expert or its accuracy is 0.
+
+        Where less is better it is the expert's score / the model's, so that more is better here too.
+        """
+        pairs = {task: (value, experts.on(task)) for task, value in self.accuracies.items()}
+        return {task: _ratio(*pair[:: -1 if self.metric(task).lower else 1]) for task, pair in pairs.items()}
 
     def normalised_mean(self, experts: "Row") -> float:
         """The mean over tasks of accuracy / the expert's accuracy; nan if it is nan on any task."""
@@ -80,6 +103,9 @@ class Row:
 
     def gap_closed(self, pretrained: "Row", experts: "Row") -> float:
         """(model − pretrained) / (expert − pretrained) of the means over tasks; nan where there is no gap."""
+        if not self.comparable:
+            closed = [value for value in self.gaps_closed(pretrained, experts).values() if isfinite(value)]
+            return fmean(closed) if closed else nan
         start, goal = (fmean(row.on(task) for task in self.accuracies) for row in (pretrained, experts))
         return _ratio(self.mean - start, goal - start)
 
@@ -98,4 +124,4 @@ class Row:
 
 
 def _ratio(part: float, whole: float) -> float:
-    return part / whole if whole else nan
+    return part / whole + 0.0 if whole else nan  # + 0.0: a zero has no sign

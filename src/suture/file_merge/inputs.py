@@ -2,19 +2,22 @@
 
 import json
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
-from importlib.metadata import version
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from suture import __version__
 from suture.checkpoints import Checkpoint, content_hash, open_checkpoint, open_fine_tuned, provenance_of
-from suture.checkpoints.adapters import is_adapter
+from suture.checkpoints.adapters import is_adapter, untied
+from suture.checkpoints.matching import matched
 from suture.errors import PRETRAINED, IncompatibleModels, SutureError, refusal
+from suture.file_merge.mergekit.chat_template import template_notes
 from suture.file_merge.options import MergeOptions
 from suture.file_merge.vocabulary import fit
 from suture.merging.compatibility import compatibility
+from suture.merging.selection import select
 
 
 @dataclass
@@ -22,7 +25,8 @@ class Inputs:
     """Base and models as they are merged.
 
     `opened` are all of them as they are on disk, `config` the configuration that goes with the result, if there is one,
-    and `tokenizer` the text of its tokenizer where the vocabulary is a new one.
+    `tokenizer` the text of its tokenizer where the vocabulary is a new one, `notes` say what was read how, and `frozen`
+    are the tensors that stay at the base.
     """
 
     base: Checkpoint
@@ -30,6 +34,8 @@ class Inputs:
     opened: Mapping[str, Checkpoint]
     config: Mapping[str, Any] | None = None
     tokenizer: str | None = None
+    notes: Sequence[str] = ()
+    frozen: Sequence[str] = ()
     _states: dict[Path, list[int]] = field(default_factory=dict)
     _hashing: threading.Thread | None = None
     _provenance: dict[str, Any] = field(default_factory=dict)
@@ -71,8 +77,10 @@ class Inputs:
             "shard_size": options.shard_size,
             "vocabulary": options.vocabulary,
             "allow_non_finite": list(options.allow_non_finite),
-            "suture": version("suture"),
+            "suture": __version__,
             **({"after": {w.name: _plain(knobs) for w, knobs in options.after}} if options.after else {}),
+            **({"selection": _plain(asdict(options.selection))} if options.selection else {}),
+            **({"key": options.key} if options.key else {}),
         } | ({} if device == "cpu" else {"device": device})  # a device rounds sums otherwise
 
     def _identity(self, checkpoint: Checkpoint) -> Any:
@@ -100,17 +108,27 @@ class Inputs:
 
 def open_inputs(options: MergeOptions) -> Inputs:
     """Open all, from headers alone; raises `CheckpointError`, and `IncompatibleModels` for what does not fit."""
-    base = open_checkpoint(_not_an_adapter(options.base), label=PRETRAINED)
-    models = {name: open_fine_tuned(model, base, label=name) for name, model in options.models.items()}
+    tied = open_checkpoint(_not_an_adapter(options.base), label=PRETRAINED, key=options.key)
+    base = untied(tied, options.models.values())
+    key = options.key
+    models = {name: open_fine_tuned(model, base, label=name, key=key) for name, model in options.models.items()}
     opened = {PRETRAINED: base, **models}
+    found = matched(base, models)
     config = _read_config(_directory(opened))
-    fitted = fit(base, models, options.vocabulary)
-    config = None if config is None else {**config, **fitted.config}
-    inputs = Inputs(fitted.base, fitted.models, opened, config, fitted.tokenizer)
+    chosen = select(found.base, found.models, options.selection)
+    fitted = fit(found.base, chosen.models, options.vocabulary)
+    apart = {"tie_word_embeddings": False} if base is not tied else {}
+    config = None if config is None else {**_plain_weights(config, opened), **apart, **fitted.config}
+    notes = [*_read_as(opened), *found.notes, *template_notes(opened)]
+    if base is not tied:
+        notes.append("An adapter changes one name of a tied tensor alone, so the result has both, not tied.")
+    inputs = Inputs(
+        fitted.base, fitted.models, opened, config, fitted.tokenizer, notes, (*options.frozen, *chosen.frozen)
+    )
     problems = compatibility(
         inputs.base,
         inputs.models,
-        frozen=options.frozen,
+        frozen=inputs.frozen,
         mixed_dtypes=options.mixed_dtypes,
         by_row=options.vocabulary != "refuse",
     )
@@ -118,6 +136,18 @@ def open_inputs(options: MergeOptions) -> Inputs:
         more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
         raise IncompatibleModels(problems[0] + more)
     return inputs
+
+
+def _read_as(opened: Mapping[str, Checkpoint]) -> list[str]:
+    """A line for each model that has a prefix before all names, or codes that are decoded."""
+    prefixes = [f"'{n}' has the prefix '{c.prefix}' before all names, left out." for n, c in opened.items() if c.prefix]
+    return prefixes + [f"'{n}' has {c.decoded}, which are decoded." for n, c in opened.items() if c.decoded]
+
+
+def _plain_weights(config: Mapping[str, Any], opened: Mapping[str, Checkpoint]) -> dict[str, Any]:
+    """A configuration that speaks of no codes, where those were decoded."""
+    decoded = any(checkpoint.decoded for checkpoint in opened.values())
+    return {key: value for key, value in config.items() if not (decoded and key == "quantization_config")}
 
 
 def _not_an_adapter(base: Any) -> Any:

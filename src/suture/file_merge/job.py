@@ -25,19 +25,23 @@ from suture.file_merge.tensor_knobs import TensorKnobs
 from suture.file_merge.workspace import Digests, TensorRecord, WorkingFolder, bytes_of, damaged, recorded_work
 from suture.merging.merge import Merging
 from suture.merging.overflow import refuse_overflow
-from suture.merging.task_vectors import FIXED_BYTES, Piece, TaskVectors, chunk_for, memory_of
+from suture.merging.task_vectors import FIXED_BYTES, Piece, TaskVectors, chunk_for, device_chunk_for, memory_of
 from suture.merging.wrapping import Wrapping
 from suture.storage.atomic import check_replaceable
 
 _WIDER = "choose a wider dtype or smaller coefficients, or allow it by name with allow_non_finite=[NAME]"
 
+_MAPPED = 1 << 26  # bytes of the result after which pages of the inputs are let go
+
 
 @dataclass
 class Job:
-    """One merge of files by one process: its options, and what is opened for it when it is asked for."""
+    """One merge of files by one process: its options, what is opened for it when it is asked for, and notes on it."""
 
     options: MergeOptions
+    notes: list[str] = field(default_factory=list)
     _digests: dict[str, Digests] = field(default_factory=dict)
+    _merged_bytes: int = 0
 
     @cached_property
     def inputs(self) -> Inputs:
@@ -49,8 +53,16 @@ class Job:
         """The opened models, with threads and slices that keep the memory's ceiling."""
         options = self.options
         count = len(self.inputs.models)
-        threads, chunk = chunk_for(options.memory, options.method, count, options.threads, options.device)
-        return TaskVectors(self.inputs.base, self.inputs.models, options.frozen, threads, chunk, options.device)
+        threads, chunk = chunk_for(options.memory, options.method, count, options.threads)
+        return TaskVectors(
+            self.inputs.base,
+            self.inputs.models,
+            self.inputs.frozen,
+            threads,
+            chunk,
+            options.device,
+            device_chunk=device_chunk_for(options.memory, threads),
+        )
 
     @cached_property
     def knobs(self) -> TensorKnobs:
@@ -127,8 +139,8 @@ class Job:
         paths = {name: str(source) for name, source in options.models.items()}
         if options.after:
             raise ConfigError("method.after is not for adapters. Remedy: give base=PATH, for a whole model.")
-        choices = {"rank": options.rank, "overwrite": options.overwrite}
-        merge_adapters(paths, options.method, options.knobs, options.output, **choices)
+        choices = {"rank": options.rank, "space": options.space, "overwrite": options.overwrite}
+        self.notes += merge_adapters(paths, options.method, options.knobs, options.output, **choices)
         return True
 
     def share(self) -> list[str]:
@@ -207,7 +219,10 @@ class Job:
         if votes is not None:
             record = replace(record, votes=votes.count, waiting=[piece.start for piece in votes.waiting])
         self.folder.start_writing_out(name)
-        self.inputs.let_go()
+        self._merged_bytes += self.specs[name].nbytes
+        if self._merged_bytes >= _MAPPED:  # of tensors side by side, none has to map its pages anew for each small one
+            self._merged_bytes = 0
+            self.inputs.let_go()
         return record
 
     def _copy_from_base(self, pieces: Sequence[Piece]) -> None:

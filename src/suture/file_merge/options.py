@@ -13,9 +13,12 @@ import torch
 from suture.checkpoints import Source
 from suture.checkpoints.adapters import is_adapter
 from suture.errors import ConfigError, shown, unknown_name
+from suture.file_merge.adapter_spaces import SPACES
 from suture.file_merge.masks import MASK_METHODS, check_masks
 from suture.file_merge.tensor_knobs import TensorKnobs, tensor_knobs
 from suture.merging.registry import MergeMethod, get_method
+from suture.merging.selection import Selection
+from suture.merging.task_vectors import read_device
 from suture.merging.wrapping import After, Wrapped, chosen_wrappers
 
 if TYPE_CHECKING:
@@ -51,7 +54,10 @@ class MergeOptions:
     allow_non_finite: Sequence[str] = ()
     mixed_dtypes: bool = False
     overwrite: bool = False
+    selection: Selection = field(default_factory=Selection)
+    key: str | None = None
     rank: int | None = None
+    space: str | None = None
     translation: "Translation | None" = None
     command: str | None = None
 
@@ -98,11 +104,18 @@ def read_options(
     vocabulary: str = "refuse",
     allow_non_finite: Sequence[str] | str = (),
     rank: int | None = None,
+    space: str | None = None,
+    frozen: Sequence[str] | str = (),
+    keep: Sequence[str] | str = (),
+    only: Sequence[str] | str = (),
+    key: str | None = None,
     **rest: Any,
 ) -> MergeOptions:
     """Options from what people write; raises `ConfigError` for the first value that does not fit."""
     chosen = MASK_METHODS.get(method) or get_method(method)
-    base, models = _sources(base, models, chosen, rank)
+    base, models = _sources(base, models, chosen, {"rank": rank, "space": space})
+    if space is not None and space not in SPACES:
+        raise ConfigError(unknown_name("space", shown(space), SPACES))
     if vocabulary not in VOCABULARY:
         raise ConfigError(unknown_name("vocabulary", shown(vocabulary), VOCABULARY))
     _names("method.remove_keys", knobs.get("remove_keys"))
@@ -120,10 +133,13 @@ def read_options(
         shard_size=parse_size("shard_size", shard_size),
         memory=parse_size("memory", memory),
         threads=_whole_number("threads", threads, 0, _MOST_THREADS),
-        device=_device(device),
+        device=read_device(device),
         part=_part(shard),
         vocabulary=vocabulary,
         allow_non_finite=_names("allow_non_finite", allow_non_finite),
+        space=space,
+        selection=Selection(_names("frozen", frozen), _names("keep", keep), _names("only", only)),
+        key=None if key is None else str(key),
         rank=None if rank is None else _whole_number("rank", rank, 1, 2**31),
         **rest,
     )
@@ -146,17 +162,22 @@ def parse_size(key: str, value: int | str) -> int:
 
 
 def _sources(
-    base: Source | None, models: Any, method: MergeMethod, rank: int | None
+    base: Source | None, models: Any, method: MergeMethod, only: Mapping[str, Any]
 ) -> tuple[Source | None, Mapping[str, Source]]:
-    """Base and models by name; no base where all models are adapters that become one adapter."""
+    """Base and models by name; no base where all models are adapters that become one adapter.
+
+    `only` are the keys that nothing else takes.
+    """
     if isinstance(models, Sequence) and not isinstance(models, str):
         models = {f"model_{i}": model for i, model in enumerate(models, start=1)}
     if not isinstance(models, Mapping) or not models:
         raise ConfigError("There is no model to merge. Remedy: give models.NAME=PATH at least once.")
     if base is None and all(map(is_adapter, models.values())):
         return None, models
-    if rank is not None:
-        raise ConfigError(f"rank={rank} is for merging adapters into one adapter. Remedy: leave out rank, or the base.")
+    for key, value in only.items():
+        if value is not None:
+            remedy = f"leave out {key}, or the base"
+            raise ConfigError(f"{key}={shown(value)} is for merging adapters into one adapter. Remedy: {remedy}.")
     return _with_base(base, models, method)
 
 
@@ -201,18 +222,6 @@ def _dtype(value: torch.dtype | str | None) -> torch.dtype | None:
     if name not in DTYPES:
         raise ConfigError(unknown_name("dtype", name, DTYPES))
     return getattr(torch, name)
-
-
-def _device(value: str) -> str:
-    """`cpu`, `cuda` or `cuda:N`, if this PyTorch has it."""
-    match = re.fullmatch(r"cpu|cuda(?::([0-9]{1,4}))?", str(value)[:40])
-    if match is None:
-        raise ConfigError(f"device={shown(value)}: wanted cpu, cuda or cuda:N.")
-    available = torch.cuda.device_count() if match[0] != "cpu" else 1
-    if int(match[1] or 0) >= available:
-        problem = f"device={value}: PyTorch {torch.__version__} finds {available} CUDA devices"
-        raise ConfigError(f"{problem}. Remedy: device=cpu.")
-    return str(value)
 
 
 def _part(shard: str | None) -> tuple[int, int]:

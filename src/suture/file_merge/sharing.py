@@ -4,9 +4,9 @@ import io
 from collections.abc import Callable, Sequence
 
 import numpy as np
-from torch import Tensor
 
 from suture.file_merge.workspace import WorkingFolder
+from suture.merging.streams import Tally
 from suture.merging.task_vectors import RowStream, TaskVectors
 
 _BLOCKS = 16  # whatever the number of processes, which may change
@@ -26,7 +26,7 @@ class SharedStream(RowStream):
         in_order = sorted(vectors.names, key=lambda name: (-size(name), name))
         self.blocks = [in_order[i::_BLOCKS] for i in range(_BLOCKS)]
 
-    def tally(self, function: Callable[[Tensor, Tensor], None], totals: Sequence[np.ndarray]) -> None:
+    def tally(self, function: Tally, totals: Sequence[np.ndarray]) -> None:
         """`RowStream.tally`, shared."""
         self.rounds += 1
         blocks = {f"count-{self.rounds}-{i}.npz": names for i, names in enumerate(self.blocks)}
@@ -34,7 +34,7 @@ class SharedStream(RowStream):
         def count(name: str) -> bytes:
             for total in totals:
                 total[:] = 0
-            RowStream(self.vectors, blocks[name], self.operand).each(function)
+            RowStream(self.vectors, blocks[name], self.operand).tally(function, totals)
             buffer = io.BytesIO()
             np.savez_compressed(buffer, *totals)
             return buffer.getvalue()

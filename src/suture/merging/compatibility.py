@@ -4,6 +4,7 @@ import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from suture.checkpoints import Checkpoint, Source, TensorSpec, open_checkpoint, open_fine_tuned
+from suture.checkpoints.matching import matched
 from suture.checkpoints.quantised import quantised_problem
 from suture.checkpoints.spellings import spelling_problem
 from suture.checkpoints.tokenizers import mixed_tokens
@@ -51,15 +52,19 @@ def compatibility(
 
 
 def open_models(
-    base: Source, models: Mapping[str, Source] | Sequence[Source]
+    base: Source, models: Mapping[str, Source] | Sequence[Source], key: str | None = None
 ) -> tuple[Checkpoint, dict[str, Checkpoint]]:
-    """The base and its fine-tuned models, opened; those of a sequence are named model_1, model_2, …."""
+    """The base and its fine-tuned models, opened; those of a sequence are named model_1, model_2, ….
+
+    Models whose names or ties differ from the base's by a known rule have the base's names here.
+    """
     if isinstance(models, str | os.PathLike):
         raise ConfigError(f"models is the one path '{shown(models)}'. Remedy: give a list, or a mapping name → model.")
     if not isinstance(models, Mapping):
         models = {f"model_{number}": model for number, model in enumerate(models, start=1)}
-    base = open_checkpoint(base)
-    return base, {name: open_fine_tuned(model, base, label=name) for name, model in models.items()}
+    base = open_checkpoint(base, key=key)
+    found = matched(base, {name: open_fine_tuned(model, base, label=name, key=key) for name, model in models.items()})
+    return found.base, found.models
 
 
 def merged_names(base: Checkpoint, frozen: Sequence[str] = ()) -> list[str]:

@@ -64,10 +64,15 @@ def chosen(
     >>> run.tolist() == (uniforms(0, position, 5)[0] < 0.5).tolist()
     True
     """
-    bounds = [np.uint32((math.ceil(part * 2 ** (32 - _SPARE)) << _SPARE) - 1) for part in share]
+    bounds = draw_bounds(share)
     buffer = np.empty(2 * _BLOCK, dtype=bool)
     for row, start, drawn in _drawn(seed, position, count):
         yield row, start, np.less_equal(drawn, bounds[row], out=buffer[: len(drawn)])
+
+
+def draw_bounds(share: Sequence[float]) -> list[np.uint32]:
+    """The largest 32-bit draw that is below each share."""
+    return [np.uint32((math.ceil(part * 2 ** (32 - _SPARE)) << _SPARE) - 1) for part in share]
 
 
 def _drawn(seed: int, position: SlicePosition, count: int) -> Iterator[tuple[int, int, np.ndarray]]:
@@ -75,7 +80,7 @@ def _drawn(seed: int, position: SlicePosition, count: int) -> Iterator[tuple[int
     odd = position.start % 2
     hashes, scratch = (np.empty(min(_BLOCK, -(-(count + odd) // 2)), dtype="<u8") for _ in range(2))
     for row, model in enumerate(position.models):
-        key, first = _key(seed, model, position.tensor), position.start // 2
+        key, first = draw_key(seed, model, position.tensor), position.start // 2
         for start in range(-odd, count, 2 * _BLOCK):
             stop = min(start + 2 * _BLOCK, count)
             half = -(-(stop - start) // 2)
@@ -125,6 +130,7 @@ def default_position(rows: Tensor) -> SlicePosition:
     return SlicePosition("", [str(number) for number in range(len(rows))])
 
 
-def _key(seed: int, model: str, tensor: str) -> int:
+def draw_key(seed: int, model: str, tensor: str) -> int:
+    """The 64-bit number from which the hashes of one tensor of one model start."""
     digest = hashlib.sha256("\0".join((str(seed), model, tensor)).encode()).digest()
     return int.from_bytes(digest[:8], "little")

@@ -12,15 +12,27 @@ from torch import Tensor
 
 from suture.checkpoints import Source
 from suture.errors import ConfigError, IncompatibleModels
+from suture.merging.compiled import COMPILED, Slices
+from suture.merging.compiled.methods import Merged
 from suture.merging.methods.ties_merging import as_merged, settle
 from suture.merging.overflow import refuse_overflow
 from suture.merging.registry import MergeMethod, get_method
 from suture.merging.roles import MatrixOptions, Role
+from suture.merging.selection import Selection
 from suture.merging.streams import DeltaStream
-from suture.merging.task_vectors import Piece, TaskVectors, Votes, matrix_memory, most_at_once, open_task_vectors
+from suture.merging.task_vectors import (
+    Piece,
+    TaskVectors,
+    Votes,
+    matrix_memory,
+    most_at_once,
+    open_task_vectors,
+    widened,
+)
 from suture.merging.wrapping import After, Wrapped, Wrapping, chosen_wrappers
 
 T = TypeVar("T")
+_IN_FLIGHT = 3  # tensors beyond one for each thread, of which small ones are soon done
 
 
 def merge(
@@ -31,7 +43,12 @@ def merge(
     out: Mapping[str, Tensor] | None = None,
     mixed_dtypes: bool = False,
     threads: int = 0,
+    device: str = "cpu",
     after: After = None,
+    frozen: Sequence[str] = (),
+    keep: Sequence[str] = (),
+    only: Sequence[str] = (),
+    key: str | None = None,
     **knobs: Any,
 ) -> dict[str, Tensor]:
     """Merge fine-tuned models into one mapping name → tensor.
@@ -42,9 +59,15 @@ def merge(
     change the update before it is added to the base, in their order: `["svc", "lines"]`, or with their knobs
     `{"svc": {"alpha": 0.2}}`.
 
-    `out` may hold tensors to write into, such as those of a memory-mapped file; then nothing of the size of a model is
-    allocated. Raises `ConfigError` for an unknown method or value, and `IncompatibleModels` for models that do not fit
-    together, weights that are not finite, and results that are too large for their dtype.
+    Names or patterns choose tensors: those of `frozen` and `keep` stay at the base, whatever the models have there or
+    lack; with `only`, all others do. `key` chooses one of several models in a PyTorch file, such as params_ema.
+
+    Slices are merged on `device`, cpu, cuda or cuda:N, whatever the method; order statistics such as TIES's thresholds
+    are searched for there too, other statistics on the CPU. The result is on the CPU. `out` may hold tensors to write
+    into, such as those of a memory-mapped file; then nothing of the size of a model is allocated.
+
+    Raises `ConfigError` for an unknown method or value, and `IncompatibleModels` for models that do not fit together,
+    weights that are not finite, and results that are too large for their dtype.
 
     >>> import torch
     >>> base, tuned = {"w": torch.zeros(2)}, {"w": torch.ones(2)}
@@ -53,8 +76,9 @@ def merge(
     """
     chosen, wrapped = get_method(method), chosen_wrappers(after)
     knobs = chosen.knobs.validate(knobs)
-    frozen = knobs.get("remove_keys", ())
-    vectors = open_task_vectors(base, models, frozen=frozen, mixed_dtypes=mixed_dtypes, threads=threads)
+    choice = {"selection": Selection(frozen, keep, only), "key": key, "device": device}
+    left_out = knobs.get("remove_keys", ())
+    vectors = open_task_vectors(base, models, frozen=left_out, mixed_dtypes=mixed_dtypes, threads=threads, **choice)
     return merge_task_vectors(vectors, chosen, knobs, out, wrapped)
 
 
@@ -73,7 +97,7 @@ def merge_task_vectors(
     def write(piece: Piece, part: Tensor) -> None:
         stored = part.to(merged[piece.name].dtype)
         refuse_overflow(piece.name, part, stored, start=piece.start)
-        merged[piece.name].view(-1)[piece.start : piece.stop] = stored
+        merged[piece.name].view(-1)[piece.start : piece.stop] = stored.cpu()
 
     merging = Merging(vectors, method, lambda name: knobs, write)
     (Wrapping(merging, after, write) if after else merging).run()
@@ -127,7 +151,9 @@ class Merging:
         """`function` of every tensor, as it comes: matrices side by side, each on one thread; others on all threads."""
         matrices = sorted(filter(self._is_matrix, names), key=lambda name: (-self.vectors.specs[name].numel, name))
         yield from self.vectors.side_by_side(matrices, function, self.needs, self.memory)
-        yield from map(function, [name for name in names if not self._is_matrix(name)])
+        others = [name for name in names if not self._is_matrix(name)]
+        searched = self.method.gather is not None and self.statistic is None
+        yield from self.vectors.overlapping(others, function, 1 if searched else _IN_FLIGHT)
 
     def prepare(self) -> None:
         """Nothing: a method alone needs only `gather`; wrappers may need more (see `Wrapping`)."""
@@ -166,7 +192,7 @@ class Merging:
     def pieces(self, name: str) -> list[Piece]:
         """The slices of one tensor that are merged at once: whole matrices for a method on matrices."""
         if not self._is_matrix(name):
-            return self.vectors.pieces(name, rows=self.method.whole_rows)
+            return self.vectors.pieces(name, rows=self.method.whole_rows, on_device=True)
         role = self.role(name)
         size = role.rows * role.columns
         return [Piece(name, start, start + size) for start in range(0, role.count * size, size)]
@@ -213,8 +239,12 @@ class Merging:
     def _merge(self, pieces: Sequence[Piece], *statistic: Any) -> None:
         method, name = self.method, pieces[0].name
         knobs, width = self.knobs_of(name), self.vectors.row_width(name)
+        compiled = self._compiled(name, statistic[0] if statistic else None)
 
-        def merge_piece(piece: Piece, base: Tensor, rows: Tensor) -> None:
+        def merge_piece(piece: Piece, stored: Tensor, models: Sequence[Tensor]) -> None:
+            if (found := compiled(piece, stored, models)) is not None:
+                return self.write(piece, found.merged)
+            base, rows = widened(stored, models, method.operand, self.vectors.device)
             self._check(piece, base, rows)
             position = {"position": self.vectors.position(piece)} if method.takes_position else {}
             if method.whole_rows:
@@ -223,7 +253,20 @@ class Merging:
             merged = method.function(origin, rows, *statistic, **position, **knobs)
             self.write(piece, self._as_update(merged, base).reshape(-1))
 
-        self.vectors.each_of(pieces, merge_piece, method.operand, device=self.vectors.device)
+        self.vectors.each_stored(pieces, merge_piece)
+
+    def _compiled(self, name: str, statistic: Any) -> Callable[[Piece, Tensor, Sequence[Tensor]], Merged | None]:
+        """The compiled loop of the method for slices of a tensor; it returns None where the plain path has to do it."""
+        loop, module = COMPILED.get(self.method.name), self.vectors.loops
+        if self.update or module is None or loop is None:
+            return lambda piece, base, models: None
+        knobs = {**self.method.knobs.defaults, **self.knobs_of(name)}
+
+        def merge_piece(piece: Piece, base: Tensor, models: Sequence[Tensor]) -> Merged | None:
+            slices = Slices.of(base, models)
+            return slices and loop(module, slices, statistic, self.vectors.position(piece), knobs)
+
+        return merge_piece
 
     def _origin(self, base: Tensor) -> Tensor:
         """The tensor that task vectors are added to: zeros where only the update is wanted."""
@@ -265,17 +308,23 @@ class Merging:
         waiting: list[Piece] = []
         merge_and_vote = self.method.vote
         assert merge_and_vote is not None
+        compiled = self._compiled(pieces[0].name, statistic)
 
-        def merge_piece(piece: Piece, base: Tensor, deltas: Tensor) -> None:
+        def plainly(piece: Piece, stored: Tensor, models: Sequence[Tensor]) -> Merged:
+            base, deltas = widened(stored, models, device=self.vectors.device)
             self._check(piece, base, deltas)
             merged, votes, cancelled = merge_and_vote(self._origin(base), deltas, statistic, **knobs)
-            self.write(piece, merged)
+            return Merged(merged, votes, cancelled is not None)
+
+        def merge_piece(piece: Piece, stored: Tensor, models: Sequence[Tensor]) -> None:
+            found = compiled(piece, stored, models) or plainly(piece, stored, models)
+            self.write(piece, found.merged)
             with lock:
-                counts.append(votes)
-                if cancelled is not None:
+                counts.append(found.votes)
+                if found.cancelled:
                     waiting.append(piece)
 
-        self.vectors.each_of(pieces, merge_piece, device=self.vectors.device)
+        self.vectors.each_stored(pieces, merge_piece)
         return Votes(sum(counts), sorted(waiting))
 
     def _check(self, piece: Piece, base: Tensor, rows: Tensor) -> None:

@@ -8,15 +8,16 @@ Where float32 and float64 chunks are mixed, all are counted as float64, which re
 """
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from fractions import Fraction
+from typing import Any
 
 import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-_SAMPLE = 1 << 20
+_SAMPLE = 1 << 18
 _BINS = 1 << 20
 _SMALLEST_SAMPLE, _SAMPLED = 1 << 17, 32  # a small tensor's sample is one entry in _SAMPLED, but at least this many
 _FEWEST_BINS = 1 << 14
@@ -55,14 +56,8 @@ def _order_statistics(deltas, chosen: Sequence[int | Sequence[int]]) -> Float[Te
     ]
     everything = [search for each in searches for search in each]
 
-    def count(_, chunk: Tensor) -> None:
-        for own, row in zip(zip(*searches, strict=True), chunk, strict=True):
-            waiting = [search for search in own if not search.done]
-            patterns = _patterns(row, dtype) if waiting else None
-            for search in waiting:
-                search.count(patterns)
-
     while not all(search.done for search in everything):
+        count = _Count(list(zip(*searches, strict=True)), dtype)
         deltas.tally(count, [search.counts for search in everything if not search.done])
         for search in everything:
             search.narrow()
@@ -102,6 +97,49 @@ def _patterns(row: Tensor, dtype: torch.dtype) -> np.ndarray:
     return magnitudes.view(f"i{magnitudes.itemsize}")
 
 
+class _Count:
+    """One pass of the searches of every row: the `CompiledTally` of the chunks."""
+
+    def __init__(self, searches: Sequence[Sequence["_Search"]], dtype: torch.dtype):
+        self.waiting = [[search for search in own if not search.done] for own in searches]
+        self.dtype = dtype
+        flat = [(row, search) for row, own in enumerate(self.waiting) for search in own]
+        self.searches = [search for _, search in flat]
+        self.rows = np.array([row for row, _ in flat], dtype=np.int64)
+        limits = [(search.low, search.high, search.shift) for search in self.searches]
+        self.limits = list(np.array(limits, dtype=np.int64).reshape(-1, 3).T.copy())
+
+    def __call__(self, _: Tensor, chunk: Tensor) -> None:
+        for own, row in zip(self.waiting, chunk, strict=True):
+            if own:
+                patterns = _patterns(row, self.dtype)
+                for search in own:
+                    search.count(patterns)
+
+    def count(self, loops: Any, slices: Any, deltas: bool) -> bool:
+        """Count one chunk with the compiled loops."""
+        if self.dtype != torch.float32:
+            return False
+        above, inside = (np.empty(len(self.searches), dtype=np.int64) for _ in range(2))
+        bins = np.empty((len(self.searches), len(slices.base) + 1), dtype=np.int32)
+        loops.magnitudes(*slices.arguments, deltas, self.rows, *self.limits, above, inside, bins)
+        for search, number, found, own in zip(self.searches, above, inside, bins, strict=True):
+            search.add(int(number), lambda counts, own=own[:found]: loops.add_counts(counts, own))
+        return True
+
+    def count_on_device(self, rows: Tensor) -> None:
+        """Count one chunk where it is; only the few entries inside the brackets leave the device."""
+        integers = torch.int64 if self.dtype == torch.float64 else torch.int32
+        for own, row in zip(self.waiting, rows, strict=True):
+            if not own:
+                continue
+            patterns = row.to(self.dtype).abs().view(integers)
+            for search in own:
+                inside = patterns[(patterns >= search.low) & (patterns <= search.high)]
+                bins = ((inside - search.low) >> search.shift).cpu().numpy()
+                search.add(int((patterns > search.high).sum()), lambda counts, bins=bins: np.add.at(counts, bins, 1))
+
+
 class _Search:
     """One row's search: the k-th pattern lies in [low, high]; `counts` are those of the current pass."""
 
@@ -133,10 +171,13 @@ class _Search:
         reaches, exceeds = patterns >= self.low, patterns > self.high
         near = np.flatnonzero(reaches ^ exceeds)  # few, so indices are faster than a mask
         inside = (patterns[near] - self.low) >> self.shift
-        above = np.count_nonzero(exceeds)
+        self.add(int(np.count_nonzero(exceeds)), lambda counts: np.add.at(counts, inside, 1))
+
+    def add(self, above: int, add_inside: Callable[[np.ndarray], None]) -> None:
+        """Add the entries of a chunk that lie above the bracket, and those inside."""
         with self.lock:
             self.counts[-1] += above
-            np.add.at(self.counts, inside, 1)
+            add_inside(self.counts)
 
     def narrow(self) -> None:
         """Narrow the bracket to the bin that holds the rank; start over with all numbers if the bracket missed it."""

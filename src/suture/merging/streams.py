@@ -16,6 +16,28 @@ BLOCK = 1 << 10  # entries: the length of every chunk but the last is a multiple
 _NEGLIGIBLE = 1e-7  # rows with a smaller L1 norm are not rescaled
 
 
+#: `function(base, rows)` of one chunk.
+Tally = Callable[[Tensor, Tensor], None]
+
+
+@runtime_checkable
+class CompiledTally(Protocol):
+    """A `Tally` that can also count the chunks as they are stored."""
+
+    def __call__(self, base: Tensor, rows: Tensor) -> None: ...
+
+    def count(self, loops: Any, slices: Any, deltas: bool) -> bool:
+        """Count one chunk with the compiled loops; False where the rows are needed.
+
+        `deltas`: the rows are task vectors, not the models' own weights.
+        """
+        ...
+
+    def count_on_device(self, rows: Tensor) -> None:
+        """Count one chunk that is on a device."""
+        ...
+
+
 @runtime_checkable
 class DeltaStream(Protocol):
     """The rows of one tensor or of a whole model, one per task, as flat chunks (task, entries).
@@ -40,7 +62,7 @@ class DeltaStream(Protocol):
         """
         ...
 
-    def tally(self, function: Callable[[Tensor, Tensor], None], totals: Sequence[np.ndarray]) -> None:
+    def tally(self, function: Tally, totals: Sequence[np.ndarray]) -> None:
         """As `each`, for a function that only adds to `totals`: integer arrays that are zero before the call."""
         ...
 
@@ -63,7 +85,7 @@ class OneTensor:
     def each_with_position(self, function: Callable[[SlicePosition, Tensor], None]) -> None:
         function(self.position, self.whole)
 
-    def tally(self, function: Callable[[Tensor, Tensor], None], totals: Sequence[np.ndarray]) -> None:
+    def tally(self, function: Tally, totals: Sequence[np.ndarray]) -> None:
         self.each(function)
 
 
@@ -83,7 +105,7 @@ class Derived:
     def each_with_position(self, function: Callable[[SlicePosition, Tensor], None]) -> None:
         self.stream.each_with_position(lambda position, rows: function(position, self.function(rows)))
 
-    def tally(self, function: Callable[[Tensor, Tensor], None], totals: Sequence[np.ndarray]) -> None:
+    def tally(self, function: Tally, totals: Sequence[np.ndarray]) -> None:
         self.stream.tally(lambda base, rows: function(base, self.function(rows)), totals)
 
 

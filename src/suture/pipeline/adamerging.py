@@ -64,7 +64,9 @@ class AdaMerging(MethodBase, AdaMergingOptions):
     ] = "layer_wise_adamerging"
     weights: str | list | None = None
     granularity: Literal["task", "layer", "block"] | list[str] | dict[str, str] | None = None  # type: ignore[assignment]
-    objective: Literal["entropy", "entropy_epsilon", "expert_cross_entropy", "expert_feature_l1"] = "entropy"
+    objective: Literal["entropy", "entropy_epsilon", "expert_cross_entropy", "expert_kl", "expert_feature_l1"] = (
+        "entropy"
+    )
     init_values: float | str | list = 0.3
     optimizer: Literal["adam", "adamw", "sgd"] = "adam"
     schedule: Schedule = "constant"
@@ -164,7 +166,7 @@ class AdaMerging(MethodBase, AdaMergingOptions):
                     models.base,
                     models.experts,
                     batches,
-                    {name: task.logits for name, task in tasks.items()},
+                    models.family.merged_logits() or {name: task.logits for name, task in tasks.items()},
                     frozen=models.pool.frozen,
                     mixed_dtypes=True,
                     fabric=fabric,

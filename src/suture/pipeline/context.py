@@ -100,8 +100,9 @@ class Context:
             logger.finalize("success")
 
     def notes(self) -> list[str]:
-        """One line for each resumed loop."""
-        return [
+        """One line for each resumed loop, and one where float32 products ran in TF32."""
+        rounded = ["Products of float32 matrices ran in TF32 (fabric.tf32=true)."] if self.fabric.get("tf32") else []
+        return rounded + [
             f"{count} step{'s' * (count > 1)} of a loop were taken up from {path}."
             for path, count in self.resumed.items()
         ]

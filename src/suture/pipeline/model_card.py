@@ -7,7 +7,7 @@ from typing import Any
 
 from suture.pipeline.card_parts import command_line, front_matter, inputs_table
 from suture.pipeline.methods import find_method
-from suture.reporting.data import percent
+from suture.reporting.data import about_scores, percent, score_text, task_head
 from suture.reporting.run_folder import FinishedRun, flat, read
 from suture.storage.hub import is_hub_id
 from suture.tasks import known
@@ -40,6 +40,8 @@ def card(run: FinishedRun) -> str:
         _table(["setting", "value"], _settings(config)),
         *(_coefficients(learned) for learned in data.get("learning", {}).values()),
         *_accuracies(data),
+        *_tokens(config),
+        *_generations(data),
         ["## Merged from"],
         inputs_table(sources, data["provenance"]["inputs"]),
         ["## To repeat it"],
@@ -84,14 +86,48 @@ def _coefficients(learned: Mapping[str, Any]) -> list[str]:
 def _accuracies(data: Mapping[str, Any]) -> list[list[str]]:
     if not data["rows"]:
         return []
-    heads = ["", *data["tasks"], "mean", "norm.", "gap closed"]
+    metrics = {task: each["name"] for task, each in data.get("metrics", {}).items()}
+    heads = ["", *(task_head(task, metrics.get(task)) for task in data["tasks"]), "mean", "norm.", "gap closed"]
     rows = []
     for row in data["rows"]:
-        accuracies = [row["accuracies"].get(task) for task in data["tasks"]]
-        summary = [row[key] for key in ("mean", "normalised_mean", "gap_closed")]
-        rows.append([row["name"], *map(percent, (*accuracies, *summary))])
+        errors = row.get("errors", {})
+        scores = [score_text(row["accuracies"].get(t), metrics.get(t), errors.get(t)) for t in data["tasks"]]
+        scores.append(score_text(row["mean"], next(iter(metrics.values()), None)))
+        rows.append([row["name"], *scores, percent(row["normalised_mean"]), percent(row["gap_closed"])])
+    if metrics:
+        return [["## Scores"], _table(heads, rows), [about_scores(metrics)]]
     legend = ["Accuracy in %. Norm.: mean over tasks of accuracy / expert accuracy. Gap closed: how far from the"]
     return [["## Accuracy"], _table(heads, rows), [*legend, "pretrained model's mean to that of the experts."]]
+
+
+def _tokens(config: Mapping[str, Any]) -> list[list[str]]:
+    """How texts become tokens, for language models: the context, templates, and whose files these are."""
+    pool, tasks = config["modelpool"], (config.get("taskpool") or {}).get("tasks") or {}
+    if pool.get("family") != "causal_lm":
+        return []
+    whose = "`companions`" if pool.get("companions") else "the pretrained model"
+    lines = [f"Tokenizer, chat template and generation settings are those of {whose}."]
+    rows = [[name, f"`{_one_line(task.get('score'))}`", _templates(task)] for name, task in tasks.items()]
+    return [["## Tokens and templates"], lines, _table(["task", "score", "template"], rows) if rows else []]
+
+
+def _templates(task: Mapping[str, Any]) -> str:
+    templates = task.get("templates") or []
+    return f"`{_one_line(templates[0])}`" if templates else "–"
+
+
+def _generations(data: Mapping[str, Any]) -> list[list[str]]:
+    """Prompts and their continuations, which are quoted so that nothing in them is markup."""
+    parts = [["## Continuations"]] if data.get("generations") else []
+    for each in data.get("generations", ()):
+        rows = [[name, f"`{_one_line(text)}`"] for name, text in each["continuations"].items()]
+        parts += [[f"Prompt: `{_one_line(each['prompt'])}`"], _table(["model", "continuation"], rows)]
+    return parts
+
+
+def _one_line(text: Any) -> str:
+    """A text inside a cell and between backticks."""
+    return " ".join(str(text).replace("`", "'").replace("|", "¦").split()) or " "
 
 
 def _table(heads: Sequence[str], rows: Any) -> list[str]:

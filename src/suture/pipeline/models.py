@@ -1,8 +1,8 @@
 """The models of a pool, opened; weights are read when needed."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -11,8 +11,10 @@ import torch
 from torch import Tensor
 
 from suture.checkpoints import Checkpoint, allocate_checkpoint, open_checkpoint, open_fine_tuned, provenance_of
+from suture.checkpoints.matching import Matched, matched
 from suture.errors import PRETRAINED
 from suture.families import Encoder, Family, family
+from suture.merging.selection import Selection, select
 from suture.merging.task_vectors import TaskVectors
 from suture.pipeline.pools import ModelPool
 
@@ -22,7 +24,7 @@ class Models:
     """A pretrained model and its experts, under the canonical names of their family.
 
     `base` and `experts` have only the tensors that are merged, `whole_base` all of the pretrained model's. `family`
-    names the tensors and makes encoder, inputs and heads.
+    names the tensors and makes encoder, inputs and heads. `notes` say which names were matched how.
     """
 
     pool: ModelPool
@@ -31,6 +33,7 @@ class Models:
     base: Checkpoint
     experts: Mapping[str, Checkpoint]
     threads: int = 0
+    notes: Sequence[str] = ()
 
     def vectors(self, frozen: tuple[str, ...] = ()) -> TaskVectors:
         """The task vectors; the pool's frozen tensors and `frozen` stay at the base."""
@@ -100,5 +103,13 @@ def open_models(pool: ModelPool, threads: int = 0) -> Models:
     def mergeable(checkpoint: Checkpoint) -> Checkpoint:
         return checkpoint.select(chosen.canonical_names(checkpoint))
 
+    base = mergeable(whole_base)
     experts = {name: mergeable(model) for name, model in whole_experts.items()}
-    return Models(pool, chosen, whole_base, mergeable(whole_base), experts, threads)
+    found = matched(base, experts)
+    if found.base is not base:  # the family saves the base as it is stored
+        found = Matched(base, experts)
+    exact = [name for name in pool.frozen if "*" not in name]
+    patterns = [name for name in pool.frozen if "*" in name]
+    selected = select(base, found.models, Selection(patterns, pool.keep, pool.only))
+    pool = replace(pool, frozen=(*exact, *selected.frozen))
+    return Models(pool, chosen, whole_base, base, selected.models, threads, found.notes)

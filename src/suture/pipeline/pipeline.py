@@ -22,6 +22,8 @@ from suture.evaluation import Row, SplitInputs
 from suture.merging.task_masks import MASKS_FILE
 from suture.pipeline import config as configuration
 from suture.pipeline.context import Context
+from suture.pipeline.generations import generations
+from suture.pipeline.harness import measure
 from suture.pipeline.model_card import write_card
 from suture.pipeline.models import Models, open_models
 from suture.pipeline.preflight import Preflight, preflight_of
@@ -148,6 +150,14 @@ def run_settings(
             notes = [*notes, *folding]
             if first.tasks:
                 rows += _tell(watch, score_merge(merged[-1], fits, models, inputs, own))
+        record = None
+        if first.harness is not None:
+            with profile("lm_eval"):
+                folders, device = _folders(folder, merged, repairs), str(context.device.device)
+                so_far = replace(scores, rows=rows)
+                measured = measure(first.harness, models, merged, repairs, folders, so_far, device)
+            scores, rows, record = measured.scores, list(measured.scores.rows), measured.record
+            notes = [*notes, *measured.notes]
         warnings = [line for result in merged for line in result.warnings]
         warnings += [line for fits in repairs.values() for fitted in fits for line in fitted.warnings]
         report = Report(
@@ -164,6 +174,8 @@ def run_settings(
             command=config.get("command", ""),
             learning={result.label: result.learned for result in merged if result.learned},
             search=search,
+            harness=record,
+            generations=generations(first.generation, models, merged, context) if first.generation else (),
             repairs={" + ".join((label, *fitted.chain)): fitted for label, fits in repairs.items() for fitted in fits},
         )
         write(report, folder)
@@ -247,6 +259,19 @@ def _tell(watch: Watch, rows: list[Row]) -> list[Row]:
     for row in rows:
         watch(row)
     return rows
+
+
+def _folders(
+    folder: Path, merged: Sequence[MergeResult], repairs: Mapping[str, Sequence[RepairResult]]
+) -> dict[str, Path]:
+    """Name of a row → the folder of its model, of the merges and of the repairs that change weights alone."""
+    folders = {}
+    for result in merged:
+        part = folder if len(merged) == 1 else folder / "models" / result.label
+        folders[result.label] = part / "model"
+        static = [fitted for fitted in repairs.get(result.label, ()) if fitted.tensors is not None]
+        folders |= {fitted.name: part / "_".join(("model", *fitted.chain)) for fitted in static}
+    return folders
 
 
 def _fits(

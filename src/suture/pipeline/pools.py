@@ -14,17 +14,24 @@ from suture.tasks.class_names import plain
 _TASK_KEYS = {*(key.name for key in fields(Task)), "folders"} - {"name"}
 
 
+_CHOICES = ("frozen", "keep", "only")
+
+
 @dataclass(frozen=True)
 class ModelPool:
-    """The models of one merge. `frozen` tensors stay at the base; `mixed_dtypes` allows dtypes other than the base's.
+    """The models of one merge; `mixed_dtypes` allows dtypes other than the base's.
 
-    `settings` are the family's own keys. In a pool's YAML, relative paths start from the folder `root`.
+    `frozen`, `keep` and `only` are canonical names or patterns of tensors, as in `suture.merge`, such as
+    `model.language_model.*` and `*embed*`. `settings` are the family's own keys. In a pool's YAML, relative paths start
+    from the folder `root`.
     """
 
     base: Source
     models: Mapping[str, Source]
     family: str = "clip"
     frozen: tuple[str, ...] = ()
+    keep: tuple[str, ...] = ()
+    only: tuple[str, ...] = ()
     mixed_dtypes: bool = False
     settings: Mapping[str, Any] = field(default_factory=dict)
 
@@ -32,7 +39,7 @@ class ModelPool:
     def from_config(cls, config: Mapping[str, Any]) -> "ModelPool":
         """Read a pool's YAML; raises `ConfigError` for a missing `_pretrained_`, no models, or an unknown key."""
         own = family(config.get("family", "clip")).known_settings
-        _refuse_unknown("modelpool", config, {"family", "models", "frozen", "mixed_dtypes", "root", *own})
+        _refuse_unknown("modelpool", config, {"family", "models", *_CHOICES, "mixed_dtypes", "root", *own})
         config = {key: _under(config.get("root"), value) for key, value in config.items()}
         models = _mapping("modelpool.models", config.get("models"))
         if PRETRAINED not in models:
@@ -47,7 +54,8 @@ class ModelPool:
             )
         options = {key: config[key] for key in ("family", "mixed_dtypes") if key in config}
         settings = {key: config[key] for key in own if config.get(key) is not None}
-        return cls(base, models, frozen=tuple(config.get("frozen") or ()), settings=settings, **options)
+        names = {key: _patterns(key, config.get(key)) for key in _CHOICES}
+        return cls(base, models, settings=settings, **names, **options)
 
 
 @dataclass(frozen=True)
@@ -73,6 +81,14 @@ class TaskPool:
         return cls(tasks, config.get("recommended") or {})
 
 
+def _patterns(key: str, value: Any) -> tuple[str, ...]:
+    """A list of names or patterns; one text is a list of one."""
+    values = [value] if isinstance(value, str) else value or ()
+    if not isinstance(values, list | tuple) or not all(isinstance(each, str) for each in values):
+        raise ConfigError(f"modelpool.{key}={value!r}: wanted a list of names.")
+    return tuple(values)
+
+
 def _under(root: str | None, value: Any) -> Any:
     """A mapping with its relative paths below `root`; any other value unchanged."""
     if root is None or not isinstance(value, Mapping):
@@ -86,10 +102,11 @@ def _task(name: str, config: Mapping[str, Any], root: str | None) -> Task:
     keys = known(name) | {key: value for key, value in config.items() if value is not None}
     if root is not None and (folder := _folder_of(Path(root).expanduser(), name, keys)):
         keys["source"] = str(folder)
-    missing = [key for key in ("source", "classnames") if not keys.get(key)]
-    if missing:
-        raise ConfigError(f"taskpool.tasks.{name} has no {missing[0]}. Wanted: source and classnames, at least.")
-    names = keys["classnames"]
+    needed = ("source",) if keys.get("score") is not None else ("source", "classnames")
+    if missing := [key for key in needed if not keys.get(key)]:
+        wanted = "source and classnames, or source and score, at least"
+        raise ConfigError(f"taskpool.tasks.{name} has no {missing[0]}. Wanted: {wanted}.")
+    names = keys.get("classnames") or []
     keys |= {"source": str(keys["source"]), "classnames": list(map(str, names)) if isinstance(names, list) else names}
     return Task(name, **{key: value for key, value in keys.items() if key != "folders"})
 

@@ -107,18 +107,26 @@ def preflight_of(models: Models, settings: Settings) -> Preflight:
         method.static,
         settings.taskpool,
         knobs=method.knobs,
-        frozen=(*settings.pool.frozen, *method.frozen),
+        frozen=(*models.pool.frozen, *method.frozen),
         mixed_dtypes=settings.pool.mixed_dtypes,
         output=settings.output,
         bytes_written=sum(spec.nbytes for spec in models.whole_base.specs.values()),
         threads=settings.threads,
     )
+    checked.notes += models.notes
     checked.problems[:0] = dict.fromkeys(line for task in settings.tasks for line in models.family.problems(task))
     if not models.base.specs:
         first, kind = next(iter(models.whole_base), "no tensor"), models.family.name
         remedy = "name another family in the pool, or merge files of any kind by suture merge."
         line = f"{PRETRAINED} has no tensor that family={kind} merges (it has '{first}', …)."
         checked.problems.insert(0, f"{line} Remedy: {remedy}")
+    if settings.generation is not None and not checked.problems:
+        try:
+            settings.generation.requests(models)
+        except SutureError as error:
+            checked.problems.append(str(error))
+    if settings.harness is not None:
+        checked.problems += settings.harness.problems()
     if not checked.problems:
         unmatched = models.unmatched(settings.task_names) if settings.repairs else []
         checked.problems += dict.fromkeys([*unmatched, *method.problems(models, settings.task_names)])

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from suture.checkpoints import Checkpoint
 from suture.evaluation import Row, SplitInputs, TaskInputs
+from suture.evaluation.accuracy import with_language_scores
 from suture.pipeline.context import Context
 from suture.pipeline.models import Models
 from suture.pipeline.results import MergeResult
@@ -74,6 +75,8 @@ def repair_rows(
     facts |= {"needs_task": result.tensors is None, "added_parameters": result.added_parameters}
     row = Row(result.name, {}, role="repair", merge=label, repair="+".join(result.chain) or result.kind, **facts)
     test = {task: inputs["test"][task] for task in tasks}
+    if any(task.requests is not None for task in test.values()):
+        return [_language_row(row, result, test, context)]
     if result.stream is not None:
         stages = ((f"{result.name} {share:.0%}", model) for share, model in result.stages.items())
         rows = [_row(replace(row, name=name), _correct(result, model, test, context)) for name, model in stages]
@@ -137,6 +140,13 @@ def _on_router(router: Any, rows: Tensor) -> Tensor:
     return router(rows.to(next(router.buffers()).device)).cpu()
 
 
+def _language_row(row: Row, result: RepairResult, test: Mapping[str, TaskInputs], context: Context) -> Row:
+    """The row of a repaired language model, the task given; an online repair has its last stage's."""
+    models = {name: result.model.for_task(name) for name in test}
+    scores = {name: _plain(context).language(models[name], task, row.name) for name, task in test.items()}
+    return with_language_scores(row, scores, test)
+
+
 def _references(
     models: Models, test: Mapping[str, TaskInputs], context: Context, reuse: bool
 ) -> tuple[Row, Row | None]:
@@ -173,7 +183,11 @@ def _correct(result: RepairResult, model: Any, test: Mapping[str, TaskInputs], c
 
 def _plain(context: Context) -> Any:
     """The run's scorer, for models that call the encoder themselves."""
-    return replace(context.scorer, forward=lambda model, inputs: model(inputs))
+    return replace(context.scorer, forward=_call_whole)
+
+
+def _call_whole(model: Any, inputs: Any) -> Tensor:
+    return model(inputs)
 
 
 def _features(result: RepairResult, model: Any, test: Mapping[str, TaskInputs], context: Context) -> dict[str, Tensor]:

@@ -7,6 +7,8 @@ from typing import Any
 
 from suture.core.fabric import check_fabric
 from suture.errors import ConfigError
+from suture.pipeline.generations import Generation
+from suture.pipeline.harness import Harness
 from suture.pipeline.methods import Method, chosen_method
 from suture.pipeline.pools import ModelPool, TaskPool
 from suture.pipeline.repairs import JOIN, Repair
@@ -32,6 +34,8 @@ class Settings:
     fast: bool = False
     seed: int = 0
     fabric: Mapping[str, Any] = field(default_factory=dict)
+    harness: Harness | None = None
+    generation: Generation | None = None
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> "Settings":
@@ -67,6 +71,8 @@ class Settings:
             fast=bool(config["fast_dev_run"]),
             seed=config["seed"],
             fabric=config["fabric"],
+            harness=Harness.from_config(config.get("evaluate"), config["modelpool"].get("family", "clip")),
+            generation=Generation.from_config(config.get("generate"), config["modelpool"].get("family", "clip")),
         )
 
     @property

@@ -70,13 +70,13 @@ def representation(
     scatter, explained = {}, {}
     for task in problem.tasks:
         expert = by_layer(problem.expert_rows(task, inputs[task], compared), compared)
-        merged = by_layer(problem.merged_rows(task, inputs[task], compared), compared)
+        unrepaired = by_layer(problem.merged_rows(task, inputs[task], compared), compared)
         repaired = by_layer(_repaired_rows(model, task, inputs[task], compared, forward, batch_size), compared)
-        for rows in (expert, merged):
+        for rows in (expert, unrepaired):
             rows[-1] = _prepared(model, rows[-1])
-        before.append(_distances(merged, expert))
+        before.append(_distances(unrepaired, expert))
         after.append(_distances(repaired, expert))
-        last = {"merged": merged[-1], "repaired": repaired[-1], "expert": expert[-1]}
+        last = {"merged": unrepaired[-1], "repaired": repaired[-1], "expert": expert[-1]}
         scatter[task], explained[task] = project(last)
     sides = [Distances(*torch.stack(side).unbind(-1)) for side in (before, after)]
     return Representation(tuple(problem.tasks), tuple(layers_of(compared)), sides[0], sides[1], scatter, explained)

@@ -38,6 +38,7 @@ def compared(runs: Sequence[FinishedRun]) -> FinishedRun:
         "title": f"{len(runs)} runs compared",
         "tasks": runs[0].data["tasks"],
         "samples": runs[0].data["samples"],
+        "metrics": runs[0].data.get("metrics", {}),
         "rows": [dict(row, name=names[i][row["name"]]) for i, row in _different_rows(runs, names)],
         "curves": curves_of([run.data for run in runs]),
         "matrix": {name: row for run in runs for name, row in run.data.get("matrix", {}).items()},

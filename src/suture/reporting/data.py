@@ -10,6 +10,7 @@ from torch import Tensor
 from suture.adaptation import AdaMergingResult
 from suture.core.notebooks import frame, table_html
 from suture.evaluation import Row
+from suture.evaluation.metrics import ACCURACY, metric
 from suture.repairs import RepairResult, Representation
 
 if TYPE_CHECKING:
@@ -24,7 +25,8 @@ class Report:
     value of the knob → mean accuracy. `matrix`: a row per expert, on every task. `profile`: activity → seconds.
     `search`: the trials of a search for knobs, and the score and inputs that they were compared by. `circumstances`:
     date, commit, hardware and peak memory. `command` is the command as it was given; `repeat` repeats the run from
-    inside its folder. `seeds`: name → a row for each seed.
+    inside its folder. `seeds`: name → a row for each seed. `harness`: versions, settings and results of an evaluation
+    harness. `generations`: prompts, and their continuations by model.
     """
 
     title: str
@@ -44,6 +46,8 @@ class Report:
     circumstances: Mapping[str, Any] = field(default_factory=dict)
     repeat: str = ""
     seeds: Mapping[str, Sequence[Row]] = field(default_factory=dict)
+    harness: Mapping[str, Any] | None = None
+    generations: Sequence[Mapping[str, Any]] = ()
 
     def __repr__(self) -> str:
         return f"Report({self.title!r}, {len(self.rows)} models, {len(self.tasks)} tasks)"
@@ -71,6 +75,11 @@ class Report:
         """Task → the number of test inputs that it was scored on."""
         return {task: count for row in self.rows for task, count in row.samples.items()}
 
+    @property
+    def metrics(self) -> dict[str, str]:
+        """Task → the name of its score, of the tasks whose score is no accuracy."""
+        return {task: name for row in self.rows for task, name in row.metrics.items()}
+
     def normalised(self, row: Row) -> float:
         """Mean over tasks of accuracy / expert accuracy; nan without experts."""
         return row.normalised_mean(self.experts) if self.experts else math.nan
@@ -88,6 +97,7 @@ class Report:
             "command": self.command,
             "tasks": self.tasks,
             "samples": self.samples,
+            "metrics": {task: metric(name)._asdict() for task, name in self.metrics.items()},
             "rows": [self._row_as_data(row) for row in self.rows],
             "curves": {
                 knob: {n: list(map(list, c.items())) for n, c in cs.items()} for knob, cs in self.curves.items()
@@ -97,6 +107,8 @@ class Report:
             "repairs": {name: repair_data(fitted) for name, fitted in self.repairs.items()},
             "seconds": {row.name: row.seconds for row in self.rows if row.seconds is not None},
             "search": None if self.search is None else dict(self.search),
+            "harness": None if self.harness is None else dict(self.harness),
+            "generations": [dict(each) for each in self.generations],
             "profile_seconds": dict(self.profile),
             "notes": list(self.notes),
             "circumstances": dict(self.circumstances),
@@ -120,9 +132,15 @@ class Report:
             "routing": dict(row.routing),
             "warnings": list(row.warnings),
             "accuracies": dict(row.accuracies),
+            "errors": dict(row.errors),
+            "details": {task: {n: list(pair) for n, pair in each.items()} for task, each in row.details.items()},
             "mean": _known(row.mean),
-            "mean_interval": row.mean_interval and list(row.mean_interval),
-            "intervals": {task: list(row.interval(task)) for task in row.accuracies if row.samples.get(task)},
+            "mean_interval": None if row.metrics or not row.mean_interval else list(row.mean_interval),
+            "intervals": {
+                task: list(row.interval(task))
+                for task in row.accuracies
+                if row.samples.get(task) and task not in row.metrics
+            },
             "normalised_mean": _known(self.normalised(row)),
             "gap_closed": _known(self.gap_closed(row)),
         }
@@ -185,15 +203,54 @@ def percent(value: float | None) -> str:
     return "–" if value is None or not math.isfinite(value) else f"{100 * value:.1f}"
 
 
+def task_head(task: str, name: str | None) -> str:
+    """The head of a task's column, with its metric if that is no accuracy, and ↓ where less is better.
+
+    >>> task_head("german", "bits_per_byte"), task_head("mnist", None)
+    ('german, bits per byte ↓', 'mnist')
+    """
+    return task if name is None else f"{task}, {name.replace('_', ' ')}{' ↓' * metric(name).lower}"
+
+
+def score_text(value: float | None, name: str | None, error: float | None = None) -> str:
+    """A score as text: shares in percent with one decimal, others with three; with its standard error if known.
+
+    >>> score_text(0.5, "acc", 0.01), score_text(2.5, "bits_per_byte"), score_text(None, None)
+    ('50.0 ±1.0', '2.500', '–')
+    """
+    share = (ACCURACY if name is None else metric(name)).share
+    if value is None or not math.isfinite(value):
+        return "–"
+    text = percent(value) if share else f"{value:.3f}"
+    if error is None or not math.isfinite(error):
+        return text
+    return f"{text} ±{percent(error) if share else f'{error:.3f}'}"
+
+
+def about_scores(metrics: Mapping[str, str]) -> str:
+    """What the numbers of the table are, in a sentence."""
+    if not metrics:
+        return "Accuracy in %. Norm.: mean over tasks of accuracy / expert accuracy."
+    lower = sorted({name.replace("_", " ") for name in metrics.values() if metric(name).lower})
+    less = f"Less is better for {', '.join(lower)} (↓). " if lower else ""
+    return (
+        f"Shares in %, ± standard error. {less}Norm.: mean over tasks of score / expert score, the other way round "
+        "where less is better. Gap closed: 0 is the pretrained model, 100 the experts, whatever the unit."
+    )
+
+
 def columns(report: Report) -> list[str]:
     """The column heads of the accuracy table."""
-    return ["", *report.tasks, "mean", "norm.", "gap closed"]
+    metrics = report.metrics
+    return ["", *(task_head(task, metrics.get(task)) for task in report.tasks), "mean", "norm.", "gap closed"]
 
 
 def cells(report: Report, row: Row) -> list[str]:
-    """One row of the accuracy table, in percent."""
-    accuracies = [percent(row.accuracies.get(task)) for task in report.tasks]
-    return [row.name, *accuracies, *map(percent, (row.mean, report.normalised(row), report.gap_closed(row)))]
+    """One row of the accuracy table, shares in percent."""
+    names = report.metrics
+    scores = [score_text(row.accuracies.get(t), names.get(t), row.errors.get(t)) for t in report.tasks]
+    mean = score_text(row.mean, next(iter(names.values()), None))
+    return [row.name, *scores, mean, *map(percent, (report.normalised(row), report.gap_closed(row)))]
 
 
 #: The column heads of a row's cost: what it needs to be made, and to be used.

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from suture.reporting.data import Report
+from suture.reporting.data import Report, about_scores
 from suture.reporting.figures import draw
 from suture.reporting.harms import harms
 from suture.reporting.page import page
@@ -52,7 +52,7 @@ def _finite(value: Any) -> Any:
 def _markdown(data: Mapping[str, Any], figures: Sequence[Path]) -> str:
     counts = ", ".join(f"{task} {count:,}" for task, count in data["samples"].items())
     pictures = [f"![{figure.stem}](figures/{figure.with_suffix('.png').name})" for figure in figures]
-    parts = [f"# {data['title']}", as_markdown(data).strip(), _ABOUT]
+    parts = [f"# {data['title']}", as_markdown(data).strip(), _about(data)]
     parts += [f"Test inputs: {counts}."] if counts else []
     notes = [*harms(data), *data["notes"]]
     parts += ["\n".join(f"- {without_machine(note)}" for note in dict.fromkeys(notes))] if notes else []
@@ -63,6 +63,11 @@ def _markdown(data: Mapping[str, Any], figures: Sequence[Path]) -> str:
     where = "To repeat it, in this folder:\n\n" if data["repeat"] else ""
     parts += ["\n".join(profile)] + ([f"{where}```\n{command}\n```"] if command else [])
     return "\n\n".join(parts) + "\n"
+
+
+def _about(data: Mapping[str, Any]) -> str:
+    named = {task: each["name"] for task, each in data.get("metrics", {}).items()}
+    return about_scores(named) if named else _ABOUT
 
 
 def _line(values: list[str]) -> str:

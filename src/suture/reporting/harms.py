@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from suture.reporting.run_folder import is_reference
 from suture.reporting.scores import interval, role, scored
 
 Data = Mapping[str, Any]
@@ -23,6 +24,11 @@ def harms(data: Data) -> list[str]:
 def _below(data: Data) -> Iterator[str]:
     """Rows that are below the pretrained model in the mean, or on some task by more than both intervals."""
     base = role(data, "pretrained")
+    if data.get("metrics"):
+        for row in data["rows"]:
+            if not is_reference(row) and row["gap_closed"] is not None and row["gap_closed"] < 0:
+                yield f"{row['name']} is below the pretrained model: gap closed {100 * row['gap_closed']:.1f} %."
+        return
     if base is None or base["mean"] is None:
         return
     for row in scored(data):

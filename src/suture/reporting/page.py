@@ -15,7 +15,7 @@ from typing import Any
 
 from suture.core.names import in_bytes
 from suture.reporting.chart import Chart, task_colours
-from suture.reporting.data import COSTS, costs, percent
+from suture.reporting.data import COSTS, about_scores, costs, percent, score_text, task_head
 from suture.reporting.figures import charts_of
 from suture.reporting.glossary import explained, explained_name, list_of
 from suture.reporting.harms import harms
@@ -79,7 +79,7 @@ def _as_json(charts: Sequence[Chart], texts: Mapping[str, str]) -> str:
 def _sections(run: FinishedRun, charts: list[Chart] | None) -> str:
     """The sections of the page; appends its charts to `charts`, or shows pictures if that is None."""
     data = run.data
-    parts = [_headline(data), _table(data), _notes(data), seeds_table(data)]
+    parts = [_headline(data), _table(data), _notes(data), seeds_table(data), _generations(data)]
     if charts is None:
         parts += _pictures(run)
     else:
@@ -131,6 +131,8 @@ def _pictures(run: FinishedRun) -> Iterator[str]:
 
 def _headline(data: Mapping[str, Any]) -> str:
     """The best without the task's name and the best with it, with all that is not told apart, and the references."""
+    if data.get("metrics"):
+        return _best_by_gap(data)
     lines = [_best(data, named, leaders) for named, leaders in best_of_each_use(data)]
     references = ((row["name"], _percents(row["mean"])) for row in data["rows"] if is_reference(row))
     compared = "; ".join(f"{explained(name)} {value}" for name, value in references)
@@ -156,6 +158,21 @@ def _split(row: Mapping[str, Any]) -> str:
     return f", learned from the {escape(row['split'])} split" if row["split"] and row["learned"] else ""
 
 
+def _best_by_gap(data: Mapping[str, Any]) -> str:
+    """The same for language models, whose scores may be in several units: the model that closes most of the gap."""
+    scored = [row for row in data["rows"] if not is_reference(row) and row.get("gap_closed") is not None]
+    if not scored:
+        return ""
+    best = max(scored, key=lambda row: row["gap_closed"])
+    closed = _percents(best["gap_closed"])
+    return f"<p class=lead>Best: <strong>{escape(best['name'])}</strong>, which closes {closed} of the gap.</p>"
+
+
+def _name_of(data: Mapping[str, Any], task: str) -> str | None:
+    """The name of a task's metric; None for accuracy."""
+    return data.get("metrics", {}).get(task, {}).get("name")
+
+
 def _percents(value: float | None) -> str:
     return f"{percent(value)}\N{NO-BREAK SPACE}%"
 
@@ -164,7 +181,12 @@ def _table(data: Mapping[str, Any]) -> str:
     if not data["rows"]:
         return ""
     palette, top = task_colours(data["tasks"]), top_names(data)
-    chips = [f'<i class=chip style="--colour:{palette[task]}"></i>{escape(task)}' for task in data["tasks"]]
+    metrics = {task: each["name"] for task, each in data.get("metrics", {}).items()}
+    title, about = ("Scores", about_scores(metrics)) if metrics else ("Accuracy", _ABOUT)
+    chips = [
+        f'<i class=chip style="--colour:{palette[task]}"></i>{escape(task_head(task, metrics.get(task)))}'
+        for task in data["tasks"]
+    ]
     heads = {"model": "model", **dict(zip(data["tasks"], chips, strict=True))}
     cells = [(name in _TEXTS, inside) for name, inside in heads.items()]
     cells += [(name in _TEXTS, explained(name)) for name in (*HEADS, *COSTS)]
@@ -177,8 +199,8 @@ def _table(data: Mapping[str, Any]) -> str:
     foot = f"<tfoot><tr><th scope=row>test inputs</th>{counts}{'<td></td>' * len((*HEADS, *COSTS))}</tr></tfoot>"
     names = (part for row in data["rows"] for part in re.split(r" \+ |, ", row["name"]))
     words = list_of(dict.fromkeys((*HEADS, *COSTS, *names)))
-    return f"""<section><h2>Accuracy</h2>{_table_controls(data)}<div class=wide><table id=accuracy class=sortable>
-<thead><tr>{head}</tr></thead><tbody>{body}</tbody>{foot}</table></div><p class=note>{_ABOUT}</p>{words}</section>"""
+    return f"""<section><h2>{title}</h2>{_table_controls(data)}<div class=wide><table id=accuracy class=sortable>
+<thead><tr>{head}</tr></thead><tbody>{body}</tbody>{foot}</table></div><p class=note>{about}</p>{words}</section>"""
 
 
 def _table_controls(data: Mapping[str, Any]) -> str:
@@ -190,8 +212,7 @@ def _table_controls(data: Mapping[str, Any]) -> str:
 
 def _table_row(data: Mapping[str, Any], row: Mapping[str, Any], top: Mapping[str, set[str]]) -> str:
     tasks = [*data["tasks"], "mean"]
-    values = {**row["accuracies"], "mean": row["mean"]}
-    cells = [_score(values.get(task), interval(data, row, task), row["name"] in top[task], task) for task in tasks]
+    cells = [_score(data, row, task, row["name"] in top[task]) for task in tasks]
     share = min(1.0, max(0.0, row["gap_closed"] or 0.0))
     kind = " class=reference" if is_reference(row) else ""
     norm = _cell(row["normalised_mean"])
@@ -206,11 +227,17 @@ def _table_row(data: Mapping[str, Any], row: Mapping[str, Any], top: Mapping[str
     return f"<tr{kind}><th scope=row>{name}</th>{''.join(cells)}<td class=text>{split}</td>{norm}{closed}{cost}</tr>"
 
 
-def _score(value: float | None, bounds: Sequence[float] | None, best: bool, task: str) -> str:
-    """An accuracy with its interval below, which for single tasks is hidden at first."""
+def _score(data: Mapping[str, Any], row: Mapping[str, Any], task: str, best: bool) -> str:
+    """A score with its interval below, which for single tasks is hidden at first."""
+    bounds, name = interval(data, row, task), _name_of(data, task)
+    if task == "mean":
+        value, error, name = row["mean"], None, next((n for t in data["tasks"] if (n := _name_of(data, t))), None)
+    else:
+        value, error = row["accuracies"].get(task), row.get("errors", {}).get(task)
     between = "" if bounds is None else f"<small>{'–'.join(map(percent, bounds))}</small>"
     kind = " ".join(["top"] * best + ["mean"] * (task == "mean"))
-    shown = f"<strong>{percent(value)}</strong>" if best else percent(value)
+    text = escape(score_text(value, name, error))
+    shown = f"<strong>{text}</strong>" if best else text
     number = "" if value is None else float(value)
     return f'<td class="{kind}" data-value="{number}">{shown}{between}</td>'
 
@@ -235,6 +262,19 @@ def _notes(data: Mapping[str, Any]) -> str:
         for title, lines in parts.items()
         if lines
     )
+
+
+def _generations(data: Mapping[str, Any]) -> str:
+    """The prompts, each with its continuation by every model."""
+    tables = []
+    for each in data.get("generations", ()):
+        lines = "".join(
+            f"<tr><th scope=row>{escape(str(name))}</th><td class=text>{escape(str(text))}</td></tr>"
+            for name, text in each.get("continuations", {}).items()
+        )
+        prompt = escape(str(each.get("prompt", "")))
+        tables.append(f"<h3>{prompt}</h3><div class=wide><table><tbody>{lines}</tbody></table></div>")
+    return _section_of("Continuations", "".join(tables))
 
 
 def _facts(repair: Mapping[str, Any]) -> str:

@@ -28,6 +28,8 @@ class RowData(TypedDict):
     name: str
     accuracies: dict[str, Number | None]
     mean: Number | None
+    errors: NotRequired[dict[str, Number | None]]
+    details: NotRequired[dict[str, dict[str, Annotated[list[Number | None], Len(2, 2)]]]]
     normalised_mean: NotRequired[Number | None]
     gap_closed: NotRequired[Number | None]
     role: NotRequired[Literal["pretrained", "experts", "merge", "repair"]]
@@ -40,6 +42,14 @@ class RowData(TypedDict):
     added_parameters: NotRequired[Count]
     routing: NotRequired[dict[str, Number | None]]
     warnings: NotRequired[list[str]]
+
+
+class MetricData(TypedDict):
+    """The score of a task: its name, whether less is better, and whether it is a share."""
+
+    name: str
+    lower: bool
+    share: bool
 
 
 class LearningData(TypedDict):
@@ -124,6 +134,9 @@ class ReportData(TypedDict):
     tasks: list[str]
     rows: list[RowData]
     samples: NotRequired[dict[str, Count]]
+    metrics: NotRequired[dict[str, MetricData]]
+    harness: NotRequired[dict[str, Any] | None]
+    generations: NotRequired[list[dict[str, Any]]]
     command: NotRequired[str]
     curves: NotRequired[dict[str, dict[str, list[Annotated[list[Number], Len(2, 2)]]]]]
     matrix: NotRequired[dict[str, dict[str, Number | None]]]

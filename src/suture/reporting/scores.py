@@ -10,7 +10,13 @@ Data = Mapping[str, Any]
 
 
 def interval(data: Data, row: Data, task: str) -> Interval | None:
-    """The 95% interval of a row's accuracy on a task, or of its `mean`; None where it is not known."""
+    """The 95% interval of a row's accuracy on a task, or of its `mean`; None where it is not known.
+
+    Scores that are no accuracies have none: their standard errors are shown instead.
+    """
+    metrics = data.get("metrics", {})
+    if task in metrics or (task == "mean" and metrics):
+        return None
     if task == "mean":
         known = {name: value for name, value in row["accuracies"].items() if value is not None}
         whole = len(known) == len(row["accuracies"]) and row["mean"] is not None
@@ -45,6 +51,8 @@ def leaders(data: Data, rows: Sequence[Data], task: str = "mean") -> list[Data]:
 
 def top_names(data: Data) -> dict[str, set[str]]:
     """Task, or "mean" → the names of the rows that are not told apart from the best merge or repair."""
+    if data.get("metrics"):  # scores without intervals are not told apart at all
+        return {task: set() for task in (*data["tasks"], "mean")}
     rows = scored(data)
     return {task: {row["name"] for row in leaders(data, rows, task)} for task in (*data["tasks"], "mean")}
 

@@ -73,7 +73,9 @@ def _row(data: Mapping[str, Any], run: Mapping[str, Any], name: str | None = Non
     kind = {key: data[key] for key in ("role", "merge", "repair", "routed")}
     kind |= {key: data[key] for key in _FACTS if key in data}
     seconds = run.get("seconds", {}).get(data["name"])
-    return Row(name or data["name"], data["accuracies"], run["samples"], seconds=seconds, **kind)
+    names = {task: each["name"] for task, each in run.get("metrics", {}).items() if task in data["accuracies"]}
+    language = {"metrics": names, "errors": data.get("errors", {})}
+    return Row(name or data["name"], data["accuracies"], run["samples"], seconds=seconds, **kind, **language)
 
 
 def _swept(runs: Sequence[Mapping[str, Any]]) -> dict[str, Row]:

@@ -5,7 +5,7 @@ import io
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from suture.reporting.data import COSTS, costs, percent
+from suture.reporting.data import COSTS, costs, percent, score_text
 from suture.reporting.run_folder import is_reference
 from suture.reporting.scores import interval, top_names
 
@@ -49,8 +49,7 @@ def as_latex(data: Data) -> str:
     for number, row in enumerate(data["rows"]):
         if number and is_reference(data["rows"][number - 1]) and not is_reference(row):
             lines.append(r"\midrule")
-        values = {**row["accuracies"], "mean": row["mean"]}
-        cells = [_bold(percent(values.get(task)), row["name"] in top[task]) for task in tasks]
+        cells = [_bold(escaped(_text(data, row, task)), row["name"] in top[task]) for task in tasks]
         lines.append(_latex_line([escaped(row["name"]), *cells, percent(row["gap_closed"])]))
     note = "% Accuracy in %. Bold: 95% intervals overlap with that of the best merge or repair. Needs booktabs."
     return "\n".join([note, *lines, r"\bottomrule", r"\end{tabular}"]).replace("–", "--") + "\n"
@@ -77,7 +76,15 @@ def escaped(text: str) -> str:
 def mean_cell(data: Data, row: Data) -> str:
     """The mean in percent, with its interval in brackets if that is known."""
     bounds = interval(data, row, "mean")
-    return percent(row["mean"]) + ("" if bounds is None else f" ({_range(bounds)})")
+    return _text(data, row, "mean") + ("" if bounds is None else f" ({_range(bounds)})")
+
+
+def _text(data: Data, row: Data, task: str) -> str:
+    """A score, or the mean, in its unit."""
+    names = {name: each["name"] for name, each in data.get("metrics", {}).items()}
+    if task == "mean":
+        return score_text(row["mean"], next(iter(names.values()), None))
+    return score_text(row["accuracies"].get(task), names.get(task), row.get("errors", {}).get(task))
 
 
 def _range(bounds: Sequence[float]) -> str:
@@ -85,7 +92,7 @@ def _range(bounds: Sequence[float]) -> str:
 
 
 def _markdown_row(data: Data, row: Data) -> list[str]:
-    accuracies = [percent(row["accuracies"].get(task)) for task in data["tasks"]]
+    accuracies = [_text(data, row, task) for task in data["tasks"]]
     shares = [row["split"] or "–", percent(row["normalised_mean"]), percent(row["gap_closed"])]
     return [row["name"], *accuracies, mean_cell(data, row), *shares, *costs(row, data["seconds"].get(row["name"]))]
 

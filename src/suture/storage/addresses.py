@@ -16,6 +16,7 @@ ZOO_ADDRESS = "zoo:"
 ZOOS = {
     "glyphs8": "a small CLIP and eight experts: seven tasks of rendered glyphs, one of handwriting",
     "real3": "three experts for real images: clothing, handwriting, photographs",
+    "manuals": "a small Llama of English manual pages, and six experts: five languages and Python code",
 }
 #: The zoos whose files are in the package suture-zoo. The others are built in a checkout of the repository.
 PACKED = ("glyphs8",)

@@ -18,8 +18,25 @@ from suture.storage import hub
 from suture.storage.addresses import ZOO_ADDRESS, zoo_path
 from suture.tasks import layouts
 from suture.tasks.base import SPLITS, Images, Source, Split, Task, Texts
+from suture.tasks.passages import Passage, Passages, read_passages
+from suture.tasks.scoring import Scoring
 
-__all__ = ["Images", "Source", "Split", "Task", "Texts", "check", "known", "load", "notes", "source_kinds"]
+__all__ = [
+    "Images",
+    "Passage",
+    "Passages",
+    "Scoring",
+    "Source",
+    "Split",
+    "Task",
+    "Texts",
+    "check",
+    "known",
+    "load",
+    "notes",
+    "passages",
+    "source_kinds",
+]
 
 
 def load(task: Task, split: Split) -> Images | Texts:
@@ -36,10 +53,25 @@ def load(task: Task, split: Split) -> Images | Texts:
         return source.load(folder, split, task)
 
 
+def passages(task: Task, split: Split) -> Passages:
+    """The rows of a task with a `score`; raises `DataError` with the first problem. Downloads as `load` does."""
+    if _is_on_hub(task):
+        hub.download_dataset(task.source, task.subset)
+    try:
+        with _reading(task):
+            return read_passages(_folder(task), split, task)
+    except DataError as error:
+        prefix = f"Task {task.name!r}: "
+        line = str(error)
+        raise DataError(line if line.startswith(prefix) else prefix + line) from error
+
+
 def check(task: Task, split: Split) -> list[str]:
     """Everything wrong with a task, one line each; reads names, headers and labels but decodes no image."""
     if split not in SPLITS:
         raise ConfigError(f"Unknown split {split!r}. Known: {', '.join(SPLITS)}.")
+    if task.score is not None:
+        return _passage_problems(task, split)
     problems = [*_wording_problems(task), *_data_problems(task, split)]
     return [f"Task {task.name!r}: {problem}" for problem in problems]
 
@@ -48,6 +80,8 @@ def notes(task: Task, split: Split) -> list[str]:
     """Notes on a task without problems: data that are not there yet, or another number than published."""
     if _is_on_hub(task) and hub.cached_dataset(task.source) is None:
         return [f"Task {task.name!r}: '{task.source}' will be downloaded from the hub."]
+    if task.score is not None:
+        return []
     with _reading(task):
         folder, source = _source(_folder(task), split, task)
         count = source.count(folder, split, task)
@@ -76,6 +110,25 @@ def known(name: str) -> dict[str, Any]:
 def source_kinds() -> dict[str, Source]:
     """The kinds of source by name: every module of `suture.tasks.sources`."""
     return {m.__name__.rsplit(".", 1)[-1]: m.SOURCE for m in import_all("suture.tasks.sources")}
+
+
+def _passage_problems(task: Task, split: Split) -> list[str]:
+    """The first problem of a task with a `score`, whose rows are read for it."""
+    if len(task.templates) > 1:
+        return [f"Task {task.name!r} has {len(task.templates)} templates; wanted one, or none. Remedy: leave one."]
+    columns = task.text_columns or ("text",)
+    template = next(iter(task.templates), None)
+    missing = [column for column in columns if template is not None and "{" + column + "}" not in template]
+    if missing:
+        place = "{" + missing[0] + "}"
+        return [f"Task {task.name!r}: template {template!r} has no {place}. Remedy: put {place} where it goes."]
+    if _is_on_hub(task) and hub.cached_dataset(task.source) is None and not hub.is_offline():
+        return []  # as below
+    try:
+        passages(task, split)
+    except SutureError as error:
+        return [str(error)]
+    return []
 
 
 def _wording_problems(task: Task) -> list[str]:

@@ -11,6 +11,7 @@ import numpy as np
 from torch import Tensor
 
 from suture.errors import ConfigError, DataError, data_refusal, shown
+from suture.tasks.scoring import Scoring
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -44,12 +45,13 @@ class Task:
     if its family wants one, has `{column}` where a text goes. `labels` are the source's own names of the classes, in
     the same order, where they are others. `subset`, `image_column`, `label_column` and `splits` (ours → the source's)
     say where to look in a source that leaves a choice. `test_samples` are the test sizes that figures were published
-    for, and `layouts` (see `suture.tasks.layouts`) the ways in which archives of this data set lie on disk.
+    for, and `layouts` (see `suture.tasks.layouts`) the ways in which archives of this data set lie on disk. A task for
+    language models has a `score`, by which it is scored instead of by class names.
     """
 
     name: str
     source: str
-    classnames: tuple[str, ...]
+    classnames: tuple[str, ...] = ()
     templates: tuple[str, ...] = ()
     labels: tuple[str, ...] | None = None
     subset: str | None = None
@@ -59,8 +61,11 @@ class Task:
     splits: Mapping[str, str] = field(default_factory=dict)
     test_samples: tuple[int, ...] = ()
     layouts: tuple[Mapping[str, Any], ...] = ()
+    score: Scoring | None = None
 
     def __post_init__(self):
+        if self.score is not None:
+            object.__setattr__(self, "score", Scoring.of(self.name, self.score))
         for name, kind in _LISTS.items():
             value = getattr(self, name)
             value = [value] if isinstance(value, str) else value

@@ -3,7 +3,7 @@
 import json
 import shutil
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast
 
@@ -141,6 +141,9 @@ class Family(ABC):
     def problems(self, task: Task) -> list[str]:
         """Reasons why a task does not fit this family or its models, one line each, from settings and headers alone."""
         texts = self.reads == "texts"
+        if task.score is not None:
+            problem = f"Task {task.name!r} has score={task.score.metric}, which family={self.name} does not know"
+            return [f"{problem}. Remedy: family: causal_lm, or leave it out."]
         if (task.text_columns is not None) == texts:
             return self._reader_problems()
         problem = f"Task {task.name!r} has {'no ' * texts}text_columns, but family={self.name} reads {self.reads}."
@@ -153,6 +156,10 @@ class Family(ABC):
         except SutureError as error:
             return [str(error)]
         return []
+
+    def merged_logits(self) -> Callable[[nn.Module, Any, str], Tensor] | None:
+        """A function (encoder, inputs, task) → logits, where a model's own output layer makes them and not a head."""
+        return None
 
     @abstractmethod
     def head(self, task: Task, track: Track = untracked) -> Head:

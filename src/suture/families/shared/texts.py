@@ -15,6 +15,7 @@ from suture.tasks.base import Texts
 
 SETTINGS = frozenset({"max_length", "padding"})
 _BATCH = 1024
+_UNLIMITED = 10**9  # tokenizers without a limit name a larger number
 _LONGEST = 512  # tokens, where neither the settings nor the model give a limit
 
 
@@ -27,7 +28,7 @@ class TextReader:
 
     def __init__(self, directory: Path, settings: Any, positions: int | None, *, prompts: bool = False):
         self.label, self.prompts = str(directory), prompts
-        self.tokenizer = _tokenizer(directory)
+        self.tokenizer = load_tokenizer(directory)
         self.max_length = _max_length(settings.get("max_length"), self.tokenizer, positions)
         self.padding = settings.get("padding", "batch")
         if self.padding not in ("batch", "max_length"):
@@ -47,7 +48,7 @@ class TextReader:
         length = self.max_length if self.padding == "max_length" else longest
         rows = {name: [row for part in encoded for row in part[name]] for name in (encoded[0] if encoded else ())}
         pads = {"input_ids": self.tokenizer.pad_token_id}
-        return {name: _padded(ids, length, pads.get(name, 0)) for name, ids in rows.items()}
+        return {name: padded(ids, length, pads.get(name, 0)) for name, ids in rows.items()}
 
     def trim(self) -> "Trim":
         """The module that cuts a batch's common padding off before the model."""
@@ -75,7 +76,8 @@ class Trim(nn.Module):
         return {name: tensor[:, :length] for name, tensor in tokens.items()}
 
 
-def _tokenizer(directory: Path) -> Any:
+def load_tokenizer(directory: Path, *, end_pads: bool = False) -> Any:
+    """The tokenizer of a model's directory; raises `CheckpointError` for one that is damaged or cannot pad."""
     with quiet():
         from transformers import AutoTokenizer
 
@@ -83,6 +85,8 @@ def _tokenizer(directory: Path) -> Any:
             tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
         except Exception as error:  # a damaged file can raise anything
             raise CheckpointError(f"'{directory}' has no usable tokenizer: {one_line(error)}") from error
+    if tokenizer.pad_token_id is None and end_pads:  # padding is masked, so that any token will do
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.bos_token
     if tokenizer.pad_token_id is None:
         raise CheckpointError(f"The tokenizer of '{directory}' has no token to pad with. Remedy: give it a pad_token.")
     tokenizer.padding_side = "right"
@@ -99,7 +103,16 @@ def _max_length(length: Any, tokenizer: Any, positions: int | None) -> int:
     return length
 
 
-def _padded(rows: list[list[int]], length: int, pad: int) -> Tensor:
+def model_length(length: Any, tokenizer: Any, positions: int | None) -> int:
+    """The tokens of a language model's context: those given, or all that the model has."""
+    if length is None:
+        known = [n for n in (positions, tokenizer.model_max_length) if n is not None and n < _UNLIMITED]
+        return min(known, default=2048)
+    return _max_length(length, tokenizer, positions)
+
+
+def padded(rows: list[list[int]], length: int, pad: int) -> Tensor:
+    """Rows of numbers, padded on the right: int32 (N, length)."""
     out = torch.full((len(rows), length), pad, dtype=torch.int32)
     for target, row in zip(out, rows, strict=True):
         target[: len(row)] = torch.tensor(row, dtype=torch.int32)

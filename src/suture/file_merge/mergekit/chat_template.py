@@ -2,7 +2,7 @@
 
 import json
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,16 @@ def choose_template(choice: Any, models: Sequence[Checkpoint]) -> str | None:
         problem = f"chat_template: {shown(repr(choice))} is no template"
         raise ConfigError(f"{problem}. Remedy: give auto, chatml, or a template's text.")
     return choice
+
+
+def template_notes(opened: Mapping[str, Checkpoint]) -> list[str]:
+    """A line for each model whose chat template is not the one that goes with the result."""
+    texts = {label: next(_templates(model.directory), None) for label, model in opened.items()}
+    first = next((label for label, model in opened.items() if model.directory is not None), None)
+    kept = texts.get(first) if first is not None else None
+    others = [label for label, text in texts.items() if text is not None and text != kept]
+    where = f"that of '{first}' is kept" if kept is not None else f"'{first}', whose files are kept, has none"
+    return [f"'{label}' has a chat template of its own; {where}." for label in others]
 
 
 def write_template(folder: Path, template: str) -> None:

@@ -6,7 +6,7 @@ What differs all the same is said in `notes` and in docs/merging-files.md. What 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 from suture.checkpoints import Checkpoint, open_checkpoint, open_fine_tuned
 from suture.errors import ConfigError, shown, unknown_name
@@ -19,6 +19,8 @@ from suture.merging.registry import get_method
 
 _TOP = ["merge_method", "base_model", "models", "slices", "modules", "parameters", "dtype", "out_dtype", "name"]
 _TOP += ["tokenizer_source", "tokenizer", "chat_template"]
+#: Parameters that public cards carry along from other methods; mergekit pays no attention to them either.
+_CARRIED_ALONG = ("embed_slerp", "int8_mask", "normalize")
 _TEXTS = ("merge_method", "base_model", "dtype", "out_dtype", "name", "tokenizer_source")
 _ONLY_SOURCE = ""  # the label of whichever model is the only source of a section
 _NOTES = ("Arithmetic is in float32 whatever dtype says; the result has dtype, or out_dtype where that is given.",)
@@ -52,9 +54,16 @@ class Translation:
         return configuration(config, self.slices) if self.slices else {}
 
 
-def translate(path: str | Path) -> Translation:
-    """Read a mergekit configuration; raises `ConfigError` in one line, with the nearest name for an unknown key."""
-    content = load_yaml(Path(path))
+def translate(path: str | Path, content: Mapping[str, Any] | None = None) -> Translation:
+    """Read a mergekit configuration; raises `ConfigError` in one line, with the nearest name for an unknown key.
+
+    `content` is one of several documents in the file, which are otherwise refused here.
+    """
+    documents = load_yaml(Path(path)) if content is None else [content]
+    if len(documents) > 1:
+        remedy = f"suture merge mergekit={path} output=…"
+        raise ConfigError(f"'{path}' holds {len(documents)} documents. Remedy: {remedy}.")
+    content = cast("dict[str, Any]", _with_paths(documents[0]))
     _check_keys("key", content, _TOP)
     for key in _TEXTS:
         if not isinstance(content.get(key), str | None):
@@ -72,6 +81,32 @@ def translate(path: str | Path) -> Translation:
     for source in (source for section in sections for source in section.sources):
         _opened(source["model"], opened)
     return _Builder(content, method, base, sections, opened, list(modules)).translation()
+
+
+def _with_paths(content: Any) -> Any:
+    """A configuration with every model as a text: mergekit also takes model: {model: {path: …}, lora: {path: …}}."""
+    if isinstance(content, list):
+        return [_with_paths(each) for each in content]
+    if not isinstance(content, Mapping):
+        return content
+    return {
+        key: _path(value) if key in ("model", "base_model") and isinstance(value, Mapping) else _with_paths(value)
+        for key, value in content.items()
+    }
+
+
+def _path(reference: Mapping[str, Any]) -> str:
+    """PATH@REVISION+LORA."""
+    _check_keys("key of a model", reference, ["model", "lora", "path", "revision"])
+    inner = reference.get("model", reference)
+    inner = {"path": inner} if isinstance(inner, str) else inner
+    lora = reference.get("lora")
+    lora = lora.get("path") if isinstance(lora, Mapping) else lora
+    _check_keys("key of a model", inner, ["path", "revision", *([] if inner is not reference else ["lora"])])
+    if not isinstance(inner.get("path"), str):
+        raise ConfigError(f"model: {shown(repr(dict(reference)))}: wanted a path.")
+    revision = f"@{inner['revision']}" if inner.get("revision") else ""
+    return f"{inner['path']}{revision}{f'+{lora}' if lora else ''}"
 
 
 def _modules(content: Mapping[str, Any], path: str | Path) -> dict[str, Mapping[str, Any]]:
@@ -125,7 +160,24 @@ def _check_keys(kind: str, content: Any, known: Sequence[str]) -> None:
 
 def _check_parameters(content: Mapping[str, Any], method: Method, where: str) -> None:
     if content.get("parameters") is not None:
-        _check_keys(f"parameter in {where}", content["parameters"], method.parameters)
+        given = content["parameters"]
+        plain = {k: v for k, v in given.items() if k not in _unread(method)} if isinstance(given, Mapping) else given
+        _check_keys(f"parameter in {where}", plain, method.parameters)
+
+
+def _unread(method: Method) -> set[str]:
+    return {name for name in _CARRIED_ALONG if name not in method.parameters}
+
+
+def _ignored(content: Any, method: Method) -> set[str]:
+    """Parameters carried along from other methods, which have no effect here, nor in mergekit."""
+    if isinstance(content, list):
+        return set().union(*(_ignored(each, method) for each in content))
+    if not isinstance(content, Mapping):
+        return set()
+    given = content.get("parameters")
+    own = set(given) - set(method.parameters) if isinstance(given, Mapping) else set()
+    return own.union(*(_ignored(each, method) for key, each in content.items() if key != "parameters"))
 
 
 def _opened(reference: str, opened: dict[str, Checkpoint]) -> Checkpoint:
@@ -173,10 +225,14 @@ class _Builder:
             dtype=content.get("out_dtype") or content.get("dtype"),
             vocabulary=_vocabulary(content),
             name=content.get("name"),
-            notes=(*_NOTES, *self.method.notes),
+            notes=(*_NOTES, *self.method.notes, *self._ignored_note()),
             slices=self.stacks,
             chat_template=choose_template(content.get("chat_template"), list(self.opened.values())),
         )
+
+    def _ignored_note(self) -> list[str]:
+        names = sorted(_ignored(self.content, self.method))
+        return [f"{', '.join(names)}: no parameter of {self.content['merge_method']}, ignored."] if names else []
 
     def _check_sources(self) -> None:
         """A model that a section does not name has no weight there; methods without weights have no such way."""

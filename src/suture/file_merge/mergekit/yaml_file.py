@@ -9,29 +9,33 @@ from suture.errors import ConfigError, shown
 _MOST_BYTES = 1 << 18
 _MOST_VALUES = 20_000  # counted as often as aliases repeat them
 _DEEPEST = 40
+_MOST_DOCUMENTS = 100
 
 
-def load_yaml(path: Path) -> dict[str, Any]:
-    """The mapping that a YAML file holds; raises `ConfigError` in one line."""
+def load_yaml(path: Path) -> list[dict[str, Any]]:
+    """The mappings that the documents of a YAML file hold; raises `ConfigError` in one line."""
     from yaml import SafeLoader, YAMLError
 
+    documents = []
     try:
         text = _text(path)
         _check_events(path, text)
         loader = SafeLoader(text)
         try:
-            node = loader.get_single_node()
-            _check_values(path, node)
-            content = loader.construct_document(node) if node is not None else None
+            while loader.check_node():
+                node = loader.get_node()
+                _check_values(path, node)
+                documents.append(loader.construct_document(node))
         finally:
             loader.dispose()
     except YAMLError as error:
         raise ConfigError(f"'{path}' is not valid YAML: {shown(' '.join(str(error).split()))}.") from None
     except (ValueError, TypeError) as error:  # a date or a key that Python does not take
         raise ConfigError(f"'{path}' is not valid YAML: {shown(error)}.") from None
-    if not isinstance(content, dict):
+    documents = [document for document in documents if document is not None]
+    if not documents or not all(isinstance(document, dict) for document in documents):
         raise ConfigError(f"'{path}' holds no configuration. Remedy: give a YAML file with a merge_method.")
-    return content
+    return documents
 
 
 def _text(path: Path) -> str:
@@ -48,16 +52,15 @@ def _text(path: Path) -> str:
 
 
 def _check_events(path: Path, text: str) -> None:
-    """Refuse several documents and deep nesting from the parser's events, which are made without recursion."""
+    """Refuse too many documents and deep nesting from the parser's events, which are made without recursion."""
     from yaml import CollectionEndEvent, CollectionStartEvent, DocumentStartEvent, SafeLoader, parse
 
     documents = depth = 0
     for event in parse(text, SafeLoader):
         documents += isinstance(event, DocumentStartEvent)
         depth += isinstance(event, CollectionStartEvent) - isinstance(event, CollectionEndEvent)
-        if documents > 1:
-            remedy = "put each document into a file of its own and merge one after another"
-            raise ConfigError(f"'{path}' holds several documents, separated by ---. Remedy: {remedy}.")
+        if documents > _MOST_DOCUMENTS:
+            raise _too_large(path, "more documents", str(_MOST_DOCUMENTS))
         if depth > _DEEPEST:
             raise _too_large(path, "deeper nesting", f"{_DEEPEST} levels")
 

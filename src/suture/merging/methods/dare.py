@@ -64,7 +64,8 @@ def drop(
     for row, start, run in chosen(seed, position, count, shares):
         part, whole = (rows[row, start : start + len(run)] for rows in (flat, source))
         if deltas.device.type == "cpu":
-            np.multiply(run, whole.numpy(), out=part.numpy())  # by 1 or 0: faster than a mask, and than torch's
+            with np.errstate(invalid="ignore"):  # Inf, where it is allowed
+                np.multiply(run, whole.numpy(), out=part.numpy())  # by 1 or 0: faster than a mask, and than torch's
         else:
             torch.mul(torch.from_numpy(run).to(deltas.device), whole, out=part)
         if rescale:

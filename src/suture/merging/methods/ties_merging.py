@@ -184,11 +184,16 @@ def _trim(row: Tensor, threshold: float) -> Tensor:
     if threshold == 0:
         return row
     dtype = np.float64 if row.dtype == torch.float64 else np.float32
+    return torch.nn.functional.hardshrink(row, largest_below(threshold, dtype))
+
+
+def largest_below(threshold: float, dtype: type[np.floating]) -> float:
+    """The largest number of a dtype below a threshold; −1 for 0, which trims nothing."""
+    if threshold == 0:
+        return -1.0
     with np.errstate(over="ignore"):  # a threshold beyond float32 becomes Inf, and no entry of a float32 row survives
         below = dtype(threshold)
-    if float(below) >= threshold:
-        below = np.nextafter(below, dtype(0))
-    return torch.nn.functional.hardshrink(row, float(below))
+    return float(np.nextafter(below, dtype(0)) if float(below) >= threshold else below)
 
 
 def _cancelled(column_sum: Tensor, merged: Tensor) -> Tensor | None:
@@ -197,4 +202,4 @@ def _cancelled(column_sum: Tensor, merged: Tensor) -> Tensor | None:
     In `merged` the columns that sum to 0 are on the positive side, so each with survivors is above 0 there.
     """
     survivors = torch.eq(column_sum, 0, out=torch.empty_like(merged)).mul_(merged)
-    return survivors > 0 if survivors.sum() > 0 else None
+    return survivors > 0 if survivors.max() > 0 else None

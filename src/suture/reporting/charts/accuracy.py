@@ -32,8 +32,12 @@ def accuracy(run: FinishedRun) -> Chart | None:
     if not data["rows"] or not data["tasks"]:
         return None
     names, tasks = [row["name"] for row in data["rows"]], [*data["tasks"], "mean"]
-    rows = [row for task in tasks for row in _on_task(data, task)]
-    measure = Choice("measure", "show", _MEASURES)
+    in_percent = all(each["share"] for each in data.get("metrics", {}).values())
+    measures = _MEASURES if in_percent else _MEASURES[:0:-1]  # the gap closed first, which has a sign in any unit
+    rows = [row for task in tasks for row in _on_task(data, task) if row["measure"] in measures]
+    if not rows:
+        return None
+    measure = Choice("measure", "show", measures)
     if len(names) > _MANY:
         cells = {**_cells(rows, names, tasks), "transform": [measure.filter]}
         width, least = max(400, 34 * len(tasks)), 190 + 25 * len(tasks)
@@ -107,18 +111,30 @@ def matrix(run: FinishedRun) -> Chart | None:
     if not models:
         return None
     cells = [(model, task, value) for model, row in models.items() for task, value in row.items()]
-    rows = [{"model": m, "task": t, "value": 100 * value} for m, t, value in cells if value is not None]
+    shares = all(each["share"] for each in data_metrics(run).values())
+    unit = 100 if shares else 1
+    rows = [{"model": m, "task": t, "value": unit * value} for m, t, value in cells if value is not None]
     spec = heat_map(
         rows,
         {**names_across("task", tasks), "title": "task"},
         {**names_down("model", list(models)), "title": "model"},
-        {"scale": {"scheme": "blues", "domain": [0, 100]}},
-        tips=[tip("model", "nominal"), tip("task", "nominal"), tip("value", title="accuracy", format=".1f")],
+        {"scale": {"scheme": "blues", **({"domain": [0, 100]} if shares else {"reverse": True})}},
+        tips=[
+            tip("model", "nominal"),
+            tip("task", "nominal"),
+            tip("value", title="accuracy" if shares else "score", format=".1f" if shares else ".3f"),
+        ],
         height=26 * len(models),
-        numbers=".0f",
+        numbers=".0f" if shares else ".2f",
     )
+    title = "Every model on every task" + (", accuracy in %" if shares else "")
     width, least = max(240, 34 * len(tasks)), 190 + 25 * len(tasks)
-    return Chart("Every model on every task, accuracy in %", spec, width=width, least=least)
+    return Chart(title, spec, width=width, least=least)
+
+
+def data_metrics(run: FinishedRun) -> Mapping[str, Any]:
+    """Task → its metric, of the tasks whose score is no accuracy."""
+    return run.data.get("metrics", {})
 
 
 def model_colours(data: Mapping[str, Any]) -> dict[str, str]:
@@ -142,6 +158,8 @@ def _on_task(data: Mapping[str, Any], task: str) -> list[dict[str, Any]]:
         for measure, (start, goal) in zip(_MEASURES, starts, strict=True):
             of_mean = task == "mean" and measure == _MEASURES[1]
             share = row["normalised_mean"] if of_mean else _share(value, start, goal)
+            if data.get("metrics") and measure != _MEASURES[0]:
+                share, bounds = _relative(data, row, task, measure, high) or share, None
             if share is None:
                 continue
             cell = {"model": row["name"], "task": task, "measure": measure, "value": 100 * share}
@@ -153,6 +171,16 @@ def _on_task(data: Mapping[str, Any], task: str) -> list[dict[str, Any]]:
 
 def _value(row: Mapping[str, Any], task: str) -> float | None:
     return row["mean"] if task == "mean" else row["accuracies"].get(task)
+
+
+def _relative(
+    data: Mapping[str, Any], row: Mapping[str, Any], task: str, measure: str, high: float | None
+) -> float | None:
+    """A relative score of a run with scores in several units; None where the usual formula holds."""
+    if task == "mean":
+        return row["normalised_mean"] if measure == _MEASURES[1] else row["gap_closed"]
+    lower = data["metrics"].get(task, {}).get("lower", False)
+    return _share(high, 0, _value(row, task)) if lower and measure == _MEASURES[1] else None
 
 
 def _share(value: float | None, start: float | None, goal: float | None) -> float | None:

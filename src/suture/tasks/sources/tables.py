@@ -72,6 +72,22 @@ def _load(folder: Path, split: Split, task: Task) -> Images | Texts:
     return Texts({name: plain[name] for name in contents}, labels, template, names, identity)
 
 
+def stored_rows(folder: Path, split: Split, task: Task, wanted: Sequence[str]) -> tuple[list[dict[str, Any]], str]:
+    """Rows with the wanted columns of any kind, and their identity; raises `DataError` for a missing column."""
+    if not _found(folder):
+        remedy = "put parquet, csv or jsonl files there, or plain texts as test.txt"
+        raise data_refusal(folder, "holds no table and no plain text of the split", remedy)
+    with _library():
+        table = _saved(folder, split, task) if _is_saved(folder) else _stored(folder, split, task)
+    for name in wanted:
+        if name not in table.features:
+            known = shown(", ".join(map(str, table.features)))
+            remedy = "name it under `text_columns`, `label_column` or `score.choices_column`"
+            raise DataError(f"there is no column '{name}' (found: {known}). Remedy: {remedy}.")
+    plain = table.select_columns(list(wanted)).with_format(None)
+    return [dict(row) for row in plain], table._fingerprint
+
+
 def _problems(folder: Path, split: Split, task: Task) -> list[str]:
     try:
         with _library():
