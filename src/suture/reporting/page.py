@@ -160,7 +160,7 @@ def _split(row: Mapping[str, Any]) -> str:
 
 def _best_by_gap(data: Mapping[str, Any]) -> str:
     """The same for language models, whose scores may be in several units: the model that closes most of the gap."""
-    scored = [row for row in data["rows"] if not is_reference(row) and row.get("gap_closed") is not None]
+    scored = [row for row in data["rows"] if not is_reference(row) and (row.get("gap_closed") or 0.0) > 0]
     if not scored:
         return ""
     best = max(scored, key=lambda row: row["gap_closed"])
