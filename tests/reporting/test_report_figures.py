@@ -60,15 +60,16 @@ def test_a_picture_stands_alone(run):
         assert (picture[0] == 255).all()
         assert picture.std() > 5
     accuracy = texts(run / "figures" / "accuracy.svg")
-    assert accuracy[-2:] == ["Accuracy by task", "accuracy (%)"]
+    assert accuracy[-2:] == ["Accuracy by task", "accuracy (%)Lines are 95% intervals (Wilson)."]
     assert {"pretrained", "experts", *TASKS[:2], "mean"} <= set(accuracy)
     scatter = texts(run / "figures" / "representation_ties_deep.svg")
-    assert {"merged", "repaired", "expert", *(f"{task} (50%)" for task in TASKS[:2])} <= set(scatter)
+    assert {"merged", "repaired", "expert", *TASKS[:2]} <= set(scatter)
+    assert {"axis 1: 30% of the variance →", "↑ axis 2: 20%"} <= set(scatter)
     assert any(text.startswith("Final features: ties + deep") for text in scatter)
 
 
 def texts(path):
-    return [element.text for element in ElementTree.parse(path).iter("{http://www.w3.org/2000/svg}text")]
+    return ["".join(element.itertext()) for element in ElementTree.parse(path).iter("{http://www.w3.org/2000/svg}text")]
 
 
 def test_names_that_mean_harm_are_text_in_pictures(run):

@@ -115,7 +115,7 @@ def test_a_click_on_a_head_sorts(browser, run):
         ("Accuracy by task", "measure", "gap closed (%)"),
         ("Distance to the experts", "task", TASKS[1]),
         ("Distance to the experts", "measure", "linear CKA to the expert"),
-        ("Final features", "task", f"{HOSTILE} (50%)"),
+        ("Final features", "task", HOSTILE),
     ],
 )
 def test_a_selector_changes_what_is_drawn(browser, run, title, parameter, option):
@@ -148,7 +148,7 @@ def test_another_panel_is_drawn_when_it_is_chosen(browser, run):
     choose(browser, select, "ties + deep")
     browser.execute_async_script("const done = arguments[0]; setTimeout(done, 300)")
     chart = figure(browser, "Final features")
-    assert "deep: 64 numbers added" in browser.find_element("css selector", "main").text
+    assert "deep: 64 parameters added" in browser.find_element("css selector", "main").text
     assert len(marks(browser, chart)) > 60
     quiet(browser)
 

@@ -28,7 +28,7 @@ def representation(generator):
     numbers = lambda *shape: torch.rand(*shape, generator=generator, dtype=torch.float64)
     distances = lambda: Distances(numbers(3, 3), numbers(3, 3))
     scatter = {task: {side: numbers(20, 2) for side in ("merged", "repaired", "expert")} for task in TASKS}
-    return Representation(TASKS, places, distances(), distances(), scatter, dict.fromkeys(TASKS, 0.5))
+    return Representation(TASKS, places, distances(), distances(), scatter, dict.fromkeys(TASKS, (0.3, 0.2)))
 
 
 def a_report(title=f"a run of {HOSTILE}", scaling_factor=0.3):

@@ -51,9 +51,7 @@ def build(name: str, output: Path | None = None, seed: int = 0, **options: Any) 
     if name not in buildable():
         raise ConfigError(unknown_name("zoo", name, buildable()))
     if output is None and installed(name):
-        raise ConfigError(
-            f"{name} is installed. Remedy: to build it again, name a folder: --output DIR"
-        )
+        raise ConfigError(f"{name} is installed. Remedy: to build it again, name a folder: --output DIR")
     builder = importlib.import_module(f"tools.zoo.builders.{name}").build
     known = [option for option in inspect.signature(builder).parameters if option not in ("folder", "seed")]
     for option in options:

@@ -2,11 +2,13 @@
 
 from suture.evaluation.accuracy import BATCH_SIZE, Accuracy, Model, Scorer, evaluate, evaluate_row
 from suture.evaluation.inputs import SplitInputs, TaskInputs, as_task, evaluation_set, task_inputs
+from suture.evaluation.intervals import Interval, mean_interval, over_seeds, wilson
 from suture.evaluation.rows import Role, Row
 
 __all__ = [
     "BATCH_SIZE",
     "Accuracy",
+    "Interval",
     "Model",
     "Role",
     "Row",
@@ -17,5 +19,8 @@ __all__ = [
     "evaluate",
     "evaluate_row",
     "evaluation_set",
+    "mean_interval",
+    "over_seeds",
     "task_inputs",
+    "wilson",
 ]

@@ -10,6 +10,7 @@ from statistics import fmean
 from typing import TYPE_CHECKING, Literal
 
 from suture.core.notebooks import frame, table_html
+from suture.evaluation.intervals import Interval, mean_interval, wilson
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -26,7 +27,9 @@ class Row:
     `role` says what was scored: the pretrained model, the experts each on its own task, a merge, or a repair. A
     repair's row also has the label of its `merge` and its kind, `repair`. In a `routed` row a router chose each input's
     task. `needs_task`: whether the task's name must be given at inference. `learned` says what was learned and from
-    which inputs, and is empty where only weights were read; `seconds` is the time that making the model took.
+    which inputs, and is empty where only weights were read; `split` is the split of these inputs, if any. `seconds` is
+    the time that making the model took, and `added_parameters` the number of its parameters beside one model's.
+    `routing`: task → the share of its inputs that the router sends to it. `warnings` are lines about this row.
 
     `metrics`: task → the name of its score, where that is no accuracy; `errors`: task → its standard error; `details`:
     task → metric → (value, standard error), of everything that was measured. The mean of tasks with scores in different
@@ -43,6 +46,10 @@ class Row:
     needs_task: bool = False
     learned: str = ""
     seconds: float | None = field(default=None, compare=False)
+    split: str = ""
+    added_parameters: int = 0
+    routing: Mapping[str, float] = field(default_factory=dict)
+    warnings: tuple[str, ...] = ()
     metrics: Mapping[str, str] = field(default_factory=dict)
     errors: Mapping[str, float] = field(default_factory=dict)
     details: Mapping[str, Mapping[str, tuple[float, float]]] = field(default_factory=dict)
@@ -101,6 +108,15 @@ class Row:
             return fmean(closed) if closed else nan
         start, goal = (fmean(row.on(task) for task in self.accuracies) for row in (pretrained, experts))
         return _ratio(self.mean - start, goal - start)
+
+    def interval(self, task: str) -> Interval:
+        """The 95% interval of the accuracy on one task (Wilson)."""
+        return wilson(self.accuracies[task], self.samples.get(task, 0))
+
+    @property
+    def mean_interval(self) -> Interval | None:
+        """The 95% interval of the mean over tasks; None if the number of inputs of a task is not known."""
+        return mean_interval(self.accuracies, self.samples)
 
     def on(self, task: str) -> float:
         """The accuracy on one task; nan if this row was not measured on it."""

@@ -128,7 +128,9 @@ class AdaMerging(MethodBase, AdaMergingOptions):
             )
         steps = len(learned.losses)
         how = f"coefficients, {steps:,} steps on all {self.split} inputs" if steps else ""
-        return MergeResult(self.label, written(learned.merged, out), learned, how, warnings=learned.warnings)
+        split = self.split if steps else ""
+        merged = written(learned.merged, out)
+        return MergeResult(self.label, merged, learned, how, warnings=learned.warnings, split=split)
 
     def steps(self, fast: bool) -> int:
         """The number of steps; `fast`: of a fast_dev_run."""

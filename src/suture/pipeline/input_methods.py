@@ -54,7 +54,7 @@ class InputMethod(MethodBase, ABC):
         with context.profile("merging weights"):
             result = self._merged(given, shared, tasks, context)
         how = f"weights, solved on up to {self.num_inputs} {self.split} inputs a task"
-        return MergeResult(self.label, written(result.merged, out), how=how, warnings=result.warnings)
+        return MergeResult(self.label, written(result.merged, out), how=how, warnings=result.warnings, split=self.split)
 
     @abstractmethod
     def _merged(

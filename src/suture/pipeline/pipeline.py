@@ -15,6 +15,7 @@ from torch import Tensor
 
 from suture.checkpoints import open_checkpoint
 from suture.core.extras import check_installed
+from suture.core.machine import circumstances
 from suture.core.progress import Profile, bar
 from suture.errors import ConfigError
 from suture.evaluation import Row, SplitInputs
@@ -27,6 +28,7 @@ from suture.pipeline.model_card import write_card
 from suture.pipeline.models import Models, open_models
 from suture.pipeline.preflight import Preflight, preflight_of
 from suture.pipeline.repairs import fit
+from suture.pipeline.repeating import write_pools
 from suture.pipeline.results import MergeResult
 from suture.pipeline.scoring import Scores, expert_matrix, score_merge, score_model, score_references
 from suture.pipeline.settings import Settings
@@ -140,7 +142,8 @@ def run_settings(
             part = folder if len(runs) == 1 else folder / "models" / settings.method.label
             own = replace(context, folder=part)
             result = _merge_into(part, settings, models, inputs, own)
-            merged.append(replace(result, how="; ".join(filter(None, (how, result.how)))))
+            split = result.split or (search["split"] if search else "")
+            merged.append(replace(result, how="; ".join(filter(None, (how, result.how))), split=split))
             fits = _fits(settings, models, merged[-1], inputs, own)
             repairs[merged[-1].label] = fits
             folding = _save_repairs(fits, models, merged[-1], inputs, part)
@@ -165,6 +168,8 @@ def run_settings(
             config=config,
             provenance=models.provenance,
             profile=profile.seconds,
+            circumstances=circumstances(),
+            repeat=write_pools(config, folder, first.output),
             notes=[*notes, *context.notes(), *warnings],
             command=config.get("command", ""),
             learning={result.label: result.learned for result in merged if result.learned},

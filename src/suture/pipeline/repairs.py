@@ -27,6 +27,7 @@ from suture.repairs import (
     Problem,
     RepairKind,
     RepairResult,
+    StaticModel,
     SurgeryModel,
     SurgeryModules,
     add_router,
@@ -182,11 +183,12 @@ def _fit_one(
         if result.stream is not None:
             order = {name: chosen[name][at] for name, at in result.stream.order.items()}
             result = replace(result, stream=result.stream._replace(order=order))
-        if isinstance(result.model, SurgeryModel) and result.stream is None:
-            if options.router != NONE:
+        if isinstance(result.model, SurgeryModel | StaticModel) and result.stream is None:
+            if options.router != NONE and isinstance(result.model, SurgeryModel):
                 add_router(result.model, problem, options.router, context.seed)
             compared = {name: inputs["test"][name].first(options.compare).inputs for name in models.experts}
-            distances = representation(result.model, expert, compared, track=bar) if options.compare else None
+            sides: dict[str, Any] = {"merged": module, "forward": device.call, "track": bar}
+            distances = representation(result.model, expert, compared, **sides) if options.compare else None
             result = replace(result, representation=distances)
     facts: dict[str, Any] = {"name": repair.name(merged.label), "chain": repair.chain, "split": options.split}
     facts |= {"inputs": sum(map(len, chosen.values())), "seconds": seconds}

@@ -13,7 +13,8 @@ from suture.repairs import RepairResult
 class MergeResult:
     """One merged model: its tensors, and its learned coefficients, if any. `label` names its row in the report.
 
-    `how` says in words what was learned, and from which inputs; it is empty where only weights were read. `seconds`
+    `how` says in words what was learned, and from which inputs, which are of the `split`; both are empty where only
+    weights were read. `seconds`
     is the time that the merge took, and `warnings` are lines for the user. `masked`: the models of the tasks, where
     the method leaves more than one model.
     """
@@ -25,3 +26,4 @@ class MergeResult:
     seconds: float = 0.0
     warnings: tuple[str, ...] = ()
     masked: RepairResult | None = None
+    split: str = ""

@@ -5,6 +5,7 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+from itertools import combinations
 from typing import Any
 
 import torch
@@ -19,6 +20,10 @@ from suture.pipeline.models import Models
 from suture.pipeline.results import MergeResult
 from suture.repairs import Problem, RepairResult
 from suture.storage.cache import cache_directory, once
+
+_COMPARED = 256  # inputs of a task that are looked for among those of another
+_SAME = 1e-4  # relative distance of the features of one input, encoded in different batches
+_IN_COMMON = 0.05  # a smaller share of common inputs is not worth a warning
 
 
 @dataclass(frozen=True)
@@ -41,7 +46,7 @@ def score_merge(
     result: MergeResult, repairs: Sequence[RepairResult], models: Models, inputs: SplitInputs, context: Context
 ) -> list[Row]:
     """Score a merged model, then each of its repairs."""
-    row = Row(result.label, {}, merge=result.label, learned=result.how, seconds=result.seconds)
+    row = Row(result.label, {}, merge=result.label, learned=result.how, seconds=result.seconds, split=result.split)
     with context.profile("evaluation"):
         encoder = models.new_encoder(context.device.device)
         rows = [context.scorer.row(row, encoder.load(result.tensors), inputs["test"])]
@@ -69,7 +74,8 @@ def repair_rows(
     An online repair has a row for each share of its stream, and a prequential one, from each input's output before its
     own step.
     """
-    facts = {"learned": result.learned, "seconds": result.seconds, "needs_task": result.tensors is None}
+    facts: dict[str, Any] = {"learned": result.learned, "seconds": result.seconds, "split": result.split or ""}
+    facts |= {"needs_task": result.tensors is None, "added_parameters": result.added_parameters}
     row = Row(result.name, {}, role="repair", merge=label, repair="+".join(result.chain) or result.kind, **facts)
     test = {task: inputs["test"][task] for task in tasks}
     if any(task.requests is not None for task in test.values()):
@@ -82,11 +88,59 @@ def repair_rows(
     rows = [_row(row, correct)]
     if result.model.router is not None:
         features = _features(result, result.model, test, context)
-        routed = {"routed": True, "needs_task": False, "learned": result.learned_for_routing}
-        rows.append(
-            _row(replace(row, name=f"{result.name}, routed", **routed), _routed(result.model, correct, features))
-        )
+        rows.append(_routed_row(row, result, correct, features))
     return rows
+
+
+def _routed_row(row: Row, result: RepairResult, correct: Mapping[str, Tensor], features: Mapping[str, Tensor]) -> Row:
+    """The row with the router's choice of task, with the router's own accuracy and what speaks against it."""
+    router: Any = result.model.router
+    chosen = {name: _on_router(router, rows) for name, rows in features.items()}
+    right = {name: chosen[name] == i for i, name in enumerate(result.model.tasks) if name in chosen}
+    shares = {name: hits.double().mean().item() for name, hits in right.items()}
+    added = row.added_parameters + sum(tensor.numel() for tensor in router.buffers())
+    facts: dict[str, Any] = {"routed": True, "needs_task": False, "learned": result.learned_for_routing}
+    facts |= {"routing": shares, "added_parameters": added, "warnings": shared_inputs(features)}
+    named = replace(row, name=f"{result.name}, routed", **facts)
+    return _row(named, {name: correct[name] & hits for name, hits in right.items()})
+
+
+def shared_inputs(features: Mapping[str, Tensor]) -> tuple[str, ...]:
+    """One line for each two tasks that have inputs in common, by their features, which no router can tell apart.
+
+    `features`: task → (input, dim) of one model. Up to 256 inputs of a task are compared with all of another.
+    """
+    few = {name: rows[_spread(len(rows), _COMPARED)].double() for name, rows in features.items()}
+    lines = []
+    for one, other in combinations(features, 2):
+        nearest = _distance_to_nearest(few[one], features[other])
+        share = (nearest <= _SAME * few[one].norm(dim=1)).double().mean().item()
+        if share > _IN_COMMON:
+            lines.append(
+                f"Tasks {one!r} and {other!r} share inputs ({share:.0%} of those compared): no router can tell them "
+                "apart. Remedy: give the task's name."
+            )
+    return tuple(lines)
+
+
+def _distance_to_nearest(few: Tensor, rows: Tensor) -> Tensor:
+    """From each of a few features to the nearer of its two neighbours among `rows` along a fixed direction.
+
+    The same input's feature, up to rounding, is one of these; a search of all pairs would take minutes for many tasks.
+    """
+    direction = torch.arange(rows.shape[1], dtype=torch.float64).cos()
+    keys, order = (rows.double() @ direction).sort()
+    after = torch.searchsorted(keys, few @ direction)
+    neighbours = torch.stack([after - 1, after]).clamp(0, len(rows) - 1)
+    return (rows[order[neighbours]].double() - few).norm(dim=-1).amin(0)
+
+
+def _spread(length: int, most: int) -> Tensor:
+    return torch.linspace(0, length - 1, min(length, most)).round().long()
+
+
+def _on_router(router: Any, rows: Tensor) -> Tensor:
+    return router(rows.to(next(router.buffers()).device)).cpu()
 
 
 def _language_row(row: Row, result: RepairResult, test: Mapping[str, TaskInputs], context: Context) -> Row:
@@ -170,12 +224,6 @@ def _prequential(result: RepairResult, inputs: SplitInputs) -> dict[str, Tensor]
         task = inputs[result.split or "test"][name]
         correct[name] = task.logits(outputs).argmax(-1) == task.labels[result.stream.order[name]]
     return correct
-
-
-def _routed(model: Any, correct: Mapping[str, Tensor], features: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Whether the router chose the right task and the model the right class, bool (N,) by task."""
-    tasks = {name: model.router(rows.to(model.network.device)).cpu() for name, rows in features.items()}
-    return {name: correct[name] & (tasks[name] == i) for i, name in enumerate(model.tasks)}
 
 
 def _row(row: Row, correct: Mapping[str, Tensor]) -> Row:

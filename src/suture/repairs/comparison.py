@@ -6,14 +6,15 @@ from typing import Any
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
 from suture.core.batches import Forward, Inputs, split, to_device
 from suture.core.progress import Track, untracked
 from suture.errors import ConfigError
 from suture.repairs.model import SurgeryModel
 from suture.repairs.network import FINAL, Block, Blocks, Network, by_layer, find_blocks, layers_of, position_mean
-from suture.repairs.problem import Experts, Problem
+from suture.repairs.problem import Experts, Problem, layer_means
+from suture.repairs.static_model import StaticModel
 
 _SEPARATE = 1e-12
 
@@ -32,7 +33,7 @@ class Representation:
 
     `layers`: the blocks, by path, and the final feature; a block's representation is its mean over positions.
     `scatter`: task → {"merged", "repaired", "expert"} → (input, 2), the final features projected onto the first two
-    principal axes of all three together; `explained`: task → the share of the variance along these axes.
+    principal axes of all three together; `explained`: task → the share of the variance along each of these axes.
     """
 
     tasks: tuple[str, ...]
@@ -40,14 +41,15 @@ class Representation:
     before: Distances
     after: Distances
     scatter: dict[str, dict[str, Float[Tensor, "input 2"]]]
-    explained: dict[str, float]
+    explained: dict[str, tuple[float, float]]
 
 
 def representation(
-    model: SurgeryModel,
+    model: SurgeryModel | StaticModel,
     experts: Experts,
     inputs: Mapping[str, Inputs],
     *,
+    merged: nn.Module | None = None,
     forward: Forward | None = None,
     blocks: Blocks = None,
     batch_size: int = 64,
@@ -55,23 +57,26 @@ def representation(
 ) -> Representation:
     """Compare a repaired model with its experts on each task's inputs, in three forward passes.
 
-    `blocks` names the blocks to compare beside the final feature, as for `find_blocks`; an empty list means none. By
-    default these are the repaired blocks, or else any that are found. `forward` is the model's own by default.
+    `merged` is the model before a repair of its own weights, which a `StaticModel` does not keep; modules beside the
+    weights leave it as it was. Raises `ConfigError` for a `StaticModel` without it. `blocks` names the blocks to
+    compare beside the final feature, as for `find_blocks`; an empty list means none. By default these are the repaired
+    blocks, or else any that are found. `forward` is the model's own by default.
     """
     forward = forward or model.network.encode
-    problem = Problem(model.network.module, experts, inputs, forward, encode_batch=batch_size, track=track)
+    module = _before(model, merged)
+    problem = Problem(module, experts, inputs, forward, encode_batch=batch_size, track=track)
     compared = _compared_blocks(model, problem, blocks)
     before, after = [], []
     scatter, explained = {}, {}
     for task in problem.tasks:
         expert = by_layer(problem.expert_rows(task, inputs[task], compared), compared)
-        merged = by_layer(problem.merged_rows(task, inputs[task], compared), compared)
+        unrepaired = by_layer(problem.merged_rows(task, inputs[task], compared), compared)
         repaired = by_layer(_repaired_rows(model, task, inputs[task], compared, forward, batch_size), compared)
-        for rows in (expert, merged):
-            rows[-1] = model.repair_at[FINAL].prepared(rows[-1])
-        before.append(_distances(merged, expert))
+        for rows in (expert, unrepaired):
+            rows[-1] = _prepared(model, rows[-1])
+        before.append(_distances(unrepaired, expert))
         after.append(_distances(repaired, expert))
-        last = {"merged": merged[-1], "repaired": repaired[-1], "expert": expert[-1]}
+        last = {"merged": unrepaired[-1], "repaired": repaired[-1], "expert": expert[-1]}
         scatter[task], explained[task] = project(last)
     sides = [Distances(*torch.stack(side).unbind(-1)) for side in (before, after)]
     return Representation(tuple(problem.tasks), tuple(layers_of(compared)), sides[0], sides[1], scatter, explained)
@@ -96,10 +101,10 @@ def linear_cka(x: Float[Tensor, "input one"], y: Float[Tensor, "input other"]) -
     return numerator / product if product > _SEPARATE else torch.zeros((), dtype=torch.float64)
 
 
-def project(features: Mapping[str, Float[Tensor, "input dim"]]) -> tuple[dict[str, Tensor], float]:
+def project(features: Mapping[str, Float[Tensor, "input dim"]]) -> tuple[dict[str, Tensor], tuple[float, float]]:
     """Project several models' features onto the first two principal axes of all of them together.
 
-    Returns name → (input, 2), float64, and the share of the variance along these axes. The sign of an axis is such that
+    Returns name → (input, 2), float64, and the share of the variance along each axis. The sign of an axis is such that
     its largest entry is positive.
     """
     rows = torch.cat([side.double() for side in features.values()])
@@ -108,11 +113,26 @@ def project(features: Mapping[str, Float[Tensor, "input dim"]]) -> tuple[dict[st
     axes = torch.cat([axes, axes.new_zeros(2, rows.shape[1])])[:2]  # padded for features of a single dimension
     signs = axes.gather(1, axes.abs().argmax(1, keepdim=True)).sign()
     axes, total = axes * signs, values.square().sum()
-    share = (values[:2].square().sum() / total).item() if total > 0 else 1.0
-    return {name: (side.double() - mean) @ axes.T for name, side in features.items()}, share
+    shares = torch.cat([values.square(), values.new_zeros(2)])[:2] / total if total > 0 else values.new_tensor([1, 0])
+    first, second = shares.tolist()
+    return {name: (side.double() - mean) @ axes.T for name, side in features.items()}, (first, second)
 
 
-def _compared_blocks(model: SurgeryModel, problem: Problem, blocks: Blocks) -> tuple[Block, ...]:
+def _before(model: SurgeryModel | StaticModel, merged: nn.Module | None) -> nn.Module:
+    """The merged model without its repair."""
+    if isinstance(model, SurgeryModel):
+        return model.network.module
+    if merged is None:
+        raise ConfigError("A repair of the weights is compared with the model before it. Remedy: give merged=….")
+    return merged
+
+
+def _prepared(model: SurgeryModel | StaticModel, features: Tensor) -> Tensor:
+    """The features as the repair's final modules take them."""
+    return model.repair_at[FINAL].prepared(features) if isinstance(model, SurgeryModel) else features
+
+
+def _compared_blocks(model: SurgeryModel | StaticModel, problem: Problem, blocks: Blocks) -> tuple[Block, ...]:
     if blocks is None and model.network.blocks:
         return model.network.blocks
     if blocks is not None and len(blocks) == 0:
@@ -128,9 +148,17 @@ def _compared_blocks(model: SurgeryModel, problem: Problem, blocks: Blocks) -> t
 
 @torch.no_grad()
 def _repaired_rows(
-    model: SurgeryModel, task: str, inputs: Inputs, compared: tuple[Block, ...], forward: Forward, batch_size: int
+    model: SurgeryModel | StaticModel,
+    task: str,
+    inputs: Inputs,
+    compared: tuple[Block, ...],
+    forward: Forward,
+    batch_size: int,
 ) -> Tensor:
     """As `Problem.rows`, for the repaired model."""
+    if isinstance(model, StaticModel):
+        network = Network(model.network.module, forward, compared)
+        return torch.cat([layer_means(network, to_device(b, network.device)).cpu() for b in split(inputs, batch_size)])
     blocks = {block.path: block for block in (*compared, *model.network.blocks)}
     network = Network(model.network.module, forward, list(blocks.values()))
     encoded = [_repaired_means(model, task, network, compared, batch) for batch in split(inputs, batch_size)]

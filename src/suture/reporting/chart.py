@@ -11,11 +11,15 @@ from typing import Any
 
 INK = "currentColor"  # charts on the page follow its theme; in files it is replaced by `_INK_IN_FILES`
 _INK_IN_FILES = "#24303b"
+# Eight colours that stay apart for every kind of colour blindness (at least 0.13 in OKLab, Okabe and Ito's 0.08) and on
+# both of the page's backgrounds (contrast 2 or more), then the same lighter and greyer, with other dashes.
 PALETTE = (
-    *("#3b82c4", "#e08a2e", "#3aa76d", "#b463b4", "#d0524a", "#6b78d6", "#a07c4f", "#35a3b0"),
-    *("#8db8dd", "#eec08d", "#8fd0ab", "#d9b0d9", "#e6a39f", "#b3bbec", "#cbb494", "#8fd0d8"),
-    *("#1f4e79", "#8a4b08", "#1e6b45", "#6d2f6d", "#7d1f1b", "#343f8f", "#5d4526", "#176068"),
+    *("#4466cc", "#eeaa00", "#aa3300", "#44ccaa", "#774477", "#dd6633", "#bb99ff", "#aa7799"),
+    *("#859cde", "#f4c859", "#c87a59", "#85dec8", "#a785a7", "#e99c7a", "#d3bdff", "#c8a7bd"),
+    *("#5a6b9e", "#af8d38", "#8d5238", "#5a9e8d", "#745a74", "#a66b52", "#9684b8", "#8d7484"),
 )
+_DASHES = ((1, 0), (7, 3), (2, 2))  # of the lines in the palette's three rows
+_ROW = 8
 _SCHEMA = "https://vega.github.io/schema/vega-lite/v6.json"
 _PICKED = {"name": "picked", "value": None}
 _ACROSS = 4  # facets in a row
@@ -28,6 +32,7 @@ _CONFIG: Mapping[str, Any] = {
         **{"titleFontWeight": "normal", "labelFontSize": 11, "titleFontSize": 11, "labelLimit": 110},
     },
     "axisQuantitative": {"labelOverlap": "greedy", "labelSeparation": 8},
+    "axisXQuantitative": {"tickCount": 8},
     "legend": {"labelColor": INK, "titleColor": INK, "titleFontWeight": "normal"},
     "header": {"labelColor": INK, "labelFontSize": 11, "titleColor": INK},
 }
@@ -62,7 +67,9 @@ class Chart:
 
     - `spec`: Vega-Lite with data, but without width and parameters.
     - `legend`: name → colour. On the page, a click on a name sets the parameter `picked`.
-    - `about`: a sentence below the chart. `width`: the width of the plot in files, in pixels.
+    - `dashes`: name → "dashed" or "dotted", for the legend of lines that are not solid.
+    - `about`: a sentence below the chart. `width`: the width of the plot in files, in pixels; `least`: the width below
+      which the page lets the reader scroll.
     """
 
     title: str
@@ -71,6 +78,8 @@ class Chart:
     choices: Sequence[Choice] = ()
     about: str = ""
     width: int = 560
+    least: int = 0
+    dashes: Mapping[str, str] = field(default_factory=dict)
 
     def _repr_mimebundle_(self, **_: Any) -> dict[str, Any]:
         """For a notebook: the picture, and the specification for those that can draw it."""
@@ -126,6 +135,25 @@ def colours(names: Iterable[str], fixed: Mapping[str, str] | None = None) -> dic
     names = list(dict.fromkeys(names))
     drawn = {name: PALETTE[i % len(PALETTE)] for i, name in enumerate(n for n in names if n not in fixed)}
     return {name: fixed.get(name) or drawn[name] for name in names}
+
+
+def task_colours(tasks: Iterable[str]) -> dict[str, str]:
+    """Task → its colour in every figure and table of a page: by its position among the run's tasks."""
+    return colours(tasks)
+
+
+def dashed(key: str, names: Iterable[str]) -> dict[str, Any]:
+    """Dashes by the field `key`, which tell lines apart beyond the palette's first row."""
+    names = list(names)
+    ranges = [list(_DASHES[i // _ROW % len(_DASHES)]) for i in range(len(names))]
+    channel = {"field": key, "type": "nominal", "scale": {"domain": names, "range": ranges}, "legend": None}
+    return {"strokeDash": channel} if len(names) > _ROW else {}
+
+
+def dash_names(names: Iterable[str]) -> dict[str, str]:
+    """Name → "dashed" or "dotted", as `dashed` draws its line."""
+    known = {name: ("", "dashed", "dotted")[i // _ROW % len(_DASHES)] for i, name in enumerate(names)}
+    return {name: style for name, style in known.items() if style}
 
 
 def specification(rows: Sequence[Mapping[str, Any]], **parts: Any) -> dict[str, Any]:
@@ -224,5 +252,9 @@ def _for_print(part: Any, legend: Mapping[str, Any] | None) -> Any:
     if not isinstance(part, Mapping):
         return _INK_IN_FILES if part == INK else part
     printed = {k: v if k in ("domain", "sort") else _for_print(v, legend) for k, v in part.items()}
-    by_name = part.get("type") == "nominal" and "legend" in part and "range" in part.get("scale", {})
+    by_name = part.get("type") == "nominal" and "legend" in part and _named_colours(part.get("scale", {}))
     return {**printed, "legend": legend} if by_name else printed
+
+
+def _named_colours(scale: Mapping[str, Any]) -> bool:
+    return any(isinstance(colour, str) for colour in scale.get("range", ()))

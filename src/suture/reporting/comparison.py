@@ -7,6 +7,7 @@ from typing import Any
 from suture.errors import ConfigError
 from suture.reporting.page import page
 from suture.reporting.run_folder import FinishedRun, is_reference, read, read_all
+from suture.reporting.seeds import by_seed
 from suture.reporting.sweep import curves_of, knobs_that_differ
 from suture.storage.atomic import write_text
 
@@ -43,6 +44,7 @@ def compared(runs: Sequence[FinishedRun]) -> FinishedRun:
         "matrix": {name: row for run in runs for name, row in run.data.get("matrix", {}).items()},
         "notes": list(dict.fromkeys(note for run in runs for note in run.data.get("notes", ()))),
         "search": None,
+        "seeds": by_seed([run.data for run in runs]),
         "runs": [{**run.data, "label": run.label} for run in runs],
         **merged,
     }

@@ -23,8 +23,10 @@ class Report:
 
     `pretrained` and `experts` are among the `rows`; without them there is no gap to report. `curves`: knob → model →
     value of the knob → mean accuracy. `matrix`: a row per expert, on every task. `profile`: activity → seconds.
-    `search`: the trials of a search for knobs, and the score and inputs that they were compared by. `harness`:
-    versions, settings and results of an evaluation harness. `generations`: prompts, and their continuations by model.
+    `search`: the trials of a search for knobs, and the score and inputs that they were compared by. `circumstances`:
+    date, commit, hardware and peak memory. `command` is the command as it was given; `repeat` repeats the run from
+    inside its folder. `seeds`: name → a row for each seed. `harness`: versions, settings and results of an evaluation
+    harness. `generations`: prompts, and their continuations by model.
     """
 
     title: str
@@ -41,6 +43,9 @@ class Report:
     repairs: Mapping[str, RepairResult] = field(default_factory=dict)
     matrix: Sequence[Row] = ()
     search: Mapping[str, Any] | None = None
+    circumstances: Mapping[str, Any] = field(default_factory=dict)
+    repeat: str = ""
+    seeds: Mapping[str, Sequence[Row]] = field(default_factory=dict)
     harness: Mapping[str, Any] | None = None
     generations: Sequence[Mapping[str, Any]] = ()
 
@@ -106,6 +111,9 @@ class Report:
             "generations": [dict(each) for each in self.generations],
             "profile_seconds": dict(self.profile),
             "notes": list(self.notes),
+            "circumstances": dict(self.circumstances),
+            "repeat": self.repeat,
+            "seeds": {name: [dict(row.accuracies) for row in rows] for name, rows in self.seeds.items()},
             "config": dict(self.config),
             "provenance": dict(self.provenance),
         }
@@ -119,10 +127,20 @@ class Report:
             "routed": row.routed,
             "needs_task": row.needs_task,
             "learned": row.learned,
+            "split": row.split,
+            "added_parameters": row.added_parameters,
+            "routing": dict(row.routing),
+            "warnings": list(row.warnings),
             "accuracies": dict(row.accuracies),
             "errors": dict(row.errors),
             "details": {task: {n: list(pair) for n, pair in each.items()} for task, each in row.details.items()},
             "mean": _known(row.mean),
+            "mean_interval": None if row.metrics or not row.mean_interval else list(row.mean_interval),
+            "intervals": {
+                task: list(row.interval(task))
+                for task in row.accuracies
+                if row.samples.get(task) and task not in row.metrics
+            },
             "normalised_mean": _known(self.normalised(row)),
             "gap_closed": _known(self.gap_closed(row)),
         }
@@ -236,10 +254,16 @@ def cells(report: Report, row: Row) -> list[str]:
 
 
 #: The column heads of a row's cost: what it needs to be made, and to be used.
-COSTS = ("task's name", "learned", "seconds")
+COSTS = ("task's name", "learned", "added", "seconds")
 
 
 def costs(row: Mapping[str, Any], seconds: float | None) -> list[str]:
-    """The cost of a row of report.json: the task's name at inference, what was learned, and the seconds it took."""
+    """The cost of a row of report.json: the task's name, what was learned, parameters added, and seconds."""
     needed = "needed" if row.get("needs_task") else "routed" if row.get("routed") else "–"
-    return [needed, row.get("learned") or "–", "–" if seconds is None else f"{seconds:.1f}"]
+    added = row.get("added_parameters")
+    return [
+        needed,
+        row.get("learned") or "–",
+        f"{added:,}" if added else "–",
+        "–" if seconds is None else f"{seconds:.1f}",
+    ]

@@ -6,24 +6,32 @@ except the page's own two, which it lists by their hashes.
 
 import base64
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from hashlib import sha256
 from html import escape
 from importlib.resources import files
 from typing import Any
 
-from suture.reporting.chart import Chart
+from suture.core.names import in_bytes
+from suture.reporting.chart import Chart, task_colours
 from suture.reporting.data import COSTS, about_scores, costs, percent, score_text, task_head
 from suture.reporting.figures import charts_of
+from suture.reporting.glossary import explained, explained_name, list_of
+from suture.reporting.harms import harms
+from suture.reporting.paths import without_machine
 from suture.reporting.rendering import runtime
 from suture.reporting.run_folder import FinishedRun, flat, is_reference
+from suture.reporting.scores import best_of_each_use, interval, top_names
+from suture.reporting.seeds import seeds_table
+from suture.reporting.tables import HEADS, tables
 
 Block = Chart | str
 _DESTINATIONS = ("output", "overwrite", "reuse", "choices.", "hydra")  # keys that do not affect a run's results
-_ABOUT = """Accuracy in %. Norm.: mean over tasks of accuracy / expert accuracy. Gap closed: (model − pretrained) /
-(experts − pretrained) of the means. Task's name: whether the model must be told which task an input belongs to, or a
-router chooses it. Learned: what was learned, and from which inputs; – where only weights were read. Seconds: to merge
-and repair. Click a column head to sort."""
+_ABOUT = """Accuracy in %. Bold: not told apart from the best merge or repair of the column, because the 95% intervals
+(Wilson) overlap. Rows are in the order of the run, not of merit; click a column head to sort."""
+_TEXTS = ("learned from", "task's name", "learned")  # columns of words
+_PEAKS = {"process": "Peak memory of the process", "accelerator": "Peak memory of the accelerator"}
 
 
 def page(run: FinishedRun, *, interactive: bool = True) -> str:
@@ -40,7 +48,7 @@ def page(run: FinishedRun, *, interactive: bool = True) -> str:
 <main>
 {body}
 </main>
-<script type="application/json" id="charts">{_as_json(charts)}</script>
+<script type="application/json" id="data">{_as_json(charts, tables(run.data))}</script>
 {"".join(f"<script>{script}</script>" for script in scripts)}
 </body></html>
 """
@@ -54,23 +62,24 @@ def _policy(scripts: Sequence[str]) -> str:
     return f"default-src 'none'; script-src {allowed}; {rest}"
 
 
-def _as_json(charts: Sequence[Chart]) -> str:
-    """The charts as JSON that is safe inside HTML: all ASCII, without a <."""
-    data = [
+def _as_json(charts: Sequence[Chart], texts: Mapping[str, str]) -> str:
+    """The charts, and the texts to copy, as JSON that is safe inside HTML: all ASCII, without a <."""
+    drawn = [
         {
             "spec": chart.on_page(),
-            "legend": list(chart.legend.items()),
+            "legend": [[name, colour, chart.dashes.get(name, "")] for name, colour in chart.legend.items()],
             "choices": [[choice.name, choice.label, list(choice.options)] for choice in chart.choices],
         }
         for chart in charts
     ]
+    data = {"charts": drawn, "texts": texts}
     return json.dumps(data, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
 
 
 def _sections(run: FinishedRun, charts: list[Chart] | None) -> str:
     """The sections of the page; appends its charts to `charts`, or shows pictures if that is None."""
     data = run.data
-    parts = [_best(data), _table(data), _notes(data), _generations(data)]
+    parts = [_headline(data), _table(data), _notes(data), seeds_table(data), _generations(data)]
     if charts is None:
         parts += _pictures(run)
     else:
@@ -106,7 +115,8 @@ def _figure(chart: Chart, charts: list[Chart]) -> str:
     charts.append(chart)
     about = f"<p class=note>{escape(chart.about)}</p>" if chart.about else ""
     caption = escape(chart.title)
-    inside = f"<figcaption>{caption}</figcaption><div class=chart></div>{about}"
+    least = f' style="min-width:{chart.least}px"' if chart.least else ""
+    inside = f"<figcaption>{caption}</figcaption><div class=wide><div class=chart{least}></div></div>{about}"
     return f'<figure data-chart="{len(charts) - 1}">{inside}</figure>'
 
 
@@ -119,24 +129,38 @@ def _pictures(run: FinishedRun) -> Iterator[str]:
         yield f"<figure><figcaption>{title}</figcaption>{image}</figure>"
 
 
-def _best(data: Mapping[str, Any]) -> str:
-    """The first sentence: the best model, its accuracy, and the references."""
+def _headline(data: Mapping[str, Any]) -> str:
+    """The best without the task's name and the best with it, with all that is not told apart, and the references."""
     if data.get("metrics"):
         return _best_by_gap(data)
-    scored = [row for row in data["rows"] if not is_reference(row) and row["mean"] is not None]
-    if not scored:
-        return ""
-    best = max(scored, key=lambda row: row["mean"])
-    closed = f", which closes {_percents(best['gap_closed'])} of the gap" if best["gap_closed"] is not None else ""
-    references = (f"{row['name']} {_percents(row['mean'])}" for row in data["rows"] if is_reference(row))
-    compared = escape("; ".join(references))
-    sentence = f"Best: <strong>{escape(best['name'])}</strong> with {_percents(best['mean'])}{closed}."
-    return f"<p class=lead>{sentence}{f' <span class=note>({compared})</span>' if compared else ''}</p>"
+    lines = [_best(data, named, leaders) for named, leaders in best_of_each_use(data)]
+    references = ((row["name"], _percents(row["mean"])) for row in data["rows"] if is_reference(row))
+    compared = "; ".join(f"{explained(name)} {value}" for name, value in references)
+    whole = "".join(f"<p class=lead>{line}</p>" for line in lines)
+    return whole + (f"<p class=note>{compared}.</p>" if whole and compared else "")
+
+
+def _best(data: Mapping[str, Any], named: bool, leaders: Sequence[Mapping[str, Any]]) -> str:
+    use = "Best with the task's name" if named else "Best without the task's name"
+    if not leaders:
+        return f"{use}: nothing is above the pretrained model."
+    best, *others = leaders
+    bounds = interval(data, best, "mean")
+    between = f" ({'–'.join(map(percent, bounds))})" if bounds else ""
+    closed = "" if best["gap_closed"] is None else f", {_percents(best['gap_closed'])} of the gap closed"
+    split = _split(best)
+    sentence = f"{use}: <strong>{escape(best['name'])}</strong>, {_percents(best['mean'])}{between}{closed}{split}."
+    equal = "; ".join(f"{escape(row['name'])} {_percents(row['mean'])}{_split(row)}" for row in others)
+    return sentence + (f" <span class=note>Not told apart from it: {equal}.</span>" if equal else "")
+
+
+def _split(row: Mapping[str, Any]) -> str:
+    return f", learned from the {escape(row['split'])} split" if row["split"] and row["learned"] else ""
 
 
 def _best_by_gap(data: Mapping[str, Any]) -> str:
     """The same for language models, whose scores may be in several units: the model that closes most of the gap."""
-    scored = [row for row in data["rows"] if not is_reference(row) and row.get("gap_closed") is not None]
+    scored = [row for row in data["rows"] if not is_reference(row) and (row.get("gap_closed") or 0.0) > 0]
     if not scored:
         return ""
     best = max(scored, key=lambda row: row["gap_closed"])
@@ -156,37 +180,70 @@ def _percents(value: float | None) -> str:
 def _table(data: Mapping[str, Any]) -> str:
     if not data["rows"]:
         return ""
+    palette, top = task_colours(data["tasks"]), top_names(data)
     metrics = {task: each["name"] for task, each in data.get("metrics", {}).items()}
     title, about = ("Scores", about_scores(metrics)) if metrics else ("Accuracy", _ABOUT)
-    tasks = [task_head(task, metrics.get(task)) for task in data["tasks"]]
-    heads = ["model", *tasks, "mean", "norm.", "gap closed", *COSTS]
-    head = "".join(f"<th scope=col><button type=button>{escape(name)}</button></th>" for name in heads)
-    body = "".join(_table_row(data, row) for row in data["rows"])
-    counts = "".join(f"<td>{data['samples'].get(task, '')}</td>" for task in data["tasks"])
-    foot = f"<tfoot><tr><th scope=row>samples</th>{counts}{'<td></td>' * (3 + len(COSTS))}</tr></tfoot>"
-    return f"""<section><h2>{title}</h2><div class=wide><table id=accuracy class=sortable>
-<thead><tr>{head}</tr></thead><tbody>{body}</tbody>{foot}</table></div><p class=note>{about}</p></section>"""
+    chips = [
+        f'<i class=chip style="--colour:{palette[task]}"></i>{escape(task_head(task, metrics.get(task)))}'
+        for task in data["tasks"]
+    ]
+    heads = {"model": "model", **dict(zip(data["tasks"], chips, strict=True))}
+    cells = [(name in _TEXTS, inside) for name, inside in heads.items()]
+    cells += [(name in _TEXTS, explained(name)) for name in (*HEADS, *COSTS)]
+    head = "".join(
+        f"<th scope=col{' class=text' * is_text}><button type=button>{inside}</button></th>"
+        for is_text, inside in cells
+    )
+    body = "".join(_table_row(data, row, top) for row in data["rows"])
+    counts = "".join(f"<td>{_count(data['samples'].get(task))}</td>" for task in data["tasks"])
+    foot = f"<tfoot><tr><th scope=row>test inputs</th>{counts}{'<td></td>' * len((*HEADS, *COSTS))}</tr></tfoot>"
+    names = (part for row in data["rows"] for part in re.split(r" \+ |, ", row["name"]))
+    words = list_of(dict.fromkeys((*HEADS, *COSTS, *names)))
+    return f"""<section><h2>{title}</h2>{_table_controls(data)}<div class=wide><table id=accuracy class=sortable>
+<thead><tr>{head}</tr></thead><tbody>{body}</tbody>{foot}</table></div><p class=note>{about}</p>{words}</section>"""
 
 
-def _table_row(data: Mapping[str, Any], row: Mapping[str, Any]) -> str:
-    relative = _cell(row["normalised_mean"])
-    errors, names = row.get("errors", {}), {task: _name_of(data, task) for task in data["tasks"]}
-    scores = [_score(row["accuracies"].get(task), name, errors.get(task)) for task, name in names.items()]
-    scores.append(_score(row["mean"], next((name for name in names.values() if name), None), None))
+def _table_controls(data: Mapping[str, Any]) -> str:
+    """A switch for the intervals of single tasks, and a button that copies the table in each format."""
+    buttons = "".join(f'<button type=button class=copy data-text="{name}">{name}</button>' for name in tables(data))
+    switch = "<label><input type=checkbox id=intervals> 95% intervals of every task</label>" if data["samples"] else ""
+    return f"<div class=controls>{switch}<span>Copy as {buttons}</span></div>"
+
+
+def _table_row(data: Mapping[str, Any], row: Mapping[str, Any], top: Mapping[str, set[str]]) -> str:
+    tasks = [*data["tasks"], "mean"]
+    cells = [_score(data, row, task, row["name"] in top[task]) for task in tasks]
     share = min(1.0, max(0.0, row["gap_closed"] or 0.0))
     kind = " class=reference" if is_reference(row) else ""
+    norm = _cell(row["normalised_mean"])
     closed = _cell(row["gap_closed"], f' class=bar style="--share: {100 * share:.1f}%"')
-    name = escape(row["name"]).replace("_", "_<wbr>")
+    split = escape(row["split"]) if row["split"] and row["learned"] else "–"
     taken = data["seconds"].get(row["name"])
-    named, learned, seconds = map(escape, costs(row, taken))
+    named, learned, added, seconds = map(escape, costs(row, taken))
     value = "" if taken is None else float(taken)
-    cost = f'<td class=text>{named}</td><td class=text>{learned}</td><td data-value="{value}">{seconds}</td>'
-    return f"<tr{kind}><th scope=row>{name}</th>{''.join(scores)}{relative}{closed}{cost}</tr>"
+    cost = f'<td class=text>{named}</td><td class="text long">{learned}</td>'
+    cost += f'<td data-value="{row["added_parameters"]}">{added}</td><td data-value="{value}">{seconds}</td>'
+    name = explained_name(row["name"])
+    return f"<tr{kind}><th scope=row>{name}</th>{''.join(cells)}<td class=text>{split}</td>{norm}{closed}{cost}</tr>"
 
 
-def _score(value: float | None, name: str | None, error: float | None) -> str:
-    text = score_text(value, name, error)
-    return f'<td data-value="{"" if value is None else float(value)}">{text}</td>'
+def _score(data: Mapping[str, Any], row: Mapping[str, Any], task: str, best: bool) -> str:
+    """A score with its interval below, which for single tasks is hidden at first."""
+    bounds, name = interval(data, row, task), _name_of(data, task)
+    if task == "mean":
+        value, error, name = row["mean"], None, next((n for t in data["tasks"] if (n := _name_of(data, t))), None)
+    else:
+        value, error = row["accuracies"].get(task), row.get("errors", {}).get(task)
+    between = "" if bounds is None else f"<small>{'–'.join(map(percent, bounds))}</small>"
+    kind = " ".join(["top"] * best + ["mean"] * (task == "mean"))
+    text = escape(score_text(value, name, error))
+    shown = f"<strong>{text}</strong>" if best else text
+    number = "" if value is None else float(value)
+    return f'<td class="{kind}" data-value="{number}">{shown}{between}</td>'
+
+
+def _count(count: int | None) -> str:
+    return "" if count is None else f"{count:,}"
 
 
 def _cell(value: float | None, attributes: str = "") -> str:
@@ -194,8 +251,17 @@ def _cell(value: float | None, attributes: str = "") -> str:
 
 
 def _notes(data: Mapping[str, Any]) -> str:
-    notes = "".join(f"<li>{escape(note)}</li>" for note in data.get("notes", ()))
-    return f"<ul class=notes>{notes}</ul>" if notes else ""
+    """What harms, then the run's other notes."""
+    bad = harms(data)
+    rest = [note for note in data.get("notes", ()) if not any(line.endswith(note) for line in bad)]
+    parts = {"What to watch": bad, "Notes": rest}
+    return "".join(
+        f"<section><h2>{title}</h2><ul class=notes>"
+        + "".join(f"<li>{escape(without_machine(line))}</li>" for line in lines)
+        + "</ul></section>"
+        for title, lines in parts.items()
+        if lines
+    )
 
 
 def _generations(data: Mapping[str, Any]) -> str:
@@ -215,7 +281,7 @@ def _facts(repair: Mapping[str, Any]) -> str:
     """A repair's cost, and each task's loss at its first and last step."""
     encoded, encoders = repair["inputs_encoded"], repair["encoders_at_inference"]
     cost = (
-        f"{repair['kind']}: {repair['added_parameters']:,} numbers added, {repair['steps']:,} steps, "
+        f": {repair['added_parameters']:,} parameters added, {repair['steps']:,} steps, "
         f"{encoded.get('merged', 0):,} inputs through the merged model, {encoded.get('experts', 0):,} through experts, "
         f"{encoders} encoder{'s' * (encoders > 1)} at inference."
     )
@@ -226,8 +292,9 @@ def _facts(repair: Mapping[str, Any]) -> str:
     )
     heads = "<thead><tr><th scope=col>task</th><th scope=col>first loss</th><th scope=col>last loss</th></tr></thead>"
     table = f"<details><summary>Losses</summary><table>{heads}<tbody>{lines}</tbody></table></details>" if lines else ""
-    warnings = "".join(f"<li>{escape(line)}</li>" for line in repair["warnings"])
-    return f"<p>{escape(cost)}</p>{f'<ul class=notes>{warnings}</ul>' if warnings else ''}{table}"
+    warnings = "".join(f"<li>{escape(without_machine(line))}</li>" for line in repair["warnings"])
+    watch = f"<ul class=notes>{warnings}</ul>" if warnings else ""
+    return f"<p>{explained(repair['kind'])}{escape(cost)}</p>{watch}{table}"
 
 
 def _differences(runs: Sequence[Mapping[str, Any]]) -> str:
@@ -257,13 +324,28 @@ def _section_of(title: str, inside: str) -> str:
 
 
 def _details(run: Mapping[str, Any]) -> str:
-    """The profile, the command, the configuration and the provenance of one run."""
-    command = run.get("command", "")
-    repeat = f"<h3>To repeat it</h3><pre class=command>{escape(command)}</pre>" if command else ""
+    """Circumstances, profile, command, configuration and provenance of one run, without a machine's paths."""
+    command = run.get("repeat") or without_machine(run.get("command", ""))
+    where = "<p class=note>In the folder of this page:</p>" if run.get("repeat") else ""
+    repeat = f"<h3>To repeat it</h3>{where}<pre class=command>{escape(command)}</pre>" if command else ""
     names = {"config": "Configuration", "provenance": "Provenance: versions and the sha256 of every input"}
-    texts = [(name, json.dumps(run[key], indent=2, ensure_ascii=False)) for key, name in names.items() if run.get(key)]
+    known = {name: without_machine(run[key]) for key, name in names.items() if run.get(key)}
+    texts = [(name, json.dumps(value, indent=2, ensure_ascii=False)) for name, value in known.items()]
     data = [f"<details><summary>{name}</summary><pre>{escape(text)}</pre></details>" for name, text in texts]
-    return _profile(run.get("profile_seconds", {})) + repeat + "".join(data)
+    profile = _profile(run.get("profile_seconds", {}))
+    return _circumstances(run.get("circumstances", {})) + profile + repeat + "".join(data)
+
+
+def _circumstances(known: Mapping[str, Any]) -> str:
+    """Date, commit, hardware and peak memory."""
+    machine, peaks = known.get("hardware"), known.get("peak_memory", {})
+    lines = {"Date": known.get("date"), "Commit of the working directory": known.get("commit")}
+    if machine:
+        lines["Processor"] = f"{machine['processor']}, {machine['cores']} cores, {machine['threads']} threads used"
+        lines["Accelerators"] = ", ".join(machine["accelerators"]) or "none"
+    lines |= {title: in_bytes(peaks[key]) for key, title in _PEAKS.items() if key in peaks}
+    body = "".join(f"<tr><th scope=row>{k}</th><td class=text>{escape(v)}</td></tr>" for k, v in lines.items() if v)
+    return f'<div class="wide keys"><table class=facts><tbody>{body}</tbody></table></div>' if body else ""
 
 
 def _profile(seconds: Mapping[str, float]) -> str:

@@ -18,14 +18,17 @@ def points_of(report: Report) -> dict[str, Any]:
 
     `learning`: name → steps, and per task the mean, the lowest and the highest coefficient over layers at each;
     `objective`: name → steps and losses; `scatter`: name → task → model → [x, y] of each input; `explained`: name →
-    task → the share of the variance in the plot.
+    task → the share of the variance along each axis of the plot.
     """
     compared = {name: r.representation for name, r in report.repairs.items() if r.representation is not None}
     return {
         "learning": {name: _coefficients(learning) for name, learning in report.learning.items()},
         "objective": {name: _losses(learning.losses) for name, learning in report.learning.items()},
         "scatter": {name: _scatter(representation) for name, representation in compared.items()},
-        "explained": {name: dict(representation.explained) for name, representation in compared.items()},
+        "explained": {
+            name: {task: list(shares) for task, shares in representation.explained.items()}
+            for name, representation in compared.items()
+        },
     }
 
 

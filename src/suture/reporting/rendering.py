@@ -16,6 +16,8 @@ from suture.storage.cache import cache_directory
 
 _SCALE = 1.5  # PNG pixels per pixel of the specification
 _REFERENCE = re.compile(r"""(<[^<>]*?(?:id="|url\(#))(gradient_|clip)(\d+)""")  # in tags only, not in text
+_SHAPE = re.compile(r"""(<[^<>]*? (?:d|transform)=")([^"<>]*)""")
+_DECIMALS = re.compile(r"(\.\d\d)\d+(?!\d|e)")
 _ENTRY = "window.vegaEmbed = vegaEmbed;"
 
 
@@ -24,7 +26,7 @@ def svg(chart: Chart, model: str = "") -> str:
     check_installed("a figure", modules=["vl_convert"])
     import vl_convert
 
-    return _renumbered(vl_convert.vegalite_to_svg(chart.in_file(model), allowed_base_urls=[]))
+    return _rounded(_renumbered(vl_convert.vegalite_to_svg(chart.in_file(model), allowed_base_urls=[])))
 
 
 def save(chart: Chart, stem: Path, model: str = "") -> Path:
@@ -42,6 +44,11 @@ def _renumbered(svg: str) -> str:
     """The picture with gradients numbered from 0, because Vega continues its count from picture to picture."""
     numbers: dict[str, str] = {}
     return _REFERENCE.sub(lambda m: f"{m[1]}{m[2]}{numbers.setdefault(m[3], str(len(numbers)))}", svg)
+
+
+def _rounded(svg: str) -> str:
+    """The picture with coordinates of two decimals, which makes files of many points a third smaller."""
+    return _SHAPE.sub(lambda m: m[1] + _DECIMALS.sub(r"\1", m[2]), svg)
 
 
 def runtime() -> str:

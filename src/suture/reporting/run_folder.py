@@ -72,11 +72,25 @@ def _up_to_date(data: dict[str, Any]) -> dict[str, Any]:
     """A report with defaults for the keys that earlier versions lack. Only here is meaning read from row names."""
     empty: dict[str, Any] = {"samples": {}, "command": "", "notes": [], "provenance": {}, "profile_seconds": {}}
     empty |= {"curves": {}, "matrix": {}, "learning": {}, "repairs": {}, "search": None, "seconds": {}}
+    empty |= {"circumstances": {}, "repeat": "", "seeds": {}}
     config = {"repair" if key == "surgery" else key: value for key, value in data.get("config", {}).items()}
     repairs = data.get("repairs", {})
-    unknown = {"normalised_mean": None, "gap_closed": None}
+    unknown = {"normalised_mean": None, "gap_closed": None, "needs_task": False, "learned": "", "split": ""}
+    unknown |= {"added_parameters": 0, "routing": {}, "warnings": []}
     rows = [{**unknown, **_role_by_name(row["name"], repairs), **row} for row in data["rows"]]
+    rows = [row | _of_repair(row, old, repairs) for row, old in zip(rows, data["rows"], strict=True)]
     return {**empty, **data, "config": config, "rows": rows}
+
+
+def _of_repair(row: Mapping[str, Any], old: Mapping[str, Any], repairs: Mapping[str, Any]) -> dict[str, Any]:
+    """What the record of a row's repair says and the row itself does not."""
+    repair = repairs.get(row["name"].removesuffix(", routed"))
+    known: dict[str, Any] = {"needs_task": row["role"] == "experts"}
+    if repair is not None:
+        split = repair.get("split")
+        known = {"added_parameters": repair["added_parameters"], "split": split if isinstance(split, str) else ""}
+        known["needs_task"] = repair["added_parameters"] > 0 and not row["routed"]
+    return {key: value for key, value in known.items() if key not in old}
 
 
 def _role_by_name(name: str, repairs: Mapping[str, Any]) -> dict[str, Any]:

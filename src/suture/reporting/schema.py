@@ -38,6 +38,10 @@ class RowData(TypedDict):
     routed: NotRequired[bool]
     needs_task: NotRequired[bool]
     learned: NotRequired[str]
+    split: NotRequired[str]
+    added_parameters: NotRequired[Count]
+    routing: NotRequired[dict[str, Number | None]]
+    warnings: NotRequired[list[str]]
 
 
 class MetricData(TypedDict):
@@ -55,6 +59,7 @@ class LearningData(TypedDict):
     layers: list[str] | None
     coefficients: list[Number | None] | list[list[Number | None]]
     scores: Scores
+    warnings: NotRequired[list[str]]
 
 
 class DistancesData(TypedDict):
@@ -104,6 +109,24 @@ class SearchData(TypedDict):
     trials: Annotated[list[TrialData], Len(1)]
 
 
+class HardwareData(TypedDict):
+    """The machine of a run."""
+
+    processor: str
+    cores: Count
+    threads: Count
+    accelerators: list[str]
+
+
+class CircumstancesData(TypedDict):
+    """Date, commit, hardware and peak memory in bytes."""
+
+    date: NotRequired[str]
+    commit: NotRequired[str]
+    hardware: NotRequired[HardwareData]
+    peak_memory: NotRequired[dict[str, Count]]
+
+
 class ReportData(TypedDict):
     """report.json."""
 
@@ -123,6 +146,9 @@ class ReportData(TypedDict):
     repairs: NotRequired[dict[str, RepairData]]
     profile_seconds: NotRequired[dict[str, Annotated[float, Ge(0), Le(1e12)]]]
     notes: NotRequired[list[str]]
+    circumstances: NotRequired[CircumstancesData]
+    repeat: NotRequired[str]
+    seeds: NotRequired[dict[str, list[dict[str, Number | None]]]]
     config: NotRequired[dict[str, Any]]
     provenance: NotRequired[dict[str, Any]]
 
@@ -157,7 +183,7 @@ class PointsData(TypedDict):
     learning: NotRequired[dict[str, CoefficientCurves]]
     objective: NotRequired[dict[str, ObjectiveCurve]]
     scatter: NotRequired[dict[str, dict[str, ScatterSides]]]
-    explained: NotRequired[dict[str, dict[str, Number]]]
+    explained: NotRequired[dict[str, dict[str, Annotated[list[Number], Len(2, 2)] | Number]]]
 
 
 def load_report(path: Path) -> dict[str, Any]:

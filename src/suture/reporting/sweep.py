@@ -4,13 +4,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from os.path import commonpath
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 from suture.evaluation import Row
 from suture.reporting.data import Report
 from suture.reporting.files import write
 from suture.reporting.run_folder import flat, is_reference, read
+from suture.reporting.seeds import by_seed
 
+_FACTS = ("needs_task", "learned", "split", "added_parameters", "routing")
 Curves = dict[str, dict[str, dict[float, float]]]  # knob → model → value of the knob → mean accuracy
 
 
@@ -27,7 +30,8 @@ def summarise(folders: Sequence[Path]) -> Summary | None:
 
     Returns None, and writes nothing, if none of the runs was scored.
     """
-    runs = [run for run in (read(folder).data for folder in folders) if run["rows"]]
+    known = [(folder, run) for folder, run in ((each, read(each).data) for each in folders) if run["rows"]]
+    folders, runs = [folder for folder, _ in known], [run for _, run in known]
     if not runs:
         return None
     references = {row["role"]: _row(row, runs[0]) for row in runs[0]["rows"] if is_reference(row)}
@@ -37,7 +41,9 @@ def summarise(folders: Sequence[Path]) -> Summary | None:
         references.get("pretrained"),
         references.get("experts"),
         command=runs[0]["command"],
+        repeat=_each_again(runs, folders),
         curves=_curves(runs),
+        seeds={name: [Row(name, scores) for scores in several] for name, several in by_seed(runs).items()},
     )
     shared = Path(commonpath([str(folder) for folder in folders]))
     write(report, shared)
@@ -55,9 +61,17 @@ def curves_of(runs: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, list[lis
     return {knob: {name: [list(p) for p in curve.items()] for name, curve in curves.items()} for knob, curves in swept}
 
 
+def _each_again(runs: Sequence[Mapping[str, Any]], folders: Sequence[Path]) -> str:
+    """A line for each run, which repeats it from inside the folder of the sweep."""
+    shared = Path(commonpath([str(folder) for folder in folders]))
+    lines = zip(folders, runs, strict=True)
+    own = [f"(cd {quote(str(folder.relative_to(shared)))} && {run['repeat']})" for folder, run in lines]
+    return "\n".join(own) if all(run["repeat"] for run in runs) else ""
+
+
 def _row(data: Mapping[str, Any], run: Mapping[str, Any], name: str | None = None) -> Row:
     kind = {key: data[key] for key in ("role", "merge", "repair", "routed")}
-    kind |= {key: data[key] for key in ("needs_task", "learned") if key in data}
+    kind |= {key: data[key] for key in _FACTS if key in data}
     seconds = run.get("seconds", {}).get(data["name"])
     names = {task: each["name"] for task, each in run.get("metrics", {}).items() if task in data["accuracies"]}
     language = {"metrics": names, "errors": data.get("errors", {})}

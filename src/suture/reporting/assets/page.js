@@ -1,5 +1,5 @@
 "use strict";
-const charts = JSON.parse(document.getElementById("charts").textContent);
+const { charts, texts } = JSON.parse(document.getElementById("data").textContent);
 const element = (tag, properties = {}) => Object.assign(document.createElement(tag), properties);
 
 // A chart is drawn when its panel is first shown: only then has it a width. With `ast` expressions are interpreted,
@@ -28,8 +28,8 @@ function choice(view, name, label, options) {
 // A click shows one name strongly and the others faintly, a second click all.
 function legend(view, entries) {
   const box = element("div", { className: "legend" });
-  for (const [name, colour] of entries) {
-    const button = element("button", { type: "button", textContent: name });
+  for (const [name, colour, dash] of entries) {
+    const button = element("button", { type: "button", textContent: name, className: dash });
     button.style.setProperty("--colour", colour === "currentColor" ? "var(--ink)" : colour);
     button.setAttribute("aria-pressed", "false");
     button.onclick = () => {
@@ -65,6 +65,42 @@ for (const select of document.querySelectorAll("select.panels"))
     panels.forEach((panel, i) => (panel.hidden = i !== select.selectedIndex));
     panels[select.selectedIndex].querySelectorAll("[data-chart]").forEach(draw);
   };
+
+// Without a secure context, as in a notebook's frame, there is no clipboard but the selection's.
+async function copy(text) {
+  try {
+    await navigator.clipboard.writeText(text);
+    return true;
+  } catch {
+    const area = document.body.appendChild(element("textarea", { value: text }));
+    area.select();
+    const done = document.execCommand("copy");
+    area.remove();
+    return done;
+  }
+}
+
+for (const button of document.querySelectorAll("button.copy"))
+  button.onclick = async () => {
+    const name = button.dataset.text;
+    button.textContent = (await copy(texts[name])) ? "copied" : "not allowed here";
+    setTimeout(() => (button.textContent = name), 1500);
+  };
+
+const intervals = document.getElementById("intervals");
+if (intervals) intervals.onchange = () => document.getElementById("accuracy").classList.toggle("intervals", intervals.checked);
+
+// A touch or the keyboard shows what a pointer shows by hovering: the title of a focused word.
+for (const word of document.querySelectorAll("dfn[title]")) {
+  word.dataset.about = word.title;
+  word.removeAttribute("title");
+  const place = () => {
+    const { left, bottom } = word.getBoundingClientRect();
+    word.style.setProperty("--left", `${Math.max(8, Math.min(left, innerWidth - 300))}px`);
+    word.style.setProperty("--top", `${bottom + 4}px`);
+  };
+  word.onmouseenter = word.onfocus = place;
+}
 
 document.getElementById("theme").onclick = () => {
   const dark = document.documentElement.dataset.theme ?? (matchMedia("(prefers-color-scheme: dark)").matches ? "dark" : "light");

@@ -18,6 +18,7 @@ from suture.reporting.chart import (
 )
 from suture.reporting.figures import figure
 from suture.reporting.run_folder import FinishedRun, is_reference
+from suture.reporting.scores import interval
 
 _REFERENCES = {"pretrained": "#8a94a0", "experts": INK}  # by role
 _MANY = 8  # with more models than this, bars would be too thin, so a heat map is drawn
@@ -39,14 +40,17 @@ def accuracy(run: FinishedRun) -> Chart | None:
     measure = Choice("measure", "show", measures)
     if len(names) > _MANY:
         cells = {**_cells(rows, names, tasks), "transform": [measure.filter]}
-        return Chart("Accuracy by task", cells, choices=[measure], width=max(400, 34 * len(tasks)))
+        width, least = max(400, 34 * len(tasks)), 190 + 25 * len(tasks)
+        return Chart("Accuracy by task", cells, choices=[measure], width=width, least=least)
     palette = model_colours(data)
     legend = {name: palette[name] for name in names}
     bars = {**_bars(rows, legend, tasks), "transform": [measure.filter]}
-    return Chart("Accuracy by task", bars, legend, [measure])
+    about = "Lines are 95% intervals (Wilson)." if any("low" in row for row in rows) else ""
+    return Chart("Accuracy by task", bars, legend, [measure], about)
 
 
 _TIPS = [tip("model", "nominal"), tip("task", "nominal"), tip("value", format=".1f")]
+_TIPS += [tip("low", title="95% from", format=".1f"), tip("high", title="to", format=".1f")]
 
 
 def _cells(rows: Sequence[Mapping[str, Any]], names: Sequence[str], tasks: Sequence[str]) -> dict[str, Any]:
@@ -62,15 +66,17 @@ def _cells(rows: Sequence[Mapping[str, Any]], names: Sequence[str], tasks: Seque
 
 
 def _bars(rows: Sequence[Mapping[str, Any]], legend: Mapping[str, str], tasks: Sequence[str]) -> dict[str, Any]:
+    bar = {"mark": {"type": "bar", "cornerRadiusEnd": 2}, "encoding": coloured("model", legend)}
+    span = {"x": number("low", zero=True), "x2": {"field": "high"}, "color": {"value": INK}}
+    line = {"transform": [{"filter": "isValid(datum.low)"}], "mark": {"type": "rule", "opacity": 0.7}, "encoding": span}
     return specification(
         rows,
-        mark={"type": "bar", "cornerRadiusEnd": 2},
+        layer=[bar, line],
         height=len(tasks) * (10 if len(legend) > 4 else 14) * len(legend),
         encoding={
             "y": {"field": "task", "type": "nominal", "sort": tasks, "title": None, "scale": {"paddingInner": 0.25}},
             "yOffset": {"field": "model", "sort": list(legend)},
             "x": number("value", zero=True),
-            **coloured("model", legend),
             "tooltip": _TIPS,
         },
     )
@@ -122,7 +128,8 @@ def matrix(run: FinishedRun) -> Chart | None:
         numbers=".0f" if shares else ".2f",
     )
     title = "Every model on every task" + (", accuracy in %" if shares else "")
-    return Chart(title, spec, width=max(240, 34 * len(tasks)))
+    width, least = max(240, 34 * len(tasks)), 190 + 25 * len(tasks)
+    return Chart(title, spec, width=width, least=least)
 
 
 def data_metrics(run: FinishedRun) -> Mapping[str, Any]:
@@ -138,23 +145,42 @@ def model_colours(data: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _on_task(data: Mapping[str, Any], task: str) -> list[dict[str, Any]]:
-    """Each model's accuracy on a task, or their mean, by every measure, in percent, without undefined values."""
+    """Each model's accuracy on a task, or their mean, by every measure, in percent, without undefined values.
+
+    `low` and `high` are the 95% interval; references count as exact. A normalised mean has none.
+    """
+    by_role = {row["role"]: _value(row, task) for row in data["rows"]}
+    low, high = by_role.get("pretrained"), by_role.get("experts")
+    starts: tuple[tuple[float | None, float | None], ...] = ((0, 1), (0, high), (low, high))
+    cells = []
+    for row in data["rows"]:
+        value, bounds = _value(row, task), interval(data, row, task)
+        for measure, (start, goal) in zip(_MEASURES, starts, strict=True):
+            of_mean = task == "mean" and measure == _MEASURES[1]
+            share = row["normalised_mean"] if of_mean else _share(value, start, goal)
+            if data.get("metrics") and measure != _MEASURES[0]:
+                share, bounds = _relative(data, row, task, measure, high) or share, None
+            if share is None:
+                continue
+            cell = {"model": row["name"], "task": task, "measure": measure, "value": 100 * share}
+            ends = {} if bounds is None or of_mean else dict(zip(("low", "high"), bounds, strict=True))
+            shares = {key: _share(bound, start, goal) for key, bound in ends.items()}
+            cells.append(cell | {key: 100 * end for key, end in shares.items() if end is not None})
+    return cells
+
+
+def _value(row: Mapping[str, Any], task: str) -> float | None:
+    return row["mean"] if task == "mean" else row["accuracies"].get(task)
+
+
+def _relative(
+    data: Mapping[str, Any], row: Mapping[str, Any], task: str, measure: str, high: float | None
+) -> float | None:
+    """A relative score of a run with scores in several units; None where the usual formula holds."""
     if task == "mean":
-        measured = [(row["name"], row["mean"], row["normalised_mean"], row["gap_closed"]) for row in data["rows"]]
-    else:
-        by_role = {row["role"]: row["accuracies"].get(task) for row in data["rows"]}
-        low, high = by_role.get("pretrained"), by_role.get("experts")
-        scored = [(row["name"], row["accuracies"].get(task)) for row in data["rows"]]
-        lower = data.get("metrics", {}).get(task, {}).get("lower", False)
-        relative = [_share(high, 0, value) if lower else _share(value, 0, high) for _, value in scored]
-        shares = zip(scored, relative, strict=True)
-        measured = [(name, value, ratio, _share(value, low, high)) for (name, value), ratio in shares]
-    return [
-        {"model": name, "task": task, "measure": measure, "value": 100 * value}
-        for name, *values in measured
-        for measure, value in zip(_MEASURES, values, strict=True)
-        if value is not None
-    ]
+        return row["normalised_mean"] if measure == _MEASURES[1] else row["gap_closed"]
+    lower = data["metrics"].get(task, {}).get("lower", False)
+    return _share(high, 0, _value(row, task)) if lower and measure == _MEASURES[1] else None
 
 
 def _share(value: float | None, start: float | None, goal: float | None) -> float | None:

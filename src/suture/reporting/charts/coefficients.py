@@ -1,5 +1,6 @@
 """Learned coefficients over steps and by layer and task, with the objective and accuracy over steps."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from suture.core.names import sort_key
@@ -7,19 +8,22 @@ from suture.reporting.chart import (
     PALETTE,
     Chart,
     coloured,
-    colours,
+    dash_names,
+    dashed,
     heat_map,
     line,
     names_across,
     names_down,
     number,
     specification,
+    task_colours,
     tip,
 )
 from suture.reporting.figures import figure
 from suture.reporting.labels import short_names
 from suture.reporting.run_folder import FinishedRun
 
+_MANY = 8  # with more tasks, bands and dots cover each other: a band is drawn for the task that is picked
 _DOTTED = 60  # curves of at most so many steps show a dot for each
 
 
@@ -34,19 +38,20 @@ def over_steps(run: FinishedRun, name: str) -> Chart | None:
         for task in curves["mean"]
         for i, step in enumerate(curves["steps"])
     ]
-    palette = colours([*run.data["tasks"], *curves["mean"]])
+    palette = task_colours([*run.data["tasks"], *curves["mean"]])
     legend = {task: palette[task] for task in curves["mean"]}
     y = number("mean", "coefficient" + (", mean and range over layers" if layers else ""))
     tips = [tip("task", "nominal"), tip("step"), *(tip(side, format=".3f") for side in ("mean", "low", "high"))]
+    many = len(legend) > _MANY
     ranges = {"y": {**y, "field": "low"}, "y2": {"field": "high"}}
-    shades = coloured("task", legend, faint=0, full=0.3, unpicked=min(0.1, 0.4 / len(legend)))
+    shades = coloured("task", legend, faint=0, full=0.3, unpicked=0 if many else min(0.1, 0.4 / len(legend)))
     band = {"mark": "area", "encoding": {**ranges, **shades}}
-    dots = {"size": 14, "filled": True} if len(curves["steps"]) <= _DOTTED else False
+    dots = {"size": 14, "filled": True} if len(curves["steps"]) <= _DOTTED and not many else False
     curve: dict[str, Any] = {"mark": {"type": "line", "point": dots}}
-    curve["encoding"] = {"y": y, "tooltip": tips, **coloured("task", legend)}
+    curve["encoding"] = {"y": y, "tooltip": tips, **coloured("task", legend), **dashed("task", legend)}
     marks = [*([band] if layers else []), curve]
     spec = specification(rows, layer=marks, encoding={"x": number("step", "step", tickMinStep=1)}, height=260)
-    return Chart("Coefficients over steps", spec, legend)
+    return Chart("Coefficients over steps", spec, legend, dashes=dash_names(legend))
 
 
 @figure("coefficients", section="Coefficients", each="learning")
@@ -54,7 +59,7 @@ def by_layer(run: FinishedRun, name: str) -> Chart | None:
     """A heat map of layers and tasks, white at the mean, or bars if each task has one coefficient."""
     learned = run.data["learning"][name]
     if not learned["layers"]:
-        return _by_task(learned)
+        return _by_task(learned, task_colours([*run.data["tasks"], *learned["tasks"]]))
     layers, tasks = short_names(learned["layers"]), learned["tasks"]
     rows = [
         {"layer": layer, "task": task, "value": learned["coefficients"][t][i]}
@@ -75,16 +80,18 @@ def by_layer(run: FinishedRun, name: str) -> Chart | None:
         tips=[tip("layer", "nominal"), tip("task", "nominal"), tip("value", title="coefficient", format=".3f")],
         height=max(3.0, min(11.0, 760 / len(layers))) * len(layers),
     )
+    least = 150 + 18 * len(tasks)
     about = f"White is the mean, {middle:.3f}. Names are without what all of them begin with."
-    return Chart("Coefficients by layer and task", spec, about=about, width=max(260, 34 * len(tasks)))
+    return Chart("Coefficients by layer and task", spec, about=about, width=max(260, 34 * len(tasks)), least=least)
 
 
-def _by_task(learned: dict[str, Any]) -> Chart:
+def _by_task(learned: dict[str, Any], palette: Mapping[str, str]) -> Chart:
     rows = [{"task": task, "value": v} for task, v in zip(learned["tasks"], learned["coefficients"], strict=True)]
     y = {"field": "task", "type": "nominal", "sort": learned["tasks"], "title": None}
     tips = [tip("task", "nominal"), tip("value", format=".3f")]
-    encoding = {"x": number("value", "coefficient", zero=True), "y": y, "tooltip": tips}
-    spec = specification(rows, mark={"type": "bar", "color": PALETTE[0]}, encoding=encoding, height=22 * len(rows))
+    colour = coloured("task", {task: palette[task] for task in learned["tasks"]})
+    encoding = {"x": number("value", "coefficient", zero=True), "y": y, "tooltip": tips, **colour}
+    spec = specification(rows, mark="bar", encoding=encoding, height=22 * len(rows))
     return Chart("Coefficients", spec)
 
 

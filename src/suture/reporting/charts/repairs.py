@@ -10,6 +10,7 @@ from suture.reporting.labels import layer_names
 from suture.reporting.run_folder import FinishedRun
 
 _SIDES = {"merged": "#d0524a", "repaired": "#3b82c4", "expert": INK}
+_SHAPES = {"merged": "circle", "repaired": "triangle-up", "expert": "square"}
 _MEAN = "mean over tasks"
 _MEASURES = {"L1: mean |model − expert|": "l1", "linear CKA to the expert": "cka"}
 
@@ -64,25 +65,50 @@ def scatter(run: FinishedRun, name: str) -> Chart | None:
     if not points:
         return None
     explained = run.points["explained"][name]
-    titles = {task: f"{task} ({explained[task]:.0%})" for task in points}
-    task = Choice("task", "task", list(titles.values()), 150, ("x", "y"))
+    task = Choice("task", "task", list(points), 150, ("x", "y"))
     rows = [
-        {"x": x, "y": y, "model": model, "task": titles[task]}
+        {"x": x, "y": y, "model": model, "task": task}
         for task, sides in points.items()
         for model in reversed(_SIDES)
         for x, y in sides[model]
     ]
+    names = [{"task": task, **_axis_names(explained[task])} for task in points]
     bare: dict[str, Any] = {"labels": False, "ticks": False, "grid": False}
     encoding = {"x": number("x", **bare), "y": number("y", **bare), "tooltip": [tip("model", "nominal")]}
+    shapes = {"domain": list(_SHAPES), "range": list(_SHAPES.values())}
+    shape = {"shape": {"field": "model", "type": "nominal", "scale": shapes, "legend": None}}
+    marks = {
+        "mark": {"type": "point", "filled": True, "size": {"expr": "height < 200 ? 13 : 34"}},
+        "encoding": {**encoding, **shape, **coloured("model", _SIDES, faint=0.06, full=0.65)},
+    }
+    across = {"x": {"value": "width"}, "y": {"value": "height"}, "text": {"field": "across"}}
+    up = {"x": {"value": 0}, "y": {"value": 0}, "text": {"field": "up"}}
     spec = specification(
-        rows,
+        [*rows, *names],
         transform=[task.filter],
-        mark={"type": "point", "filled": True, "size": {"expr": "height < 200 ? 13 : 34"}},
+        layer=[
+            {"transform": [{"filter": "isValid(datum.model)"}], **marks},
+            {**_axis_text("right", 13), "encoding": across},
+            {**_axis_text("left", -7), "encoding": up},
+        ],
         height=340,
-        encoding={**encoding, **coloured("model", _SIDES, faint=0.06, full=0.65)},
     )
-    about = "On the two main axes of all three models; in brackets the share of variance on them."
+    about = "On the first two principal axes of all three models' features; an axis names its share of their variance."
     return Chart("Final features", spec, _SIDES, [task], about)
+
+
+def _axis_text(align: str, dy: int) -> dict[str, Any]:
+    """A mark for the name of an axis, which differs from task to task."""
+    mark = {"type": "text", "align": align, "dy": dy, "fontSize": 10, "color": INK, "opacity": 0.85}
+    return {"transform": [{"filter": "isValid(datum.across)"}], "mark": mark}
+
+
+def _axis_names(explained: Any) -> dict[str, str]:
+    """The names of both axes; earlier versions stored the share of both together."""
+    if not isinstance(explained, list):
+        return {"across": f"axis 1 (axes 1 and 2: {explained:.0%} of the variance) →", "up": "↑ axis 2"}
+    first, second = explained
+    return {"across": f"axis 1: {first:.0%} of the variance →", "up": f"↑ axis 2: {second:.0%}"}
 
 
 _TASK = {"field": "task", "type": "nominal"}

@@ -1,0 +1,68 @@
+"""The machine of a run: its hardware, the peak of its memory, and the commit of the working directory."""
+
+import contextlib
+import os
+import platform
+import subprocess
+import sys
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+def circumstances() -> dict[str, Any]:
+    """Date (UTC), commit, hardware and the peaks of memory so far, ready for JSON."""
+    now = datetime.now(UTC).isoformat(timespec="seconds")
+    return {"date": now, "commit": commit(), "hardware": hardware(), "peak_memory": peak_memory()}
+
+
+def hardware() -> dict[str, Any]:
+    """The processor, the number of its cores and of torch's threads, and the accelerators."""
+    cores, threads = os.cpu_count() or 0, torch.get_num_threads()
+    devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return {"processor": _processor(), "cores": cores, "threads": threads, "accelerators": devices}
+
+
+def peak_memory() -> dict[str, int]:
+    """Bytes: the largest resident size of this process since it began, and of torch's tensors on an accelerator.
+
+    A key is missing where the system does not say: `process` on Windows, `accelerator` without CUDA.
+    """
+    peaks: dict[str, int] = {}
+    with contextlib.suppress(ImportError):
+        import resource
+
+        unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is in bytes on macOS, in KiB elsewhere
+        peaks["process"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    if torch.cuda.is_available():
+        peaks["accelerator"] = max(torch.cuda.max_memory_allocated(i) for i in range(torch.cuda.device_count()))
+    return peaks
+
+
+def commit(folder: Path | None = None) -> str:
+    """The git commit of a folder, by default the working directory, with "+ changes" if tracked files have changed.
+
+    Empty outside a checkout, or without git.
+    """
+    try:
+        head = _git(folder, "rev-parse", "HEAD")
+        changed = _git(folder, "status", "--porcelain", "--untracked-files=no")
+    except (OSError, subprocess.SubprocessError):
+        return ""
+    return f"{head} + changes" if changed else head
+
+
+def _git(folder: Path | None, *words: str) -> str:
+    command = ["git", "--no-optional-locks", *words]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True, timeout=10)
+    return done.stdout.strip()
+
+
+def _processor() -> str:
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text("utf-8", "replace").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
