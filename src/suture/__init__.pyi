@@ -9,7 +9,7 @@ from .pipeline.preflight import check as check
 from .pipeline.pipeline import evaluate_pool as evaluate_pool
 from .pipeline.planning import plan as plan
 from .merging.merge import merge as merge
-from .adaptation import adapt as adapt
+from .adaptation import adapt as adapt, symerge as symerge
 from .repairs import repair as repair
 from .evaluation import evaluate as evaluate
 from .reporting import report as report
@@ -19,6 +19,7 @@ from .file_merge import merge_files as merge_files
 from .file_merge import plan_files as plan_files
 from .file_merge import launch_shares as launch_shares
 from .file_merge import merge_mergekit as merge_mergekit
+from .file_merge import transplant as transplant
 from .pipeline.demo import demo as demo
 from .pipeline.starting import init as init
 

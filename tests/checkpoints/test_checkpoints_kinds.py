@@ -214,7 +214,7 @@ def test_a_key_chooses_one_of_several_models_and_must_be_there(tmp_path):
         open_checkpoint(tmp_path / "y.pt", key="params_ema")
 
 
-@pytest.mark.parametrize("name", ["x.gguf", "tf_model.h5", "flax_model.msgpack", "model.onnx"])
+@pytest.mark.parametrize("name", ["x.ggml", "tf_model.h5", "flax_model.msgpack", "model.onnx"])
 def test_a_folder_of_another_librarys_weights_names_them(name, tmp_path):
     (tmp_path / name).write_bytes(b"GGUF")
     assert f"only '{name}'" in refused(open_checkpoint, tmp_path, kind=CheckpointError)

@@ -287,7 +287,7 @@ def test_only_and_keep_say_which_tensors_are_merged(shop, tmp_path, monkeypatch,
         assert torch.equal(base[name], merged[name]) is not moved, name
     capsys.readouterr()
     words = write_pools(shop, tmp_path, keep=["*vision_tower*"])
-    assert "matches no tensor" in refused(capsys, ["method=simple_average", *words, "output=other"])
+    assert "is the name of no tensor" in refused(capsys, ["method=simple_average", *words, "output=other"])
 
 
 def test_companions_and_code_come_from_the_named_model_only_when_asked(shop, tmp_path, monkeypatch):

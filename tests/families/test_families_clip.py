@@ -71,7 +71,7 @@ def test_the_registry_knows_clip_and_refuses_others_with_the_nearest_name():
     assert {"clip", "image_classification", "open_clip", "seq2seq", "sequence_classification"} <= set(families())
     assert family("clip") is Clip
     with pytest.raises(
-        ConfigError, match=r"Unknown model family 'clipp'\. Did you mean 'clip' or 'open_clip'\? Known: clip, image_cl"
+        ConfigError, match=r"Unknown model family 'clipp'\. Did you mean 'clip' or 'open_clip'\? Known: causal_lm, clip"
     ):
         family("clipp")
 

@@ -227,11 +227,11 @@ def test_wudi_goes_from_the_sum_towards_what_each_task_would_compute():
 
 def test_the_closed_forms_are_wudi_s_minimum_in_their_directions():
     deltas = random_deltas((12, 8), 2)
-    exact = update("swudi", deltas, time=1e12, keep=None)
+    exact = update("swudi", deltas, time=1e12, share=None)
     squares = deltas.square().sum((1, 2))
     gradient = sum((exact - d) @ d.mT @ d / square for d, square in zip(deltas, squares, strict=True))
     assert gradient.abs().max() < 1e-9
-    assert not torch.allclose(update("swudi", deltas, time=1e12, keep=0.5), exact)
+    assert not torch.allclose(update("swudi", deltas, time=1e12, share=0.5), exact)
 
 
 def test_aswudi_of_wide_matrices_is_that_of_their_rotation():

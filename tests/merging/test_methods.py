@@ -1,11 +1,13 @@
 """Laws that hold for every registered method, and the registry itself."""
 
+import inspect
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from suture import merge, open_checkpoint, preflight
+from suture import merge, merge_files, open_checkpoint, preflight
 from suture.errors import ConfigError
 from suture.merging.counter_random import SlicePosition, uniforms
 from suture.merging.registry import get_method, methods
@@ -276,3 +278,9 @@ def test_ties_and_breadcrumbs_round_a_share_as_the_published_code_does(generator
     assert ties(threshold=29) == ties(threshold=0.29) == 28 + 1
     assert ties(threshold=29, scope="tensor") == 28
     assert run(get_method("breadcrumbs"), torch.zeros(100), deltas, density=0.29).count_nonzero() == 28
+
+
+def test_no_knob_has_the_name_of_an_argument_of_the_merge():
+    own = {name for verb in (merge, merge_files) for name in inspect.signature(verb).parameters}
+    knobs = {(name, knob) for name, method in methods().items() for knob in method.knobs.defaults}
+    assert not {(name, knob) for name, knob in knobs if knob in own}

@@ -319,10 +319,10 @@ for experts, inputs in [
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     expected = [
-        "'a' are or hold a float; wanted a tensor",
+        "The inputs of task 'a' are a float; wanted a tensor",
         "'a' are or hold a int; wanted a tensor",
         "'a' are or hold a tensor without axes",
-        "'a' are or hold a list; wanted a tensor",
+        "The inputs of task 'a' have no batches",
         "wanted a mapping from task to inputs",
         "experts is a list; wanted a mapping",
         "The expert of task 'a' is a NoneType; wanted a module",

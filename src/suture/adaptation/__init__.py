@@ -18,6 +18,7 @@ from suture.adaptation.objectives import (
 )
 from suture.adaptation.options import AdaMergingOptions
 from suture.adaptation.regression_mean import regmean, regmean_pp
+from suture.adaptation.symerge import SyMergeResult, symerge
 
 __all__ = [
     "OBJECTIVES",
@@ -29,6 +30,7 @@ __all__ = [
     "InputMerge",
     "Layout",
     "Objective",
+    "SyMergeResult",
     "adapt",
     "entropy",
     "entropy_epsilon",
@@ -45,4 +47,5 @@ __all__ = [
     "regmean",
     "regmean_pp",
     "save_coefficients",
+    "symerge",
 ]

@@ -118,9 +118,9 @@ class MergedModel:
         finally:
             self._waiting = False
 
-    def backward(self, loss: Tensor) -> None:
-        """Backpropagate to the merged parameters only; the caller's heads get no gradient."""
-        loss.backward(inputs=self._leaves)
+    def backward(self, loss: Tensor, *others: Tensor) -> None:
+        """Backpropagate to the merged parameters and to `others` only; the caller's heads get no gradient."""
+        loss.backward(inputs=[*self._leaves, *others])
 
     def gradient(self) -> Float[Tensor, "task tensor"]:
         """∂L/∂λ of all backward passes since the last call, float64 where the device has it, on the device."""

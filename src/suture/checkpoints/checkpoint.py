@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from suture.checkpoints.encoding import Encoder
 from suture.errors import refusal, shown
 from suture.storage.mapped_file import MappedFile
 
@@ -75,11 +76,25 @@ class Factors(NamedTuple):
         return cls(torch.zeros(rows, 0), torch.zeros(0, columns))
 
 
+class Codes(NamedTuple):
+    """The stored form of a decoded tensor: its format in words, and the stored tensors that make it up.
+
+    `encode` has the names that it `fills`, and `run(part, stored)` writes the codes of a tensor there, given (start,
+    stop) → some of its entries and name → writable tensor; None where a format is decoded only.
+    """
+
+    kind: str
+    specs: Mapping[str, TensorSpec]
+    read: Callable[[str], Tensor]
+    encode: Encoder | None = None
+
+
 class Entry(NamedTuple):
     """One stored tensor. Entries of equal `identity` are one tensor under several names.
 
     `factors` gives the difference to the base, where it is known to be of low rank. `part(start, stop)` gives some of
-    the flattened entries, where that is cheaper than reading all. `file` is where a mapped tensor lies.
+    the flattened entries, where that is cheaper than reading all. `file` is where a mapped tensor lies. `codes` is the
+    stored form of a tensor that is decoded when it is read.
     """
 
     spec: TensorSpec
@@ -88,6 +103,7 @@ class Entry(NamedTuple):
     factors: Callable[[], Factors] | None = None
     part: Callable[[int, int], Tensor] | None = None
     file: MappedFile | None = None
+    codes: Codes | None = None
 
 
 class Parts:
@@ -185,6 +201,11 @@ class Checkpoint(Mapping[str, Tensor]):
         """The difference of a tensor to the base as low-rank factors, if this checkpoint is an adapter; else None."""
         entry = (self._entries or {}).get(name)
         return entry.factors() if entry is not None and entry.factors is not None else None
+
+    @property
+    def codes(self) -> Mapping[str, Codes]:
+        """The stored form of every tensor that is decoded when it is read."""
+        return {name: entry.codes for name, entry in (self._entries or {}).items() if entry.codes is not None}
 
     def select(self, names: Mapping[str, str]) -> "Checkpoint":
         """The same checkpoint with some of its tensors only, under other names: new name → name here."""

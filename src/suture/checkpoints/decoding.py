@@ -16,25 +16,28 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from suture.checkpoints.checkpoint import Entry, TensorSpec
+from suture.checkpoints.checkpoint import Codes, Entry, TensorSpec
+from suture.checkpoints.encoding import FP4, Encoder, Grid, Part, mxfp4, rows_of_int8, scaled, table_codes
 from suture.checkpoints.json_files import model_config
 from suture.errors import refusal, shown
 
-#: Decodes some entries of a flattened tensor: (start, stop) → float32.
-Part = Callable[[int, int], Tensor]
 #: Decodes some rows of a matrix (rows, columns): (first, last) → float32.
 RowPart = Callable[[int, int], Float[Tensor, "rows columns"]]
 
 _FP8 = {getattr(torch, name) for name in ("float8_e4m3fn", "float8_e5m2") if hasattr(torch, name)}
-_MXFP4 = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0])
+_MXFP4 = torch.tensor([*FP4, *(-number for number in FP4)])
 _AWQ_ORDER = (0, 4, 1, 5, 2, 6, 3, 7)  # the nibble of each of eight columns
 _BLOCK = (128, 128)  # of FP8, where the configuration says nothing
+_STEP = 1 << 15  # entries that are decoded at once
 _DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 _AGAIN = "copy or download the model again"
 
 
 class Decoded(NamedTuple):
-    """One decoded tensor: its name, its shape, its entries, the stored names that it takes, and the format in words."""
+    """One decoded tensor: its name, its shape, its entries, the stored names that it takes, and the format in words.
+
+    `dtype` is its own, where it says so; `encode` writes such codes again, where that is known.
+    """
 
     name: str
     shape: tuple[int, ...]
@@ -42,6 +45,7 @@ class Decoded(NamedTuple):
     takes: Sequence[str]
     kind: str
     dtype: torch.dtype | None = None
+    encode: Encoder | None = None
 
 
 class Stored(NamedTuple):
@@ -77,8 +81,9 @@ def decoded(entries: Mapping[str, Entry], directory: Path | None, where: object)
     taken |= {name for each in found for name in _idle(each.name) if name in entries}
     plain = {name: entry for name, entry in entries.items() if name not in taken}
     dtype = _DTYPES.get(str(config.get("dtype") or config.get("torch_dtype")), torch.bfloat16)
-    plain |= {each.name: _entry(each, dtype) for each in found}
-    return plain, " and ".join(sorted({each.kind for each in found}))
+    plain |= {each.name: _entry(each, dtype, entries) for each in found}
+    kinds = {each.kind for each in found} | {entry.codes.kind for entry in plain.values() if entry.codes}
+    return plain, " and ".join(sorted(kinds))
 
 
 def _idle(name: str) -> list[str]:
@@ -89,9 +94,29 @@ def _idle(name: str) -> list[str]:
     ]
 
 
-def _entry(each: Decoded, dtype: torch.dtype) -> Entry:
+def _entry(each: Decoded, dtype: torch.dtype, entries: Mapping[str, Entry]) -> Entry:
     spec = TensorSpec(each.shape, each.dtype or dtype)
-    return Entry(spec, lambda: each.part(0, spec.numel).view(spec.shape).to(spec.dtype), part=each.part)
+    beside = [name for name in _idle(each.name) if name in entries and name not in each.takes]
+    stored = {name: entries[name].spec for name in (*each.takes, *beside)}
+    codes = Codes(each.kind, stored, lambda name: entries[name].read(), each.encode)
+    part = in_steps(each.part)
+    return Entry(spec, lambda: part(0, spec.numel).view(spec.shape).to(spec.dtype), part=part, codes=codes)
+
+
+def in_steps(decode: Part) -> Part:
+    """The same entries, a few at a time, so that what decoding holds beside them stays small."""
+
+    def part(start: int, stop: int) -> Tensor:
+        if stop - start <= _STEP:
+            entries = decode(start, stop)  # a view would keep whole rows of the neighbours
+            return entries.clone() if entries.untyped_storage().nbytes() > 2 * entries.nbytes else entries
+        entries = torch.empty(stop - start)
+        for begin in range(start, stop, _STEP):
+            end = min(begin + _STEP, stop)
+            entries[begin - start : end - start] = decode(begin, end)
+        return entries
+
+    return part
 
 
 def _by_rows(columns: int, rows: RowPart) -> Part:
@@ -133,7 +158,10 @@ def _scaled(name: str, stored: Stored) -> Decoded | None:
 
     kind = "int8 codes with scales" if spec.dtype == torch.int8 else "8-bit floating-point codes with scales"
     takes = [name, scale, *([zero] if zero else [])]
-    return Decoded(name, shape, _by_rows(columns, decode), takes, kind)
+    whole = math.prod(grid) == 1
+    division = Grid(rows, columns, rows if whole else high, min(height, rows if whole else high), width)
+    encode = scaled(name, scale, zero, division)
+    return Decoded(name, shape, _by_rows(columns, decode), takes, kind, encode=encode)
 
 
 def _number(scales: Tensor) -> Tensor:
@@ -196,7 +224,9 @@ def _mxfp4(name: str, stored: Stored) -> Decoded | None:
             parts.append(values[:, begin - g0 * each : end - g0 * each].T)
         return torch.cat(parts)
 
-    return Decoded(target, (experts, inner, out), _by_rows(out, rows), [name, scales], "4-bit codes of MXFP4")
+    encode = mxfp4(name, scales, experts, out, groups, half)
+    kind = "4-bit codes of MXFP4"
+    return Decoded(target, (experts, inner, out), _by_rows(out, rows), [name, scales], kind, encode=encode)
 
 
 def _bnb_int8(name: str, stored: Stored) -> Decoded | None:
@@ -210,7 +240,9 @@ def _bnb_int8(name: str, stored: Stored) -> Decoded | None:
     def rows(first: int, last: int) -> Tensor:
         return stored.read(name)[first:last].float() * (stored.read(scale)[first:last].float() / 127)[:, None]
 
-    return Decoded(name, spec.shape, _by_rows(spec.shape[1], rows), [name, scale], "int8 codes of bitsandbytes")
+    encode = rows_of_int8(name, scale, *spec.shape)
+    kind = "int8 codes of bitsandbytes"
+    return Decoded(name, spec.shape, _by_rows(spec.shape[1], rows), [name, scale], kind, encode=encode)
 
 
 def _bnb_4bit(name: str, stored: Stored) -> Decoded | None:
@@ -245,7 +277,8 @@ def _bnb_4bit(name: str, stored: Stored) -> Decoded | None:
         return values * scales.float()[numbers - numbers[0]] if stop > start else values
 
     dtype = _DTYPES.get(str(state.get("dtype")))
-    return Decoded(name, shape, part, takes, f"{state['quant_type']} codes of bitsandbytes", dtype)
+    encode = None if nested else table_codes(name, parts[0], lambda: stored.read(parts[1]), numel, size)
+    return Decoded(name, shape, part, takes, f"{state['quant_type']} codes of bitsandbytes", dtype, encode)
 
 
 def _quant_state(name: str, key: str, stored: Stored) -> dict[str, Any]:

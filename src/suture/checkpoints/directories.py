@@ -12,19 +12,22 @@ from suture.checkpoints.json_files import is_text, read_object
 from suture.errors import refusal, shown
 
 INDEX_SUFFIX = ".index.json"
-# In the order in which `transformers` looks for them.
+# In the order in which `transformers` looks for them, then those of diffusers.
 _USUAL = (
     "model.safetensors",
     "model.safetensors.index.json",
     "pytorch_model.bin",
     "pytorch_model.bin.index.json",
+    "diffusion_pytorch_model.safetensors",
+    "diffusion_pytorch_model.safetensors.index.json",
+    "diffusion_pytorch_model.bin",
 )
 _AGAIN = "copy or download the directory again"
 _COMPANIONS = (*SUFFIXES, ".json", ".txt", ".model", ".py", ".jinja", ".tiktoken")
 _LONGEST_NAME = 255  # bytes; no file system allows more
 _PART = re.compile(r"-\d+-of-0*([2-9]|1\d)")
 #: Weights of other libraries, which are named where nothing else is there.
-_STRANGERS = (".gguf", ".ggml", ".h5", ".msgpack", ".onnx", ".npz", ".keras", ".tflite")
+_STRANGERS = (".ggml", ".h5", ".msgpack", ".onnx", ".npz", ".keras", ".tflite")
 
 
 def weight_file(directory: Path) -> Path:
@@ -34,6 +37,7 @@ def weight_file(directory: Path) -> Path:
             return directory / name
     visible = sorted(path for path in directory.iterdir() if path.is_file() and path.name[0] != ".")
     files = [path for path in visible if path.suffix in SUFFIXES]
+    files = files or [path for path in visible if path.suffix == ".gguf"]
     if len(files) == 1 and not _PART.search(files[0].name):
         return files[0]
     strangers = [path.name for path in visible if path.suffix in _STRANGERS]

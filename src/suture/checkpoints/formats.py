@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from suture.checkpoints.checkpoint import Entry
+from suture.checkpoints.gguf_files import read_gguf
 from suture.checkpoints.safetensors_files import read_safetensors
 from suture.checkpoints.torch_files import read_legacy_torch, read_torch_zip
 from suture.errors import CheckpointError, refusal
@@ -16,11 +17,6 @@ _STRANGERS = [
         b"version https://git-lfs",
         "is a git-lfs pointer, not the weights",
         "run `git lfs pull` in its repository",
-    ),
-    (
-        b"GGUF",
-        "is a GGUF file, which is not read: its weights are quantised, as a rule",
-        "give the model in safetensors or PyTorch files that it was converted from",
     ),
     (b"\x89HDF", "is an HDF5 file, which is not read", "give a safetensors or PyTorch file"),
     (b"\x1f\x8b", "is compressed with gzip", "unpack it"),
@@ -53,6 +49,8 @@ def _read(path: Path, start: bytes, key: str | None) -> tuple[dict[str, Entry], 
         raise stranger
     if isinstance(path, RemotePath) and start[8:9] != b"{":
         raise refusal(path, "is no safetensors file, and only these are read by ranges", "download it first")
+    if start[:4] == b"GGUF":
+        return read_gguf(path)
     if start[:4] == b"PK\x03\x04":
         return read_torch_zip(path, key), {}
     if path.suffix == ".safetensors" or start[8:9] == b"{":

@@ -1,8 +1,10 @@
 """Tokens of vocabulary rows, from tokenizer.json: rows that stand for different tokens must not be mixed."""
 
 import filecmp
+import json
 import re
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ _REMEDY = (
     "suture merge … vocabulary=union, which goes by token; vocabulary=base, crop or pad, which go by row; "
     "or merge models of one tokenizer"
 )
+_BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 _SPARE = re.compile(r"reserved|unused|placeholder", re.IGNORECASE)  # tokens that a model may give a meaning of its own
 
 
@@ -51,6 +54,42 @@ def token_rows(file: Path) -> dict[int, str]:
     if not all(isinstance(token, str) and type(row) is int and row >= 0 for token, row in tokens.items()):
         raise refusal(file, "is no tokenizer: its vocabulary does not lead from text to rows", _AGAIN)
     return {row: token for token, row in tokens.items()}
+
+
+def token_keys(file: Path) -> dict[int, str | bytes]:
+    """Row → what a token stands for, whatever the kind of tokenizer: its bytes, or the text of an added token.
+
+    A space is Ġ in byte-level BPE and ▁ in SentencePiece, which also writes single bytes as <0x0A>.
+    """
+    content: Any = read_object(file, _AGAIN)
+    tokens = token_rows(file)
+    added = {token["id"] for token in content.get("added_tokens") or []}
+    parts = json.dumps([content.get("pre_tokenizer"), content.get("decoder"), content.get("normalizer")])
+    spelled = _byte_level if '"ByteLevel"' in parts else _pieces if "\\u2581" in parts else str.encode
+    return {row: token if row in added else spelled(token) for row, token in tokens.items()}
+
+
+def _byte_level(token: str) -> bytes:
+    """The bytes of a token of byte-level BPE, which writes each byte as one printable character."""
+    table = _characters()
+    if all(character in table for character in token):
+        return bytes(table[character] for character in token)
+    return token.encode("utf-8", "surrogatepass")
+
+
+@cache
+def _characters() -> dict[str, int]:
+    """Character → byte: printable ones stand for themselves, the others follow from 256 on (GPT-2)."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
+
+
+def _pieces(token: str) -> bytes:
+    """The bytes of a piece of SentencePiece."""
+    if match := _BYTE.fullmatch(token):
+        return bytes([int(match[1], 16)])
+    return token.replace("\u2581", " ").encode("utf-8", "surrogatepass")
 
 
 def _same(file: Path, other: Path) -> bool:

@@ -155,6 +155,28 @@ def merge(request: Request) -> Answer:
     return Answer(asdict(result.plan) | {"seconds": result.plan.seconds}, str(result.plan))
 
 
+def transplant(request: Request) -> Answer:
+    """A model with the tokenizer of another."""
+    from suture.file_merge import transplant
+
+    values = request.values
+    if not values["--output"]:
+        raise ConfigError("Missing option: --output FOLDER, a new folder for the model.")
+    options: dict[str, Any] = {"overwrite": bool(values["--overwrite"])}
+    if values["--atoms"]:
+        options["atoms"] = _whole("--atoms", values["--atoms"])
+    if values["--memory"]:
+        options["memory"] = values["--memory"]
+    folder = transplant(values["MODEL"], values["DONOR"], values["--output"], **options)
+    found = json.loads((folder / "suture_merge.json").read_text("utf-8"))["transplant"]
+    rest = "row is a sum" if found["other_rows"] == 1 else "rows are sums"
+    print(
+        f"{found['shared_tokens']} tokens keep their rows; {found['other_rows']} {rest} of at most {found['atoms']} "
+        f"of these.\nThe model is in {folder}"
+    )
+    return Answer({"output": str(folder), **found}, str(folder))
+
+
 def _is_path(word: str) -> bool:
     key = word.partition("=")[0]
     return key in ("base", "output", "mergekit") or key.startswith("models.")

@@ -121,6 +121,24 @@ _TABLE = (
         configuration="merging",
     ),
     Verb(
+        "transplant",
+        "Give a model the tokenizer of another",
+        "suture transplant org/model org/donor --output out",
+        actions.transplant,
+        details="Tokens that both have keep the model's rows in embedding and head. Every other row is a sum of a few "
+        "of these: the one that comes nearest to it in the donor (orthogonal matching pursuit).",
+        arguments=(
+            Argument("MODEL", "the model that gets a tokenizer", path=True),
+            Argument("DONOR", "the model whose tokenizer it gets", path=True),
+        ),
+        options=(
+            Option("--output", "a new folder for the model", "FOLDER"),
+            Option("--atoms", "the most tokens in a sum; by default 64", "N"),
+            Option("--memory", "the most that the search holds; by default 300MB", "SIZE"),
+            Option("--overwrite", "replace an output folder that exists"),
+        ),
+    ),
+    Verb(
         "analyse",
         "Compare the models of a pool",
         "suture analyse interpolation modelpool=glyphs8 taskpool=glyphs8 points=0,0.5,1",

@@ -22,21 +22,28 @@ from suture.families.shared.base import Family
 from suture.storage.atomic import new_file
 from suture.storage.cache import cache_directory, digest, making
 from suture.storage.mapped_file import MappedFile
-from suture.tasks.base import Images, Texts
+from suture.tasks.base import Images, Tensors, Texts
 
 T = TypeVar("T")
 log = logging.getLogger(__name__)
 
 
-def decoded(family: Family, data: Images | Texts, track: Track = untracked, description: str = "Decoding") -> Inputs:
-    """Images or texts as the family's inputs, from the cache if possible; data without an identity are not cached."""
+def decoded(
+    family: Family, data: Images | Texts | Tensors, track: Track = untracked, description: str = "Decoding"
+) -> Inputs:
+    """Data as the family's inputs, from the cache if possible; tensors are inputs already.
+
+    Data without an identity, and those of a family whose `preprocessing` is empty, are not cached.
+    """
+    if isinstance(data, Tensors):
+        return data.inputs
     if isinstance(data, Texts):
         return _tokenized(family, data, track, description)
     return _decoded(family, data, track, description)
 
 
 def _tokenized(family: Family, texts: Texts, track: Track, description: str) -> dict[str, Tensor]:
-    if texts.identity is None or len(texts) == 0:
+    if texts.identity is None or len(texts) == 0 or not family.preprocessing:
         return family.tokens(texts, track, description)
     path = cache_directory() / "inputs" / f"{digest({}, [], texts.identity, family.preprocessing)}.safetensors"
     cached = _cached_tokens(path, len(texts))
@@ -61,7 +68,7 @@ def _cached_tokens(path: Path, count: int) -> dict[str, Tensor] | None:
 
 
 def _decoded(family: Family, images: Images, track: Track, description: str) -> Tensor:
-    if images.identity is None or len(images) == 0:
+    if images.identity is None or len(images) == 0 or not family.preprocessing:
         return family.decode(images, track, description)
     shape = (len(images), *family.input_shape)
     path = cache_directory() / "inputs" / f"{digest({}, [], images.identity, family.preprocessing, shape)}.uint8"

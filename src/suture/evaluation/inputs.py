@@ -124,7 +124,7 @@ def task_inputs(
         labels=loaded.labels,
         head=family.head(task, track),
         classnames=task.classnames,
-        identity=loaded.identity,
+        identity=loaded.identity if family.preprocessing else None,  # code of one's own may change
     )
 
 

@@ -87,6 +87,7 @@ class Inputs:
             **({"after": {w.name: _plain(knobs) for w, knobs in options.after}} if options.after else {}),
             **({"selection": _plain(asdict(options.selection))} if options.selection else {}),
             **({"key": options.key} if options.key else {}),
+            **({"encode": options.encode} if options.encode else {}),
         } | ({} if device == "cpu" else {"device": device})  # a device rounds sums otherwise
 
     def _identity(self, checkpoint: Checkpoint) -> Any:
@@ -124,7 +125,9 @@ def open_inputs(options: MergeOptions) -> Inputs:
     chosen = select(found.base, found.models, options.selection)
     fitted = fit(found.base, chosen.models, options.vocabulary)
     apart = {"tie_word_embeddings": False} if base is not tied else {}
-    config = None if config is None else {**_plain_weights(config, opened), **apart, **fitted.config}
+    if not options.encode:
+        config = _plain_weights(config, opened)
+    config = None if config is None else {**config, **apart, **fitted.config}
     notes = [*_read_as(opened), *found.notes, *template_notes(opened)]
     if base is not tied:
         notes.append("An adapter changes one name of a tied tensor alone, so the result has both, not tied.")
@@ -150,8 +153,10 @@ def _read_as(opened: Mapping[str, Checkpoint]) -> list[str]:
     return prefixes + [f"'{n}' has {c.decoded}, which are decoded." for n, c in opened.items() if c.decoded]
 
 
-def _plain_weights(config: Mapping[str, Any], opened: Mapping[str, Checkpoint]) -> dict[str, Any]:
+def _plain_weights(config: dict[str, Any] | None, opened: Mapping[str, Checkpoint]) -> dict[str, Any] | None:
     """A configuration that speaks of no codes, where those were decoded."""
+    if config is None:
+        return None
     decoded = any(checkpoint.decoded for checkpoint in opened.values())
     return {key: value for key, value in config.items() if not (decoded and key == "quantization_config")}
 

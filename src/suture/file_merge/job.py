@@ -6,16 +6,20 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
+from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from suture.checkpoints import TensorSpec
+from suture.checkpoints.checkpoint import Codes
 from suture.core.progress import bar
-from suture.errors import ConfigError
+from suture.errors import PRETRAINED, ConfigError
 from suture.file_merge.adapters import merge_adapters
+from suture.file_merge.encoding import codes_of, error_line, record_error, write_encoded
 from suture.file_merge.inputs import Inputs, open_inputs
-from suture.file_merge.layout import Shard, index_path, index_text, split_into_shards
+from suture.file_merge.layout import Shard, file_stem, split_into_shards, write_index
 from suture.file_merge.masks import write_masks
 from suture.file_merge.options import MergeOptions
 from suture.file_merge.output import write_companions
@@ -77,7 +81,16 @@ class Job:
     @cached_property
     def specs(self) -> dict[str, TensorSpec]:
         """Shape and dtype of every tensor of the result but the tied ones."""
-        return {name: self._converted(spec) for name, spec in self.vectors.specs.items()}
+        codes = self.codes
+        specs = self.vectors.specs.items()
+        return {n: self._converted(s) if n not in codes else s._replace(dtype=torch.float32) for n, s in specs}
+
+    @cached_property
+    def codes(self) -> dict[str, Codes]:
+        """The base's codes in which tensors are written again; until then these are float32."""
+        if not self.options.encode:
+            return {}
+        return codes_of(self.inputs.opened[PRETRAINED], self.vectors.specs)
 
     def _converted(self, spec: TensorSpec) -> TensorSpec:
         dtype = self.options.dtype
@@ -86,7 +99,12 @@ class Job:
     @cached_property
     def shards(self) -> list[Shard]:
         """The files of the result."""
-        return split_into_shards(self.specs, self.inputs.base.aliases, self.options.shard_size)
+        return split_into_shards(self.specs, self.inputs.base.aliases, self.options.shard_size, self.stem)
+
+    @cached_property
+    def stem(self) -> str:
+        """The name of the weights' files, before its number and .safetensors."""
+        return file_stem(self.inputs.opened[PRETRAINED].files)
 
     @cached_property
     def folder(self) -> WorkingFolder:
@@ -259,13 +277,23 @@ class Job:
         if not all(whole for _, whole in self._read_back(r for r in records.values() if r.name not in share)):
             return False  # whoever does that share again mends it
         self._settle(records)
-        if len(self.shards) > 1:
-            index_path(self.folder.model).write_text(index_text(self.shards), "utf-8")
-        write_companions(self.folder.model, self.options, self.inputs, self.specs, work)
+        write_index(self.folder.model, self.shards, self.stem)
         self.folder.check_headers()
+        folder = self._encoded() if self.codes else self.folder.model
+        plain = {name: spec for name, spec in self.specs.items() if name not in self.codes}
+        write_companions(folder, self.options, self.inputs, plain, work)
+        if self.codes:
+            self.notes.append(error_line(record_error(self.folder.model, folder, self.codes)))
         self.inputs.check_unchanged()
-        self.folder.publish(self.options.overwrite, self.inputs.paths)
+        self.folder.publish(folder, self.options.overwrite, self.inputs.paths)
         return True
+
+    def _encoded(self) -> Path:
+        """A folder with the merged weights in the base's codes."""
+        folder = self.folder.new_folder("encoded")
+        unchanged = self.codes.keys() - set(self.vectors.names)
+        write_encoded(self.folder.model, folder, self.codes, unchanged, self.options.shard_size, self.stem)
+        return folder
 
     def _settle(self, records: Mapping[str, TensorRecord]) -> None:
         """Merge anew the slices whose columns cancel, now that the votes of all tensors are counted."""

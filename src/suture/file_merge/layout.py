@@ -10,6 +10,7 @@ from suture.checkpoints.directories import INDEX_SUFFIX
 from suture.checkpoints.writing import safetensors_header
 
 _NAME = "model"
+_DIFFUSERS = "diffusion_pytorch_model"
 
 
 class Location(NamedTuple):
@@ -29,10 +30,17 @@ class Shard(NamedTuple):
     locations: Mapping[str, Location]
 
 
-def split_into_shards(specs: Mapping[str, TensorSpec], aliases: Mapping[str, str], shard_size: int) -> list[Shard]:
+def file_stem(files: Sequence[Path]) -> str:
+    """The name that a library looks for: that of diffusers where the input has it, else model."""
+    return _DIFFUSERS if any(file.name.startswith(_DIFFUSERS) for file in files) else _NAME
+
+
+def split_into_shards(
+    specs: Mapping[str, TensorSpec], aliases: Mapping[str, str], shard_size: int, stem: str = _NAME
+) -> list[Shard]:
     """The files of a checkpoint, each at most `shard_size` bytes of tensors unless one tensor is larger.
 
-    One file is called model.safetensors; several model-00001-of-0000N.safetensors.
+    One file is called model.safetensors; several model-00001-of-0000N.safetensors; `stem` stands for model.
     """
     groups: list[list[str]] = [[]]
     size = 0
@@ -43,12 +51,12 @@ def split_into_shards(specs: Mapping[str, TensorSpec], aliases: Mapping[str, str
         groups[-1].append(name)
         size += specs[name].nbytes
     return [
-        _shard(_file_name(i, len(groups)), {name: specs[name] for name in names}, aliases)
+        _shard(_file_name(stem, i, len(groups)), {name: specs[name] for name in names}, aliases)
         for i, names in enumerate(groups, start=1)
     ]
 
 
-def index_text(shards: Sequence[Shard]) -> str:
+def _index_text(shards: Sequence[Shard]) -> str:
     """The text of model.safetensors.index.json."""
     locations = {name: location for shard in shards for name, location in shard.locations.items()}
     total = sum(location.spec.nbytes for location in locations.values())
@@ -56,13 +64,14 @@ def index_text(shards: Sequence[Shard]) -> str:
     return json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=2) + "\n"
 
 
-def index_path(folder: Path) -> Path:
-    """The path of the index in a model directory."""
-    return folder / f"{_NAME}.safetensors{INDEX_SUFFIX}"
+def write_index(folder: Path, shards: Sequence[Shard], stem: str = _NAME) -> None:
+    """Write the index of several shards into a model directory; one file needs none."""
+    if len(shards) > 1:
+        (folder / f"{stem}.safetensors{INDEX_SUFFIX}").write_text(_index_text(shards), "utf-8")
 
 
-def _file_name(i: int, count: int) -> str:
-    return f"{_NAME}-{i:05d}-of-{count:05d}.safetensors" if count > 1 else f"{_NAME}.safetensors"
+def _file_name(stem: str, i: int, count: int) -> str:
+    return f"{stem}-{i:05d}-of-{count:05d}.safetensors" if count > 1 else f"{stem}.safetensors"
 
 
 def _shard(file: str, specs: Mapping[str, TensorSpec], aliases: Mapping[str, str]) -> Shard:

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from suture.file_merge.mergekit.translation import Translation
 
 VOCABULARY = ("refuse", "base", "crop", "pad", "union")
+ENCODE = ("input",)
 DTYPES = ("bfloat16", "float16", "float32", "float64")
 _MOST_THREADS = 4096
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
@@ -61,6 +62,7 @@ class MergeOptions:
     key: str | None = None
     rank: int | None = None
     space: str | None = None
+    encode: str | None = None
     translation: "Translation | None" = None
     command: str | None = None
     destination: Destination | None = None
@@ -113,11 +115,13 @@ def read_options(
     keep: Sequence[str] | str = (),
     only: Sequence[str] | str = (),
     key: str | None = None,
+    encode: str | None = None,
     **rest: Any,
 ) -> MergeOptions:
     """Options from what people write; raises `ConfigError` for the first value that does not fit."""
     chosen = MASK_METHODS.get(method) or get_method(method)
     base, models = _sources(base, models, chosen, {"rank": rank, "space": space})
+    _check_encode(encode, {"base": base, "dtype": dtype, "masks": method if method in MASK_METHODS else None})
     if space is not None and space not in SPACES:
         raise ConfigError(unknown_name("space", shown(space), SPACES))
     if vocabulary not in VOCABULARY:
@@ -146,12 +150,26 @@ def read_options(
         space=space,
         selection=Selection(_names("frozen", frozen), _names("keep", keep), _names("only", only)),
         key=None if key is None else str(key),
+        encode=encode,
         rank=None if rank is None else _whole_number("rank", rank, 1, 2**31),
         **rest,
     )
     if options.masks:
         check_masks(options)
     return options
+
+
+def _check_encode(encode: Any, given: Mapping[str, Any]) -> None:
+    """Refuse values other than input, and what codes of the base leave no room for."""
+    if encode is None:
+        return
+    if encode not in ENCODE:
+        raise ConfigError(unknown_name("encode", shown(encode), ENCODE))
+    if given["base"] is None or given["masks"] is not None:
+        raise ConfigError("encode=input is for a whole merged model. Remedy: leave out encode, or give base=PATH.")
+    if given["dtype"] is not None:
+        problem = f"encode=input writes the base's codes, and dtype={shown(given['dtype'])} plain weights"
+        raise ConfigError(f"{problem}. Remedy: leave out one of the two.")
 
 
 def parse_size(key: str, value: int | str) -> int:

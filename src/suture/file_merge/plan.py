@@ -86,7 +86,7 @@ def make_plan(job: Job) -> Plan:
         shards=len(job.shards),
         passes=1 + before + job.merging.passes,
         bytes_read=read(merged) + gathered + job.merging.passes * read(vectors.names),
-        bytes_written=sum(job.specs[name].nbytes for name in share),
+        bytes_written=sum(job.specs[name].nbytes for name in share) + _encoded_bytes(job),
         memory=max(slices, FIXED_BYTES + job.merging.held()) if matrices else slices,
         threads=vectors.number_of_threads,
         read_speed=read_speed([path for c in job.inputs.opened.values() for path in c.files]),
@@ -94,6 +94,14 @@ def make_plan(job: Job) -> Plan:
         compute_speed=_matrix_speed(job) if matrices else _compute_speed(job),
         matrix=max(map(job.merging.needs, vectors.names), default=0),
     )
+
+
+def _encoded_bytes(job: Job) -> int:
+    """Bytes of the result in the base's codes, which is written after the plain one."""
+    if not job.codes:
+        return 0
+    plain = sum(spec.nbytes for name, spec in job.specs.items() if name not in job.codes)
+    return plain + sum(spec.nbytes for each in job.codes.values() for spec in each.specs.values())
 
 
 def _compute_speed(job: Job) -> float:

@@ -88,6 +88,7 @@ def merge_files(
     keep: Sequence[str] = (),
     only: Sequence[str] = (),
     key: str | None = None,
+    encode: str | None = None,
     **knobs: Any,
 ) -> Path:
     """Merge checkpoints into a model directory that `transformers` loads; returns its path.
@@ -101,6 +102,9 @@ def merge_files(
 
     Names or patterns choose tensors: those of `frozen` and `keep` stay at the base, whatever the models have there or
     lack; with `only`, all others do. `key` chooses one of several models in a PyTorch file, such as params_ema.
+
+    `encode="input"` writes the tensors that the base holds as codes (FP8, MXFP4, int8, nf4) in such codes again; the
+    error that this adds is in suture_merge.json.
 
     `dtype` is that of the result (by default the base's), `shard_size` the most that one file holds, `memory` the most
     that the merge holds beside what the system caches of files, whatever the size of the models, and `device` is where
@@ -139,6 +143,7 @@ def merge_files(
         keep=keep,
         only=only,
         key=key,
+        encode=encode,
     )
     Job(options).run()
     return _place(options)
@@ -231,6 +236,7 @@ def _translated(
         arguments = {**arguments, "output": folders[number - 1]}
     file = translate(config, _with_results(documents[number - 1], made) if several else None)
     given = {key: value for key, value in arguments.items() if value is not None}
-    given |= {"dtype": given.get("dtype") or file.dtype, "mixed_dtypes": True}
+    dtype = None if given.get("encode") else file.dtype
+    given |= {"dtype": given.get("dtype") or dtype, "mixed_dtypes": True}
     given |= {"vocabulary": file.vocabulary if given.get("vocabulary", "refuse") == "refuse" else given["vocabulary"]}
     return read_options(file.base, file.models, file.method, knobs={}, translation=file, **given)

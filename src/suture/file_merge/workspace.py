@@ -332,13 +332,22 @@ class WorkingFolder:
         """Put a state file that cannot be read out of the way, and say so."""
         log.warning("'%s' cannot be read and is now '%s'; it is made anew.", file, set_aside(file))
 
-    def publish(self, overwrite: bool, inputs: Iterable[Path]) -> None:
-        """Give the result its name, in one step, and remove the rest."""
+    def new_folder(self, name: str) -> Path:
+        """An empty folder in this one; what a kill has left there is removed."""
+        folder = self.path / name
         with disk_errors(self.output, _RESUME):
-            sync_tree(self.model)
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir()
+        return folder
+
+    def publish(self, folder: Path, overwrite: bool, inputs: Iterable[Path]) -> None:
+        """Give the result, `model` or what was made of it, its name in one step, and remove the rest."""
+        with disk_errors(self.output, _RESUME):
+            sync_tree(folder)
             check_replaceable(self.output, overwrite, inputs=inputs)
-            put_in_place(self.model, self.output.absolute())
+            put_in_place(folder, self.output.absolute())
             sync_directory(self.output.absolute().parent)
+            shutil.rmtree(self.model, ignore_errors=True)  # another process takes it for unfinished work
         self.discard()
 
     def discard(self) -> None:

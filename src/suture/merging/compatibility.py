@@ -79,7 +79,7 @@ def _files_problems(
     """Reasons against a merge whatever the names and shapes: quantised weights, and rows of different tokens."""
     try:
         problems = [problem for each in (base, *models.values()) if (problem := quantised_problem(each))]
-        tables = [base.specs[name].shape for name in merged_names(base, frozen) if _is_vocabulary(name, base)]
+        tables = [base.specs[name].shape for name in merged_names(base, frozen) if is_vocabulary(name, base)]
         if not problems and tables and not by_row:
             problems = mixed_tokens(base, models, max(shape[0] for shape in tables))
     except CheckpointError as error:
@@ -87,7 +87,7 @@ def _files_problems(
     return problems
 
 
-def _is_vocabulary(name: str, base: Checkpoint) -> bool:
+def is_vocabulary(name: str, base: Checkpoint) -> bool:
     """Whether a tensor has a row for each token: an embedding or a head, not of positions or patches."""
     other = any(part in name for part in ("position", "patch", "token_type"))
     return not other and len(base.specs[name].shape) == 2 and any(part in name for part in VOCABULARY)

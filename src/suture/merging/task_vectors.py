@@ -334,7 +334,7 @@ def open_task_vectors(
     return vectors
 
 
-def read_device(value: str) -> str:
+def read_device(value: Any) -> str:
     """`cpu`, `cuda` or `cuda:N`, if this PyTorch has it; raises `ConfigError`."""
     match = re.fullmatch(r"cpu|cuda(?::([0-9]{1,4}))?", str(value)[:40])
     if match is None:

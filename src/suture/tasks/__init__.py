@@ -17,7 +17,7 @@ from suture.errors import ConfigError, DataError, SutureError, one_line, problem
 from suture.storage import hub
 from suture.storage.addresses import ZOO_ADDRESS, zoo_path
 from suture.tasks import layouts
-from suture.tasks.base import SPLITS, Images, Source, Split, Task, Texts
+from suture.tasks.base import SPLITS, Images, Source, Split, Task, Tensors, Texts
 from suture.tasks.passages import Passage, Passages, read_passages
 from suture.tasks.scoring import Scoring
 
@@ -29,6 +29,7 @@ __all__ = [
     "Source",
     "Split",
     "Task",
+    "Tensors",
     "Texts",
     "check",
     "known",
@@ -39,8 +40,8 @@ __all__ = [
 ]
 
 
-def load(task: Task, split: Split) -> Images | Texts:
-    """The images or texts, and the labels, of one split; raises `DataError` with the first problem that `check` names.
+def load(task: Task, split: Split) -> Images | Texts | Tensors:
+    """The inputs and the labels of one split; raises `DataError` with the first problem that `check` names.
 
     A data set of a hub is downloaded first, unless it is in the hub's cache.
     """

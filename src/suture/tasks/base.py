@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal, NoReturn
 import numpy as np
 from torch import Tensor
 
+from suture.core.batches import Inputs, take
 from suture.errors import ConfigError, DataError, data_refusal, shown
 from suture.tasks.scoring import Scoring
 
@@ -162,6 +163,24 @@ class Texts:
         ]
 
 
+@dataclass(frozen=True, eq=False)
+class Tensors:
+    """The inputs of one split as a model takes them: (N, …), or argument name → (N, …). The rest is as in `Images`."""
+
+    inputs: Inputs
+    labels: Tensor
+    classnames: tuple[str, ...] | None = None
+    identity: str | None = None
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def first(self, count: int) -> "Tensors":
+        """The first inputs only."""
+        part = slice(0, count)
+        return replace(self, inputs=take(self.inputs, part), labels=self.labels[part], identity=None)
+
+
 def filled(template: str, texts: Mapping[str, str]) -> str:
     """A template with texts in place of their names in braces, all at once: braces in a text stay as they are.
 
@@ -183,7 +202,7 @@ class Source:
 
     wanted: str
     found: Callable[[Path], bool]
-    load: Callable[[Path, Split, Task], Images | Texts]
+    load: Callable[[Path, Split, Task], Images | Texts | Tensors]
     problems: Callable[[Path, Split, Task], list[str]]
     count: Callable[[Path, Split, Task], int | None]
     texts: bool = False

@@ -6,7 +6,7 @@ _suture_names() {
 }
 
 _suture() {
-    local line=${COMP_LINE:0:COMP_POINT} word verb='' method='' repair='' before candidates key
+    local line=${COMP_LINE:0:COMP_POINT} word verb='' method='' repair='' before candidates typed
     word=${line##*[[:space:]]}
     local -a typed
     read -r -a typed <<< "${line%"$word"}"
@@ -20,12 +20,12 @@ _suture() {
         esac
     done
     if [[ $word == *=* ]]; then
-        key=${word%%=*}=
-        candidates=$(_suture_names "$key")
-        COMPREPLY=($(compgen -P "$key" -W "$candidates" -- "${word#*=}"))
-        case $key in
+        typed=${word%%=*}=
+        candidates=$(_suture_names "$typed")
+        COMPREPLY=($(compgen -P "$typed" -W "$candidates" -- "${word#*=}"))
+        case $typed in
             @PATHS@)
-                COMPREPLY+=($(compgen -P "$key" -f -- "${word#*=}")) ;;
+                COMPREPLY+=($(compgen -P "$typed" -f -- "${word#*=}")) ;;
         esac
     else
         [[ ${#typed[@]} -gt 1 && -z $verb ]] && verb=run

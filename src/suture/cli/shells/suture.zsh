@@ -7,7 +7,7 @@ _suture_names() {
 }
 
 _suture() {
-    local verb method repair before key
+    local verb method repair before typed
     local -a candidates ready open
     for before in ${words[2,CURRENT-1]}; do
         case $before in
@@ -18,11 +18,11 @@ _suture() {
         esac
     done
     if [[ $PREFIX == *=* ]]; then
-        key=${PREFIX%%=*}=
+        typed=${PREFIX%%=*}=
         compset -P '*='
-        candidates=(${=$(_suture_names $key)})
+        candidates=(${=$(_suture_names $typed)})
         compadd -a candidates
-        case $key in
+        case $typed in
             @PATHS@) _files ;;
         esac
         return

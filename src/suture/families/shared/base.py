@@ -70,6 +70,8 @@ class Family(ABC):
     @classmethod
     def recognises(cls, directory: Path) -> bool:
         """Whether a model directory is of this family, by its configuration alone."""
+        if (directory / "modules.json").is_file():  # a sentence encoder, whatever its architecture
+            return False
         try:
             config = json.loads((directory / "config.json").read_text("utf-8"))
         except (OSError, ValueError):
@@ -135,7 +137,10 @@ class Family(ABC):
 
     @property
     def preprocessing(self) -> str:
-        """Everything that `decode` or `tokens` depends on beside its input, as JSON, for the key of a cache."""
+        """Everything that `decode` or `tokens` depends on beside its input, as JSON, for the key of a cache.
+
+        If it is empty, nothing is cached.
+        """
         return self.reader.preprocessing
 
     def problems(self, task: Task) -> list[str]:
@@ -162,8 +167,8 @@ class Family(ABC):
         return None
 
     @abstractmethod
-    def head(self, task: Task, track: Track = untracked) -> Head:
-        """The task's head, from features (B, D) to logits (B, C)."""
+    def head(self, task: Task, track: Track = untracked) -> Head | None:
+        """The task's head, from features (B, D) to logits (B, C); None if the features are logits already."""
 
     def saved_part(self, base: "Checkpoint") -> "Checkpoint":
         """The part of the pretrained model that is saved with a merged model; by default all of it."""

@@ -19,22 +19,22 @@ def swudi(
     deltas: Float[Tensor, "task out inner"],
     *,
     time: Annotated[float, Gt(0)] = 1300.0,
-    keep: Annotated[float, Gt(0), Le(1)] | None = 0.65,
+    share: Annotated[float, Gt(0), Le(1)] | None = 0.65,
 ) -> Float[Tensor, "out inner"]:
     """Follow the gradient flow of WUDI's loss for some time, in the first directions of the tasks' inputs.
 
     With C = Σ ΔᵀΔ/‖Δ‖² = VΛVᵀ a direction of eigenvalue λ goes a share 1 − exp(−λ·`time`) of the way from the sum of
-    the task vectors to the minimum. `keep` is the share of the directions, those of the largest λ, that move at all;
-    `keep=null time=300` is the soft form.
+    the task vectors to the minimum. `share` is that of the directions, those of the largest λ, that move at all;
+    `share=null time=300` is the soft form.
 
     >>> swudi(torch.tensor([[[1.0, 0.0]], [[0.0, 1.0]]])).float()  # no interference: the sum
     tensor([[1., 1.]])
     """
-    return closed_form(deltas, lambda values: _shares(values, time, keep))
+    return closed_form(deltas, lambda values: _shares(values, time, share))
 
 
-def _shares(values: Tensor, time: float, keep: float | None) -> Tensor:
-    count = len(values) if keep is None else math.ceil(keep * len(values))
+def _shares(values: Tensor, time: float, share: float | None) -> Tensor:
+    count = len(values) if share is None else math.ceil(share * len(values))
     return -torch.expm1(-values[:count] * time)
 
 
