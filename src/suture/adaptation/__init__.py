@@ -5,6 +5,7 @@ from suture.adaptation.coefficients import Coefficients, Layout, layout, load_co
 from suture.adaptation.essential_subspaces import esm
 from suture.adaptation.feature_norm import FeatureNorm, feature_norms, norm_drift
 from suture.adaptation.fisher_merging import fisher
+from suture.adaptation.learned_heads import SyMergeResult, symerge
 from suture.adaptation.loaded import InputMerge
 from suture.adaptation.objectives import (
     OBJECTIVES,
@@ -18,7 +19,6 @@ from suture.adaptation.objectives import (
 )
 from suture.adaptation.options import AdaMergingOptions
 from suture.adaptation.regression_mean import regmean, regmean_pp
-from suture.adaptation.symerge import SyMergeResult, symerge
 
 __all__ = [
     "OBJECTIVES",

@@ -41,6 +41,13 @@ class OneDevice:
         """The device that models and inputs must be on."""
         return self.fabric.device
 
+    @cached_property
+    def replicas(self) -> tuple[torch.device, ...]:
+        """The accelerators of this machine that the keys name, if they are several: copies of a model share work."""
+        if self.device.type == "cpu" or self.config.get("devices") in (None, 1, "1"):
+            return ()
+        return tuple(getattr(make_fabric(self.config).strategy, "parallel_devices", None) or ())
+
     @property
     def precision(self) -> str:
         """The precision of forward passes: "32-true" or "bf16-mixed", and "with TF32" where that is on."""

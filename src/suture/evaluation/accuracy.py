@@ -5,7 +5,7 @@ task has a head, and logits (B, C) if it has none. Inputs that are a mapping of 
 mask, are passed as keyword arguments.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, overload
 
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from suture.core.batches import Forward, call, device_of, evaluation_mode, take, to_device
 from suture.core.progress import Track, untracked
+from suture.core.replicas import on_replicas
 from suture.errors import CheckpointError, ConfigError, DataError
 from suture.evaluation.inputs import TaskInputs, as_task
 from suture.evaluation.language import LanguageScore, LanguageScorer
@@ -35,12 +36,14 @@ class Accuracy(NamedTuple):
 class Scorer:
     """Scores models in batches of `batch_size` inputs, through `forward(model, inputs)`.
 
-    A module is put in evaluation mode for this, and batches are moved to its device.
+    A module is put in evaluation mode for this, and batches are moved to its device; with several `devices`, copies of
+    it share the batches.
     """
 
     batch_size: int = BATCH_SIZE
     track: Track = untracked
     forward: Forward = call
+    devices: Sequence[torch.device] = ()
 
     def correct(self, model: Model, task: TaskInputs, name: str = "Evaluating") -> Tensor:
         """Whether each input's largest logit is at its label: bool (N,), on the CPU. Raises as `evaluate` does."""
@@ -60,17 +63,30 @@ class Scorer:
             raise DataError(f"Task {task.name!r} has no inputs to evaluate on.")
         if self.batch_size < 1:
             raise ConfigError(f"batch_size={self.batch_size}: wanted 1 or more.")
-        device = device_of(model) if isinstance(model, nn.Module) else torch.device("cpu")
         results = []
         with torch.inference_mode(), evaluation_mode(model), self.track(f"{name}: {task.name}", len(task)) as advance:
-            for start in range(0, len(task), self.batch_size):
-                inputs = to_device(take(task.inputs, slice(start, start + self.batch_size)), device)
+            starts = range(0, len(task), self.batch_size)
+            for start, output in zip(starts, self._outputs(model, task, starts), strict=True):
                 labels = task.labels[start : start + self.batch_size]
-                logits = task.logits(self.forward(model, inputs))
+                logits = task.logits(output)
                 _check(task, logits, labels)
                 results.append(function(logits, labels))
                 advance(len(labels))
         return torch.cat(results)
+
+    def _outputs(self, model: Model, task: TaskInputs, starts: Iterable[int]) -> Iterator[Tensor]:
+        """The model's output for each batch, on its device; with several `devices` they share the batches."""
+        device = device_of(model) if isinstance(model, nn.Module) else torch.device("cpu")
+
+        def output(module: Any, start: int) -> Tensor:
+            where = device_of(module) if isinstance(module, nn.Module) else device
+            with torch.inference_mode():  # which each thread has to enter
+                return self.forward(module, to_device(take(task.inputs, slice(start, start + self.batch_size)), where))
+
+        if len(self.devices) > 1 and isinstance(model, nn.Module):
+            yield from (rows.to(device) for rows in on_replicas(model, self.devices, output, starts))
+        else:
+            yield from (output(model, start) for start in starts)
 
     def accuracy(self, model: Model, task: TaskInputs, name: str = "Evaluating") -> Accuracy:
         """The accuracy of a model on one task."""

@@ -19,7 +19,6 @@ from suture.storage.cache import cache_directory
 from suture.storage.remote import RemotePath
 
 _SENT = "sent.json"
-_ENTRIES = ("model.safetensors", "adapter_model.safetensors")  # without one of these or an index, nothing is a model
 
 
 @dataclass(frozen=True)
@@ -113,4 +112,5 @@ class Destination:
 
 
 def _is_entry(name: str) -> bool:
-    return name in _ENTRIES or name.endswith(INDEX_SUFFIX)
+    """Whether a file, alone, is found as a model: an index, or weights that are no part of several."""
+    return name.endswith(INDEX_SUFFIX) or (name.endswith(".safetensors") and "-of-" not in name)

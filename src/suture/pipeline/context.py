@@ -48,7 +48,7 @@ class Context:
     @property
     def scorer(self) -> Scorer:
         """The scorer with the run's batch size, device and precision."""
-        return Scorer(self.batch_size, bar, self.device.call)
+        return Scorer(self.batch_size, bar, self.device.call, self.device.replicas)
 
     def shortened(self, steps: int) -> int:
         """The number of steps, limited to a few in a fast_dev_run."""

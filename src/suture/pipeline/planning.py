@@ -189,10 +189,10 @@ class _Counting:
             self._counts[split] = counts
         return self._counts[split]
 
-    def scoring(self, name: str, passes: float = 1, shared: bool = False) -> Stage:
-        """So many models on the test inputs of all tasks."""
-        inputs = int(passes * sum(self.counts("test").values()))
-        return Stage(name, inputs * self.known.forward, forward=inputs, shared=shared)
+    def scoring(self, name: str, passes: int = 1) -> Stage:
+        """So many models on the test inputs of all tasks, which accelerators share."""
+        inputs = passes * sum(self.counts("test").values())
+        return Stage(name, inputs * self.known.forward, forward=inputs, shared=self.known.device > 0)
 
     def opening(self) -> Stage:
         """Every file is read once for its hash."""

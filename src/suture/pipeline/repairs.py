@@ -175,7 +175,7 @@ def _fit_one(
     chosen, few = options.select(inputs, models.experts, context.seed)
     encodings = Path(options.cache_dir) / "encodings" if options.keep_encodings else context.encodings
     free = models.base.select({name: name for name in models.vectors().names})
-    sizes = {"encode_batch": context.batch_size, "track": bar, "base": free}
+    sizes = {"encode_batch": context.batch_size, "track": bar, "base": free, "devices": device.replicas}
     problem, began = Problem(module, expert, few, device.call, encodings, **sizes), time.perf_counter()
     with context.profile(f"repair: {repair.kind.name}"):
         result = _fitted(repair, problem, merged, inputs, context, encodings)

@@ -3,7 +3,7 @@
 import hashlib
 import os
 import types
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from suture.checkpoints import TensorSpec, allocate_checkpoint, content_hash, open_checkpoint
 from suture.core.batches import Forward, Inputs, ShuffledBatches, call, device_of, size, split, take, to_device
 from suture.core.progress import Track, untracked
+from suture.core.replicas import on_replicas
 from suture.errors import CheckpointError, ConfigError, DataError, IncompatibleModels
 from suture.repairs.modules import SurgeryModules
 from suture.repairs.network import Block, Network, position_mean
@@ -41,7 +42,8 @@ class Problem:
     `experts` is a mapping task → module, or a function that returns a task's module and may load all of them into one
     shared module, but not into `module`. Inputs are encoded `encode_batch` at a time; with a folder `cache` the
     encodings are stored there in memory-mapped files. `base` is the pretrained model's state under the module's names,
-    without the tensors that no repair may change because all models share them.
+    without the tensors that no repair may change because all models share them. Several `devices` share the batches
+    that are encoded, each with a copy of the module.
     """
 
     module: nn.Module
@@ -54,6 +56,7 @@ class Problem:
     on_step: OnStep | None = None
     track: Track = untracked
     base: Mapping[str, Tensor] | None = None
+    devices: Sequence[torch.device] = ()
     passes: ForwardPasses = field(default_factory=ForwardPasses)
     _widths: dict[tuple[Block, ...], int] = field(init=False, repr=False, compare=False, default_factory=dict)
 
@@ -131,11 +134,21 @@ class Problem:
         self, network: Network, inputs: Inputs, description: str, check: Callable[[Tensor], None]
     ) -> Iterator[Tensor]:
         with self.track(description, size(inputs)) as advance:
-            for batch in split(inputs, self.encode_batch):
-                rows = layer_means(network, to_device(batch, network.device)).cpu()
+            for rows in self._rows_of_batches(network, split(inputs, self.encode_batch)):
                 check(rows)
                 yield rows
-                advance(size(batch))
+                advance(len(rows))
+
+    def _rows_of_batches(self, network: Network, batches: Iterator[Any]) -> Iterator[Tensor]:
+        """The rows of each batch; with several `devices` they share the batches."""
+
+        def rows(copied: nn.Module, batch: Any) -> Tensor:
+            assert isinstance(copied, Network)
+            return layer_means(copied, to_device(batch, copied.device)).cpu()
+
+        if len(self.devices) > 1:
+            return on_replicas(network, self.devices, rows, batches)
+        return (rows(network, batch) for batch in batches)
 
     def _check_width(self, kind: str, task: str, rows: Tensor, inputs: Inputs, blocks: tuple[Block, ...]) -> None:
         """Raise `IncompatibleModels` for an expert whose outputs have another width than the merged module's."""
