@@ -23,6 +23,13 @@ def test_a_row_and_a_report_are_tables():
     assert "<td>75.0</td>" in ROW._repr_html_()
 
 
+def test_scores_that_are_no_accuracies_keep_their_unit():
+    row = suture.Row("m", {"a": 20.0}, {"a": 100}, metrics={"a": "perplexity"})
+    assert repr(row) == "Row('m', 1 tasks, mean 20)"
+    assert "<td>20</td><td>perplexity</td>" in row._repr_html_()
+    assert row.interval("a") is row.mean_interval is None
+
+
 def test_text_from_users_is_escaped():
     assert "<script>" not in table_html(("<script>",), [("<script>",)], "<script>")
 

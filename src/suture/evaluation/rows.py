@@ -65,8 +65,10 @@ class Row:
         return len(metrics) <= 1 or all(each.share and not each.lower for each in metrics)
 
     def __repr__(self) -> str:
-        mean = f", mean {100 * self.mean:.1f} %" if self.accuracies else ""
-        return f"Row({self.name!r}, {len(self.accuracies)} tasks{mean})"
+        shares = all(self.metric(task).share for task in self.accuracies)
+        mean = f"{100 * self.mean:.1f} %" if shares else f"{self.mean:.4g}"
+        known = self.accuracies and self.mean == self.mean  # nan for scores in several units
+        return f"Row({self.name!r}, {len(self.accuracies)} tasks{f', mean {mean}' if known else ''})"
 
     def to_pandas(self) -> "DataFrame":
         """Accuracy and number of inputs, by task."""
@@ -74,8 +76,15 @@ class Row:
         return frame(("task", "accuracy", "samples"), rows, index="task")
 
     def _repr_html_(self) -> str:
-        rows = [(task, f"{100 * value:.1f}", self.samples.get(task, "")) for task, value in self.accuracies.items()]
-        return table_html(("task", "accuracy (%)", "samples"), rows, self.name)
+        rows = [(task, *self._shown(task), self.samples.get(task, "")) for task in self.accuracies]
+        return table_html(("task", "score", "", "samples"), rows, self.name)
+
+    def _shown(self, task: str) -> tuple[str, str]:
+        """The score on a task, and its unit."""
+        value, metric = self.accuracies[task], self.metric(task)
+        if metric.share:
+            return f"{100 * value:.1f}", f"{metric.name} in %"
+        return f"{value:.4g}", metric.name
 
     @property
     def mean(self) -> float:
@@ -109,14 +118,14 @@ class Row:
         start, goal = (fmean(row.on(task) for task in self.accuracies) for row in (pretrained, experts))
         return _ratio(self.mean - start, goal - start)
 
-    def interval(self, task: str) -> Interval:
-        """The 95% interval of the accuracy on one task (Wilson)."""
-        return wilson(self.accuracies[task], self.samples.get(task, 0))
+    def interval(self, task: str) -> Interval | None:
+        """The 95% interval of the accuracy on one task (Wilson); None where the score is no accuracy."""
+        return None if task in self.metrics else wilson(self.accuracies[task], self.samples.get(task, 0))
 
     @property
     def mean_interval(self) -> Interval | None:
-        """The 95% interval of the mean over tasks; None if the number of inputs of a task is not known."""
-        return mean_interval(self.accuracies, self.samples)
+        """The 95% interval of the mean accuracy; None for other scores, and without the numbers of inputs."""
+        return None if self.metrics else mean_interval(self.accuracies, self.samples)
 
     def on(self, task: str) -> float:
         """The accuracy on one task; nan if this row was not measured on it."""

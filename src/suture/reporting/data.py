@@ -135,11 +135,11 @@ class Report:
             "errors": dict(row.errors),
             "details": {task: {n: list(pair) for n, pair in each.items()} for task, each in row.details.items()},
             "mean": _known(row.mean),
-            "mean_interval": None if row.metrics or not row.mean_interval else list(row.mean_interval),
+            "mean_interval": list(row.mean_interval) if row.mean_interval else None,
             "intervals": {
-                task: list(row.interval(task))
+                task: list(bounds)
                 for task in row.accuracies
-                if row.samples.get(task) and task not in row.metrics
+                if row.samples.get(task) and (bounds := row.interval(task)) is not None
             },
             "normalised_mean": _known(self.normalised(row)),
             "gap_closed": _known(self.gap_closed(row)),
