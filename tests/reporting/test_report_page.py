@@ -102,7 +102,7 @@ def test_a_click_on_a_head_sorts(browser, run):
     column = [cell.text for cell in browser.find_elements("css selector", "#accuracy thead th")].index("mean")
     button = browser.find_elements("css selector", "#accuracy thead button")[column]
     cells = f"#accuracy tbody td:nth-of-type({column})"
-    values = lambda: [float(cell.text) for cell in browser.find_elements("css selector", cells)]
+    values = lambda: [float(cell.text.split()[0]) for cell in browser.find_elements("css selector", cells)]
     for direction, reverse in (("descending", True), ("ascending", False)):
         button.click()
         assert values() == sorted(values(), reverse=reverse)

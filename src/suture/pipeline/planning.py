@@ -260,7 +260,7 @@ class _Counting:
             known = options.split == "test" and options.num_inputs is None  # the features of these are encoded already
             scored = 0 if known else tests
         elif name == "calibrate":
-            fitted = 3 * used * repair.knobs["num_passes"]
+            fitted = 3 * used * repair.knobs["num_passes"] + 2 * self._compared(options.compare)
             seconds, scored = _SOLVING * fitted * self.known.forward, tests
         else:
             self.left_out.append(f"fitting repair={name}")
