@@ -177,7 +177,7 @@ def adapt(
     network = Network(model, forward, logits, objective, profile)
     saving = resume if team.rank == 0 or resume is None else resume.read_only()
     trajectory = Trajectory(values, optimizer, saving, logits_of_masks)
-    streams = {task: _endless(task, batches[task], trajectory.step) for task in arrangement.tasks} if max_steps else {}
+    streams = {task: endless(task, batches[task], trajectory.step) for task in arrangement.tasks} if max_steps else {}
     steps = max_steps - trajectory.step
     upcoming = Upcoming(({task: next(stream) for task, stream in streams.items()} for _ in range(steps)), model.device)
     independent = depends_on_batch(module) is None
@@ -256,7 +256,7 @@ def _check(max_steps: int, batches: Mapping[str, Any], logits: Logits | None, ar
             raise ConfigError(f"{kind} {problem} {unmatched[0]!r}; wanted one entry a model: {', '.join(tasks)}.")
 
 
-def _endless(task: str, batches: Iterable[Any], start: int) -> Iterator[Any]:
+def endless(task: str, batches: Iterable[Any], start: int) -> Iterator[Any]:
     """Endless batches from that of step `start` on; an iterable that can be read again starts over at its end."""
     if isinstance(batches, ShuffledBatches):
         yield from (batches[step] for step in count(start))

@@ -1,6 +1,6 @@
 """SyMerge: learn the coefficients and each task's head from what the experts predict. https://arxiv.org/abs/2412.19098"""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -8,13 +8,14 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, linear, normalize
 
+from suture.adaptation.adamerging import endless
 from suture.adaptation.coefficients import Coefficients, Layout, initial_values, layout
 from suture.adaptation.merged_model import MergedModel, matched_tensors
 from suture.adaptation.options import AdaMergingOptions
 from suture.adaptation.trajectory import Trajectory
 from suture.adaptation.vectors import task_vector_rows
 from suture.checkpoints import Source
-from suture.core.batches import Forward, ShuffledBatches, call, to_device
+from suture.core.batches import Forward, call, to_device
 from suture.core.head import Head
 from suture.core.random import generator_for
 from suture.errors import ConfigError
@@ -80,7 +81,7 @@ def symerge(
     trajectory = Trajectory(values, torch.optim.Adam([values, *parts], lr=lr), resume, parts)
     tasks = len(columns.tasks)
     streams = {
-        task: _from(batches_of(batches[task], task, batch_size, seed), trajectory.step // tasks)
+        task: endless(task, batches_of(batches[task], task, batch_size, seed), trajectory.step // tasks)
         for task in columns.tasks
     }
     orders = list(order) if order is not None else [_shuffled(columns.tasks, seed, i) for i in range(rounds)]
@@ -134,18 +135,6 @@ def _step(
     coefficients.backward(model.gradient().to(coefficients))
     trajectory.optimizer.step()
     return loss.item()
-
-
-def _from(batches: Iterable[object], start: int) -> Iterator[object]:
-    """Endless batches from the one of round `start` on."""
-    if isinstance(batches, ShuffledBatches):
-        while True:
-            yield batches[start]
-            start += 1
-    several = list(batches)
-    while True:
-        yield several[start % len(several)]
-        start += 1
 
 
 def _shuffled(tasks: tuple[str, ...], seed: int, step: int) -> list[str]:

@@ -20,7 +20,7 @@ from suture.core.head import Head
 from suture.core.progress import Track, untracked
 from suture.errors import CheckpointError, SutureError, shown
 from suture.families.shared.base import Family
-from suture.families.shared.models import build, config_of, tied_names
+from suture.families.shared.models import build, config_of, tied_names, without_memory
 from suture.families.shared.next_token import NextToken
 from suture.families.shared.prompts import PromptReader
 from suture.families.shared.requests import Requests
@@ -149,10 +149,7 @@ class CausalLM(Family):
     @cached_property
     def _skeleton(self) -> Any:
         """The architecture on the meta device, without memory for weights."""
-        config = self._config  # read before the block, which would put its tensors on the meta device too
-        assert config is not None
-        with torch.device("meta"):
-            return self._model()
+        return without_memory(self._config, self._model)
 
     @cached_property
     def _tied(self) -> dict[str, str]:

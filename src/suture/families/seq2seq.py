@@ -20,7 +20,7 @@ from suture.core.head import Head
 from suture.core.progress import Track, untracked
 from suture.errors import CheckpointError, ConfigError, SutureError
 from suture.families.shared.base import Encoder, Family
-from suture.families.shared.models import Naming, build, config_of, copy_into, tied_names
+from suture.families.shared.models import Naming, build, config_of, copy_into, tied_names, without_memory
 from suture.families.shared.spelling import spelling_of
 from suture.families.shared.texts import SETTINGS, TextReader
 from suture.tasks.base import Task
@@ -135,10 +135,7 @@ class Seq2Seq(Family):
     @cached_property
     def _skeleton(self) -> Any:
         """The architecture on the meta device, without memory for weights."""
-        config = self._config  # read before the block, which would put its tensors on the meta device too
-        assert config is not None
-        with torch.device("meta"):
-            return self._model()
+        return without_memory(self._config, self._model)
 
     @cached_property
     def _tied(self) -> dict[str, str]:

@@ -66,3 +66,13 @@ def tied_names(module: nn.Module) -> dict[str, str]:
     """Every name in a module's state → the first name of the same tensor."""
     first: dict[int, str] = {}
     return {name: first.setdefault(id(t), name) for name, t in module.state_dict(keep_vars=True).items()}
+
+
+def without_memory(config: Any, make: Callable[[], Any]) -> Any:
+    """The model that `make()` builds on the meta device, without memory for weights.
+
+    `config` is read before, so that tensors made while reading it are not on the meta device too.
+    """
+    assert config is not None
+    with torch.device("meta"):
+        return make()

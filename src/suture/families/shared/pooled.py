@@ -15,7 +15,7 @@ from suture.core.progress import Track, untracked
 from suture.errors import ConfigError, SutureError, shown
 from suture.families.shared.base import Encoder, Family
 from suture.families.shared.heads import save_heads, stored_head
-from suture.families.shared.models import Naming, build, config_of, copy_into
+from suture.families.shared.models import Naming, build, config_of, copy_into, without_memory
 from suture.families.shared.spelling import spelling_of
 from suture.families.shared.texts import SETTINGS, TextReader
 from suture.tasks.base import Task
@@ -181,10 +181,7 @@ class PooledTexts(Family):
     @cached_property
     def _skeleton(self) -> Any:
         """The architecture on the meta device, without memory for weights."""
-        config = self.config  # read before the block, which would put its tensors on the meta device too
-        assert config is not None
-        with torch.device("meta"):
-            return self._model()
+        return without_memory(self.config, self._model)
 
     @property
     def _prefix(self) -> str:
