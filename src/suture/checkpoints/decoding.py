@@ -212,16 +212,15 @@ def _mxfp4(name: str, stored: Stored) -> Decoded | None:
 
     def rows(first: int, last: int) -> Tensor:
         """Rows of the (expert · in, out) matrix: columns of one expert's codes."""
-        blocks, exponents = stored.read(name), stored.read(scales)
+        blocks, exponents = stored.read(name).view(experts, out, groups * half), stored.read(scales)
         parts = []
         for expert in range(first // inner, -(-last // inner)):
             begin, end = max(first - expert * inner, 0), min(last - expert * inner, inner)
             g0, g1 = begin // each, -(-end // each)
-            codes = blocks[expert, :, g0:g1]
-            pairs = torch.stack([codes & 15, codes >> 4], -1).flatten(-2)
-            powers = torch.exp2(exponents[expert, :, g0:g1].float() - 127)
-            values = (_MXFP4[pairs.long()] * powers[..., None]).flatten(1)
-            parts.append(values[:, begin - g0 * each : end - g0 * each].T)
+            codes = blocks[expert, :, begin // 2 : -(-end // 2)]
+            pairs = torch.stack([codes & 15, codes >> 4], -1).flatten(1)[:, begin % 2 :][:, : end - begin]
+            powers = torch.exp2(exponents[expert, :, g0:g1].float() - 127).repeat_interleave(each, 1)
+            parts.append((_MXFP4[pairs.int()] * powers[:, begin - g0 * each : end - g0 * each]).T)
         return torch.cat(parts)
 
     encode = mxfp4(name, scales, experts, out, groups, half)
