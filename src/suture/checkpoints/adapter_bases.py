@@ -3,7 +3,6 @@
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from suture.checkpoints.checkpoint import Checkpoint
 from suture.checkpoints.json_files import is_text, model_config, read_object
@@ -40,9 +39,8 @@ def _stated(model: Checkpoint) -> str | None:
     """The base's name or path in an adapter's configuration; None for a whole model, and where there is none."""
     if not model.files or not model.files[0].name.startswith("adapter_model."):
         return None
-    name: Any = read_object(model.files[0].parent / _CONFIG, "copy or download the adapter again").get(
-        "base_model_name_or_path"
-    )
+    config = read_object(model.files[0].parent / _CONFIG, "copy or download the adapter again")
+    name = config.get("base_model_name_or_path")
     return name if is_text(name) and name.strip() else None
 
 

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from suture.checkpoints import Checkpoint, open_checkpoint, provenance_of, save_checkpoint
 from suture.checkpoints.adapter_bases import base_notes
-from suture.checkpoints.adapter_configs import start_of
-from suture.checkpoints.adapters import adapter_files, factor_name, module_and_side, scale_of
+from suture.checkpoints.adapter_configs import scale_of, start_of
+from suture.checkpoints.adapters import adapter_files, factor_name, module_and_side
 from suture.checkpoints.provenance import PROVENANCE
 from suture.errors import ConfigError, IncompatibleModels
 from suture.file_merge.adapter_spaces import SPACES, Pair, merge_in_space
