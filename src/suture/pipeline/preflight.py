@@ -13,9 +13,9 @@ from suture.checkpoints import Checkpoint
 from suture.core.names import in_bytes
 from suture.errors import PRETRAINED, ConfigError, SutureError
 from suture.merging.compatibility import compatibility, merged_names, spec_of
-from suture.merging.merge import Merging
 from suture.merging.registry import MergeMethod
 from suture.merging.task_vectors import TaskVectors, working_memory
+from suture.merging.tensorwise import Merging
 from suture.pipeline.models import Models, open_models
 from suture.pipeline.pools import TaskPool
 from suture.pipeline.settings import Settings

@@ -12,7 +12,6 @@ from suture.core.discovery import import_all
 from suture.errors import ConfigError, unknown_name
 from suture.reporting.chart import Chart
 from suture.reporting.labels import file_name
-from suture.reporting.rendering import save
 from suture.reporting.run_folder import FinishedRun, read
 
 #: The first sections of the page, in order; any others follow.
@@ -79,4 +78,4 @@ def chart_of_run(folder: Path, name: str) -> Chart:
 def draw(run: FinishedRun, folder: Path) -> list[Path]:
     """Save every figure of a run as SVG and PNG; returns the paths of the SVG files."""
     folder.mkdir(parents=True, exist_ok=True)
-    return [save(drawn.chart, folder / drawn.file, drawn.model) for drawn in charts_of(run)]
+    return [drawn.chart.save(folder / drawn.file, drawn.model) for drawn in charts_of(run)]
