@@ -36,6 +36,7 @@ RULES: dict[str, Rules] = {
             Fusion([".experts.*.w2.weight"], ".experts.down_proj"),
             Fusion([".experts.*.gate_proj.weight", ".experts.*.up_proj.weight"], ".experts.gate_up_proj"),
             Fusion([".experts.*.down_proj.weight"], ".experts.down_proj"),
+            Fusion([".experts.*.up_proj.weight"], ".experts.up_proj"),  # without a gate
         ],
     ),
     "llava": Rules(
@@ -85,6 +86,8 @@ def _with_stacks(
     taken: set[str] = set()
     for fusion in fusions:
         for target, parts in _parts(checkpoint, fusion).items():
+            if taken & set(parts[0]):
+                continue
             if wanted(target) and (entry := _fused(checkpoint, parts, stored)) is not None:
                 fused[target] = entry
                 taken |= {name for group in parts for name in group}
