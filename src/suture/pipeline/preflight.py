@@ -148,11 +148,7 @@ def non_finite_samples(models: Mapping[str, Checkpoint], names: list[str]) -> li
 
 
 def _samples(model: Checkpoint, name: str) -> Iterator[torch.Tensor]:
-    tensor = model[name]
-    if not tensor.is_contiguous():
-        yield tensor.reshape(-1)[:_SAMPLE].float()
-        return
-    flat = tensor.view(-1)
+    flat = model.flat(name)
     for start in {0, max(0, len(flat) // 2 - _SAMPLE // 2), max(0, len(flat) - _SAMPLE)}:
         yield flat[start : start + _SAMPLE].float()
 
