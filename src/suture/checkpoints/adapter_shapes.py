@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping
 
 from suture.checkpoints.adapter_configs import (
     MERGE_FIRST,
+    adalora_rank,
     is_conv1d,
     is_feedforward,
     may_be_conv1d,
@@ -96,10 +97,27 @@ def _lora_fits(adapter: Adapter, module: str, shape: Shape, shapes: Mapping[str,
     if min(len(shape), len(up), len(down)) < 2 or up[1] != down[0]:
         return False, False
     fits = _either(shape, up[0], math.prod(down[1:]))
-    if any(fits) and up[1] != rank_of(adapter.config, module):
-        problem = f"has factors of rank {up[1]} for '{shown(module)}', {rank_of(adapter.config, module)} in its"
-        raise adapter.refuse(f"{problem} configuration", "copy or download weights and configuration together")
+    if any(fits):
+        _check_rank(adapter, module, up[1], rank_of(adapter.config, module))
     return fits
+
+
+def _adalora_fits(adapter: Adapter, module: str, shape: Shape, shapes: Mapping[str, Shape]) -> tuple[bool, bool]:
+    if not {"lora_A", "lora_B", "lora_E"} <= shapes.keys():
+        return False, False
+    up, down, values = shapes["lora_B"], shapes["lora_A"], shapes["lora_E"]
+    if len(up) != 2 or len(down) != 2 or (up[1], values) != (down[0], (down[0], 1)):
+        return False, False
+    fits = _either(shape, up[0], down[1])
+    if any(fits):
+        _check_rank(adapter, module, up[1], adalora_rank(adapter.config, module))
+    return fits
+
+
+def _check_rank(adapter: Adapter, module: str, found: int, configured: int) -> None:
+    if found != configured:
+        problem = f"has factors of rank {found} for '{shown(module)}', {configured} in its configuration"
+        raise adapter.refuse(problem, "copy or download weights and configuration together")
 
 
 def _ia3_fits(adapter: Adapter, module: str, shape: Shape, shapes: Mapping[str, Shape]) -> tuple[bool, bool]:
@@ -162,6 +180,7 @@ def _tokens_fit(adapter: Adapter, module: str, shape: Shape, shapes: Mapping[str
 
 _SHAPES: dict[str, Callable[[Adapter, str, Shape, Mapping[str, Shape]], tuple[bool, bool]]] = {
     "LORA": _lora_fits,
+    "ADALORA": _adalora_fits,
     "IA3": _ia3_fits,
     "LOHA": _loha_fits,
     "LOKR": _lokr_fits,

@@ -22,6 +22,7 @@ _PARTS = {
         *("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector"),
         r"token_adapter\.trainable_tokens_delta",
     ),
+    "ADALORA": ("lora_A", "lora_B", "lora_E"),
     "IA3": ("ia3_l",),
     "LOHA": tuple(f"hada_{part}" for part in ("w1_a", "w1_b", "w2_a", "w2_b", "t1", "t2")),
     "LOKR": tuple(f"lokr_{part}" for part in ("w1", "w2", "w1_a", "w1_b", "w2_a", "w2_b", "t2")),

@@ -9,7 +9,14 @@ import torch
 from torch import Tensor
 
 from suture.checkpoints import adapter_kinds as kinds
-from suture.checkpoints.adapter_configs import MERGE_FIRST, is_feedforward, scale_of, start_of, token_rows
+from suture.checkpoints.adapter_configs import (
+    MERGE_FIRST,
+    adalora_scale,
+    is_feedforward,
+    scale_of,
+    start_of,
+    token_rows,
+)
 from suture.checkpoints.adapter_kinds import Update
 from suture.checkpoints.adapter_tensors import Adapter, configured_name, is_stack, tied_names
 from suture.checkpoints.checkpoint import Checkpoint, Entry, Factors, TensorSpec
@@ -22,6 +29,7 @@ def updates(adapter: Adapter) -> dict[str, Callable[[], Update]]:
     """Tensor of the base → what makes its update, when it is first needed."""
     makers: dict[str, Callable[[str], Update]] = {
         "LORA": partial(_lora, adapter),
+        "ADALORA": partial(_adalora, adapter),
         "IA3": lambda module: _ia3(adapter, module, "weight"),
         "LOHA": lambda module: kinds.hadamard(adapter.parts(module), scale_of(adapter.config, module)),
         "LOKR": lambda module: kinds.kronecker(adapter.parts(module), scale_of(adapter.config, module)),
@@ -76,7 +84,21 @@ def _lora_factors(adapter: Adapter, module: str) -> Factors:
     left = left * scale_of(adapter.config, configured_name(adapter, module, adapter.tensor(module)))
     if start := start_of(adapter.config):
         left, right = _without_start(adapter, module, start, Factors(left, right))
-    return Factors(right.T.contiguous(), left.T.contiguous()) if adapter.turned[module] else Factors(left, right)
+    return _as_stored(adapter, module, Factors(left, right))
+
+
+def _adalora(adapter: Adapter, module: str) -> Update:
+    """AdaLoRA (https://arxiv.org/abs/2303.10512): B · diag(E) · A."""
+    left, right, values = (adapter.part(module, f"lora_{side}") for side in "BAE")
+    factors = _as_stored(adapter, module, Factors(left * adalora_scale(adapter.config), right * values))
+    return kinds.low_rank(lambda: factors)
+
+
+def _as_stored(adapter: Adapter, module: str, factors: Factors) -> Factors:
+    """Factors of (out, in) as those of the weight as it is stored."""
+    if not adapter.turned[module]:
+        return factors
+    return Factors(factors.down.T.contiguous(), factors.up.T.contiguous())
 
 
 def _without_start(adapter: Adapter, module: str, start: str, factors: Factors) -> Factors:
@@ -125,7 +147,7 @@ def _vera(adapter: Adapter, projections: Callable[[], tuple[Tensor, Tensor]], mo
     up, down = projections()
     left = adapter.part(module, "vera_lambda_b")[:, None] * up[:rows]
     right = adapter.part(module, "vera_lambda_d")[:, None] * down[:, :columns]
-    factors = Factors(right.T.contiguous(), left.T.contiguous()) if adapter.turned[module] else Factors(left, right)
+    factors = _as_stored(adapter, module, Factors(left, right))
     return kinds.low_rank(lambda: factors)
 
 
@@ -177,7 +199,7 @@ def _is_low_rank(adapter: Adapter, name: str) -> bool:
         return False  # the base's tensor is not what it is added to
     parts = adapter.modules[module]
     plain = "lora_magnitude_vector" not in parts and ("lora_A" in parts or "lora_embedding_A" in parts)
-    return adapter.kind == "VERA" or (adapter.kind == "LORA" and plain and not is_stack(adapter, module))
+    return adapter.kind in ("VERA", "ADALORA") or (adapter.kind == "LORA" and plain and not is_stack(adapter, module))
 
 
 def _tuned(adapter: Adapter, name: str, update: kinds.RowUpdate, columns: int, start: int, stop: int) -> Tensor:

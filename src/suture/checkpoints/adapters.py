@@ -1,8 +1,8 @@
 """Adapters as `peft` saves them: a fine-tuned model as its base, changed tensor by tensor.
 
-LoRA and its relatives, IA³, LoHa, LoKr, VeRA, trained tokens and tuned norms (`adapter_kinds` has their arithmetic).
-Tuned tensors are made when they are read, slice by slice, so nothing of the base's size is held; and the factors of
-LoRA stay available to whoever can work with them.
+LoRA and its relatives, AdaLoRA, IA³, LoHa, LoKr, VeRA, trained tokens and tuned norms (`adapter_kinds` has their
+arithmetic). Tuned tensors are made when they are read, slice by slice, so nothing of the base's size is held; and the
+factors of LoRA stay available to whoever can work with them.
 """
 
 import os
