@@ -37,7 +37,7 @@ class OutputError(SutureError):
 
 
 def unknown_name(kind: str, name: str, known: Iterable) -> str:
-    """One line for a name that does not exist: the nearest ones, then all of them, or their number if there are many."""
+    """One line for a name that does not exist: the nearest ones, then all of them, or how many there are."""
     names = sorted(map(str, known))
     near = get_close_matches(str(name), names, n=2, cutoff=0.5)
     hint = f" Did you mean {' or '.join(repr(n) for n in near)}?" if near else ""
