@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from desk import refused
-from language_shop import SCORES, SENTENCES, build_shop, new_model, save_tokenizer, texts, write_pools
+from language_shop import SCORES, SENTENCES, build_shop, load, new_model, save_tokenizer, texts, write_pools
 
 import suture
 from suture.adaptation.options import AdaMergingOptions
@@ -43,12 +43,6 @@ def task_of(shop, kind, name="colour", **changes):
     return Task(name, str(shop / "data" / name), **{**SCORES[kind], **changes})
 
 
-def loaded(folder):
-    from transformers import AutoModelForCausalLM
-
-    return AutoModelForCausalLM.from_pretrained(folder).eval().float()
-
-
 def tokenizer_of(shop):
     from transformers import AutoTokenizer
 
@@ -76,7 +70,7 @@ def scored(shop, kind, model="colour", family=None, **changes):
 
 def test_bits_per_byte_are_those_of_plain_forward_passes(any_shop):
     score, _, _ = scored(any_shop, "text")
-    model, tokenizer, rows = loaded(any_shop / "colour"), tokenizer_of(any_shop), rows_of(any_shop)
+    model, tokenizer, rows = load(any_shop / "colour"), tokenizer_of(any_shop), rows_of(any_shop)
     total = sum(log_likelihood(model, [tokenizer.bos_token_id], tokenizer(r["text"])["input_ids"]) for r in rows)
     size = sum(len(r["text"].encode()) for r in rows)
     assert score.estimates["bits_per_byte"].value == pytest.approx(-total / size / math.log(2), rel=1e-5)
@@ -91,7 +85,7 @@ def test_a_prompt_that_is_run_once_for_its_choices_gives_the_same_log_likelihood
     from suture.families.shared.next_token import output_layer
 
     _, inputs, encoder = scored(any_shop, "choice")
-    model, choices = loaded(any_shop / "colour"), inputs.requests.choices
+    model, choices = load(any_shop / "colour"), inputs.requests.choices
     expected = torch.tensor([log_likelihood(model, c.prompt, c.continuation) for c in choices])
     for shared in (True, False):
         run = _Run(encoder, output_layer(encoder), LanguageScorer(share_prompts=shared, batch_tokens=300), 0)
@@ -102,7 +96,7 @@ def test_a_prompt_that_is_run_once_for_its_choices_gives_the_same_log_likelihood
 
 def test_the_best_choice_by_log_likelihood_and_by_byte_is_compared_with_the_answer(shop):
     score, inputs, _ = scored(shop, "choice")
-    model, rows = loaded(shop / "colour"), rows_of(shop)
+    model, rows = load(shop / "colour"), rows_of(shop)
     by_row = {}
     for choice in inputs.requests.choices:
         by_row.setdefault(choice.row, []).append((log_likelihood(model, choice.prompt, choice.continuation), choice))
@@ -117,7 +111,7 @@ def test_the_best_choice_by_log_likelihood_and_by_byte_is_compared_with_the_answ
 
 def test_generated_answers_are_those_of_greedy_generation(any_shop):
     score, inputs, _ = scored(any_shop, "answer", score={"metric": "exact_match", "max_new_tokens": 6})
-    model, tokenizer = loaded(any_shop / "colour"), tokenizer_of(any_shop)
+    model, tokenizer = load(any_shop / "colour"), tokenizer_of(any_shop)
     for prompt, answer in zip(inputs.requests.prompts, score.answers, strict=True):
         ids = torch.tensor([prompt])
         out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=6, do_sample=False)
@@ -181,7 +175,7 @@ def test_every_architecture_goes_through_the_whole_pipeline(any_shop, tmp_path, 
     assert report["samples"] == {"animal": 16, "colour": 16}
     assert all(row["errors"].keys() == {"animal", "colour"} for row in rows.values())
     assert rows["pretrained"]["gap_closed"] in (0, None)
-    merged = loaded(tmp_path / "out" / "model")  # as transformers loads it, with nothing of ours
+    merged = load(tmp_path / "out" / "model")  # as transformers loads it, with nothing of ours
     tokenizer_of(any_shop).from_pretrained(tmp_path / "out" / "model")
     family = CausalLM(any_shop / "base")
     inputs = task_inputs(family, task_of(any_shop, kind))
@@ -190,7 +184,7 @@ def test_every_architecture_goes_through_the_whole_pipeline(any_shop, tmp_path, 
     assert again.estimates[SCORES[kind]["score"] if kind == "text" else "acc_norm"].value == pytest.approx(
         rows[label]["accuracies"]["colour"], rel=1e-5
     )
-    assert sum(p.numel() for p in merged.parameters()) == sum(p.numel() for p in loaded(any_shop / "base").parameters())
+    assert sum(p.numel() for p in merged.parameters()) == sum(p.numel() for p in load(any_shop / "base").parameters())
     assert "Scores" in (tmp_path / "out" / "report.html").read_text()
 
 
@@ -212,7 +206,7 @@ def test_experts_that_lie_apart_are_merged_as_stacks_and_written_apart_again(kin
         checkpoint = open_checkpoint(tmp_path / "out" / folder)
         ours = family.encoder(checkpoint)
         logits = ours.next_token_logits(ours(tokens, torch.ones_like(tokens), scored=torch.ones_like(tokens).bool()))
-        torch.testing.assert_close(logits, loaded(tmp_path / "out" / folder)(input_ids=tokens).logits[0])
+        torch.testing.assert_close(logits, load(tmp_path / "out" / folder)(input_ids=tokens).logits[0])
     state = {name: tensor + 1 for name, tensor in family.encoder().state_dict().items()}
     family.save(state, tmp_path / "again")
     again = open_checkpoint(tmp_path / "again" / "model.safetensors")
@@ -229,7 +223,7 @@ def test_adapters_are_merged_and_the_experts_are_the_adapted_models(tmp_path, mo
     rows, tokenizer = {row["name"]: row for row in report_of(tmp_path)["rows"]}, tokenizer_of(shop)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # as in the shop
-        model = PeftModel.from_pretrained(loaded(shop / "base"), shop / "colour").eval()
+        model = PeftModel.from_pretrained(load(shop / "base"), shop / "colour").eval()
     data = rows_of(shop)
     total = sum(log_likelihood(model, [tokenizer.bos_token_id], tokenizer(r["text"])["input_ids"]) for r in data)
     bits = -total / sum(len(r["text"].encode()) for r in data) / math.log(2)
@@ -358,7 +352,7 @@ def test_continuations_stand_side_by_side_on_page_and_card(shop, tmp_path, monke
     assert run(shop, tmp_path, "text", *words) == 0
     first = report_of(tmp_path)["generations"][0]
     assert list(first["continuations"]) == ["pretrained", "expert animal", "expert colour", "task_arithmetic"]
-    model, tokenizer = loaded(tmp_path / "out" / "model"), tokenizer_of(shop)
+    model, tokenizer = load(tmp_path / "out" / "model"), tokenizer_of(shop)
     ids = torch.tensor([tokenizer("the colour red is")["input_ids"]])
     out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=4, do_sample=False)
     expected = tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
@@ -379,9 +373,7 @@ def test_adamerging_learns_from_factors_of_adapters_what_it_learns_from_whole_mo
     for name in SENTENCES:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # as in the shop
-            PeftModel.from_pretrained(loaded(shop / "base"), shop / name).merge_and_unload().save_pretrained(
-                whole / name
-            )
+            PeftModel.from_pretrained(load(shop / "base"), shop / name).merge_and_unload().save_pretrained(whole / name)
     words = ["method=lw_adamerging", "method.objective=expert_kl", "method.max_steps=4", "method.lr=0.05"]
     coefficients = []
     for folder in (shop, whole):
@@ -413,8 +405,8 @@ def test_adapters_of_experts_are_read_whether_they_know_stacks_or_experts_one_by
         warnings.simplefilter("ignore")  # as in the shop
         config = LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=["q_proj"], init_lora_weights=False)
         config.target_parameters = names if stacked else None
-        get_peft_model(loaded(save), config).save_pretrained(tmp_path / "lora")
-        tuned = PeftModel.from_pretrained(loaded(save), tmp_path / "lora").merge_and_unload().state_dict()
+        get_peft_model(load(save), config).save_pretrained(tmp_path / "lora")
+        tuned = PeftModel.from_pretrained(load(save), tmp_path / "lora").merge_and_unload().state_dict()
     if not stacked:
         add_an_old_adapter(tmp_path / "lora", tuned)
     models = open_models(ModelPool(str(save), {"lora": str(tmp_path / "lora")}, "causal_lm"))
@@ -435,3 +427,47 @@ def add_an_old_adapter(folder, tuned):
     config = json.loads((folder / "adapter_config.json").read_text())
     (folder / "adapter_config.json").write_text(json.dumps(config | {"target_modules": ["q_proj", "w3"]}))
     tuned["model.layers.1.mlp.experts.gate_up_proj"][2, 48:] += config["lora_alpha"] / 4 * up @ down
+
+
+@pytest.mark.parametrize("kind", ["llava", "qwen2_vl"])
+def test_the_language_part_of_a_model_that_sees_is_merged_and_its_vision_tower_kept(kind, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shop = build_shop(tmp_path / "shop", kind)
+    for name in SENTENCES:
+        change_the_eyes(load(shop / name)).save_pretrained(shop / name)
+    only = {"only": ["model.language_model.*", "lm_head.weight"]}
+    kinds = {"colour": "text", "animal": "choice"}
+    method = ["method=task_arithmetic", "method.scaling_factor=0.5"]
+    assert main(["check", *method, *write_pools(shop, tmp_path, kinds, **only)]) == 0
+    assert run(shop, tmp_path, kinds, *method, "repair=calibrate", **only) == 0
+    base, merged = (load(folder).state_dict() for folder in (shop / "base", tmp_path / "out" / "model"))
+    experts = [load(shop / name).state_dict() for name in SENTENCES]
+    for name, tensor in base.items():
+        seeing = not name.startswith(("model.language_model.", "lm_head"))
+        expected = tensor + (0 if seeing else 0.5) * sum(expert[name] - tensor for expert in experts)
+        torch.testing.assert_close(merged[name], expected, msg=name)
+    stored = open_checkpoint(tmp_path / "out" / "model")
+    assert stored.specs == open_checkpoint(shop / "base").specs
+
+    row = next(row for row in report_of(tmp_path)["rows"] if row["role"] == "merge")
+    model, tokenizer, data = load(tmp_path / "out" / "model"), tokenizer_of(shop), rows_of(shop)
+    total = sum(log_likelihood(model, [tokenizer.bos_token_id], tokenizer(r["text"])["input_ids"]) for r in data)
+    bits = -total / sum(len(r["text"].encode()) for r in data) / math.log(2)
+    assert row["accuracies"]["colour"] == pytest.approx(bits, rel=1e-5)
+    choices = task_inputs(CausalLM(shop / "base"), task_of(shop, "choice", "animal")).requests
+    by_row = {}
+    for choice in choices.choices:
+        value = log_likelihood(model, choice.prompt, choice.continuation) / choice.bytes
+        by_row.setdefault(choice.row, []).append(value)
+    best = [max(range(4), key=values.__getitem__) for values in by_row.values()]
+    right = sum(a == b for a, b in zip(best, choices.answers, strict=True))
+    assert row["accuracies"]["animal"] == right / len(best)
+
+
+@torch.no_grad()
+def change_the_eyes(model):
+    """The model after a fine-tuning that also reached its vision tower."""
+    for name, parameter in model.named_parameters():
+        if not name.startswith(("model.language_model.", "lm_head")):
+            parameter += 0.1
+    return model

@@ -45,7 +45,6 @@ class CausalLM(Family):
     architectures = ("ForCausalLM", "LMHeadModel")
     reads: ClassVar[Literal["pictures", "texts"]] = "texts"
     known_settings = _SETTINGS
-    auto: ClassVar[str] = "AutoModelForCausalLM"
 
     @cached_property
     def weights(self) -> Checkpoint:  # type: ignore[override]
@@ -162,7 +161,7 @@ class CausalLM(Family):
         return self._config.get_text_config()
 
     def _model(self) -> Any:
-        model = build(self.auto, self._config, self.name, self.directory)
+        model = build(_auto_of(self._config), self._config, self.name, self.directory)
         if model.get_output_embeddings() is None or not hasattr(model, model.base_model_prefix):
             kind = type(model).__name__
             raise CheckpointError(f"'{self.directory}' is a {kind}, without a base model and an output layer.")
@@ -189,6 +188,15 @@ class CausalLM(Family):
         model = self._model()
         scale, softcap = _measured(model, self._text_config, str(self.directory))
         return NextToken(model, naming, scale, softcap).eval().requires_grad_(False)
+
+
+def _auto_of(config: Any) -> str:
+    """The class that builds a configuration's model: of causal language models, else of those that also see."""
+    from transformers.models.auto import modeling_auto as known
+
+    language = config.model_type in known.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    sees = config.model_type in known.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+    return "AutoModelForImageTextToText" if sees and not language else "AutoModelForCausalLM"
 
 
 @torch.no_grad()
