@@ -1,6 +1,6 @@
 """Memory and time of AdaMerging with weights split over processes: python benchmarks/sharding.py
 
-A Llama with 200 million parameters and two fine-tuned models, in files; 3 steps on 1, 2 and 4 processes.
+A Llama with 200 million parameters and two fine-tuned models, in files; 2 steps on 1, 2 and 4 processes.
 The memory is anonymous memory of the first process at its peak in the loop, above that before `adapt`; mapped files are
 not in it. One model is 0.8 GB in float32. Coefficients are compared with those of one process.
 """
@@ -16,7 +16,7 @@ from suture.adaptation import adapt
 from suture.checkpoints import save_checkpoint
 from suture.core.fabric import launch, make_fabric
 
-STEPS, TASKS, LENGTH = 3, 2, 16
+STEPS, TASKS, LENGTH = 2, 2, 8
 
 
 def network() -> nn.Module:
