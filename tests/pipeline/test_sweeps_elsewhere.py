@@ -27,7 +27,7 @@ command = " ".join(sys.orig_argv)
 def die():
     while True:
         time.sleep(0.05)
-        done = list(pathlib.Path(os.environ["SWEEP"]).glob("*/report.json"))
+        done = [p for p in pathlib.Path(os.environ["SWEEP"]).glob("[0-9]*/report.json")]
         if len(done) >= 10:
             try:
                 file = os.open(os.environ["DIES_ONCE"], os.O_CREAT | os.O_EXCL | os.O_WRONLY)
@@ -41,7 +41,7 @@ if "submitit.core._submit" in command or "default_worker.py" in command:
 
 
 def rows(folder):
-    reports = sorted(folder.glob("*/report.json"), key=lambda path: int(path.parent.name))
+    reports = sorted(folder.glob("[0-9]*/report.json"), key=lambda path: int(path.parent.name))
     return [json.loads(path.read_text())["rows"] for path in reports]
 
 

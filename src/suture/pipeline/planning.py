@@ -267,7 +267,8 @@ class _Counting:
             self.left_out.append(f"fitting repair={name}")
             fitted, seconds, scored = 0, 0.0, tests
         scoring = Stage(f"score repair={name}", scored * self.known.forward, forward=scored)
-        return [Stage(f"repair={name}", seconds, forward=fitted), scoring]
+        shared = name == "calibrate" and self.known.device > 0
+        return [Stage(f"repair={name}", seconds, forward=fitted, shared=shared), scoring]
 
     @property
     def _parts(self) -> int:
