@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from suture.core.fabric import OneDevice, check_fabric, make_fabric
+from suture.core.fabric import OneDevice, check_fabric, launch, make_fabric
 from suture.errors import ConfigError
 from suture.pipeline.config import compose
 from suture.pipeline.context import Context
@@ -69,3 +69,12 @@ def test_fabric_s_own_notices_do_not_reach_the_user(caplog):
         make_fabric({"accelerator": "cpu", "precision": "bf16-mixed"})
     assert logging.getLogger("lightning_fabric").level == logging.WARNING
     assert "Mixed Precision" not in caplog.text
+
+
+@pytest.mark.parametrize(
+    "keys", [{"devices": 2}, {"devices": 2, "strategy": "fsdp"}, {"devices": 1, "strategy": "fsdp"}]
+)
+def test_processes_give_back_more_than_a_pipe_holds(keys):
+    fabric = make_fabric({"accelerator": "cpu", **keys})
+    result = launch(fabric, lambda f: torch.full((100_000,), float(f.world_size)))
+    assert torch.equal(result, torch.full((100_000,), float(keys["devices"])))

@@ -28,6 +28,7 @@ class AdaMergingOptions:
       of which the first ⌊share · k⌋ of k start on; `rank_temperature` is that of the masks' gradient. `centred` takes
       task vectors from the models' mean. AdaRank has 0.16, centred and init_values=2.3 for eight tasks.
     - `vectors_dtype`: the dtype of task vectors in memory; with `stream_vectors` they are read twice per step instead.
+    - `recompute`: layers keep only their inputs and run again in the backward pass: less memory, a third more time.
     """
 
     granularity: str | Sequence[str] | Mapping[str, str] = "layer"
@@ -49,6 +50,7 @@ class AdaMergingOptions:
     centred: bool = False
     vectors_dtype: torch.dtype | None = None
     stream_vectors: bool = False
+    recompute: bool = False
 
     @classmethod
     def of(cls, values: Mapping[str, Any]) -> "AdaMergingOptions":
