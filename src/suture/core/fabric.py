@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from suture.core.batches import call, channels_last
-from suture.errors import ConfigError, unknown_name
+from suture.errors import ConfigError, check_known
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
@@ -98,19 +98,15 @@ def check_fabric(config: Mapping[str, Any]) -> None:
         raise ConfigError(f"fabric={config!r}: wanted keys below it, such as fabric.precision=bf16-mixed.")
     if not isinstance(loggers := config.get("loggers"), Mapping | None):
         raise ConfigError(f"fabric.loggers={loggers!r}: wanted keys below it, such as fabric.loggers.kind=csv.")
-    for key in config:
-        if key not in _KEYS:
-            raise ConfigError(unknown_name("key of fabric", key, _KEYS))
+    check_known("key of fabric", config, _KEYS)
     if "spawn" in str(config.get("strategy")):
         remedy = "Remedy: ddp_fork, or ddp, which starts the command once for each process."
         raise ConfigError(f"fabric.strategy={config['strategy']}: a run cannot be handed to a new process. {remedy}")
     for key in ("tf32", "channels_last"):
         if not isinstance(config.get(key), bool | None):
             raise ConfigError(f"fabric.{key}={config[key]}: wanted true or false.")
-    if (precision := _precision(config)) not in PRECISIONS:
-        raise ConfigError(unknown_name("fabric.precision", precision, PRECISIONS))
-    if (kind := _logger_kind(config)) not in LOGGERS:
-        raise ConfigError(unknown_name("fabric.loggers.kind", kind, LOGGERS))
+    check_known("fabric.precision", [_precision(config)], PRECISIONS)
+    check_known("fabric.loggers.kind", [_logger_kind(config)], LOGGERS)
 
 
 def make_logger(config: Mapping[str, Any], folder: Path):
