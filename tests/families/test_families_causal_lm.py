@@ -11,10 +11,12 @@ import torch
 from desk import refused
 from language_shop import SCORES, SENTENCES, build_shop, load, new_model, save_tokenizer, texts, write_pools
 
+import suture
 from suture.adaptation.options import AdaMergingOptions
 from suture.adaptation.vectors import LowRank, task_vector_rows
 from suture.checkpoints import open_checkpoint, save_checkpoint
 from suture.cli.main import main
+from suture.errors import CheckpointError
 from suture.evaluation.inputs import task_inputs
 from suture.evaluation.language import LanguageScorer
 from suture.evaluation.rows import Row
@@ -226,6 +228,20 @@ def test_adapters_are_merged_and_the_experts_are_the_adapted_models(tmp_path, mo
     total = sum(log_likelihood(model, [tokenizer.bos_token_id], tokenizer(r["text"])["input_ids"]) for r in data)
     bits = -total / sum(len(r["text"].encode()) for r in data) / math.log(2)
     assert rows["experts"]["accuracies"]["colour"] == pytest.approx(bits, rel=1e-4)
+
+
+def test_a_pool_says_which_adapter_was_trained_on_another_base_and_refuses_one_that_does_not_fit(tmp_path):
+    shop = build_shop(tmp_path / "shop", "llama", lora=True)
+    pool = {"family": "causal_lm", "models": {"_pretrained_": str(shop / "base"), "colour": str(shop / "colour")}}
+    assert not suture.check(modelpool=pool, method="simple_average").notes
+    file = shop / "colour" / "adapter_config.json"
+    config = json.loads(file.read_text())
+    file.write_text(json.dumps({**config, "base_model_name_or_path": str(shop / "animal")}))
+    (note,) = suture.check(modelpool=pool, method="simple_average").notes
+    assert note.startswith(f"'colour' was trained on '{shop / 'animal'}', by its adapter_config.json; the base is ")
+    file.write_text(json.dumps({**config, "r": 8}))
+    with pytest.raises(CheckpointError, match=r"'colour': .* has factors of rank 4 for 'model.layers.0.self_attn"):
+        suture.check(modelpool=pool, method="simple_average")
 
 
 def test_padding_does_not_change_the_next_token_entropy_that_adamerging_learns_from(shop):

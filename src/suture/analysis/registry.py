@@ -10,7 +10,7 @@ from typing import Literal, TypeVar
 from suture.analysis.finding import Finding
 from suture.core.discovery import import_all
 from suture.core.knobs import Knobs
-from suture.errors import ConfigError, unknown_name
+from suture.errors import check_known
 
 Reads = Literal["weights", "tasks", "features"]
 F = TypeVar("F", bound=Callable[..., Finding])
@@ -62,6 +62,5 @@ def analysis_kinds() -> dict[str, Analysis]:
 def get_analysis(name: str) -> Analysis:
     """The analysis of this name; raises `ConfigError` with the nearest names."""
     known = analysis_kinds()
-    if name not in known:
-        raise ConfigError(unknown_name("analysis", name, known))
+    check_known("analysis", [name], known)
     return known[name]

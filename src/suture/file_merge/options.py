@@ -127,9 +127,9 @@ def read_options(
     if vocabulary not in VOCABULARY:
         raise ConfigError(unknown_name("vocabulary", shown(vocabulary), VOCABULARY))
     _names("method.remove_keys", knobs.get("remove_keys"))
-    for key in ("mixed_dtypes", "overwrite"):
-        if not isinstance(rest.get(key, False), bool):
-            raise ConfigError(f"{key}={shown(rest[key])}: wanted true or false.")
+    for name in ("mixed_dtypes", "overwrite"):
+        if not isinstance(rest.get(name, False), bool):
+            raise ConfigError(f"{name}={shown(rest[name])}: wanted true or false.")
     destination = Destination.of(str(output)) if is_remote(output) else None
     options = MergeOptions(
         base=base,

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from suture.checkpoints import Checkpoint, allocate_checkpoint, open_checkpoint, open_fine_tuned, provenance_of
+from suture.checkpoints.adapter_bases import base_notes
 from suture.checkpoints.adapters import is_adapter
 from suture.checkpoints.matching import Matched, matched
 from suture.errors import PRETRAINED, CheckpointError
@@ -129,4 +130,5 @@ def open_models(pool: ModelPool, threads: int = 0) -> Models:
     patterns = [name for name in pool.frozen if "*" in name]
     selected = select(base, found.models, Selection(patterns, pool.keep, pool.only))
     pool = replace(pool, frozen=(*exact, *selected.frozen))
-    return Models(pool, chosen, whole_base, base, selected.models, threads, found.notes)
+    notes = [*found.notes, *base_notes(whole_experts, whole_base)]
+    return Models(pool, chosen, whole_base, base, selected.models, threads, notes)

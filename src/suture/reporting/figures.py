@@ -9,7 +9,7 @@ from functools import cache
 from pathlib import Path
 
 from suture.core.discovery import import_all
-from suture.errors import ConfigError, unknown_name
+from suture.errors import check_known
 from suture.reporting.chart import Chart
 from suture.reporting.labels import file_name
 from suture.reporting.run_folder import FinishedRun, read
@@ -70,8 +70,7 @@ def charts_of(run: FinishedRun) -> Iterator[Drawn]:
 def chart_of_run(folder: Path, name: str) -> Chart:
     """The figure of a finished run with this file name, without suffix; raises `ConfigError` with the names it has."""
     drawn = {one.file: one.chart for one in charts_of(read(folder))}
-    if name not in drawn:
-        raise ConfigError(unknown_name("figure", name, drawn))
+    check_known("figure", [name], drawn)
     return drawn[name]
 
 
