@@ -66,10 +66,10 @@ def build(
     """
     recipe, data = recipe or _SIZES[size], data or FOLDER
     learned = {name: list(_some(data, name, recipe)) for name in (ENGLISH, *EXPERTS)}
-    for name in learned:
-        _save_tasks(folder, data, name, learned[name], recipe, seed)
     tokenizer = _tokenizer(learned, recipe)
     tokenizer.save_pretrained(folder / "pretrained")
+    for name in learned:
+        _save_tasks(folder, data, name, learned[name], tokenizer, recipe, seed)
     model = _new_model(len(tokenizer), recipe, seed)
     _train(model, tokenizer, learned[ENGLISH], recipe, recipe.pretraining_steps, recipe.pretraining_rate, seed, ENGLISH)
     model.save_pretrained(folder / "pretrained")
@@ -93,7 +93,9 @@ def _some(data: Path, name: str, recipe: LanguageRecipe) -> Iterator[str]:
         yield everything[index]
 
 
-def _save_tasks(folder: Path, data: Path, name: str, learned: list[str], recipe: LanguageRecipe, seed: int) -> None:
+def _save_tasks(
+    folder: Path, data: Path, name: str, learned: list[str], tokenizer: Any, recipe: LanguageRecipe, seed: int
+) -> None:
     """Texts, and questions which of four passages continues a text, from pages that no model learns from."""
     held_out = list(texts(data, name, held_out=True, longest=recipe.longest))
     order = torch.randperm(len(held_out), generator=generator_for(seed, f"{name}/test")).tolist()
@@ -101,6 +103,8 @@ def _save_tasks(folder: Path, data: Path, name: str, learned: list[str], recipe:
     _write(folder / "data" / name / "train.jsonl", ({"text": text} for text in learned[: 16 * recipe.test_texts]))
     _write(folder / "data" / name / "test.jsonl", ({"text": text} for text in chosen[: recipe.test_texts]))
     quizzes = list(islice(_quizzes(chosen, name, seed), 2 * recipe.quizzes))
+    for quiz in quizzes:
+        quiz["beginning"] = _shortened(quiz["beginning"], quiz["endings"], tokenizer, recipe.context)
     _write(folder / "quiz" / name / "train.jsonl", quizzes[len(quizzes) // 2 :])
     _write(folder / "quiz" / name / "test.jsonl", quizzes[: len(quizzes) // 2])
 
@@ -115,6 +119,14 @@ def _quizzes(passages: list[str], name: str, seed: int) -> Iterator[dict[str, An
         if len(wrong) == 3:
             endings = [*wrong[:right], _ending(passage), *wrong[right:]]
             yield {"beginning": passage[: len(passage) // 2].rstrip(), "endings": endings, "answer": right}
+
+
+def _shortened(beginning: str, endings: list[str], tokenizer: Any, context: int) -> str:
+    """The end of a beginning, as much of it as fits into the context with the longest ending."""
+    longest = max(len(tokens) for tokens in tokenizer([f" {ending}" for ending in endings])["input_ids"])
+    while (excess := len(tokenizer(beginning)["input_ids"]) + longest + 1 - context) > 0:
+        beginning = beginning[excess:].lstrip()  # a token has one character or more
+    return beginning
 
 
 def _ending(passage: str) -> str:
