@@ -373,7 +373,7 @@ def _check_parts(adapter: _Adapter) -> None:
 
 
 def _find_turned(adapter: _Adapter) -> None:
-    """Which weights are (in, out), as those of a Conv1D, so that an update has to be transposed.
+    """The weights that are (in, out), as those of a Conv1D, so that an update has to be transposed.
 
     `fan_in_fan_out` does not say: peft sets it anew for each module and stores what it was for the last. The shapes do,
     but for square weights. Of those the base's configuration says; without one they are Linear, if nothing hints at a
@@ -531,7 +531,7 @@ _MOST_HELD = 64  # modules whose factors are held: several threads may work on o
 
 
 def _bias_update(adapter: _Adapter, module: str, parts: Mapping[str, str]) -> Callable[[], Update] | None:
-    """What changes a module's bias; refuses a bias that the base lacks."""
+    """The update of a module's bias; refuses a bias that the base lacks."""
     name = adapter.tensor(module, "bias")
     if "lora_B.bias" in parts:
         if name not in adapter.base:
