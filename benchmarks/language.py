@@ -38,14 +38,16 @@ def encoder(options: argparse.Namespace) -> NextToken:
 
 
 def measured(name: str, options: argparse.Namespace) -> dict[str, float]:
-    """Seconds and the largest resident set in MB of one measurement."""
+    """Processor seconds of one measurement, the largest resident set in MB, and how much of it is the work's."""
     model, work = encoder(options), prepared(name, options)
     with torch.inference_mode():
         model(**{key: part[:1] for key, part in inputs(options).items()})  # kernels are chosen at the first call
-    began = time.perf_counter()
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    began = time.process_time()
     work(model)
-    seconds = time.perf_counter() - began
-    return {"seconds": seconds, "megabytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}
+    seconds = time.process_time() - began
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return {"seconds": seconds, "megabytes": most / 1024, "more": (most - before) / 1024}
 
 
 def inputs(options: argparse.Namespace) -> dict[str, torch.Tensor]:
@@ -92,13 +94,14 @@ def main() -> None:
         print(json.dumps(measured(options.only, options)))
         return
     first = 0.0
-    print(f"{'':26}{'seconds':>10}{'× forward':>12}{'MB':>8}")
+    print(f"{'':26}{'CPU seconds':>12}{'× forward':>12}{'MB':>8}{'MB more':>10}")
     for name in MEASURES:
         command = [sys.executable, *sys.argv, "--only", name]
         line = subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip().splitlines()[-1]
         result = json.loads(line)
         first = first or result["seconds"]
-        print(f"{name:26}{result['seconds']:>10.2f}{result['seconds'] / first:>12.2f}{result['megabytes']:>8.0f}")
+        share, most = f"{result['seconds'] / first:.2f}", f"{result['megabytes']:.0f}"
+        print(f"{name:26}{result['seconds']:>12.2f}{share:>12}{most:>8}{result['more']:>10.0f}")
 
 
 if __name__ == "__main__":

@@ -1,14 +1,15 @@
 """Merge sharded checkpoints of 1.1 B parameters in bf16: suture against plain reading and writing, and mergekit.
 
     python benchmarks/merge_files.py [--folder DIR] [--repeats 3] [--cold] [--mergekit PYTHON] [--layers 22]
-        [--form FORM]
+        [--form FORM] [--memory SIZE] [--device cpu|cuda|stand-in]
 
 A base and two fine-tunes of TinyLlama's shape (2.2 GB each, random weights) are made on the spot and removed
 afterwards. "Plain" reads every byte of the inputs once and writes as many as the result has, and waits for the disk.
 Every measurement is a process of its own: wall time of the work (imports excluded; mergekit's command includes its own)
 and the peak of its anonymous memory above what the imports took. Files are read from the page cache, or with --cold
 from the disk. --mergekit names a Python that has mergekit 0.1.5. --form stores the same weights otherwise: fp8 codes
-with a scale for each block of 128 × 128, as DeepSeek's, or experts, eight of them fused in one tensor.
+with a scale for each block of 128 × 128, as DeepSeek's, or experts, eight of them fused in one tensor. --memory is
+`merge_files`'s. --device stand-in is the tests' device, which computes on the CPU: the memory is that of both.
 """
 
 import argparse
@@ -21,10 +22,15 @@ import sys
 import tempfile
 from pathlib import Path
 
+import pytest
 import torch
 from safetensors.torch import save_file
 from watching import measure
 
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "support"))
+import far_tensors
+
+STAND_IN = "stand-in"
 SHARD = 500_000_000
 CONFIG = {
     "architectures": ["LlamaForCausalLM"],
@@ -124,8 +130,14 @@ def suture(folder: Path, name: str) -> None:
 
     models = {model: folder / model for model in ("one", "two")}
     out = folder.with_name(f"{folder.name}-merged")
-    where = {"device": os.environ.get("SUTURE_BENCHMARK_DEVICE", "cpu")}
-    merge_files(folder / "base", models, name.split(",")[0], out, shard_size="500MB", **METHODS[name], **where)
+    options = {"device": os.environ.get("SUTURE_BENCHMARK_DEVICE", "cpu")}
+    if memory := os.environ.get("SUTURE_BENCHMARK_MEMORY"):
+        options["memory"] = memory
+    with pytest.MonkeyPatch.context() as patch:
+        if options["device"] == STAND_IN:
+            far_tensors.reach(patch)
+            options["device"] = "cuda"
+        merge_files(folder / "base", models, name.split(",")[0], out, shard_size="500MB", **METHODS[name], **options)
 
 
 def mergekit(folder: Path, method: str, python: str) -> None:
@@ -185,13 +197,15 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=22)
     parser.add_argument("--form", choices=["dense", "fp8", "experts"], default="dense")
     parser.add_argument("--cold", action="store_true")
-    parser.add_argument("--device", choices=["cpu", "cuda"], help="where suture merges")
+    parser.add_argument("--device", choices=["cpu", "cuda", STAND_IN], help="where suture merges")
+    parser.add_argument("--memory", help="the ceiling, such as 300MB")
     parser.add_argument("--mergekit")
     parser.add_argument("--only", help="measure only what has this in its name, beside plain")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if options.device:
-        os.environ["SUTURE_BENCHMARK_DEVICE"] = options.device
+    for key in ("device", "memory"):
+        if value := getattr(options, key):
+            os.environ[f"SUTURE_BENCHMARK_{key.upper()}"] = value
     if options.one:
         print(json.dumps(one(options.one, options.folder, options.mergekit)))
         return
@@ -221,7 +235,8 @@ def compare(folder: Path, options: argparse.Namespace) -> None:
             tidy(folder)
     size = sum(path.stat().st_size for path in folder.glob("base/*.safetensors"))
     where = "the disk" if options.cold else "the page cache"
-    print(f"on {torch.cuda.get_device_name() if options.device == 'cuda' else 'the CPU'}")
+    there = torch.cuda.get_device_name() if options.device == "cuda" else options.device or "the CPU"
+    print(f"on {there}, memory={options.memory or 'the default'}")
     print(f"model size {size / 1e9:.2f} GB, three models read from {where}; median of {options.repeats} (min – max)")
     for name, measured in runs.items():
         seconds = [run["seconds"] for run in measured]

@@ -9,6 +9,7 @@ from difflib import get_close_matches
 
 PRETRAINED = "_pretrained_"  # the name of the base in pools and messages
 _LONGEST = 300
+_MOST_LISTED = 200  # names in one line: more than suture has methods, fewer than a harness has tasks
 
 
 class SutureError(Exception):
@@ -36,11 +37,20 @@ class OutputError(SutureError):
 
 
 def unknown_name(kind: str, name: str, known: Iterable) -> str:
-    """One line for a name that does not exist: the nearest ones, then all of them."""
+    """One line for a name that does not exist: the nearest ones, then all of them, or how many there are."""
     names = sorted(map(str, known))
     near = get_close_matches(str(name), names, n=2, cutoff=0.5)
     hint = f" Did you mean {' or '.join(repr(n) for n in near)}?" if near else ""
-    return f"Unknown {kind} {name!r}.{hint} Known: {', '.join(names)}."
+    all_known = ", ".join(names) if len(names) <= _MOST_LISTED else f"{len(names):,} others"
+    return f"Unknown {kind} {name!r}.{hint} Known: {all_known}."
+
+
+def check_known(kind: str, names: Iterable, known: Iterable) -> None:
+    """Raise `ConfigError` for the first of some names that does not exist."""
+    known = list(known)
+    for name in names:
+        if name not in known:
+            raise ConfigError(unknown_name(kind, shown(name), known))
 
 
 def shown(text: object) -> str:

@@ -209,6 +209,8 @@ def test_a_key_chooses_one_of_several_models_and_must_be_there(tmp_path):
     assert "key=params" in refused(open_checkpoint, tmp_path / "x.pt", kind=CheckpointError)
     merged = suture.merge(tmp_path / "x.pt", [tmp_path / "x.pt"], "simple_average", key="params_ema")
     assert_same(merged, two)
+    out = suture.merge_files(tmp_path / "x.pt", [tmp_path / "x.pt"], "simple_average", tmp_path / "o", key="params_ema")
+    assert_same(open_checkpoint(out), two)
     torch.save({"state_dict": one}, tmp_path / "y.pt")
     with pytest.raises(CheckpointError, match=r"has no weights under key=params_ema, only under state_dict"):
         open_checkpoint(tmp_path / "y.pt", key="params_ema")

@@ -46,6 +46,11 @@ def _lora(**options):
     return LoraConfig(**{"r": 2, "lora_alpha": 5, "target_modules": ["first", "second"], **options})
 
 
+def _adalora(**options):
+    modules = {"target_modules": ["first", "second"], "init_r": 4, "target_r": 2, "lora_alpha": 5, "total_step": 9}
+    return _other("AdaLoraConfig", **{**modules, **options})
+
+
 def _other(kind, **options):
     import peft
 
@@ -78,6 +83,8 @@ EXACT = {
     "DoRA with rsLoRA": lambda: _lora(use_dora=True, use_rslora=True),
     "LoRA, gaussian start": lambda: _lora(init_lora_weights="gaussian"),
     "LoRA, orthogonal start": lambda: _lora(init_lora_weights="orthogonal"),
+    "AdaLoRA": lambda: _adalora(target_modules=["first", "second", "conv"]),
+    "AdaLoRA on Conv1D": lambda: _adalora(target_modules=["turned"], fan_in_fan_out=True, bias="all"),
     "IA³": lambda: _other("IA3Config", target_modules=["first", "second"], feedforward_modules=["second"]),
     "IA³ on Conv1D": lambda: _other(
         "IA3Config", target_modules=["turned", "first"], feedforward_modules=["turned"], fan_in_fan_out=True
@@ -102,10 +109,11 @@ EXACT = {
     "trainable tokens": lambda: _other("TrainableTokensConfig", target_modules=["embed"], token_indices=[0, 4, 10]),
     "LN tuning": lambda: _other("LNTuningConfig", target_modules=["norm"]),
 }
+#: Ranks that AdaLoRA keeps of each module.
+KEPT = {"first.lora_E": [True, False, True, False], "second.lora_E": [False] * 4}
 #: Kind → its configuration, and what the refusal names.
 REFUSED = {
     "LoRA on a convolution in groups": (lambda: _lora(target_modules=["grouped"]), "a convolution in groups"),
-    "AdaLoRA": (lambda: _other("AdaLoraConfig", target_modules=["first"], total_step=10), "'ADALORA'"),
     "OFT": (lambda: _other("OFTConfig", target_modules=["first"], oft_block_size=0, r=1), "'OFT'"),
     "BOFT": (
         lambda: _other("BOFTConfig", target_modules=["second"], boft_block_size=5),
@@ -134,7 +142,7 @@ def trained(base, config, seed=1):
     torch.manual_seed(seed)
     tuned = get_peft_model(deepcopy(base), config, autocast_adapter_dtype=False)
     for name, tensor in tuned.named_parameters():
-        if tensor.requires_grad:
+        if tensor.requires_grad and "ranknum" not in name:  # of AdaLoRA, which peft does not save
             tensor.data = tensor.data.to(torch.float64 if base.head.weight.dtype == torch.float64 else tensor.dtype)
             with torch.no_grad():
                 tensor.add_(torch.rand_like(tensor) + 0.5 if "magnitude" in name else torch.randn_like(tensor))
@@ -163,11 +171,47 @@ def test_an_adapter_gives_the_weights_that_peft_merges_to(kind, base, tmp_path, 
     assert set(found) == set(wanted)
     assert any(not torch.equal(wanted[name], before[name]) for name in before)
     for block in (7, 1 << 16):
-        monkeypatch.setattr("suture.checkpoints.adapters._BLOCK", block)
+        monkeypatch.setattr("suture.checkpoints.adapter_updates._BLOCK", block)
         for name, tensor in wanted.items():
             torch.testing.assert_close(found[name], tensor, rtol=1e-12, atol=1e-12, msg=name)
             middle = torch.as_tensor(found.flat(name)[3:8])
             torch.testing.assert_close(middle, tensor.reshape(-1)[3:8], rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_adalora_whose_ranks_were_taken_away_gives_the_weights_that_peft_loads(base, tmp_path):
+    from peft import PeftModel
+
+    folder = saved(trained(base, _adalora(target_modules=["first", "second", "turned"], rank_pattern=KEPT)), tmp_path)
+    loaded = PeftModel.from_pretrained(deepcopy(base), folder, autocast_adapter_dtype=False)
+    wanted = loaded.merge_and_unload().state_dict()
+    found = open_fine_tuned(folder, open_checkpoint(base))
+    for name, tensor in wanted.items():
+        torch.testing.assert_close(found[name], tensor, rtol=1e-12, atol=1e-12, msg=name)
+    assert torch.equal(found["second.weight"], base.second.weight)
+    factors = found.factors("first.weight")
+    assert factors.up.shape == (5, 2)
+    torch.testing.assert_close(factors.up @ factors.down, wanted["first.weight"] - base.first.weight)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    ("change", "found"),
+    [
+        (
+            {"rank_pattern": {"first.lora_E": [True] * 3 + [False]}},
+            "has factors of rank 4 for 'first', 3 in its configuration",
+        ),
+        ({"rank_pattern": {"first.lora_E": 3}}, "has rank_pattern=.* which is not understood"),
+        ({"use_rslora": True}, "asks for use_rslora=True, which is not known to ADALORA"),
+    ],
+)
+def test_adalora_with_ranks_of_another_configuration_is_refused(change, found, base, tmp_path):
+    folder = saved(trained(base, _adalora()), tmp_path)
+    config = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps({**config, **change}))
+    with pytest.raises(CheckpointError, match=found):
+        open_fine_tuned(folder, open_checkpoint(base))
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -257,3 +257,30 @@ def test_gram_matrices_and_decompositions_agree(shape, decay, monkeypatch):
     torch.testing.assert_close(product(fast[2]), product(slow[2]), rtol=0, atol=1e-9)
     gram = fast[2].left.mT @ fast[2].left
     torch.testing.assert_close(gram, torch.eye(len(gram), dtype=gram.dtype), rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("shape", [(30, 500), (500, 450), (3, 192), (4, 193)], ids=str)
+def test_a_gram_matrix_is_made_in_columns_of_its_lower_half(shape):
+    matrix = random_deltas(shape, 1)[0]
+    torch.testing.assert_close(spectra.gram(matrix), matrix.mT @ matrix, rtol=1e-13, atol=1e-11)
+    torch.testing.assert_close(spectra.gram(matrix.mT), matrix @ matrix.mT, rtol=1e-13, atol=1e-11)
+    values, vectors = spectra.eigenvectors(spectra.gram(matrix))
+    torch.testing.assert_close(vectors * values @ vectors.mT, matrix.mT @ matrix, rtol=0, atol=1e-9)
+
+
+def decomposed(matrix, count=None):
+    left, values, right = torch.linalg.svd(matrix, full_matrices=False)
+    return left[:, :count], values[:count], right[:count].mT
+
+
+@every_shape
+def test_iso_cts_is_its_definition_by_whole_decompositions(shape):
+    deltas, rank = random_deltas(shape, 3), min(shape)
+    each = round((rank - int(0.8 * rank)) / 3)
+    found = [decomposed(deltas.sum(0), rank - 3 * each)]
+    common = found[0][0]
+    found += [decomposed(delta - common @ common.mT @ delta, each) for delta in deltas]
+    left, values, right = (torch.cat(parts, -1) for parts in zip(*found, strict=True))
+    factors = [u @ v.mT for u, _, v in map(decomposed, (left, right))]
+    expected = values.sum() / rank * factors[0] @ factors[1].mT
+    torch.testing.assert_close(update("iso_cts", deltas), expected, rtol=0, atol=1e-9)

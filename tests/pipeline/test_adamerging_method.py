@@ -120,12 +120,34 @@ def test_the_seed_decides_the_order_of_the_inputs(desk):
     assert not torch.equal(found[0], found[2])
 
 
-def test_two_processes_learn_what_one_learns(desk):
+@pytest.mark.parametrize("strategy", ["auto", "fsdp"])
+def test_two_processes_learn_what_one_learns(desk, strategy):
     for number in (1, 2):
-        assert main(desk.words(*QUICK, f"fabric.devices={number}", f"output=out{number}", method="adamerging")) == 0
+        fabric = [f"fabric.devices={number}", *([f"fabric.strategy={strategy}"] if number == 2 else [])]
+        assert main(desk.words(*QUICK, *fabric, f"output=out{number}", method="adamerging")) == 0
     one, two = (load_file(desk.folder / f"out{n}" / "history.safetensors")["coefficients"] for n in (1, 2))
     torch.testing.assert_close(two, one, rtol=0, atol=1e-4)
     assert (desk.folder / "out2" / "logs" / "layer_wise_adamerging" / "metrics.csv").is_file()
+
+
+@pytest.mark.parametrize(
+    ("method", "words", "message"),
+    [
+        ("ties_merging", [], "works with methods of AdaMerging alone. Remedy"),
+        ("adamerging", ["repair=calibrate"], "a repair (calibrate) needs whole weights on one device"),
+        (
+            "adamerging",
+            ["method.objective=expert_kl"],
+            "an objective of experts' outputs: each process has only a part",
+        ),
+        ("adamerging", ["method.eval_iterations=2"], "eval_iterations: each process has only a part"),
+    ],
+)
+def test_what_cannot_be_sharded_is_refused_before_any_work(desk, capsys, monkeypatch, method, words, message):
+    from suture.families.clip import Clip
+
+    monkeypatch.setattr(Clip, "decode", lambda *a, **k: pytest.fail("decoded"))
+    assert message in refused(capsys, desk.words(*words, "fabric.strategy=fsdp", "fabric.devices=2", method=method))
 
 
 def test_bad_input_is_refused_in_one_line_before_anything_is_decoded(desk, capsys, monkeypatch):

@@ -21,9 +21,27 @@ if "submitit.core._submit" in " ".join(sys.orig_argv):
         pass
 """
 
+DYING_MIDWAY = """
+import json, os, pathlib, sys, threading, time
+command = " ".join(sys.orig_argv)
+def die():
+    while True:
+        time.sleep(0.05)
+        done = [p for p in pathlib.Path(os.environ["SWEEP"]).glob("[0-9]*/report.json")]
+        if len(done) >= 10:
+            try:
+                file = os.open(os.environ["DIES_ONCE"], os.O_CREAT | os.O_EXCL | os.O_WRONLY)
+            except FileExistsError:
+                return
+            os.write(file, json.dumps({str(path): path.stat().st_mtime_ns for path in done}).encode())
+            os._exit(9)
+if "submitit.core._submit" in command or "default_worker.py" in command:
+    threading.Thread(target=die, daemon=True).start()
+"""
+
 
 def rows(folder):
-    reports = sorted(folder.glob("*/report.json"), key=lambda path: int(path.parent.name))
+    reports = sorted(folder.glob("[0-9]*/report.json"), key=lambda path: int(path.parent.name))
     return [json.loads(path.read_text())["rows"] for path in reports]
 
 
@@ -33,7 +51,9 @@ def without_seconds(tables):
 
 def words(desk, folder, *more):
     ours = [word for word in desk.words(method="task_arithmetic") if not word.startswith("output=")]
-    return ["run", "-m", *ours, "method.scaling_factor=0.1,0.2,0.3", f"hydra.sweep.dir={folder}", *more]
+    if not any(word.startswith("method.scaling_factor=") for word in more):
+        ours.append("method.scaling_factor=0.1,0.2,0.3")
+    return ["run", "-m", *ours, f"hydra.sweep.dir={folder}", *more]
 
 
 def test_what_two_ask_for_is_made_once(tmp_path):
@@ -80,4 +100,39 @@ def test_a_sweep_on_ray_has_the_same_table(desk):
     pytest.importorskip("hydra_plugins.hydra_ray_launcher", reason="pip install 'suture[ray]'")
     assert main(words(desk, "here")) == 0
     assert main(words(desk, "there", "hydra/launcher=ray", "+hydra.launcher.ray.init.num_cpus=2")) == 0
+    assert without_seconds(rows(desk.folder / "there")) == without_seconds(rows(desk.folder / "here"))
+
+
+LAUNCHERS = {
+    "submitit": ["hydra/launcher=submitit_local", "hydra.sweeper.max_batch_size=2"],
+    "ray": ["hydra/launcher=ray", "+hydra.launcher.ray.init.num_cpus=2"],
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_a_sweep_of_24_jobs_with_a_worker_killed_midway_has_the_same_table_and_does_nothing_twice(
+    desk, monkeypatch, launcher
+):
+    pytest.importorskip(f"hydra_plugins.hydra_{launcher}_launcher", reason=f"pip install 'suture[{launcher}]'")
+    factors = f"method.scaling_factor={','.join(str(i / 24) for i in range(1, 25))}"
+    here, there = (words(desk, folder, factors) for folder in ("here", "there"))
+    assert main(here) == 0
+    (desk.folder / "dying").mkdir()
+    (desk.folder / "dying" / "sitecustomize.py").write_text(DYING_MIDWAY)
+    environment = {
+        "SUTURE_CACHE": str(desk.folder / "cache"),
+        "SWEEP": str(desk.folder / "there"),
+        "DIES_ONCE": str(desk.folder / "dead"),
+        "PYTHONPATH": f"{desk.folder}/dying:{os.environ.get('PYTHONPATH', '')}",
+    }
+    for key, value in environment.items():
+        monkeypatch.setenv(key, value)
+    there += LAUNCHERS[launcher]
+    assert main(there) == 0 or main(there) == 0  # Ray starts a lost job again by itself
+    done = json.loads((desk.folder / "dead").read_text())
+    assert len(done) >= 10
+    assert all(os.stat(path).st_mtime_ns == changed for path, changed in done.items())
+    assert len(list((desk.folder / "cache" / "references").glob("*.json"))) == 1
+    assert len(rows(desk.folder / "there")) == 24
     assert without_seconds(rows(desk.folder / "there")) == without_seconds(rows(desk.folder / "here"))

@@ -64,14 +64,41 @@ def new_model(kind: str, vocabulary: int):
         "gemma": {"head_dim": 8},
         "gemma2": {"head_dim": 8, "sliding_window": 16},
         "mixtral": {"num_local_experts": 3, "num_experts_per_tok": 2},
+        "qwen3_moe": {"num_experts": 3, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "head_dim": 8},
         "granitemoe": {"num_local_experts": 3, "num_experts_per_tok": 2, "logits_scaling": 2.0},
     }[kind]
     prefix = {"llama": "Llama", "qwen3": "Qwen3", "gemma": "Gemma", "gemma2": "Gemma2", "mixtral": "Mixtral"}
-    prefix = (prefix | {"granitemoe": "GraniteMoe"})[kind]
+    prefix = (prefix | {"granitemoe": "GraniteMoe", "qwen3_moe": "Qwen3Moe"})[kind]
     tied = kind in ("gemma", "gemma2", "qwen3")
     facts = {"vocab_size": vocabulary, "bos_token_id": 1, "eos_token_id": 1, "pad_token_id": 0}
     config = getattr(transformers, f"{prefix}Config")(**_SIZES, **facts, tie_word_embeddings=tied, **own)
     return getattr(transformers, f"{prefix}ForCausalLM")(config).eval()
+
+
+def new_seeing_model(kind: str, vocabulary: int):
+    """A random model that reads text and sees pictures: llava or qwen2_vl."""
+    import transformers as t
+
+    torch.manual_seed(0)
+    facts = {"vocab_size": vocabulary, "bos_token_id": 1, "eos_token_id": 1, "pad_token_id": 0}
+    if kind == "llava":
+        sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+        vision = t.CLIPVisionConfig(**sizes, image_size=16, patch_size=8, projection_dim=16)
+        config = t.LlavaConfig(text_config=t.LlamaConfig(**_SIZES, **facts), vision_config=vision, image_token_index=2)
+        return t.LlavaForConditionalGeneration(config).eval()
+    rotary = {"type": "mrope", "mrope_section": [1, 1, 2]}
+    vision = {"depth": 2, "embed_dim": 16, "hidden_size": 32, "num_heads": 2, "mlp_ratio": 2, "patch_size": 8}
+    tokens = {"image_token_id": 2, "video_token_id": 3, "vision_start_token_id": 4, "vision_end_token_id": 5}
+    text = {**_SIZES, **facts, "rope_scaling": rotary}
+    return t.Qwen2VLForConditionalGeneration(t.Qwen2VLConfig(text_config=text, vision_config=vision, **tokens)).eval()
+
+
+def load(folder: Path):
+    """A saved model, by the class that its configuration names."""
+    import transformers
+
+    name = json.loads((folder / "config.json").read_text())["architectures"][0]
+    return getattr(transformers, name).from_pretrained(folder).eval().float()
 
 
 def train(model, tokenizer, name: str, steps: int = 25, rate: float = 5e-3):
@@ -97,13 +124,14 @@ def adapted(model):
 
 def build_shop(folder: Path, kind: str = "llama", *, lora: bool = False, chat: bool = False) -> Path:
     """`base`, `colour` and `animal` in a folder, with `data` of every kind of score."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoTokenizer
 
     vocabulary = save_tokenizer(folder / "base", chat=chat)
-    new_model(kind, vocabulary).save_pretrained(folder / "base")
+    make = new_seeing_model if kind in ("llava", "qwen2_vl") else new_model
+    make(kind, vocabulary).save_pretrained(folder / "base")
     tokenizer = AutoTokenizer.from_pretrained(folder / "base")
     for name in SENTENCES:
-        model = AutoModelForCausalLM.from_pretrained(folder / "base")
+        model = load(folder / "base")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # peft uses what transformers calls deprecated
             train(adapted(model) if lora else model, tokenizer, name).save_pretrained(folder / name)

@@ -23,9 +23,10 @@ from suture.adaptation.merged_model import MergedModel, matched_tensors
 from suture.adaptation.network import Logits, Network, check_concatenation, depends_on_batch
 from suture.adaptation.objectives import get_objective
 from suture.adaptation.options import AdaMergingOptions
-from suture.adaptation.passes import passes
+from suture.adaptation.passes import even_passes, passes
 from suture.adaptation.rank_masks import mask_leaves
 from suture.adaptation.schedules import get_schedule
+from suture.adaptation.sharded_model import ShardedModel, refuse_unsharded
 from suture.adaptation.trajectory import Trajectory
 from suture.adaptation.vectors import task_vector_rows
 from suture.checkpoints import Source, save_checkpoint
@@ -33,7 +34,8 @@ from suture.core.batches import Forward, ShuffledBatches, Upcoming, call
 from suture.core.fabric import Team
 from suture.core.notebooks import frame
 from suture.core.progress import Profile
-from suture.errors import ConfigError, DataError, unknown_name
+from suture.core.sharding import recompute_layers
+from suture.errors import ConfigError, DataError, check_known
 from suture.merging.merge import merge_task_vectors
 from suture.merging.registry import get_method
 from suture.merging.task_vectors import open_task_vectors
@@ -133,7 +135,9 @@ def adapt(
     or None if the module returns logits. Tensors named in `frozen` stay at the base. The `options` (`lr`, `max_steps`,
     `granularity`, `objective`, …) are the fields of `AdaMergingOptions`.
 
-    `fabric` sets device and precision, and distributes the inputs of each step over its processes. With `resume` an
+    `fabric` sets device and precision, and distributes the inputs of each step over its processes. With the strategy
+    fsdp of `make_fabric` weights and task vectors are split over them too; `module` may then be on the meta device, and
+    only process 0 has `merged`. With `resume` an
     interrupted loop continues with bit-identical results. `profile` collects seconds by activity.
     `on_step(step, loss, values)` is called after each step, and `on_evaluation(step, module)` with the merged module
     every `eval_iterations` steps; the numbers it returns are the result's `scores`. The result depends only on the
@@ -169,8 +173,15 @@ def adapt(
     team, profile = Team(fabric), profile or Profile()
     concatenate = check_concatenation(chosen.concatenate, module, logits, chosen.micro_batch, device=team.device)
 
+    if team.sharded:
+        refuse_unsharded(chosen, objective, eval_iterations)
     with profile("construct the wrapped model"), team.autocast():
-        model = MergedModel(module, vectors, task_vector_rows(vectors, chosen), team.device)
+        if team.sharded:
+            model = ShardedModel(module, vectors, chosen, team)
+        else:
+            model = MergedModel(module, vectors, task_vector_rows(vectors, chosen), team.device)
+        if chosen.recompute:
+            recompute_layers(model.module)
     masks = mask_leaves(model.separate)
     logits_of_masks = [masked.logits for masked in masks.values()]
     optimizer = _optimizer(chosen, [values, *logits_of_masks])
@@ -182,11 +193,12 @@ def adapt(
     upcoming = Upcoming(({task: next(stream) for task, stream in streams.items()} for _ in range(steps)), model.device)
     independent = depends_on_batch(module) is None
     cut = {"concatenate": concatenate, "micro_batch": chosen.micro_batch, "independent": independent}
+    cut_up = even_passes if team.sharded else passes
     scores: dict[int, float] = {}
     with profile("test-time adaptation"), torch.enable_grad(), team.autocast(), model.collecting():
         while trajectory.step < max_steps:
             with profile("data loading"):
-                work = passes(next(upcoming), **cut, rank=team.rank, world=team.world)
+                work = cut_up(next(upcoming), **cut, rank=team.rank, world=team.world)
             if objective.expert:
                 work = network.with_expert_outputs(work)
             coefficients = spread()
@@ -233,8 +245,7 @@ def _read(team: Team, loss: Tensor, gradient: Tensor, upcoming: Upcoming) -> tup
 def _optimizer(options: AdaMergingOptions, values: list[Tensor]) -> torch.optim.Optimizer:
     """Adam with the paper's betas (0.9, 0.999), AdamW or SGD, on the coefficients and the logits of masks."""
     lr, weight_decay = options.lr, options.weight_decay
-    if options.optimizer not in OPTIMIZERS:
-        raise ConfigError(unknown_name("optimizer", options.optimizer, OPTIMIZERS))
+    check_known("optimizer", [options.optimizer], OPTIMIZERS)
     if not lr > 0 or not weight_decay >= 0:
         raise ConfigError(f"lr={lr}, weight_decay={weight_decay}: wanted a positive lr and a decay of 0 or more.")
     return OPTIMIZERS[options.optimizer](values, lr=lr, weight_decay=weight_decay)

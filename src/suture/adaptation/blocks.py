@@ -2,7 +2,7 @@
 
 import copy
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -41,12 +41,13 @@ def find_blocks(
     """The blocks in the order in which they run, with their layouts, found by running the first input.
 
     `blocks`: module paths; a regular expression for whole paths; or None for the children of the longest ModuleList or
-    Sequential with children of one class, and of all other such lists of that class, such as the stages of a ResNet.
+    Sequential that runs and has children of one class, and of all other such lists of that class, such as the stages of
+    a ResNet.
     The channels are on axis 1 of outputs with four or more axes, unless only the last axis fits the block's biases, and
     else on the last axis; `channel_axis` overrides this. Raises `ConfigError` for blocks that do not exist, do not run
     exactly once, or do not return a tensor.
     """
-    paths = _paths(module, blocks)
+    paths = _paths(module, blocks, lambda: _running(module, forward, inputs))
     shapes = [_shapes(module, forward, paths, inputs, count) for count in (2, 3)]
     ran = [path for path in shapes[0] if path in paths]
     if blocks is not None and len(ran) < len(paths):
@@ -55,10 +56,10 @@ def find_blocks(
     return tuple(_block(module, path, shapes[0][path], shapes[1][path], channel_axis) for path in ran)
 
 
-def _paths(module: nn.Module, blocks: Blocks) -> list[str]:
+def _paths(module: nn.Module, blocks: Blocks, running: Callable[[], set[str]]) -> list[str]:
     names = dict(module.named_modules())
     if blocks is None:
-        paths = _longest_lists(names)
+        paths = _longest_lists(names, running)
         expected = "a ModuleList or Sequential of blocks of one class. Remedy: give blocks=[path, …]"
     elif isinstance(blocks, str):
         paths = [name for name in names if name and _pattern(blocks).fullmatch(name)]
@@ -73,18 +74,31 @@ def _paths(module: nn.Module, blocks: Blocks) -> list[str]:
     return paths
 
 
-def _longest_lists(names: dict[str, nn.Module]) -> list[str]:
+def _longest_lists(names: dict[str, nn.Module], running: Callable[[], set[str]]) -> list[str]:
     lists = [
         {f"{name}.{child}".lstrip("."): block for child, block in module.named_children()}
         for name, module in names.items()
         if isinstance(module, nn.ModuleList | nn.Sequential) and len({type(block) for block in module.children()}) == 1
     ]
+    if len({type(block) for blocks in lists for block in blocks.values()}) > 1:  # a vision tower has no part in texts
+        ran = running()
+        lists = [blocks for blocks in lists if not ran.isdisjoint(blocks)]
     longest = max(lists, key=len, default={})
     if len(longest) < 2:
         return []
     kind = type(next(iter(longest.values())))
     paths = [path for blocks in lists for path, block in blocks.items() if type(block) is kind]
     return [path for path in paths if not any(path.startswith(f"{outer}.") for outer in paths)]
+
+
+def _running(module: nn.Module, forward: Forward, inputs: Inputs) -> set[str]:
+    """The paths of all modules that run for the first input."""
+    probe, ran = frozen_copy(module), set[str]()
+    for path, part in probe.named_modules():
+        part.register_forward_hook(lambda module, arguments, output, path=path: ran.add(path))
+    with torch.no_grad():
+        forward(probe, to_device(take(inputs, torch.zeros(1, dtype=torch.long)), device_of(module)))
+    return ran
 
 
 def _shapes(

@@ -4,10 +4,11 @@ The merged parameters are plain leaves of a copy of the caller's module. With G 
 ∂L/∂λ_t = ⟨G, τ_t⟩, so each G is reduced to one number per task as soon as it is ready, and freed.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from copy import deepcopy
 from functools import partial
+from typing import TypeVar
 
 import torch
 from jaxtyping import Float
@@ -18,6 +19,8 @@ from suture.adaptation.vectors import Held, TensorVectors
 from suture.errors import IncompatibleModels
 from suture.merging.overflow import refuse_overflow
 from suture.merging.task_vectors import TaskVectors, compute_dtype
+
+T = TypeVar("T")
 
 
 class MergedModel:
@@ -61,6 +64,10 @@ class MergedModel:
     def separate(self) -> dict[str, TensorVectors]:
         """The task vectors of the tensors that are merged one after another, by name."""
         return {self.names[i]: rows for i, rows in self._rows.items()}
+
+    def call(self, function: Callable[[], T]) -> T:
+        """`function()`, which runs the module."""
+        return function()
 
     @torch.no_grad()
     def write(self, coefficients: Float[Tensor, "task tensor"]) -> None:

@@ -10,6 +10,7 @@ from suture.adaptation.flat import widest
 from suture.adaptation.merged_model import MergedModel
 from suture.adaptation.objectives import Objective
 from suture.adaptation.passes import Part, Pass
+from suture.adaptation.sharded_model import ShardedModel
 from suture.core.batches import Forward, call, concatenate, device_of, evaluation_mode, size
 from suture.core.progress import Profile
 from suture.errors import ConfigError
@@ -63,7 +64,12 @@ class Network:
     """The merged module with its heads and the objective."""
 
     def __init__(
-        self, model: MergedModel, forward: Forward, logits: Logits | None, objective: Objective, profile: Profile
+        self,
+        model: MergedModel | ShardedModel,
+        forward: Forward,
+        logits: Logits | None,
+        objective: Objective,
+        profile: Profile,
     ):
         self.model, self.forward = model, forward
         self.objective, self.profile = objective, profile
@@ -99,13 +105,18 @@ class Network:
         return [[p._replace(target=targets[i, j]) for j, p in enumerate(parts)] for i, parts in enumerate(passes)]
 
     def _loss(self, parts: Pass) -> Tensor:
+        def loss() -> Tensor:
+            pairs = zip(self._outputs(parts), parts, strict=True)
+            return torch.stack([part.share * self._objective(output, part) for output, part in pairs]).sum()
+
+        return self.model.call(loss)
+
+    def _outputs(self, parts: Pass) -> list[Tensor]:
+        """The operands of the objective for each part."""
         if len(parts) == 1:
-            outputs = [self._output(parts[0].inputs, parts[0].task)]
-        else:
-            rows = _split(parts, self.forward(self.model.module, concatenate([part.inputs for part in parts])))
-            outputs = [self._after_head(output, part.task) for output, part in zip(rows, parts, strict=True)]
-        pairs = zip(outputs, parts, strict=True)
-        return torch.stack([part.share * self._objective(output, part) for output, part in pairs]).sum()
+            return [self._output(parts[0].inputs, parts[0].task)]
+        rows = _split(parts, self.forward(self.model.module, concatenate([part.inputs for part in parts])))
+        return [self._after_head(output, part.task) for output, part in zip(rows, parts, strict=True)]
 
     def _output(self, batch: Any, task: str) -> Tensor:
         """The operand of the objective: logits, or features."""

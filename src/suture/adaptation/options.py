@@ -8,7 +8,7 @@ import torch
 from annotated_types import Ge, Gt, Le
 
 from suture.adaptation.objectives import Objective
-from suture.errors import ConfigError, unknown_name
+from suture.errors import ConfigError, check_known
 from suture.merging.methods.ties_merging import THRESHOLD
 
 
@@ -28,6 +28,7 @@ class AdaMergingOptions:
       of which the first ⌊share · k⌋ of k start on; `rank_temperature` is that of the masks' gradient. `centred` takes
       task vectors from the models' mean. AdaRank has 0.16, centred and init_values=2.3 for eight tasks.
     - `vectors_dtype`: the dtype of task vectors in memory; with `stream_vectors` they are read twice per step instead.
+    - `recompute`: layers keep only their inputs and run again in the backward pass: less memory, a third more time.
     """
 
     granularity: str | Sequence[str] | Mapping[str, str] = "layer"
@@ -49,14 +50,13 @@ class AdaMergingOptions:
     centred: bool = False
     vectors_dtype: torch.dtype | None = None
     stream_vectors: bool = False
+    recompute: bool = False
 
     @classmethod
     def of(cls, values: Mapping[str, Any]) -> "AdaMergingOptions":
         """Options by name; raises `ConfigError` for an unknown one."""
         known = [each.name for each in fields(cls)]
-        for name in values:
-            if name not in known:
-                raise ConfigError(unknown_name("option of adapt", name, known))
+        check_known("option of adapt", values, known)
         chosen = cls(**values)
         for name in ("plus_plus", "stream_vectors", "vectors_dtype"):
             if chosen.rank_share is not None and getattr(chosen, name):

@@ -48,6 +48,14 @@ def passes(
     return _packed(parts, micro_batch) if concatenate else [[part] for part in parts]
 
 
+def even_passes(inputs: Mapping[str, Any], *, rank: int, world: int, **cut: Any) -> list[Pass]:
+    """`passes`, as many in every process: where there are fewer, one input is passed again, with a share of 0."""
+    each = [passes(inputs, rank=number, world=world, **cut) for number in range(world)]
+    task, batch = next(iter(inputs.items()))
+    idle = [Part(task, take(batch, slice(0, 1)) if cut["independent"] else batch, 0.0)]
+    return each[rank] + [idle] * (max(map(len, each)) - len(each[rank]))
+
+
 def _cut(task: str, batch: Any, micro_batch: int | None, rank: int, world: int) -> list[Part]:
     if world == 1 and micro_batch is None:
         return [Part(task, batch)]

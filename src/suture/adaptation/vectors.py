@@ -1,6 +1,6 @@
 """The task vectors of one tensor, for all tasks: in memory, read when needed, or as low-rank factors."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Protocol, runtime_checkable
@@ -135,23 +135,26 @@ def inner_products(rows: Float[Tensor, "task entry"], gradient: Tensor) -> Float
     return products
 
 
-def task_vector_rows(vectors: TaskVectors, options: AdaMergingOptions) -> dict[str, TensorVectors]:
+def task_vector_rows(
+    vectors: TaskVectors, options: AdaMergingOptions, parts: Mapping[str, slice] | None = None
+) -> dict[str, TensorVectors]:
     """The task vectors of every merged tensor; those of AdaMerging++ with `plus_plus`.
 
     They are computed in float32 (float64 for float64 tensors) and held in `vectors_dtype` if given, or not held at all
-    with `stream_vectors`; those of LoRA adapters are held as factors. Raises `IncompatibleModels` for weights that are
-    not finite.
+    with `stream_vectors`; those of LoRA adapters are held as factors. Of tensors in `parts`, only these entries are
+    read. Raises `IncompatibleModels` for weights that are not finite.
     """
     statistic = settled_statistic(vectors, options.threshold) if options.plus_plus else None
 
     def read(name: str) -> Tensor:
-        return _read(vectors, name, statistic, options.vectors_dtype)
+        part = slice(None) if parts is None else parts.get(name, slice(None))
+        return _read(vectors, name, statistic, options.vectors_dtype, part)
 
     if options.rank_share is not None:
         return {name: _masked(vectors, name, options) for name in vectors.names}
     if options.stream_vectors:
         return {name: Streamed(len(vectors.models), partial(read, name)) for name in vectors.names}
-    factors = {} if options.plus_plus else {name: _factors(vectors, name) for name in vectors.names}
+    factors = {} if options.plus_plus or parts else {name: _factors(vectors, name) for name in vectors.names}
     return {name: factors.get(name) or Held(read(name)) for name in vectors.names}
 
 
@@ -173,10 +176,16 @@ def _factors(vectors: TaskVectors, name: str) -> LowRank | None:
     return LowRank(*(torch.stack(side) for side in zip(*padded, strict=True)))
 
 
-def _read(vectors: TaskVectors, name: str, statistic: TiesStatistic | None, dtype: torch.dtype | None) -> Tensor:
+def _read(
+    vectors: TaskVectors,
+    name: str,
+    statistic: TiesStatistic | None,
+    dtype: torch.dtype | None,
+    part: slice = slice(None),
+) -> Tensor:
     base, models = vectors.flat(name)
-    base = base[:].to(compute_dtype(vectors.base.specs[name].dtype))
-    deltas = torch.stack([model[:].to(base.dtype) - base for model in models])
+    base = base[part].to(compute_dtype(vectors.base.specs[name].dtype))
+    deltas = torch.stack([model[part].to(base.dtype) - base for model in models])
     _refuse_non_finite(name, list(vectors.models), deltas)
     return (deltas if statistic is None else ties_rows(deltas, statistic)).to(dtype or deltas.dtype)
 

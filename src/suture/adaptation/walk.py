@@ -9,6 +9,7 @@ import copy
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
+from itertools import count
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Literal, NamedTuple
@@ -58,7 +59,7 @@ class Store:
     """Tensors between two blocks: in memory on the CPU, or in mapped files of the folder `cache`."""
 
     def __init__(self, cache: Path | None = None):
-        self._cache, self._files = cache, 0
+        self._cache, self._numbers = cache, count()  # which threads may take from
 
     def put(self, value: Any, over: Any = None) -> Any:
         """A copy of a tensor, in the memory of `over` if it fits; anything else as it is."""
@@ -71,8 +72,7 @@ class Store:
     def _empty(self, like: Tensor) -> Tensor:
         if self._cache is None or not like.numel():
             return torch.empty(like.shape, dtype=like.dtype)
-        self._files += 1
-        file = str(self._cache / f"{id(self)}-{self._files}")
+        file = str(self._cache / f"{id(self)}-{next(self._numbers)}")
         return torch.from_file(file, shared=True, size=like.numel(), dtype=like.dtype).view(like.shape)
 
 

@@ -25,6 +25,12 @@ KINDS: dict[str, set[str]] = {
         *("ephemeral_gpu_offload", "runtime_config", "megatron_core", "qalora_group_size", "eva_config"),
         "loftq_config",
     },
+    "ADALORA": {
+        *("r", "init_r", "target_r", "lora_alpha", "rank_pattern", "fan_in_fan_out", "bias", "init_lora_weights"),
+        *("tinit", "tfinal", "deltaT", "beta1", "beta2", "orth_reg_weight", "total_step", "lora_dropout"),
+        *("ephemeral_gpu_offload", "runtime_config", "megatron_core", "qalora_group_size", "eva_config"),
+        "loftq_config",
+    },
     "IA3": {"feedforward_modules", "fan_in_fan_out", "init_ia3_weights"},
     "LOHA": {*_LYCORIS, "use_effective_conv2d"},
     "LOKR": {*_LYCORIS, "use_effective_conv2d", "decompose_both", "decompose_factor", "rank_dropout_scale"},
@@ -37,6 +43,7 @@ KINDS: dict[str, set[str]] = {
 }
 _DEFAULTS: dict[str, dict[str, Any]] = {
     "LORA": {"r": 8, "lora_alpha": 8},
+    "ADALORA": {"r": 8, "init_r": 12, "lora_alpha": 8},
     "LOHA": {"r": 8, "alpha": 8},
     "LOKR": {"r": 8, "alpha": 8},
     "VERA": {"r": 256, "projection_prng_key": 0},
@@ -72,8 +79,9 @@ def read_config(path: Path) -> dict[str, Any]:
         read = ", ".join(sorted(KINDS))
         raise refusal(path, f"describes an adapter of type {shown(kind)!r}; {read} are read", MERGE_FIRST)
     config = _DEFAULTS.get(kind, {}) | config
+    checks = _CHECKS | _CHECKS_OF.get(kind, {})
     for key, value in config.items():
-        if key in KINDS[kind] and key in _CHECKS and not _CHECKS[key](value):
+        if key in KINDS[kind] and key in checks and not checks[key](value):
             raise _not_understood(path, key, value)
         if key not in KINDS[kind] and key not in _FREE and value not in (None, False, [], {}, ""):
             raise refusal(path, f"asks for {shown(key)}={shown(value)}, which is not known to {kind} here", MERGE_FIRST)
@@ -100,6 +108,18 @@ def scale_of(config: Mapping[str, Any], module: str) -> float:
 def rank_of(config: Mapping[str, Any], module: str) -> int:
     """The rank that the configuration gives to a module."""
     return int(_patterned(config.get("rank_pattern"), module, config["r"]))
+
+
+def adalora_rank(config: Mapping[str, Any], module: str) -> int:
+    """The rank that AdaLoRA left to a module: that of the entries that its pattern keeps, or the first rank."""
+    kept = (config.get("rank_pattern") or {}).get(f"{module}.lora_E")
+    return config["init_r"] if kept is None else sum(kept)
+
+
+def adalora_scale(config: Mapping[str, Any]) -> float:
+    """alpha over the first rank, whatever ranks were left, with the 10⁻⁵ that peft adds there."""
+    alpha, rank = config["lora_alpha"], config["init_r"]
+    return (alpha if alpha > 0 else rank) / (rank + 1e-5)
 
 
 def is_conv1d(directory: Path | None, module: str) -> bool | None:
@@ -166,6 +186,13 @@ def _are_alphas(value: Any) -> bool:
     return value is None or (_are_patterns(value) and all(map(_is_alpha, value.values())))
 
 
+def _are_masks(value: Any) -> bool:
+    """Whether a value is AdaLoRA's pattern: for every module, which of its first ranks were kept."""
+    if value is None or not isinstance(value, dict) or len(value) > _MOST_PATTERNS:
+        return value is None
+    return all(isinstance(mask, list) and all(isinstance(kept, bool) for kept in mask) for mask in value.values())
+
+
 def _are_patterns(value: Any) -> bool:
     return isinstance(value, dict) and len(value) <= _MOST_PATTERNS and all(map(_is_safe_pattern, value))
 
@@ -205,6 +232,7 @@ def _is_key(value: Any) -> bool:
 
 _CHECKS = {
     "r": _is_rank,
+    "init_r": _is_rank,
     "lora_alpha": _is_alpha,
     "alpha": _is_alpha,
     "rank_pattern": _are_ranks,
@@ -221,3 +249,5 @@ _CHECKS = {
     "token_indices": _are_rows,
     "projection_prng_key": _is_key,
 }
+#: Keys that mean something else to a kind of adapter.
+_CHECKS_OF: dict[str, dict[str, Any]] = {"ADALORA": {"rank_pattern": _are_masks, "init_lora_weights": _is_flag}}

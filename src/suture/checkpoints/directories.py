@@ -30,11 +30,31 @@ _PART = re.compile(r"-\d+-of-0*([2-9]|1\d)")
 _STRANGERS = (".ggml", ".h5", ".msgpack", ".onnx", ".npz", ".keras", ".tflite")
 
 
+_PIPELINE = "model_index.json"  # of diffusers: names the folders of a pipeline's components
+
+
+def is_pipeline(source: object) -> bool:
+    """Whether a source is the folder of a whole pipeline of diffusers."""
+    try:
+        return isinstance(source, str | os.PathLike) and (Path(source) / _PIPELINE).is_file()
+    except (OSError, ValueError):  # no permission, a name too long: whoever opens it says so
+        return False
+
+
+def has_weights(directory: Path) -> bool:
+    """Whether a directory holds weights, or what names their files."""
+    return any(path.suffix in SUFFIXES or path.name.endswith(INDEX_SUFFIX) for path in directory.iterdir())
+
+
 def weight_file(directory: Path) -> Path:
     """The weight file or index of a model directory; hidden files, such as unfinished results, are not."""
     for name in _USUAL:
         if (directory / name).is_file():
             return directory / name
+    if (directory / _PIPELINE).is_file():
+        held = next((path for path in sorted(directory.iterdir()) if path.is_dir() and has_weights(path)), "…/unet")
+        problem = "is a whole pipeline of diffusers, which only merges of files take, from a folder"
+        raise refusal(directory, problem, f"give one of its components, such as '{held}'")
     visible = sorted(path for path in directory.iterdir() if path.is_file() and path.name[0] != ".")
     files = [path for path in visible if path.suffix in SUFFIXES]
     files = files or [path for path in visible if path.suffix == ".gguf"]

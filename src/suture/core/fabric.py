@@ -1,7 +1,7 @@
 """Devices, processes, precision and loggers through Lightning Fabric, which only this module and `loggers` import."""
 
-import io
 import logging
+import tempfile
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -12,17 +12,18 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import Tensor
 
-from suture.core.batches import call
-from suture.errors import ConfigError, unknown_name
+from suture.core.batches import call, channels_last
+from suture.errors import ConfigError, check_known
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
 
 T = TypeVar("T")
-_KEYS = ("accelerator", "devices", "strategy", "precision", "num_nodes", "loggers", "tf32")
-_OWN_KEYS = ("devices", "loggers", "tf32")  # which Fabric does not take
+_KEYS = ("accelerator", "devices", "strategy", "precision", "num_nodes", "loggers", "tf32", "channels_last")
+_OWN_KEYS = ("devices", "loggers", "tf32", "channels_last")  # which Fabric does not take
 LOGGERS = ("csv", "tensorboard", "mlflow", "wandb", "none")
 PRECISIONS = ("32-true", "bf16-mixed")
+SHARDED = "fsdp"  # the strategy in which each process holds a part of every weight
 
 
 @dataclass(frozen=True)
@@ -50,11 +51,14 @@ class OneDevice:
 
     @property
     def precision(self) -> str:
-        """The precision of forward passes: "32-true" or "bf16-mixed", and "with TF32" where that is on."""
-        return f"{_precision(self.config)} with TF32" if self.config.get("tf32") else _precision(self.config)
+        """The rounding of forward passes: "32-true" or "bf16-mixed", and what else the keys turn on."""
+        more = {"tf32": " with TF32", "channels_last": ", channels last"}
+        return _precision(self.config) + "".join(words for key, words in more.items() if self.config.get(key))
 
     def call(self, module: Any, inputs: Any) -> Tensor:
         """The module's output for a batch, (batch, …), in float32 whatever the precision."""
+        if self.config.get("channels_last"):
+            inputs = channels_last(inputs)
         if _precision(self.config) == PRECISIONS[0]:
             return call(module, inputs)
         with self.fabric.autocast():
@@ -74,10 +78,17 @@ def make_fabric(config: Mapping[str, Any], devices: int = 1):
     _set_tf32(bool(config.get("tf32")))
     options = {key: config[key] for key in _KEYS if config.get(key) is not None and key not in _OWN_KEYS}
     number = config["devices"] if config.get("devices") is not None else devices
+    if sharded := options.get("strategy") == SHARDED:
+        forks = options.get("accelerator") == "cpu" or not torch.cuda.is_available()
+        options["strategy"] = "ddp_fork" if forks else "ddp"
     if options.get("strategy", "auto") == "auto" and number not in (1, "1"):
         options["strategy"] = "ddp_fork"  # only the adaptation runs in several processes; this one does the rest
+    if number in (1, "1") and options.get("strategy") == "ddp_fork":
+        options["strategy"] = "auto"
     try:
-        return Fabric(devices=number, **options)
+        fabric = Fabric(devices=number, **options)
+        fabric.strategy.sharded = sharded  # type: ignore[attr-defined]
+        return fabric
     except Exception as error:  # Lightning raises a different class for each kind of wrong value
         raise ConfigError(f"fabric: {' '.join(str(error).split())}") from None
 
@@ -95,18 +106,15 @@ def check_fabric(config: Mapping[str, Any]) -> None:
         raise ConfigError(f"fabric={config!r}: wanted keys below it, such as fabric.precision=bf16-mixed.")
     if not isinstance(loggers := config.get("loggers"), Mapping | None):
         raise ConfigError(f"fabric.loggers={loggers!r}: wanted keys below it, such as fabric.loggers.kind=csv.")
-    for key in config:
-        if key not in _KEYS:
-            raise ConfigError(unknown_name("key of fabric", key, _KEYS))
+    check_known("key of fabric", config, _KEYS)
     if "spawn" in str(config.get("strategy")):
         remedy = "Remedy: ddp_fork, or ddp, which starts the command once for each process."
         raise ConfigError(f"fabric.strategy={config['strategy']}: a run cannot be handed to a new process. {remedy}")
-    if not isinstance(config.get("tf32"), bool | None):
-        raise ConfigError(f"fabric.tf32={config['tf32']}: wanted true or false.")
-    if (precision := _precision(config)) not in PRECISIONS:
-        raise ConfigError(unknown_name("fabric.precision", precision, PRECISIONS))
-    if (kind := _logger_kind(config)) not in LOGGERS:
-        raise ConfigError(unknown_name("fabric.loggers.kind", kind, LOGGERS))
+    for key in ("tf32", "channels_last"):
+        if not isinstance(config.get(key), bool | None):
+            raise ConfigError(f"fabric.{key}={config[key]}: wanted true or false.")
+    check_known("fabric.precision", [_precision(config)], PRECISIONS)
+    check_known("fabric.loggers.kind", [_logger_kind(config)], LOGGERS)
 
 
 def make_logger(config: Mapping[str, Any], folder: Path):
@@ -144,13 +152,14 @@ def _logger_kind(config: Mapping[str, Any]) -> str:
 class Team:
     """The processes of one run: their device and precision, and sums over all of them.
 
-    `rank` is the number of this process among `world`.
+    `rank` is the number of this process among `world`. `sharded`: whether weights are split over the processes.
     """
 
     def __init__(self, fabric: "Fabric | None" = None):
         self.fabric = fabric
         self.rank, self.world = (fabric.global_rank, fabric.world_size) if fabric else (0, 1)
         self.device = fabric.device if fabric else None
+        self.sharded = self.world > 1 and getattr(fabric and fabric.strategy, "sharded", False)
         precision = fabric.strategy.precision.precision if fabric else PRECISIONS[0]
         if precision not in PRECISIONS:
             raise ConfigError(f"fabric.precision={precision}: wanted one of {', '.join(PRECISIONS)}.")
@@ -183,7 +192,10 @@ def launch(fabric: "Fabric", function: "Callable[[Fabric], T]") -> T:
     if torch.cuda.is_initialized():
         remedy = "Remedy: fabric.strategy=ddp, which starts the command once for each process, or fabric.devices=1."
         raise ConfigError(f"fabric: this process has used the GPU already and cannot be forked. {remedy}")
-    return torch.load(io.BytesIO(fabric.launch(_packed, function)), weights_only=False)  # type: ignore[arg-type]
+    with tempfile.TemporaryDirectory() as folder:
+        result = Path(folder) / "result.pt"
+        fabric.launch(_saved, function, result)  # type: ignore[arg-type]
+        return torch.load(result, weights_only=False)
 
 
 def _forks(fabric: "Fabric") -> bool:
@@ -191,8 +203,12 @@ def _forks(fabric: "Fabric") -> bool:
     return launcher is not None and launcher.is_interactive_compatible
 
 
-def _packed(fabric: "Fabric", function: "Callable[[Fabric], T]") -> bytes:
-    """The result as bytes; shared tensors could not be read after the process that made them has ended."""
-    buffer = io.BytesIO()
-    torch.save(function(fabric), buffer)
-    return buffer.getvalue()
+def _saved(fabric: "Fabric", function: "Callable[[Fabric], T]", path: Path) -> None:
+    """Save the result of process 0 in a file.
+
+    Shared tensors could not be read after the process that made them has ended, and Lightning waits for the processes
+    before it reads what they return, so that a process with more than a pipe holds would never end.
+    """
+    result = function(fabric)
+    if fabric.global_rank == 0:
+        torch.save(result, path)

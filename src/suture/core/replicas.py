@@ -27,12 +27,26 @@ def on_replicas(
     [2, 4, 6]
     """
     copies = [copy.deepcopy(module).to(device) for device in devices]
+    return in_turn(len(copies), lambda worker, item: function(copies[worker], item), items)
+
+
+def in_turn(workers: int, function: Callable[[int, T], R], items: Iterable[T]) -> Iterator[R]:
+    """`function(worker, item)` for every item, in the order of the items; the workers take them in turn.
+
+    Each worker has one thread, so that it is in one call at a time. One worker alone is this thread.
+
+    >>> list(in_turn(2, lambda worker, item: (worker, item), "abc"))
+    [(0, 'a'), (1, 'b'), (0, 'c')]
+    """
+    if workers == 1:
+        yield from (function(0, item) for item in items)
+        return
     with ExitStack() as stack:
-        pools = [stack.enter_context(ThreadPoolExecutor(1)) for _ in copies]
+        pools = [stack.enter_context(ThreadPoolExecutor(1)) for _ in range(workers)]
         running: deque[Future[R]] = deque()
         for i, item in enumerate(items):
-            if len(running) == _AHEAD * len(copies):
+            if len(running) == _AHEAD * workers:
                 yield running.popleft().result()
-            running.append(pools[i % len(pools)].submit(function, copies[i % len(copies)], item))
+            running.append(pools[i % workers].submit(function, i % workers, item))
         while running:
             yield running.popleft().result()

@@ -14,13 +14,14 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from suture.checkpoints import Checkpoint
+from suture.checkpoints import Checkpoint, open_checkpoint
+from suture.checkpoints.file_names import with_stacks
 from suture.checkpoints.tokenizers import mixed_tokens
 from suture.core.head import Head
 from suture.core.progress import Track, untracked
 from suture.errors import CheckpointError, SutureError, shown
 from suture.families.shared.base import Family
-from suture.families.shared.models import build, config_of, tied_names, without_memory
+from suture.families.shared.models import build, config_of, first_names, tied_names, without_memory
 from suture.families.shared.next_token import NextToken
 from suture.families.shared.prompts import PromptReader
 from suture.families.shared.requests import Requests
@@ -44,7 +45,15 @@ class CausalLM(Family):
     architectures = ("ForCausalLM", "LMHeadModel")
     reads: ClassVar[Literal["pictures", "texts"]] = "texts"
     known_settings = _SETTINGS
-    auto: ClassVar[str] = "AutoModelForCausalLM"
+
+    @cached_property
+    def weights(self) -> Checkpoint:  # type: ignore[override]
+        """All tensors of the pretrained model, by their stored names; experts that are stored apart as stacks."""
+        return self.in_memory(open_checkpoint(super().weights))
+
+    def in_memory(self, checkpoint: Checkpoint) -> Checkpoint:
+        """A model with its experts as stacks, where `transformers` stacks them when it loads them."""
+        return with_stacks(checkpoint, lambda name: self._spelling(name) in self._tied)
 
     def canonical_names(self, names: Iterable[str]) -> dict[str, str]:
         """Name in the model → stored name; tied tensors count under their first name, whichever of them are stored."""
@@ -56,7 +65,8 @@ class CausalLM(Family):
         return stored_names
 
     def encoder(self, state: Mapping[str, Tensor] | None = None) -> NextToken:
-        return deepcopy(self._encoder).load(self.weights if state is None else state)
+        given = self.in_memory(state) if isinstance(state, Checkpoint) else state
+        return deepcopy(self._encoder).load(self.weights if given is None else given)
 
     @cached_property
     def reader(self) -> PromptReader:  # type: ignore[override]
@@ -79,7 +89,8 @@ class CausalLM(Family):
         if task.score is None:
             remedy = "score: bits_per_byte, acc_norm or exact_match"
             return [f"Task {task.name!r} has no score, but family={self.name} needs one. Remedy: {remedy}."]
-        if problems := [*self._setting_problems(), *self._reader_problems(), *self._tokenizer_problems()]:
+        wrong = [*self._setting_problems(), *self._missing_tensors(), *self._reader_problems()]
+        if problems := wrong or self._tokenizer_problems():
             return problems
         try:
             split: Split = "test"
@@ -96,6 +107,16 @@ class CausalLM(Family):
         if folder is not None and not Path(str(folder)).expanduser().is_dir():
             return [f"modelpool.companions='{shown(folder)}' is no folder. Remedy: name a model's directory."]
         return []
+
+    def _missing_tensors(self) -> list[str]:
+        """The first tensor that the architecture has and the pretrained model does not."""
+        there = self.canonical_names(self.weights)
+        missing = [name for name in first_names(self._skeleton) if name not in there]
+        if not missing:
+            return []
+        found = f"'{missing[0]}' and {len(missing) - 1} more are" if missing[1:] else f"'{missing[0]}' is"
+        remedy = "suture merge, which needs no architecture, or save the model again with the installed transformers"
+        return [f"{found} missing from '{self.directory}', which has other names. Remedy: {remedy}."]
 
     def _tokenizer_problems(self) -> list[str]:
         """Experts whose tokens stand in other rows than the pretrained model's."""
@@ -140,7 +161,7 @@ class CausalLM(Family):
         return self._config.get_text_config()
 
     def _model(self) -> Any:
-        model = build(self.auto, self._config, self.name, self.directory)
+        model = build(_auto_of(self._config), self._config, self.name, self.directory)
         if model.get_output_embeddings() is None or not hasattr(model, model.base_model_prefix):
             kind = type(model).__name__
             raise CheckpointError(f"'{self.directory}' is a {kind}, without a base model and an output layer.")
@@ -167,6 +188,15 @@ class CausalLM(Family):
         model = self._model()
         scale, softcap = _measured(model, self._text_config, str(self.directory))
         return NextToken(model, naming, scale, softcap).eval().requires_grad_(False)
+
+
+def _auto_of(config: Any) -> str:
+    """The class that builds a configuration's model: of causal language models, else of those that also see."""
+    from transformers.models.auto import modeling_auto as known
+
+    language = config.model_type in known.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    sees = config.model_type in known.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+    return "AutoModelForImageTextToText" if sees and not language else "AutoModelForCausalLM"
 
 
 @torch.no_grad()

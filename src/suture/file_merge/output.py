@@ -65,7 +65,7 @@ def companions(directory: Path | None) -> list[Path]:
 def _config_text(config: dict[str, Any], specs: Mapping[str, TensorSpec]) -> str:
     """The configuration with the dtype of the weights, under every key that it had."""
     dtypes = [spec.dtype for spec in specs.values() if spec.dtype.is_floating_point]
-    if dtypes:
+    if dtypes and "_class_name" not in config:  # diffusers knows no dtype there
         name = str(max(set(dtypes), key=dtypes.count)).removeprefix("torch.")
         keys = [key for key in ("dtype", "torch_dtype") if key in config] or ["torch_dtype"]
         config = config | dict.fromkeys(keys, name)

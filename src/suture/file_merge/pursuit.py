@@ -13,7 +13,7 @@ from torch import Tensor
 #: Some rows of a table: (first, last) → (rows, entries), float32.
 Rows = Callable[[int, int], Float[Tensor, "rows entry"]]
 
-_BLOCK = 1 << 22  # entries of the table that are compared at once
+_BLOCK = 1 << 22  # entries of the table that are compared at once, and cosines that are held at once
 _TINY = torch.finfo(torch.float32).tiny
 _SMALL = 1e-6  # of a target's norm: a residual that is nothing but rounding
 
@@ -71,7 +71,7 @@ def _orthogonal(taken: Tensor, basis: Float[Tensor, "target atom entry"]) -> tup
 def _nearest(left: Float[Tensor, "target entry"], rows: Rows, count: int) -> Int[Tensor, " target"]:
     """The row with the largest cosine, up to its sign."""
     largest, best = torch.full((len(left),), -1.0), torch.zeros(len(left), dtype=torch.long)
-    step = max(1, _BLOCK // max(1, left.shape[1]))
+    step = max(1, _BLOCK // max(1, *left.shape))
     for first in range(0, count, step):
         table = rows(first, min(first + step, count))
         table = table / table.norm(dim=1, keepdim=True).clamp(min=_TINY)

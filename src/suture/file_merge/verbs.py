@@ -10,10 +10,11 @@ import torch
 from suture.checkpoints import Source
 from suture.errors import ConfigError, shown
 from suture.file_merge.job import Job
-from suture.file_merge.masks import MASK_METHODS
+from suture.file_merge.mask_methods import MASK_METHODS
 from suture.file_merge.mergekit.translation import translate
 from suture.file_merge.mergekit.yaml_file import load_yaml
 from suture.file_merge.options import MergeOptions, read_options
+from suture.file_merge.pipelines import PipelineJob, of_pipelines
 from suture.file_merge.plan import Plan, make_plan
 from suture.file_merge.tensor_knobs import UNSET
 from suture.merging.registry import methods
@@ -106,6 +107,9 @@ def merge_files(
     `encode="input"` writes the tensors that the base holds as codes (FP8, MXFP4, int8, nf4) in such codes again; the
     error that this adds is in suture_merge.json.
 
+    Where all are folders of whole pipelines of diffusers (model_index.json), every component with weights is merged and
+    the rest is the base's; `frozen`, `keep` and `only` are then names of components, such as vae.
+
     `dtype` is that of the result (by default the base's), `shard_size` the most that one file holds, `memory` the most
     that the merge holds beside what the system caches of files, whatever the size of the models, and `device` is where
     slices are merged: cpu, cuda or cuda:N. `shard="i/n"` does the i-th of n shares; the process that finds all shares
@@ -145,8 +149,12 @@ def merge_files(
         key=key,
         encode=encode,
     )
-    Job(options).run()
+    _job(options).run()
     return _place(options)
+
+
+def _job(options: MergeOptions) -> Job | PipelineJob:
+    return PipelineJob(options) if of_pipelines(options) else Job(options)
 
 
 def plan_files(
@@ -192,12 +200,22 @@ def merge_configured(config: Mapping[str, Any]) -> ConfiguredMerge:
 
 
 def _merge_one(config: Mapping[str, Any], options: MergeOptions) -> ConfiguredMerge:
-    job = Job(options)
+    job = _job(options)
+    if isinstance(job, PipelineJob):
+        return _merge_pipeline(config, job)
     plan = make_plan(job) if config["plan"] else None
     finished = plan is None and job.run()
     notes = options.translation.notes if options.translation else ()
     read = () if options.adapters else job.inputs.notes
     return ConfiguredMerge(_place(options), options.part, finished, (*notes, *read, *job.notes), plan)
+
+
+def _merge_pipeline(config: Mapping[str, Any], job: PipelineJob) -> ConfiguredMerge:
+    if config["plan"]:
+        component = f"{job.options.base}/{job.merged[0]}"
+        raise ConfigError(f"plan is not for whole pipelines. Remedy: plan one component, base={component}.")
+    finished = job.run()
+    return ConfiguredMerge(job.options.output, job.options.part, finished, job.notes)
 
 
 def _place(options: MergeOptions) -> Any:

@@ -6,9 +6,10 @@ from typing import Any, Literal, get_args
 
 from suture import tasks as data
 from suture.core.extras import check_installed
+from suture.core.fabric import SHARDED
 from suture.core.names import in_bytes
 from suture.core.samplers import Interval, number_of_points
-from suture.errors import ConfigError, unknown_name
+from suture.errors import check_known
 from suture.pipeline import config as configuration
 from suture.pipeline.adamerging import COMPARED, AdaMerging
 from suture.pipeline.methods import StaticMerge
@@ -115,8 +116,7 @@ def plan(
     problem that the job would have.
     """
     check_installed(f"suture {verb}")
-    if verb not in get_args(Job):
-        raise ConfigError(unknown_name("verb to plan", verb, get_args(Job)))
+    check_known("verb to plan", [verb], get_args(Job))
     if verb == "search":
         return _planned_search(config, over or {}, searching or {}, keywords)
     settings, models, checked = _opened(configuration.composed(config, keywords, method="simple_average"))
@@ -266,7 +266,15 @@ class _Counting:
             self.left_out.append(f"fitting repair={name}")
             fitted, seconds, scored = 0, 0.0, tests
         scoring = Stage(f"score repair={name}", scored * self.known.forward, forward=scored)
-        return [Stage(f"repair={name}", seconds, forward=fitted), scoring]
+        shared = name == "calibrate" and self.known.device > 0
+        return [Stage(f"repair={name}", seconds, forward=fitted, shared=shared), scoring]
+
+    @property
+    def _parts(self) -> int:
+        """The processes over which the weights of AdaMerging are split."""
+        devices = str(self.settings.fabric.get("devices") or getattr(self.settings.method, "devices", 1))
+        sharded = self.settings.fabric.get("strategy") == SHARDED
+        return int(devices) if sharded and devices.isdecimal() and int(devices) > 0 else 1
 
     def _compared(self, compare: int) -> int:
         counts = self.counts("test")
@@ -276,7 +284,8 @@ class _Counting:
         """The plan, with the memory of the method and of two loaded models."""
         models = 2 * self.parameters * _FLOAT
         learned = isinstance(self.settings.method, AdaMerging)
-        device = self.known.device and self.known.device + (self.checked.memory if learned else 0)
+        held = self.checked.memory // self._parts if learned else 0
+        device = self.known.device and self.known.device + held
         memory = self.known.host + self.checked.memory + models
         return JobPlan(stages, memory, device, self.known, tuple(dict.fromkeys(self.left_out)))
 

@@ -9,13 +9,17 @@ from typing import Any
 import torch
 
 from suture import tasks
+from suture.adaptation.objectives import get_objective
+from suture.adaptation.sharded_model import refuse_unsharded
 from suture.checkpoints import Checkpoint
+from suture.core.fabric import SHARDED
 from suture.core.names import in_bytes
 from suture.errors import PRETRAINED, ConfigError, SutureError
 from suture.merging.compatibility import compatibility, merged_names, spec_of
-from suture.merging.merge import Merging
 from suture.merging.registry import MergeMethod
 from suture.merging.task_vectors import TaskVectors, working_memory
+from suture.merging.tensorwise import Merging
+from suture.pipeline.adamerging import AdaMerging
 from suture.pipeline.models import Models, open_models
 from suture.pipeline.pools import TaskPool
 from suture.pipeline.settings import Settings
@@ -127,11 +131,30 @@ def preflight_of(models: Models, settings: Settings) -> Preflight:
             checked.problems.append(str(error))
     if settings.harness is not None:
         checked.problems += settings.harness.problems()
+    checked.problems += sharding_problems(settings)
     if not checked.problems:
         unmatched = models.unmatched(settings.task_names) if settings.repairs else []
         checked.problems += dict.fromkeys([*unmatched, *method.problems(models, settings.task_names)])
         checked.memory = method.memory(models) or checked.memory
     return checked
+
+
+def sharding_problems(settings: Settings) -> list[str]:
+    """The reason why a run cannot split its weights over processes, if it is to."""
+    if settings.fabric.get("strategy") != SHARDED:
+        return []
+    given = f"fabric.strategy={SHARDED} works with methods of AdaMerging alone"
+    if not isinstance(settings.method, AdaMerging) or settings.method.weights is not None:
+        return [f"{given}. Remedy: leave it out, for one device that has whole weights."]
+    if settings.repairs:
+        kinds = ", ".join(repair.kind.name for repair in settings.repairs)
+        return [f"{given}; a repair ({kinds}) needs whole weights on one device. Remedy: repair=none, or leave it out."]
+    try:
+        options = settings.method.options
+        refuse_unsharded(options, get_objective(options.objective), settings.method.eval_iterations)
+    except ConfigError as error:
+        return [str(error)]
+    return []
 
 
 def non_finite_samples(models: Mapping[str, Checkpoint], names: list[str]) -> list[str]:
@@ -148,11 +171,7 @@ def non_finite_samples(models: Mapping[str, Checkpoint], names: list[str]) -> li
 
 
 def _samples(model: Checkpoint, name: str) -> Iterator[torch.Tensor]:
-    tensor = model[name]
-    if not tensor.is_contiguous():
-        yield tensor.reshape(-1)[:_SAMPLE].float()
-        return
-    flat = tensor.view(-1)
+    flat = model.flat(name)
     for start in {0, max(0, len(flat) // 2 - _SAMPLE // 2), max(0, len(flat) - _SAMPLE)}:
         yield flat[start : start + _SAMPLE].float()
 

@@ -75,6 +75,15 @@ class TaskSums:
                     raise ConfigError(f"'{layer.weight}' shares its inputs with other layers only in some batches.")
                 self._add_matrix(layer, sums, calls, expert.get(layer, ()), positions)
 
+    def to(self, device: torch.device) -> "TaskSums":
+        """The same sums on another device."""
+        for sums in self.layers.values():
+            for name, value in vars(sums).items():
+                if isinstance(value, Tensor):
+                    setattr(sums, name, value.to(device))
+        self.grams = {layer: each.to(device) for layer, each in self.grams.items()}
+        return self
+
     def _add_norm(self, layer: Layer, calls: Sequence[Call], positions: Positions) -> None:
         sums = self.layers.setdefault(layer, Norm())
         assert isinstance(sums, Norm)

@@ -10,6 +10,8 @@ import copy
 from collections import defaultdict
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
+from threading import Lock
 from typing import Annotated, Any
 
 import torch
@@ -21,8 +23,9 @@ from suture.adaptation.grams import Positions
 from suture.adaptation.layer_calls import Call, Layer, LayerCalls
 from suture.adaptation.layer_weights import write_layer
 from suture.adaptation.walk import Store, Walk, make_plan, new_store, probe_of
-from suture.core.batches import size, split, to_device
+from suture.core.batches import device_of, size, split, to_device
 from suture.core.knobs import value_between
+from suture.core.replicas import in_turn
 from suture.errors import ConfigError, DataError, IncompatibleModels
 from suture.merging.overflow import refuse_overflow
 from suture.repairs.anchored import LayerSums, TaskSums
@@ -107,25 +110,26 @@ class _Calibration:
         probe = to_device(probe_of(problem.inputs), problem.device)
         self.plan = make_plan(student, problem.forward, [block.path for block in blocks], probe)
         self.experts = _Experts(problem)
+        self.students = _copies(student, problem)
         self._aliases = _aliases(student)
         self.full, self.others = self._tokens(probe)
         self.warnings: list[str] = []
 
     def run(self) -> list[str]:
         """Calibrate every block; returns warnings, one line each."""
-        students = {task: self._walk(self.student, task) for task in self.batches}
+        tasks, workers = list(self.batches), len(self.students)
+        students = {task: self._walk(self.students[i % workers], task) for i, task in enumerate(tasks)}
         experts: dict[str, Walk] = {}
-        with self.problem.track("Calibrating", len(self.blocks) * len(self.batches)) as advance:
+        with self.problem.track("Calibrating", len(self.blocks) * len(tasks)) as advance:
             for i in range(len(self.blocks)):
                 total = LayerSums(ridge=self.settings.ridge, mix=self.settings.mix)
                 seen: dict[Layer, None] = {}
                 states = {}
-                for task, walk in students.items():
-                    module = self.experts[task]
-                    path = experts.setdefault(task, self._walk(module, task))
-                    path.module = module
-                    states[task] = _weights_of(module, submodule(self.student, self.blocks[i].path), self.blocks[i])
-                    total.add(self._sums(i, walk, path, states[task], seen, task), states[task])
+                sums_of = partial(self._task, i, students, experts)
+                for task, (sums, state, layers) in zip(tasks, in_turn(workers, sums_of, tasks), strict=True):
+                    states[task] = state
+                    seen.update(layers)
+                    total.add(sums, state)
                     advance(1)
                 self._solve(i, total, seen)
                 self._measure_batch_norms(i, students, seen, states)
@@ -134,6 +138,18 @@ class _Calibration:
             self.problem.passes.merged += 2 * size(self.problem.inputs[task])
             self.problem.passes.experts += size(self.problem.inputs[task])
         return self.warnings
+
+    def _task(
+        self, i: int, students: Mapping[str, Walk], experts: dict[str, Walk], worker: int, task: str
+    ) -> tuple[TaskSums, dict[str, Tensor], dict[Layer, None]]:
+        """A task's sums for a block, its expert's weights there, and the layers that were seen."""
+        student, seen = students[task], {}
+        module = self.experts.on(device_of(student.module), task) if len(self.students) > 1 else self.experts[task]
+        path = experts.setdefault(task, self._walk(module, task))
+        path.module = module
+        state = _weights_of(module, submodule(student.module, self.blocks[i].path), self.blocks[i])
+        sums, device = self._sums(i, student, path, state, seen, task), self.problem.device
+        return sums.to(device), {name: tensor.to(device) for name, tensor in state.items()}, seen
 
     def _walk(self, module: nn.Module, task: str) -> Walk:
         return Walk(module, self.problem.forward, self.plan, self.batches[task], self.store)
@@ -238,10 +254,19 @@ class _Calibration:
                 calibrate_batch_norm(layer, i, students, states, anchors, self.settings.ridge)
 
     def _go_on(self, i: int, students: Mapping[str, Walk]) -> None:
-        if i < len(self.blocks) - 1:
-            for walk in students.values():
-                for batch in range(len(walk.batches)):
-                    walk.keep(i, batch, walk.run(i, batch))
+        """Pass the block that is solved, on every device."""
+        if i == len(self.blocks) - 1:
+            return
+        solved = submodule(self.student, self.blocks[i].path).state_dict()
+        for student in self.students:
+            if student is not self.student:
+                submodule(student, self.blocks[i].path).load_state_dict(solved)
+
+        def pass_on(worker: int, walk: Walk) -> None:
+            for batch in range(len(walk.batches)):
+                walk.keep(i, batch, walk.run(i, batch))
+
+        list(in_turn(len(self.students), pass_on, students.values()))
 
 
 class _Experts:
@@ -251,6 +276,12 @@ class _Experts:
         self.problem = problem
         self._copies: dict[int, tuple[nn.Module, nn.Module]] = {}
         self._of: dict[str, int] = {}
+        self._lock = Lock()
+
+    def on(self, device: torch.device, task: str) -> nn.Module:
+        """A copy of a task's expert on a device, while other threads may ask for others."""
+        with self._lock:
+            return copy.deepcopy(self[task]).to(device)
 
     def __getitem__(self, task: str) -> nn.Module:
         shared = len(set(self._of.values())) < len(self._of) or len(self._of) < len(self.problem.tasks)
@@ -265,6 +296,17 @@ class _Experts:
         copied = self._copies[id(module)][1]
         _check(self.problem.module, copied, task)
         return copied
+
+
+def _copies(student: nn.Module, problem: Problem) -> list[nn.Module]:
+    """The student alone, or a copy on each device of the problem, which share tasks out.
+
+    Statistics of BatchNorm layers are measured over all tasks at once, so a module with them stays on one device.
+    """
+    batch_norm = any(isinstance(part, nn.modules.batchnorm._BatchNorm) for part in student.modules())
+    if len(problem.devices) < 2 or batch_norm:
+        return [student]
+    return [copy.deepcopy(student).to(device) for device in problem.devices[: len(problem.tasks)]]
 
 
 def _by_block(knob: str, anchor: float | Sequence[float], count: int) -> tuple[float, ...]:

@@ -9,6 +9,7 @@ Means are over all positions, or, for texts with an `attention_mask`, over those
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from itertools import groupby
 from typing import Annotated, Any, Literal
 
 import torch
@@ -147,14 +148,20 @@ def deep_losses(
 def _pass_losses(
     network: Network, repairs: Sequence[SurgeryModules], inputs: Any, which: slice, targets: Sequence[Tensor]
 ) -> Tensor:
-    """One corrected pass: (task,) Σ over layers of mean |mean over positions − target|."""
-    distances: list[Tensor] = []
+    """One corrected pass: (task,) Σ over layers of mean |mean over positions − target|.
+
+    The means of neighbouring layers of one width are compared with their targets at once.
+    """
+    found: list[Tensor] = []
 
     def visit(i: int, rows: Tensor) -> Tensor:
         corrected = repairs[i](rows, which)
-        means = position_mean(corrected, inputs).to(repairs[i].down.dtype)
-        distances.append((means.view_as(targets[i]) - targets[i]).abs().mean((1, 2)))
+        found.append(position_mean(corrected, inputs).to(repairs[i].down.dtype).view_as(targets[i]))
         return corrected
 
     network(inputs, visit)
-    return torch.stack(distances).sum(0)
+    distances: list[Tensor] = []
+    for _, pairs in groupby(zip(found, targets, strict=True), key=lambda pair: (pair[0].shape, pair[0].dtype)):
+        means, goals = map(torch.stack, zip(*pairs, strict=True))
+        distances.append((means - goals).abs().mean((2, 3)))
+    return torch.cat(distances).sum(0)

@@ -106,14 +106,20 @@ class SurgeryModules(nn.Module):
         self.fired = torch.zeros(self.down.shape[:2], dtype=torch.bool, device=self.down.device)
 
     def _correction(self, z: Tensor, which: slice | Tensor) -> Tensor:
-        down, up = self.down[which], self.up[which]
+        down, up = self._of(which, self.down), self._of(which, self.up)
         grouped = z.reshape(len(down), -1, z.shape[-1])
         if self.mean is not None:
-            grouped = grouped - self.mean[which]
+            grouped = grouped - self._of(which, self.mean)
         hidden = (grouped @ down.mT).relu()
         if self.fired is not None:
             self.fired[which] |= (hidden.detach() > 0).any(1)
         return (hidden @ up.mT).view_as(z)
+
+    @staticmethod
+    def _of(which: slice | Tensor, stack: Tensor) -> Tensor:
+        """A part of a stack; all of it as it is, since the gradient of a part is written into zeros."""
+        whole = isinstance(which, slice) and which.indices(len(stack)) == (0, len(stack), 1)
+        return stack if whole else stack[which]
 
 
 def auto_variants(layers: Mapping[str, Sequence[Tensor]]) -> tuple[dict[str, Variant], tuple[str, ...]]:

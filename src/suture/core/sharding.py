@@ -1,0 +1,124 @@
+"""Networks whose weights are sharded over the processes of a run, by PyTorch's FSDP2."""
+
+import copy
+from collections.abc import Callable, Collection, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from suture.errors import ConfigError
+
+
+class Sharded(nn.Module):
+    """A module on the meta device until `materialise`, each of whose parameters is split by rows over the processes.
+
+    Every list of layers is gathered one layer at a time, what lies outside of lists with the whole. `call(function)`
+    runs a function of the module with that part gathered, so that functions may read its parameters themselves. All
+    processes must make the same calls. Scalars are not split. Parameters of the ids `learned` have gradients: the mean
+    over processes.
+    """
+
+    def __init__(self, module: nn.Module, learned: Collection[int], device: torch.device):
+        super().__init__()
+        fully_shard = _fully_shard()
+        from torch.distributed.device_mesh import init_device_mesh
+
+        world = torch.distributed.get_world_size()
+        mesh = init_device_mesh(device.type, (world,))
+        self.module = _empty_copy(module, learned)
+        layers = [self.module.get_submodule(path) for path in layer_paths(self.module)]
+        scalars = {parameter for parameter in self.module.parameters() if parameter.ndim == 0}
+        options = {"mesh": mesh, "reshard_after_forward": True, **({"ignored_params": scalars} if scalars else {})}
+        for layer in layers:
+            fully_shard(layer, **options)
+        fully_shard(self, **options)
+        self._layers: Sequence[Any] = layers
+        self.device = device
+
+    def forward(self, function: Callable[[], Any]) -> Any:
+        return function()
+
+    def call(self, function: Callable[[], Any]) -> Any:
+        """`function()` with the parameters outside of the lists of layers gathered."""
+        return self(function)
+
+    def materialise(self) -> None:
+        """Make room on the device for this process's parts, whose values are not set."""
+        self._apply(lambda t: torch.empty_like(t, device=self.device) if t.is_meta else t.to(self.device))
+
+    def renewed(self) -> None:
+        """Forget what was gathered; to be called after parts were written."""
+        parts: list[Any] = [*self._layers, self]
+        for part in parts:
+            part.reshard()
+
+
+def recompute_layers(module: nn.Module) -> None:
+    """Let every layer keep only its inputs and run again in the backward pass, which costs a second forward pass."""
+    for path in layer_paths(module):
+        layer = module.get_submodule(path)
+        layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
+
+
+def part_of(shape: Sequence[int], rank: int, world: int) -> slice:
+    """The entries of the flattened tensor that process `rank` of `world` has: whole rows, as FSDP2 splits them.
+
+    >>> [part_of((5, 2), rank, 3) for rank in range(3)]
+    [slice(0, 4, None), slice(4, 8, None), slice(8, 10, None)]
+    """
+    if not shape:
+        return slice(0, 1)
+    width, rows = torch.Size(shape[1:]).numel(), -(-shape[0] // world)
+    return slice(min(shape[0], rank * rows) * width, min(shape[0], (rank + 1) * rows) * width)
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This process's part of a sharded tensor, in its memory; any other tensor itself."""
+    return tensor.to_local() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether a tensor is split over processes."""
+    return hasattr(tensor, "to_local")
+
+
+def layer_paths(module: nn.Module) -> list[str]:
+    """Paths of the layers that are gathered one at a time, inner ones first: the entries of the lists of layers.
+
+    Without a `ModuleList` these are the entries of each `Sequential`. A layer that shares a parameter with the rest of
+    the module is left out.
+    """
+    named = dict(module.named_modules())
+    lists = [name for name, part in named.items() if isinstance(part, nn.ModuleList)]
+    lists = lists or [name for name, part in named.items() if isinstance(part, nn.Sequential)]
+    paths = [f"{name}.{child}".lstrip(".") for name in lists for child, _ in named[name].named_children()]
+    uses: dict[int, set[str]] = {}
+    for name, parameter in module.named_parameters(remove_duplicate=False):
+        uses.setdefault(id(parameter), set()).add(name)
+    own = [path for path in paths if _is_own(named[path], path, uses)]
+    return sorted(own, key=lambda path: -path.count("."))
+
+
+def _is_own(layer: nn.Module, path: str, uses: dict[int, set[str]]) -> bool:
+    parameters = list(layer.parameters())
+    return bool(parameters) and all(name.startswith(f"{path}.") for p in parameters for name in uses[id(p)])
+
+
+def _empty_copy(module: nn.Module, learned: Collection[int]) -> nn.Module:
+    """A copy with its own buffers, whose parameters are on the meta device."""
+    memo: dict[int, Any] = {}
+    for parameter in module.parameters():
+        empty = torch.empty(parameter.shape, dtype=parameter.dtype, device="meta")
+        memo[id(parameter)] = nn.Parameter(empty, requires_grad=id(parameter) in learned)
+    return copy.deepcopy(module, memo)
+
+
+def _fully_shard() -> Any:
+    try:
+        from torch.distributed.fsdp import fully_shard
+    except ImportError:
+        raise ConfigError(f"fabric.strategy=fsdp needs torch 2.6; found {torch.__version__}.") from None
+    return fully_shard
