@@ -40,5 +40,5 @@ def test_the_sweep_is_one_page(tmp_path):
 
 
 def test_no_example_is_forgotten():
-    tried = {"merge_two", "adamerging_module", "surgery_classifier", "sweep"}
+    tried = {"merge_two", "adamerging_module", "surgery_classifier", "sweep", "make_berts"}  # the last: test_berts.py
     assert {path.stem for path in EXAMPLES.glob("*.py")} == tried

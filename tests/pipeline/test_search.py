@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import torch
 from desk import refused
 
 import suture
@@ -41,6 +42,23 @@ def test_agreement_takes_the_experts_predictions_for_labels(desk):
     scores = {score: suture.search(config, score=score, **options).best.score for score in ("agreement", "accuracy")}
     assert scores["agreement"] == 1.0  # the merge of one model is its expert
     assert scores["accuracy"] < 0.5
+
+
+def test_every_point_is_scored_with_its_own_merge_and_the_first_one_too(desk, monkeypatch):
+    sums = []
+
+    def measured(self, module, task):
+        sums.append(sum(parameter.double().sum().item() for parameter in module.parameters()))
+        return torch.zeros(1)
+
+    monkeypatch.setattr(searching._Scoring, "measure", measured)
+    config = desk.words("overwrite=true", method="task_arithmetic")
+    suture.search(config, over={"scaling_factor": [0.1, 0.9]}, num_inputs=12)
+    upwards = sums.copy()
+    sums.clear()
+    suture.search(config, over={"scaling_factor": [0.9, 0.1]}, num_inputs=12)
+    assert upwards == sums[::-1]
+    assert len(set(sums)) == 2
 
 
 def test_an_interrupted_search_resumes_with_the_same_result(desk, monkeypatch):

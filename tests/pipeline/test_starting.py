@@ -59,10 +59,11 @@ def test_what_cannot_be_known_is_asked_for_in_one_line(desk):
         suture.init(["models/pretrained"])
     with pytest.raises(ConfigError, match="'nowhere' does not exist"):
         suture.init(["nowhere"])
-    (desk / "odd").mkdir()
-    (desk / "odd" / "config.json").write_text(json.dumps({"architectures": ["Odd"]}))
+    for name in ("odd", "odder"):
+        (desk / name).mkdir()
+        (desk / name / "config.json").write_text(json.dumps({"architectures": ["Odd"]}))
     with pytest.raises(ConfigError, match=r"is of no known family\. Remedy: name one with --family"):
-        suture.init(["models"], base="odd")
+        suture.init(["odd", "odder"], base="odd")
     assert suture.init(["models"], base="models/greek", family="clip").modelpool == Path("models.yaml")
     with pytest.raises(OutputError, match=r"'models.yaml' exists"):
         suture.init(["models"])
@@ -73,3 +74,40 @@ def test_nothing_is_written_where_one_file_exists(desk):
     with pytest.raises(OutputError, match="exists"):
         suture.init(["models", "data"])
     assert not (desk / "models.yaml").exists()
+
+
+def written(folder, name, architecture, **more):
+    (folder / name).mkdir(parents=True)
+    (folder / name / "config.json").write_text(json.dumps({"architectures": [architecture], **more}))
+
+
+def test_classifiers_on_a_base_with_another_head_need_nothing_filled_in(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    bert = {"model_type": "bert"}
+    written(tmp_path / "berts", "pretrained", "BertForMaskedLM", **bert)
+    written(tmp_path / "berts", "mood", "BertForSequenceClassification", **bert)
+    names = {"1": "animal", "0": "vehicle", "2": "plant"}
+    written(tmp_path / "berts", "topic", "BertForSequenceClassification", id2label=names, **bert)
+    for task, header, line in (("mood", "text,label", "fine,1"), ("topic", "first,second,label", "a,b,0")):
+        (tmp_path / "texts" / task).mkdir(parents=True)
+        (tmp_path / "texts" / task / "test.csv").write_text(f"{header}\n{line}\n")
+    started = suture.init(["berts", "texts"])
+    assert yaml.safe_load(started.modelpool.read_text("utf-8"))["family"] == "sequence_classification"
+    tasks = yaml.safe_load(started.taskpool.read_text("utf-8"))["tasks"]
+    source = str(Path("texts", "mood"))
+    assert tasks["mood"] == {"source": source, "text_columns": ["text"], "classnames": ["LABEL_0", "LABEL_1"]}
+    assert tasks["topic"]["text_columns"] == ["first", "second"]
+    assert tasks["topic"]["classnames"] == ["vehicle", "animal", "plant"]
+    assert started.lines == ("family sequence_classification; 2 fine-tuned models: mood, topic",)
+
+
+def test_tasks_of_language_models_have_a_score_instead_of_classes(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("base", "german"):
+        written(tmp_path, name, "LlamaForCausalLM", model_type="llama")
+    (tmp_path / "data" / "german").mkdir(parents=True)
+    (tmp_path / "data" / "german" / "test.jsonl").write_text('{"text": "Guten Tag", "id": "1"}\n')
+    started = suture.init(["base", "german", "data"])
+    tasks = yaml.safe_load(started.taskpool.read_text("utf-8"))["tasks"]
+    source = str(Path("data", "german"))
+    assert tasks == {"german": {"source": source, "text_columns": ["text"], "score": "bits_per_byte"}}

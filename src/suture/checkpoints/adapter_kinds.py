@@ -20,7 +20,7 @@ RowUpdate = Callable[[Tensor, int], Tensor]
 
 
 class Update(NamedTuple):
-    """What an adapter makes of one tensor; `factors` where it adds a product of low rank and nothing else."""
+    """The update of one tensor by an adapter; `factors` where it adds a product of low rank and nothing else."""
 
     rows: RowUpdate
     factors: Callable[[], Factors] | None = None

@@ -37,7 +37,7 @@ def check_parts(adapter: Adapter) -> None:
 
 
 def _find_turned(adapter: Adapter) -> None:
-    """Which weights are (in, out), as those of a Conv1D, so that an update has to be transposed.
+    """The weights that are (in, out), as those of a Conv1D, so that an update has to be transposed.
 
     `fan_in_fan_out` does not say: peft sets it anew for each module and stores what it was for the last. The shapes do,
     but for square weights. Of those the base's configuration says; without one they are Linear, if nothing hints at a

@@ -1,4 +1,4 @@
-"""What an adapter makes of each tensor of its base: updates by kind of adapter, made when they are first needed."""
+"""The updates of a base's tensors by an adapter: by its kind, made when they are first needed."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -49,7 +49,7 @@ _MOST_HELD = 64  # modules whose factors are held: several threads may work on o
 
 
 def _bias_update(adapter: Adapter, module: str, parts: Mapping[str, str]) -> Callable[[], Update] | None:
-    """What changes a module's bias; refuses a bias that the base lacks."""
+    """The update of a module's bias; refuses a bias that the base lacks."""
     name = adapter.tensor(module, "bias")
     if "lora_B.bias" in parts:
         if name not in adapter.base:

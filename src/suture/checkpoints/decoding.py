@@ -40,7 +40,7 @@ def decoded(entries: Mapping[str, Entry], directory: Path | None, where: object)
 
 
 def _idle(name: str) -> list[str]:
-    """What lies beside the codes of a weight and is for activations or kernels only."""
+    """The tensors beside the codes of a weight that are for activations or kernels only."""
     module = name.removesuffix("weight")
     return [
         module + part for part in ("input_scale", "input_zero_point", "weight_format", "weight_shape", "weight_g_idx")

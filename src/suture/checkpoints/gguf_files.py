@@ -38,7 +38,7 @@ _DEEPEST = 4
 
 
 class _Stored(NamedTuple):
-    """What the header says of a tensor: its shape, its type's number, and its place behind the header."""
+    """The header's entry of a tensor: its shape, its type's number, and its place behind the header."""
 
     name: str
     shape: tuple[int, ...]

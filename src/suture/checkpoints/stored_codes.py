@@ -1,4 +1,4 @@
-"""What a checkpoint stores of low-precision weights, and what a decoder makes of it."""
+"""Codes of low-precision weights as checkpoints store them, and the weights that a decoder makes of them."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple

@@ -1,4 +1,4 @@
-"""What a knob may be, from its type, in words."""
+"""The values that a knob may have, from its type, in words."""
 
 from collections.abc import Mapping, Sequence
 from types import NoneType, UnionType

@@ -51,7 +51,7 @@ class OneDevice:
 
     @property
     def precision(self) -> str:
-        """How forward passes round: "32-true" or "bf16-mixed", and what else the keys turn on."""
+        """The rounding of forward passes: "32-true" or "bf16-mixed", and what else the keys turn on."""
         more = {"tf32": " with TF32", "channels_last": ", channels last"}
         return _precision(self.config) + "".join(words for key, words in more.items() if self.config.get(key))
 

@@ -109,7 +109,7 @@ class CausalLM(Family):
         return []
 
     def _missing_tensors(self) -> list[str]:
-        """What the architecture has and the pretrained model does not; the first such tensor."""
+        """The first tensor that the architecture has and the pretrained model does not."""
         there = self.canonical_names(self.weights)
         missing = [name for name in first_names(self._skeleton) if name not in there]
         if not missing:

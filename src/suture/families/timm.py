@@ -82,7 +82,7 @@ class Timm(ModuleFamily):
 
     @cached_property
     def _picture(self) -> dict[str, Any]:
-        """How pictures are prepared; refused unless the result is the same as timm's own."""
+        """The preparation of pictures; refused unless the result is the same as timm's own."""
         given, path = self._config["pretrained_cfg"], self.directory / "config.json"
         picture = {"input_size": [3, 224, 224], "mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
         picture |= {"interpolation": "bicubic", "crop_pct": 0.875, "crop_mode": "center"}

@@ -155,7 +155,7 @@ def _cut(pair: Pair, rank: int | None) -> Cut:
 
 
 def _report(cuts: Mapping[str, Cut], rank: int | None) -> list[str]:
-    """What the cut took away: of the norm of all, and of the module where it is most."""
+    """The share that the cut took away: of the norm of all, and of the module where it is most."""
     whole = sum(cut.whole for cut in cuts.values())
     if not whole:
         return []

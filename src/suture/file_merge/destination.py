@@ -23,7 +23,7 @@ _SENT = "sent.json"
 
 @dataclass(frozen=True)
 class Destination:
-    """Where a result goes. Object stores cannot rename folders, so the file by which a model is found is sent last."""
+    """The place of a result. Object stores cannot rename folders: the file by which a model is found is sent last."""
 
     address: RemotePath
 

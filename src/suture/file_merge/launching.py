@@ -23,7 +23,7 @@ _PAUSE = 0.2  # seconds between looks
 
 
 class End(NamedTuple):
-    """How a share ended: its exit code, None if it was lost with its machine, and its last line of errors."""
+    """The end of a share: its exit code, None if it was lost with its machine, and its last line of errors."""
 
     code: int | None
     line: str = ""
@@ -33,7 +33,7 @@ class Running(Protocol):
     """A share that was started."""
 
     def end(self) -> End | None:
-        """How it ended; None while it runs."""
+        """Its end; None while it runs."""
         ...
 
     def stop(self) -> None:
@@ -150,7 +150,7 @@ class LocalProcess:
     errors: Any
 
     def end(self) -> End | None:
-        """How it ended."""
+        """Its end, once it has ended."""
         code = self.process.poll()
         if code is None:
             return None
@@ -191,7 +191,7 @@ class SubmittedJob:
     job: Any
 
     def end(self) -> End | None:
-        """How it ended."""
+        """Its end, once it has ended."""
         if not self.job.done():
             return None
         try:
@@ -227,7 +227,7 @@ class RayTask:
     reference: Any
 
     def end(self) -> End | None:
-        """How it ended."""
+        """Its end, once it has ended."""
         import ray  # type: ignore[import-not-found]
 
         done, _ = ray.wait([self.reference], timeout=0)

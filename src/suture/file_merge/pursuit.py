@@ -59,7 +59,7 @@ def pursue(targets: Float[Tensor, "target entry"], rows: Rows, count: int, atoms
 
 
 def _orthogonal(taken: Tensor, basis: Float[Tensor, "target atom entry"]) -> tuple[Tensor, Tensor]:
-    """What of the vectors is orthogonal to a basis, and their shares of it; twice, against rounding."""
+    """The part of the vectors that is orthogonal to a basis, and their shares of it; twice, against rounding."""
     shares = torch.zeros(basis.shape[:2])
     for _ in range(2):
         more = torch.einsum("tae,te->ta", basis, taken)

@@ -75,7 +75,7 @@ class MergeMethod:
 
     @property
     def tensors(self) -> str:
-        """What the method does with each kind of tensor, in a sentence or two."""
+        """The treatment of each kind of tensor, in a sentence or two."""
         if not self.matrices:
             return "All floating-point tensors are merged alike, whatever they are in the model."
         return (

@@ -1,4 +1,4 @@
-"""Which tensors are merged: `frozen`, `keep` and `only`, by name or pattern, with one meaning in every door."""
+"""The choice of the tensors to merge: `frozen`, `keep` and `only`, by name or pattern, with one meaning everywhere."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass

@@ -101,7 +101,7 @@ def _accuracies(data: Mapping[str, Any]) -> list[list[str]]:
 
 
 def _tokens(config: Mapping[str, Any]) -> list[list[str]]:
-    """How texts become tokens, for language models: the context, templates, and whose files these are."""
+    """The way from texts to tokens, for language models: the context, templates, and whose files these are."""
     pool, tasks = config["modelpool"], (config.get("taskpool") or {}).get("tasks") or {}
     if pool.get("family") != "causal_lm":
         return []

@@ -108,7 +108,7 @@ def plan(
     searching: Mapping[str, Any] | None = None,
     **keywords: Any,
 ) -> JobPlan:
-    """What `run`, `evaluate_pool` (`verb="evaluate"`) or `search` with the same arguments would read, pass and take.
+    """The reads, passes and costs of `run`, `evaluate_pool` (`verb="evaluate"`) or `search` with the same arguments.
 
     `over` and `searching` (trials, score, split, …) are the search's, `model` and `matrix` the evaluation's. Nothing is
     merged. Bytes and inputs are counted; seconds come from slopes that are measured once for a model, method

@@ -243,8 +243,9 @@ class _Scoring:
     inputs: SplitInputs
 
     def __call__(self, point: Point) -> float:
+        tasks = self.tasks  # before the merge is loaded: the experts' predictions pass through the same encoder
         module = self.encoder.load(self.merged(point))
-        values = [self.measure(module, task).double().mean() for task in self.tasks.values()]
+        values = [self.measure(module, task).double().mean() for task in tasks.values()]
         return float(torch.stack(values).mean())
 
     def merged(self, point: Point) -> Mapping[str, Tensor]:

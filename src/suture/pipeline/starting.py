@@ -1,14 +1,14 @@
 """Pools for a start: the YAML files of models and tasks that lie in some folders, with comments on what to fill in."""
 
-import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from suture.errors import PRETRAINED, ConfigError, OutputError
 from suture.families import families, family
+from suture.pipeline.starting_tasks import FILL_IN, key, quoted, task_pool
 from suture.storage.atomic import disk_errors, write_text
-from suture.tasks import known, source_kinds
+from suture.tasks import source_kinds
 from suture.tasks.class_names import plain
 
 WEIGHTS = (".safetensors", ".pt", ".pth", ".bin", ".ckpt")
@@ -39,7 +39,7 @@ def init(
     """Look at folders of models and data, and write `models.yaml` and `tasks.yaml` into `output`.
 
     `base` is the pretrained model, by default the one whose name says so (pretrained, base, …). `family` is by default
-    the one that the base's configuration belongs to. Only names and configurations are read. Raises `ConfigError` if
+    that of the fine-tuned models' configurations. Only names and configurations are read. Raises `ConfigError` if
     there is no model or no base among them, and `OutputError` rather than overwrite a file.
     """
     places = [Path(folder).expanduser() for folder in folders]
@@ -51,10 +51,10 @@ def init(
     experts = {name: path for name, path in models.items() if path != pretrained}
     if not experts:
         raise ConfigError(f"There is no fine-tuned model in {', '.join(map(str, places))}. Remedy: name their folders.")
-    chosen = family or _family_of(pretrained)
+    chosen = family or _family_of(pretrained, experts.values())
     folder = Path(output).expanduser()
     pools = {"models.yaml": _model_pool(chosen, pretrained, experts)}
-    if tasks := _tasks(experts, data):
+    if tasks := task_pool(chosen, experts, data):
         pools["tasks.yaml"] = tasks
     with disk_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
@@ -63,8 +63,8 @@ def init(
             raise OutputError(f"'{folder / name}' exists. Remedy: name another folder with output=…, or remove it.")
     for name, text in pools.items():
         write_text(folder / name, text)
-    task_pool = folder / "tasks.yaml" if tasks else None
-    return Started(folder / "models.yaml", task_pool, tuple(_next_lines(folder, chosen, experts, data, tasks)))
+    taskpool = folder / "tasks.yaml" if tasks else None
+    return Started(folder / "models.yaml", taskpool, tuple(_next_lines(folder, chosen, experts, data, tasks)))
 
 
 def _models(places: Iterable[Path]) -> Iterator[Path]:
@@ -123,15 +123,22 @@ def _base(models: dict[str, Path], given: str | Path | None) -> Path:
     return named[0]
 
 
-def _family_of(base: Path) -> str:
-    """The family whose models have such a configuration; for a file of weights alone, a module of the caller's."""
+def _family_of(base: Path, experts: Iterable[Path]) -> str:
+    """The family of the fine-tuned models' configurations, or else of the base's, whose head may be of another kind.
+
+    For a file of weights alone it is a module of the caller's.
+    """
     if base.is_file() and not _is_model(base.parent):
         return "module"
-    for name in families():
-        if base.is_dir() and family(name).recognises(base):
-            return name
+    of_experts = {name for path in experts if (name := _recognised(path))}
+    if chosen := of_experts.pop() if len(of_experts) == 1 else _recognised(base):
+        return chosen
     known = ", ".join(families())
     raise ConfigError(f"{str(base)!r} is of no known family. Remedy: name one with --family: {known}.")
+
+
+def _recognised(path: Path) -> str | None:
+    return next((name for name in families() if path.is_dir() and family(name).recognises(path)), None)
 
 
 def _model_pool(chosen: str, base: Path, experts: dict[str, Path]) -> str:
@@ -140,60 +147,20 @@ def _model_pool(chosen: str, base: Path, experts: dict[str, Path]) -> str:
         f"family: {chosen}",
         *([_MODULE] if chosen == "module" else []),
         "models:",
-        f"  {PRETRAINED}: {_quoted(base)}",
+        f"  {PRETRAINED}: {quoted(base)}",
     ]
-    return "\n".join([*lines, *(f"  {_key(name)}: {_quoted(path)}" for name, path in experts.items())]) + "\n"
-
-
-def _tasks(experts: dict[str, Path], data: dict[str, Path]) -> str:
-    """A task for each expert, with its data if there are any of this name; empty without any data."""
-    if not data:
-        return ""
-    by_name = {plain(name): path for name, path in data.items()}
-    lines = [
-        "# One task for each model of models.yaml, under the same name: its data, and the names of its classes.",
-        "",
-    ]
-    lines.append("tasks:")
-    for name in experts:
-        path = by_name.get(plain(name))
-        lines.append(f"  {_key(name)}:")
-        lines.append(f"    source: {_quoted(path)}" if path else "    source: # fill in: a folder, a file or a hub id")
-        if known(name):
-            lines.append("    # class names and templates are those of the published benchmark of this name")
-            continue
-        names = _class_folders(path) if path else []
-        lines.append(f"    classnames: {json.dumps(names, ensure_ascii=False)}" if names else _FILL_IN_CLASSES)
-        lines.append('    # templates: ["a photo of a {}."]   # prompts, for CLIP')
-    return "\n".join(lines) + "\n"
-
-
-_FILL_IN_CLASSES = "    classnames: # fill in, in the order of the labels: [cat, dog]"
-
-
-def _class_folders(path: Path) -> list[str]:
-    """The names of the classes, where each is a folder of a split."""
-    for split in _SPLITS:
-        if names := sorted(each.name for each in (path / split).glob("*") if each.is_dir()):
-            return names
-    return []
+    return "\n".join([*lines, *(f"  {key(name)}: {quoted(path)}" for name, path in experts.items())]) + "\n"
 
 
 def _next_lines(folder: Path, chosen: str, experts: dict[str, Path], data: dict[str, Path], tasks: str) -> list[str]:
     lines = [f"family {chosen}; {len(experts)} fine-tuned models: {', '.join(experts)}"]
     if chosen == "module":
         lines.append(f"fill in `module` in {folder / 'models.yaml'}: the function that makes the network")
-    if "# fill in" in tasks:
+    if FILL_IN in tasks:
         lines.append(f"fill in what is marked in {folder / 'tasks.yaml'}")
-    unused = [name for name in data if plain(name) not in {plain(expert) for expert in experts}]
+    used = {plain(expert) for expert in experts}
+    inside = [path.parent for name, path in data.items() if plain(name) in used]  # folders of data that are used
+    unused = [name for name, path in data.items() if plain(name) not in used and path not in inside]
     if unused:
         lines.append(f"data without a model of their name: {', '.join(unused)}")
     return lines
-
-
-def _key(name: str) -> str:
-    return name if name.replace("-", "").replace("_", "").isalnum() and not name[0].isdigit() else json.dumps(name)
-
-
-def _quoted(path: Path) -> str:
-    return json.dumps(str(path), ensure_ascii=False)

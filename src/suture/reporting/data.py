@@ -228,7 +228,7 @@ def score_text(value: float | None, name: str | None, error: float | None = None
 
 
 def about_scores(metrics: Mapping[str, str]) -> str:
-    """What the numbers of the table are, in a sentence."""
+    """The meaning of the table's numbers, in a sentence."""
     if not metrics:
         return "Accuracy in %. Norm.: mean over tasks of accuracy / expert accuracy."
     lower = sorted({name.replace("_", " ") for name in metrics.values() if metric(name).lower})

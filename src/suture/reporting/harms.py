@@ -1,4 +1,4 @@
-"""What a reader should know before using a model of the table: where it harms, and why a router fails."""
+"""Warnings about the models of a table: where one harms, and why a router fails."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any

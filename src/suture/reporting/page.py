@@ -213,7 +213,7 @@ def _cell(value: float | None, attributes: str = "") -> str:
 
 
 def _notes(data: Mapping[str, Any]) -> str:
-    """What harms, then the run's other notes."""
+    """The harms, then the run's other notes."""
     bad = harms(data)
     rest = [note for note in data.get("notes", ()) if not any(line.endswith(note) for line in bad)]
     parts = {"What to watch": bad, "Notes": rest}

@@ -83,7 +83,7 @@ def _up_to_date(data: dict[str, Any]) -> dict[str, Any]:
 
 
 def _of_repair(row: Mapping[str, Any], old: Mapping[str, Any], repairs: Mapping[str, Any]) -> dict[str, Any]:
-    """What the record of a row's repair says and the row itself does not."""
+    """The facts of a row's repair that the row itself does not have."""
     repair = repairs.get(row["name"].removesuffix(", routed"))
     known: dict[str, Any] = {"needs_task": row["role"] == "experts"}
     if repair is not None:

@@ -45,7 +45,7 @@ def how_to_get(name: str) -> str:
 
 
 def state(name: str) -> str:
-    """What a zoo has to be before it can be used."""
+    """The state that a zoo must be in before it is used: installed or built."""
     return "installed" if name in PACKED else "built"
 
 

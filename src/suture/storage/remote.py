@@ -42,7 +42,7 @@ def is_remote(text: object) -> bool:
 
 
 class State(NamedTuple):
-    """What `Path.stat` gives that is used here; any change of the file changes `st_mtime_ns`."""
+    """The part of `Path.stat` that is used here; any change of the file changes `st_mtime_ns`."""
 
     st_size: int
     st_mtime_ns: int

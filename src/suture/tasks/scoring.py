@@ -1,4 +1,4 @@
-"""How texts are scored: perplexity, multiple choice by log-likelihood, or the exact match of a generated answer."""
+"""Scores of texts: perplexity, multiple choice by log-likelihood, or the exact match of a generated answer."""
 
 import re
 from collections.abc import Mapping

@@ -45,7 +45,7 @@ class PromptReader:
         return json.dumps([tokenizer, self.tokenizer.chat_template, self.max_length, libraries], sort_keys=True)
 
     def requests(self, task: Task, rows: Sequence[Passage]) -> Requests:
-        """What is asked on these rows; raises `DataError` for what does not fit the context or has no token."""
+        """The requests of these rows; raises `DataError` for what does not fit the context or has no token."""
         scoring = task.score
         assert scoring is not None
         shared = {"pad": self.tokenizer.pad_token_id, "decode": self._decode}

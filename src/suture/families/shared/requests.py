@@ -1,4 +1,4 @@
-"""What a language model is asked: texts, prompts with choices, or prompts to answer, as tokens."""
+"""Requests to a language model: texts, prompts with choices, or prompts to answer, as tokens."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass

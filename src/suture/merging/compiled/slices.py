@@ -28,7 +28,7 @@ class Slices:
 
     @property
     def arguments(self) -> tuple[Any, ...]:
-        """What every kernel takes first: (models, kinds, base, base_kind, count)."""
+        """The first arguments of every kernel: (models, kinds, base, base_kind, count)."""
         addresses = np.array([model.data_ptr() for model in self.models], dtype=np.int64)
         kinds = np.array([_KINDS[model.dtype] for model in self.models], dtype=np.int64)
         return addresses, kinds, self.base.data_ptr(), _KINDS[self.base.dtype], len(self.base)
