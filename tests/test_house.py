@@ -3,6 +3,7 @@
 import ast
 import subprocess
 import sys
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -75,6 +76,21 @@ def test_a_room_imports_only_from_rooms_to_its_left(path):
     for entered in set(rooms_entered(path)) - {own}:
         assert entered in FLOOR_OF, f"{path} imports {entered}, which is no room"
         assert FLOOR_OF[entered] < FLOOR_OF[own], f"{path}: {own} imports {entered}"
+
+
+def file_of(name):
+    """The file that a module, or a name taken from one, comes from; None outside of suture."""
+    parts = name.split(".")
+    if parts[0] != "suture":
+        return None
+    candidates = [ROOT.joinpath(*parts[1:length]) for length in range(len(parts), 1, -1)]
+    files = [file for path in candidates for file in (path.with_suffix(".py"), path / "__init__.py")]
+    return next((file for file in files if file.is_file()), None)
+
+
+def test_no_files_import_each_other_in_a_circle():
+    graph = {path: {file_of(name) for name in imports(path)} - {None, path} for path in FILES}
+    assert list(TopologicalSorter(graph).static_order())  # raises CycleError with the circle
 
 
 def test_nothing_lies_flat_but_the_errors():

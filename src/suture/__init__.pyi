@@ -56,7 +56,7 @@ from .merging.compatibility import compatibility as compatibility
 from .merging.masking import emr_masks as emr_masks, tall_masks as tall_masks
 from .merging.registry import get_method as get_method, merge_method as merge_method, methods as methods
 from .merging.task_masks import TaskMasks as TaskMasks
-from .pipeline.pipeline import RunResult as RunResult
+from .pipeline.results import RunResult as RunResult
 from .pipeline.searching import SearchResult as SearchResult
 from .pipeline.pools import ModelPool as ModelPool, TaskPool as TaskPool
 from .pipeline.preflight import preflight as preflight

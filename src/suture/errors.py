@@ -43,6 +43,14 @@ def unknown_name(kind: str, name: str, known: Iterable) -> str:
     return f"Unknown {kind} {name!r}.{hint} Known: {', '.join(names)}."
 
 
+def check_known(kind: str, names: Iterable, known: Iterable) -> None:
+    """Raise `ConfigError` for the first of some names that does not exist."""
+    known = list(known)
+    for name in names:
+        if name not in known:
+            raise ConfigError(unknown_name(kind, shown(name), known))
+
+
 def shown(text: object) -> str:
     """Text of unknown origin as one printable line of bounded length.
 

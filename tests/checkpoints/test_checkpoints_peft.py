@@ -163,7 +163,7 @@ def test_an_adapter_gives_the_weights_that_peft_merges_to(kind, base, tmp_path, 
     assert set(found) == set(wanted)
     assert any(not torch.equal(wanted[name], before[name]) for name in before)
     for block in (7, 1 << 16):
-        monkeypatch.setattr("suture.checkpoints.adapters._BLOCK", block)
+        monkeypatch.setattr("suture.checkpoints.adapter_updates._BLOCK", block)
         for name, tensor in wanted.items():
             torch.testing.assert_close(found[name], tensor, rtol=1e-12, atol=1e-12, msg=name)
             middle = torch.as_tensor(found.flat(name)[3:8])

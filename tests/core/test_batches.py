@@ -1,9 +1,12 @@
 """Shuffled batches: the order, and that any step can be had at once."""
 
+import threading
+
+import far_tensors
 import pytest
 import torch
 
-from suture.core.batches import ShuffledBatches, concatenate, joinable
+from suture.core.batches import ShuffledBatches, ahead, concatenate, joinable
 from suture.errors import ConfigError, DataError
 
 
@@ -40,3 +43,60 @@ def test_batches_that_do_not_fit_are_not_joinable():
     assert not joinable({"a": torch.ones(1)}, {"b": torch.ones(1)})
     assert joinable({"a": torch.ones(1)}, {"a": torch.ones(2)})
     assert len(concatenate([{"a": torch.ones(1)}, {"a": torch.ones(2)}])["a"]) == 3
+
+
+def read(batches, threads):
+    """The batches, and in `threads` which thread took each."""
+    for batch in batches:
+        threads.append(threading.get_ident())
+        yield batch
+
+
+@pytest.fixture
+def far(monkeypatch):
+    """A device, which pins no memory unless it is real."""
+    far_tensors.reach(monkeypatch)
+    if not far_tensors.REAL:
+        monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor)
+    return far_tensors.FAR
+
+
+@pytest.mark.device
+@pytest.mark.parametrize("count", [0, 1, 2, 7])
+def test_a_thread_sends_the_next_batches_to_a_device_in_order(far, count):
+    batches = [{"pixels": torch.full((2, 3), float(i)), "mask": torch.ones(2)} for i in range(count)]
+    threads = []
+    sent = list(ahead(read(batches, threads), far))
+    assert len(sent) == count
+    assert threading.get_ident() not in threads
+    for batch, there in zip(batches, sent, strict=True):
+        assert there["pixels"].device.type == far.type
+        assert torch.equal(there["pixels"].cpu(), batch["pixels"])
+
+
+@pytest.mark.device
+def test_two_batches_are_read_before_they_are_asked_for_and_no_more(far):
+    threads = []
+    stream = ahead(read([torch.tensor([i]) for i in range(9)], threads), far)
+    next(stream)
+    stream.close()
+    assert len(threads) == 3
+
+
+@pytest.mark.device
+def test_a_batch_that_cannot_be_read_ends_the_stream_with_its_error(far):
+    def broken():
+        yield torch.ones(1)
+        raise DataError("the file ends here")
+
+    stream = ahead(broken(), far)
+    assert next(stream).cpu() == 1
+    with pytest.raises(DataError, match="the file ends here"):
+        next(stream)
+
+
+def test_the_cpu_reads_no_batch_ahead():
+    threads = []
+    stream = ahead(read([torch.ones(1)] * 3, threads), torch.device("cpu"))
+    next(stream)
+    assert threads == [threading.get_ident()]

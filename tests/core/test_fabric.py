@@ -4,9 +4,11 @@ import logging
 
 import pytest
 import torch
+from torch import nn
 
 from suture.core.fabric import OneDevice, check_fabric, launch, make_fabric
 from suture.errors import ConfigError
+from suture.pipeline.config import compose
 from suture.pipeline.context import Context
 
 
@@ -33,9 +35,33 @@ def test_a_report_names_tf32_and_states_of_loops_tell_it_apart(tmp_path):
     assert OneDevice({"tf32": True}).precision == "32-true with TF32"
 
 
-def test_a_wrong_value_is_refused():
-    with pytest.raises(ConfigError, match=r"fabric\.tf32=yes: wanted true or false"):
-        check_fabric({"tf32": "yes"})
+@pytest.mark.parametrize("key", ["tf32", "channels_last"])
+def test_a_wrong_value_is_refused(key):
+    with pytest.raises(ConfigError, match=rf"fabric\.{key}=yes: wanted true or false"):
+        check_fabric({key: "yes"})
+
+
+@pytest.mark.parametrize("key", ["tf32", "channels_last"])
+def test_a_command_takes_the_keys(key):
+    assert compose([f"fabric.{key}=true", "method=simple_average", "modelpool=glyphs8"])["fabric"][key] is True
+
+
+def test_convolutions_see_pictures_with_channels_last_where_the_keys_say_so(tmp_path):
+    seen = []
+
+    class Convolution(nn.Conv2d):
+        def forward(self, input):
+            seen.append(input.is_contiguous(memory_format=torch.channels_last))
+            return super().forward(input)
+
+    module, pictures = nn.Sequential(Convolution(3, 8, 3), nn.Flatten()), torch.randn(5, 3, 9, 9)
+    plain, ordered = (OneDevice({"accelerator": "cpu", "channels_last": on}) for on in (False, True))
+    torch.testing.assert_close(ordered.call(module, pictures), plain.call(module, pictures))
+    assert seen == [True, False]
+    assert torch.equal(ordered.call(nn.Flatten(), pictures), pictures.flatten(1))
+    assert ordered.precision == "32-true, channels last"
+    note = "Pictures were encoded and scored with channels last (fabric.channels_last=true)."
+    assert Context(tmp_path, fabric=ordered.config).notes() == [note]
 
 
 def test_fabric_s_own_notices_do_not_reach_the_user(caplog):

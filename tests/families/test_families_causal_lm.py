@@ -2,24 +2,31 @@
 
 import json
 import math
+import shutil
 import warnings
 from pathlib import Path
 
 import pytest
 import torch
 from desk import refused
-from language_shop import SCORES, build_shop, save_tokenizer, texts, write_pools
+from language_shop import SCORES, SENTENCES, build_shop, new_model, save_tokenizer, texts, write_pools
 
-from suture.checkpoints import open_checkpoint
+import suture
+from suture.adaptation.options import AdaMergingOptions
+from suture.adaptation.vectors import LowRank, task_vector_rows
+from suture.checkpoints import open_checkpoint, save_checkpoint
 from suture.cli.main import main
+from suture.errors import CheckpointError
 from suture.evaluation.inputs import task_inputs
 from suture.evaluation.language import LanguageScorer
 from suture.evaluation.rows import Row
 from suture.families.causal_lm import CausalLM
 from suture.families.seq2seq import Seq2Seq
+from suture.pipeline.models import open_models
+from suture.pipeline.pools import ModelPool
 from suture.tasks import Scoring, Task
 
-KINDS = ("llama", "qwen3", "gemma", "gemma2", "granitemoe")
+KINDS = ("llama", "qwen3", "gemma", "gemma2", "granitemoe", "mixtral", "qwen3_moe")
 
 
 @pytest.fixture(scope="module", params=KINDS)
@@ -187,6 +194,32 @@ def test_every_architecture_goes_through_the_whole_pipeline(any_shop, tmp_path, 
     assert "Scores" in (tmp_path / "out" / "report.html").read_text()
 
 
+@pytest.mark.parametrize("kind", ["mixtral", "qwen3_moe"])
+def test_experts_that_lie_apart_are_merged_as_stacks_and_written_apart_again(kind, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shop = build_shop(tmp_path / "shop", kind)
+    assert run(shop, tmp_path, "text", "method=task_arithmetic", "method.scaling_factor=0.4", "repair=calibrate") == 0
+    base, saved = open_checkpoint(shop / "base"), open_checkpoint(tmp_path / "out" / "model")
+    experts = [open_checkpoint(shop / name) for name in SENTENCES]
+    assert saved.specs == base.specs
+    assert any(".experts.2." in name for name in saved)
+    for name in base:
+        expected = base[name] + 0.4 * sum(expert[name] - base[name] for expert in experts)
+        torch.testing.assert_close(saved[name], expected, rtol=1e-5, atol=1e-6)
+    family = CausalLM(shop / "base")
+    for folder in ("model", "model_calibrate"):
+        tokens = torch.arange(2, 12)[None]
+        checkpoint = open_checkpoint(tmp_path / "out" / folder)
+        ours = family.encoder(checkpoint)
+        logits = ours.next_token_logits(ours(tokens, torch.ones_like(tokens), scored=torch.ones_like(tokens).bool()))
+        torch.testing.assert_close(logits, loaded(tmp_path / "out" / folder)(input_ids=tokens).logits[0])
+    state = {name: tensor + 1 for name, tensor in family.encoder().state_dict().items()}
+    family.save(state, tmp_path / "again")
+    again = open_checkpoint(tmp_path / "again" / "model.safetensors")
+    assert again.specs == base.specs
+    assert all(torch.equal(again[name], base[name] + 1) for name in base)
+
+
 def test_adapters_are_merged_and_the_experts_are_the_adapted_models(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     shop = build_shop(tmp_path / "shop", "llama", lora=True)
@@ -201,6 +234,20 @@ def test_adapters_are_merged_and_the_experts_are_the_adapted_models(tmp_path, mo
     total = sum(log_likelihood(model, [tokenizer.bos_token_id], tokenizer(r["text"])["input_ids"]) for r in data)
     bits = -total / sum(len(r["text"].encode()) for r in data) / math.log(2)
     assert rows["experts"]["accuracies"]["colour"] == pytest.approx(bits, rel=1e-4)
+
+
+def test_a_pool_says_which_adapter_was_trained_on_another_base_and_refuses_one_that_does_not_fit(tmp_path):
+    shop = build_shop(tmp_path / "shop", "llama", lora=True)
+    pool = {"family": "causal_lm", "models": {"_pretrained_": str(shop / "base"), "colour": str(shop / "colour")}}
+    assert not suture.check(modelpool=pool, method="simple_average").notes
+    file = shop / "colour" / "adapter_config.json"
+    config = json.loads(file.read_text())
+    file.write_text(json.dumps({**config, "base_model_name_or_path": str(shop / "animal")}))
+    (note,) = suture.check(modelpool=pool, method="simple_average").notes
+    assert note.startswith(f"'colour' was trained on '{shop / 'animal'}', by its adapter_config.json; the base is ")
+    file.write_text(json.dumps({**config, "r": 8}))
+    with pytest.raises(CheckpointError, match=r"'colour': .* has factors of rank 4 for 'model.layers.0.self_attn"):
+        suture.check(modelpool=pool, method="simple_average")
 
 
 def test_padding_does_not_change_the_next_token_entropy_that_adamerging_learns_from(shop):
@@ -263,8 +310,6 @@ def test_bad_input_is_refused_in_one_line_before_any_work(shop, tmp_path, monkey
 
 
 def test_an_expert_with_another_tokenizer_is_refused(shop, tmp_path, monkeypatch, capsys):
-    import shutil
-
     monkeypatch.chdir(tmp_path)
     other = tmp_path / "shop"
     shutil.copytree(shop, other)
@@ -322,3 +367,71 @@ def test_continuations_stand_side_by_side_on_page_and_card(shop, tmp_path, monke
     card = (tmp_path / "out" / "model" / "README.md").read_text()
     assert "## Continuations" in card
     assert "## Tokens and templates" in card
+
+
+def test_adamerging_learns_from_factors_of_adapters_what_it_learns_from_whole_models(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shop, whole = build_shop(tmp_path / "shop", "llama", lora=True), tmp_path / "whole"
+    from peft import PeftModel
+
+    shutil.copytree(shop / "base", whole / "base")
+    shutil.copytree(shop / "data", whole / "data")
+    for name in SENTENCES:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # as in the shop
+            PeftModel.from_pretrained(loaded(shop / "base"), shop / name).merge_and_unload().save_pretrained(
+                whole / name
+            )
+    words = ["method=lw_adamerging", "method.objective=expert_kl", "method.max_steps=4", "method.lr=0.05"]
+    coefficients = []
+    for folder in (shop, whole):
+        (tmp_path / folder.name).mkdir(exist_ok=True)
+        assert run(folder, tmp_path / folder.name, "text", *words) == 0
+        coefficients.append(
+            open_checkpoint(tmp_path / folder.name / "out" / "coefficients.safetensors")["coefficients"]
+        )
+    torch.testing.assert_close(coefficients[0], coefficients[1], rtol=1e-4, atol=1e-6)
+    assert (coefficients[0] - 0.3).abs().max() > 0.05
+    pool = ModelPool(str(shop / "base"), {name: str(shop / name) for name in SENTENCES}, "causal_lm")
+    vectors = open_models(pool).vectors()
+    rows = task_vector_rows(vectors, AdaMergingOptions())
+    assert all(isinstance(each, LowRank) for each in rows.values())
+    held = sum(each.up.numel() + each.down.numel() for each in rows.values())
+    spread_out = len(SENTENCES) * sum(spec.numel for spec in vectors.specs.values())
+    assert held < spread_out / 5
+
+
+@pytest.mark.parametrize("stacked", [True, False])
+def test_adapters_of_experts_are_read_whether_they_know_stacks_or_experts_one_by_one(stacked, tmp_path):
+    from peft import LoraConfig, PeftModel, get_peft_model
+
+    torch.manual_seed(1)
+    save = tmp_path / "base"
+    new_model("mixtral", 300).save_pretrained(save)
+    names = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # as in the shop
+        config = LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=["q_proj"], init_lora_weights=False)
+        config.target_parameters = names if stacked else None
+        get_peft_model(loaded(save), config).save_pretrained(tmp_path / "lora")
+        tuned = PeftModel.from_pretrained(loaded(save), tmp_path / "lora").merge_and_unload().state_dict()
+    if not stacked:
+        add_an_old_adapter(tmp_path / "lora", tuned)
+    models = open_models(ModelPool(str(save), {"lora": str(tmp_path / "lora")}, "causal_lm"))
+    assert set(models.experts["lora"]) == set(models.base) == set(tuned)
+    for name, tensor in models.experts["lora"].items():
+        torch.testing.assert_close(tensor, tuned[name], msg=name)
+
+
+def add_an_old_adapter(folder, tuned):
+    """Factors for one expert's w3, under its name from when experts were modules, and what they make of a model."""
+    stored = open_checkpoint(folder / "adapter_model.safetensors")
+    up, down = torch.randn(48, 4), torch.randn(4, 32)
+    module = "base_model.model.model.layers.1.block_sparse_moe.experts.2.w3"
+    factors = {f"{module}.lora_B.weight": up, f"{module}.lora_A.weight": down}
+    save_checkpoint(
+        {name: tensor.clone() for name, tensor in stored.items()} | factors, folder / "adapter_model.safetensors"
+    )
+    config = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps(config | {"target_modules": ["q_proj", "w3"]}))
+    tuned["model.layers.1.mlp.experts.gate_up_proj"][2, 48:] += config["lora_alpha"] / 4 * up @ down

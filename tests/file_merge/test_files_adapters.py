@@ -10,6 +10,7 @@ from safetensors.torch import save_file
 import suture
 from suture import merge_files
 from suture.checkpoints import open_checkpoint, open_fine_tuned
+from suture.cli.main import main
 from suture.errors import ConfigError, IncompatibleModels, OutputError
 
 
@@ -133,3 +134,52 @@ def test_what_cannot_be_one_adapter_is_refused(base, adapters, tmp_path):
     merge_files(None, adapters, "task_arithmetic", out)
     with pytest.raises(OutputError, match="already exists"):
         merge_files(None, adapters, "task_arithmetic", out)
+
+
+def stated(folder, base):
+    """An adapter whose configuration names its base."""
+    config = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": base}))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("known", "named", "told"),
+    [
+        ("org/llama-8b", "org/llama-8b", False),
+        ("org/llama-8b", "Mirror/Llama-8B", False),  # a copy of the same name
+        ("org/llama-8b", "org/llama-8b-instruct", True),
+        (None, "org/llama-8b-instruct", False),  # nobody knows what the folder holds
+        ("org/llama-8b", "/home/somebody/llama", False),
+    ],
+)
+def test_an_adapter_that_was_trained_on_another_base_is_told(known, named, told, base, adapters, tmp_path, capsys):
+    folder = tmp_path / "base"
+    folder.mkdir()
+    save_file(base, folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps({"model_type": "own", "_name_or_path": known}))
+    one = stated(adapters["one"], named)
+    words = [f"base={folder}", f"models.one={one}", "method=simple_average", f"output={tmp_path / 'out'}"]
+    assert main(["merge", *words]) == 0
+    note = f"note: 'one' was trained on '{named}', by its adapter_config.json; the base is '{known}'."
+    assert (note in capsys.readouterr().out) == told
+
+
+def test_an_adapter_whose_base_is_another_folder_is_told(base, adapters, tmp_path, capsys):
+    for name in ("base", "other"):
+        (tmp_path / name).mkdir()
+        save_file(base, tmp_path / name / "model.safetensors")
+        (tmp_path / name / "config.json").write_text(json.dumps({"model_type": "own"}))
+    one, two = stated(adapters["one"], str(tmp_path / "other")), stated(adapters["two"], str(tmp_path / "base"))
+    words = [f"models.one={one}", f"models.two={two}", f"output={tmp_path / 'out'}"]
+    assert main(["merge", f"base={tmp_path / 'base'}", "method=simple_average", *words]) == 0
+    printed = capsys.readouterr().out
+    assert f"note: 'one' was trained on '{tmp_path / 'other'}'" in printed
+    assert "'two' was trained on" not in printed
+
+
+def test_adapters_of_different_bases_that_become_one_are_told(adapters, tmp_path, capsys):
+    one, two = stated(adapters["one"], "org/llama"), stated(adapters["two"], "org/llama-instruct")
+    words = [f"models.one={one}", f"models.two={two}", f"output={tmp_path / 'out'}"]
+    assert main(["merge", "method=simple_average", *words]) == 0
+    assert "note: 'two' was trained on 'org/llama-instruct' and 'one' on 'org/llama'" in capsys.readouterr().out

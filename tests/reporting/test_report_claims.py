@@ -14,13 +14,14 @@ from test_report_page import choose, figure, visit
 from suture.evaluation import Row
 from suture.reporting import Report, report, write
 from suture.reporting.chart import INK, PALETTE, task_colours
+from suture.reporting.charts.coefficients import accuracy_curve
 from suture.reporting.figures import charts_of
 from suture.reporting.glossary import explained, explained_name
 from suture.reporting.harms import harms
 from suture.reporting.page import page
 from suture.reporting.paths import without_machine
 from suture.reporting.run_folder import FinishedRun, read
-from suture.reporting.scores import best_of_each_use, leaders, scored
+from suture.reporting.scores import best_of_each_use, leaders, scored, top_names
 from suture.reporting.seeds import by_seed
 from suture.reporting.tables import as_csv, as_latex, as_markdown
 
@@ -71,9 +72,62 @@ def test_models_within_each_others_intervals_are_not_ranked():
     assert [each["name"] for each in leaders(many, scored(many))] == ["ties"]
 
 
+def test_a_best_model_within_the_interval_of_the_pretrained_one_is_not_told_apart_from_it():
+    assert "Not told apart from it: the pretrained model." in text_of(finished(row("avg", 0.52, 0.6)))
+    assert "the pretrained model." not in text_of(finished(row("avg", 0.72, 0.7)))
+
+
+def language(name, bits, share, errors=(0.01, 0.01), **kind):
+    """A row of a language model: bits per byte on `text`, a share of right choices on `quiz`."""
+    metrics, known = {"text": "bits_per_byte", "quiz": "acc"}, dict(zip(("text", "quiz"), errors, strict=True))
+    return Row(name, {"text": bits, "quiz": share}, {"text": 100, "quiz": 100}, metrics=metrics, errors=known, **kind)
+
+
+def language_run(*rows):
+    ends = [language("pretrained", 2.0, 0.3, role="pretrained"), language("experts", 1.0, 0.9, role="experts")]
+    return {**json.loads(json.dumps(Report("a run", [*ends, *rows], *ends).as_data())), "search": None}
+
+
+def test_scores_in_several_units_are_bold_where_they_are_not_told_apart_from_the_best():
+    data = language_run(language("ties", 1.20, 0.5), language("near", 1.22, 0.6), language("far", 1.30, 0.61))
+    assert top_names(data) == {"text": {"ties", "near"}, "quiz": {"near", "far"}, "mean": set()}
+    shown = page(FinishedRun("", data))
+    assert "<strong>1.200 ±0.010</strong>" in shown
+    assert "<strong>50.0 ±1.0</strong>" not in shown
+    assert "id=intervals" not in shown  # there are none to show
+    one_unit = {**data, "rows": [{**each, "mean": each["accuracies"]["text"]} for each in data["rows"]]}
+    assert top_names(one_unit)["mean"] == {"ties", "near"}
+
+
+def test_scores_in_several_units_have_the_headline_of_both_uses():
+    named = language("ties + final", 1.1, 0.8, role="repair", needs_task=True, learned="modules", split="test")
+    text = text_of(language_run(language("ties", 1.2, 0.5), language("near", 1.21, 0.5), named))
+    ties = "Best without the task's name: ties, 56.7\N{NO-BREAK SPACE}% of the gap closed. Not told apart from it: near"
+    assert ties in text
+    assert "Best with the task's name: ties + final, 86.7\N{NO-BREAK SPACE}% of the gap closed, learned from" in text
+    assert "nothing is above the pretrained model" in text_of(language_run(language("bad", 2.5, 0.2)))
+
+
+def test_a_task_without_a_gap_is_named_below_the_figure():
+    ends = [language("pretrained", 2.0, 0.5, role="pretrained"), language("experts", 1.0, 0.5, role="experts")]
+    data = Report("a run", [*ends, language("ties", 1.5, 0.5)], *ends).as_data()
+    drawn = {each.file: each.chart for each in charts_of(FinishedRun("", data))}
+    assert drawn["accuracy"].title == "Scores by task"
+    assert "No gap to close on quiz" in drawn["accuracy"].about
+
+
+def test_many_bars_become_a_heat_map_and_small_changes_keep_a_readable_axis():
+    names = [f"task {i}" for i in range(20)]
+    rows = [Row(f"m{i}", dict.fromkeys(names, 0.5), dict.fromkeys(names, 100)) for i in range(5)]
+    drawn = {each.file: each.chart for each in charts_of(FinishedRun("", Report("a run", rows).as_data()))}
+    assert drawn["accuracy"].legend == {}
+    low, high = accuracy_curve({"1": 0.5, "2": 0.501}).spec["encoding"]["y"]["scale"]["domain"]
+    assert (low, high) == pytest.approx((49.05, 51.05))
+
+
 def test_harm_is_said_on_single_tasks_beyond_both_intervals():
     assert harms(finished(row("ties", 0.9, 0.59))) == []
-    assert harms(finished(row("ties", 0.9, 0.5))) == ["ties is below the pretrained model on two (-10.0), in points."]
+    assert harms(finished(row("ties", 0.9, 0.5))) == ["ties is below the pretrained model on two (10.0 points)."]
 
 
 def test_a_router_that_harms_is_named():

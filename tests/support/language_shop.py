@@ -64,10 +64,11 @@ def new_model(kind: str, vocabulary: int):
         "gemma": {"head_dim": 8},
         "gemma2": {"head_dim": 8, "sliding_window": 16},
         "mixtral": {"num_local_experts": 3, "num_experts_per_tok": 2},
+        "qwen3_moe": {"num_experts": 3, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "head_dim": 8},
         "granitemoe": {"num_local_experts": 3, "num_experts_per_tok": 2, "logits_scaling": 2.0},
     }[kind]
     prefix = {"llama": "Llama", "qwen3": "Qwen3", "gemma": "Gemma", "gemma2": "Gemma2", "mixtral": "Mixtral"}
-    prefix = (prefix | {"granitemoe": "GraniteMoe"})[kind]
+    prefix = (prefix | {"granitemoe": "GraniteMoe", "qwen3_moe": "Qwen3Moe"})[kind]
     tied = kind in ("gemma", "gemma2", "qwen3")
     facts = {"vocab_size": vocabulary, "bos_token_id": 1, "eos_token_id": 1, "pad_token_id": 0}
     config = getattr(transformers, f"{prefix}Config")(**_SIZES, **facts, tie_word_embeddings=tied, **own)

@@ -35,7 +35,7 @@ from suture.core.fabric import Team
 from suture.core.notebooks import frame
 from suture.core.progress import Profile
 from suture.core.sharding import recompute_layers
-from suture.errors import ConfigError, DataError, unknown_name
+from suture.errors import ConfigError, DataError, check_known
 from suture.merging.merge import merge_task_vectors
 from suture.merging.registry import get_method
 from suture.merging.task_vectors import open_task_vectors
@@ -245,8 +245,7 @@ def _read(team: Team, loss: Tensor, gradient: Tensor, upcoming: Upcoming) -> tup
 def _optimizer(options: AdaMergingOptions, values: list[Tensor]) -> torch.optim.Optimizer:
     """Adam with the paper's betas (0.9, 0.999), AdamW or SGD, on the coefficients and the logits of masks."""
     lr, weight_decay = options.lr, options.weight_decay
-    if options.optimizer not in OPTIMIZERS:
-        raise ConfigError(unknown_name("optimizer", options.optimizer, OPTIMIZERS))
+    check_known("optimizer", [options.optimizer], OPTIMIZERS)
     if not lr > 0 or not weight_decay >= 0:
         raise ConfigError(f"lr={lr}, weight_decay={weight_decay}: wanted a positive lr and a decay of 0 or more.")
     return OPTIMIZERS[options.optimizer](values, lr=lr, weight_decay=weight_decay)

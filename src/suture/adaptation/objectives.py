@@ -14,7 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
 
-from suture.errors import ConfigError, unknown_name
+from suture.errors import ConfigError, check_known
 
 
 def entropy(logits: Tensor) -> Float[Tensor, ""]:
@@ -95,6 +95,5 @@ def get_objective(objective: str | Objective) -> Objective:
     """The objective of this name, or the one given; `ConfigError` for an unknown name."""
     if isinstance(objective, Objective):
         return objective
-    if objective not in OBJECTIVES:
-        raise ConfigError(unknown_name("objective", objective, OBJECTIVES))
+    check_known("objective", [objective], OBJECTIVES)
     return OBJECTIVES[objective]

@@ -8,7 +8,7 @@ import torch
 from annotated_types import Ge, Gt, Le
 
 from suture.adaptation.objectives import Objective
-from suture.errors import ConfigError, unknown_name
+from suture.errors import ConfigError, check_known
 from suture.merging.methods.ties_merging import THRESHOLD
 
 
@@ -56,9 +56,7 @@ class AdaMergingOptions:
     def of(cls, values: Mapping[str, Any]) -> "AdaMergingOptions":
         """Options by name; raises `ConfigError` for an unknown one."""
         known = [each.name for each in fields(cls)]
-        for name in values:
-            if name not in known:
-                raise ConfigError(unknown_name("option of adapt", name, known))
+        check_known("option of adapt", values, known)
         chosen = cls(**values)
         for name in ("plus_plus", "stream_vectors", "vectors_dtype"):
             if chosen.rank_share is not None and getattr(chosen, name):

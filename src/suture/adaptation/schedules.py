@@ -8,7 +8,7 @@ import math
 from collections.abc import Callable
 from typing import Literal
 
-from suture.errors import ConfigError, unknown_name
+from suture.errors import check_known
 
 Schedule = Literal["constant", "fast"]
 
@@ -46,6 +46,5 @@ def get_schedule(schedule: str, max_steps: int | None = None) -> tuple[Callable[
     >>> get_schedule("fast")[1], get_schedule("fast", 50)[1]
     (200, 50)
     """
-    if schedule not in SCHEDULES:
-        raise ConfigError(unknown_name("schedule", schedule, SCHEDULES))
+    check_known("schedule", [schedule], SCHEDULES)
     return SCHEDULES[schedule], STEPS[schedule] if max_steps is None else max_steps

@@ -1,8 +1,8 @@
 """Analyses of models to merge: each is one function that returns a `Finding`, which `save` writes into a folder."""
 
 from suture.analysis.accuracy import interpolation, landscape
-from suture.analysis.finding import Finding
-from suture.analysis.registry import analysis_kind, analysis_kinds, draws
+from suture.analysis.finding import Finding, draws
+from suture.analysis.registry import analysis_kind, analysis_kinds
 from suture.analysis.representation_bias import bias
 from suture.analysis.saving import save
 from suture.analysis.weights import layers, similarity, trimming

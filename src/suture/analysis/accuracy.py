@@ -8,8 +8,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from suture.analysis.finding import Finding
-from suture.analysis.registry import analysis_kind, draws
+from suture.analysis.finding import Finding, draws
+from suture.analysis.registry import analysis_kind
 from suture.analysis.weights import Models
 from suture.checkpoints import Source
 from suture.core.progress import Track, untracked

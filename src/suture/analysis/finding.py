@@ -1,18 +1,22 @@
 """The result of an analysis: a table of rows, and the same numbers as tensors."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from torch import Tensor
 
+from suture.core.discovery import import_all
 from suture.core.notebooks import frame, table_html
 
 if TYPE_CHECKING:
     from pandas import DataFrame
 
     from suture.reporting.chart import Chart
+
+D = TypeVar("D", bound="Callable[[Finding], Chart]")
+_CHARTS: dict[str, "Callable[[Finding], Chart]"] = {}
 
 
 @dataclass(frozen=True)
@@ -39,9 +43,8 @@ class Finding:
 
     def plot(self) -> "Chart":
         """The figure, which a notebook shows."""
-        from suture.analysis.registry import chart_of
-
-        return chart_of(self)
+        import_all("suture.analysis")
+        return _CHARTS[self.name](self)
 
     def _repr_html_(self) -> str:
         return table_html(self.heads, self.rows, self.title)
@@ -55,3 +58,13 @@ class Finding:
 def finite(value: Any) -> Any:
     """The value, or None for a number that is not finite: a tensor that is zero in the base has no relative norm."""
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def draws(name: str) -> Callable[[D], D]:
+    """Register the decorated function as the chart of the analysis of this name."""
+
+    def register(draw: D) -> D:
+        _CHARTS[name] = draw
+        return draw
+
+    return register

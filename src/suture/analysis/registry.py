@@ -10,15 +10,12 @@ from typing import Literal, TypeVar
 from suture.analysis.finding import Finding
 from suture.core.discovery import import_all
 from suture.core.knobs import Knobs
-from suture.errors import ConfigError, unknown_name
-from suture.reporting.chart import Chart
+from suture.errors import check_known
 
 Reads = Literal["weights", "tasks", "features"]
 F = TypeVar("F", bound=Callable[..., Finding])
-D = TypeVar("D", bound=Callable[[Finding], Chart])
 
 _ANALYSES: dict[str, "Analysis"] = {}
-_CHARTS: dict[str, Callable[[Finding], Chart]] = {}
 
 
 @dataclass(frozen=True)
@@ -55,16 +52,6 @@ def analysis_kind(*, reads: Reads, keys: Mapping[str, str] | None = None) -> Cal
     return register
 
 
-def draws(name: str) -> Callable[[D], D]:
-    """Register the decorated function as the chart of the analysis of this name."""
-
-    def register(draw: D) -> D:
-        _CHARTS[name] = draw
-        return draw
-
-    return register
-
-
 def analysis_kinds() -> dict[str, Analysis]:
     """All analyses by name, sorted by what they read."""
     import_all("suture.analysis")
@@ -75,12 +62,5 @@ def analysis_kinds() -> dict[str, Analysis]:
 def get_analysis(name: str) -> Analysis:
     """The analysis of this name; raises `ConfigError` with the nearest names."""
     known = analysis_kinds()
-    if name not in known:
-        raise ConfigError(unknown_name("analysis", name, known))
+    check_known("analysis", [name], known)
     return known[name]
-
-
-def chart_of(finding: Finding) -> Chart:
-    """The figure of a finding."""
-    analysis_kinds()
-    return _CHARTS[finding.name](finding)

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from suture.analysis.finding import Finding
-from suture.analysis.registry import analysis_kind, draws
+from suture.analysis.finding import Finding, draws
+from suture.analysis.registry import analysis_kind
 from suture.core.batches import Forward, Inputs, call
 from suture.core.progress import Track, untracked
 from suture.errors import ConfigError

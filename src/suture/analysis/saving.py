@@ -5,8 +5,6 @@ import json
 from pathlib import Path
 
 from suture.analysis.finding import Finding
-from suture.analysis.registry import chart_of
-from suture.reporting import rendering
 from suture.storage.atomic import disk_errors
 
 
@@ -21,5 +19,5 @@ def save(finding: Finding, folder: str | Path) -> Path:
         (folder / f"{finding.name}.json").write_text(json.dumps(finding.as_data(), indent=2) + "\n", "utf-8")
         with (folder / f"{finding.name}.csv").open("w", newline="", encoding="utf-8") as file:
             csv.writer(file).writerows([finding.heads, *finding.rows])
-        rendering.save(chart_of(finding), folder / finding.name)
+        finding.plot().save(folder / finding.name)
     return folder

@@ -11,8 +11,8 @@ from annotated_types import Gt, Le
 from jaxtyping import Float
 from torch import Tensor
 
-from suture.analysis.finding import Finding, finite
-from suture.analysis.registry import analysis_kind, draws
+from suture.analysis.finding import Finding, draws, finite
+from suture.analysis.registry import analysis_kind
 from suture.checkpoints import Source
 from suture.core.names import sort_key
 from suture.merging.methods.ties_merging import THRESHOLD, trim_thresholds

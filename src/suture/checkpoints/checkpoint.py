@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from itertools import accumulate
 from pathlib import Path
 from types import MappingProxyType
 from typing import NamedTuple
@@ -93,8 +94,9 @@ class Entry(NamedTuple):
     """One stored tensor. Entries of equal `identity` are one tensor under several names.
 
     `factors` gives the difference to the base, where it is known to be of low rank. `part(start, stop)` gives some of
-    the flattened entries, where that is cheaper than reading all. `file` is where a mapped tensor lies. `codes` is the
-    stored form of a tensor that is decoded when it is read.
+    the flattened entries, where that is cheaper than reading all. `file` is where a mapped tensor lies, from byte
+    `begin` on where that is known. `codes` is the stored form of a tensor that is decoded when it is read. `pieces`,
+    name in the file → spec, are the stored tensors that make up this one, one behind the other.
     """
 
     spec: TensorSpec
@@ -104,6 +106,8 @@ class Entry(NamedTuple):
     part: Callable[[int, int], Tensor] | None = None
     file: MappedFile | None = None
     codes: Codes | None = None
+    pieces: Mapping[str, TensorSpec] | None = None
+    begin: int | None = None
 
 
 class Parts:
@@ -206,6 +210,21 @@ class Checkpoint(Mapping[str, Tensor]):
     def codes(self) -> Mapping[str, Codes]:
         """The stored form of every tensor that is decoded when it is read."""
         return {name: entry.codes for name, entry in (self._entries or {}).items() if entry.codes is not None}
+
+    @property
+    def pieces(self) -> Mapping[str, Mapping[str, TensorSpec]]:
+        """The stored tensors, name in the file → spec, of every tensor that is made of several."""
+        return {name: entry.pieces for name, entry in (self._entries or {}).items() if entry.pieces is not None}
+
+    def adjacent(self, names: Sequence[str]) -> tuple[MappedFile, int] | None:
+        """The file and the first byte of tensors that lie one behind the other in a mapped file; else None."""
+        entries = [(self._entries or {})[name] for name in names]
+        file, first = entries[0].file, entries[0].begin
+        if file is None or first is None:
+            return None
+        ends = accumulate((entry.spec.nbytes for entry in entries), initial=first)
+        row = all(e.file is file and e.begin == end for e, end in zip(entries, ends, strict=False))
+        return (file, first) if row else None
 
     def select(self, names: Mapping[str, str]) -> "Checkpoint":
         """The same checkpoint with some of its tensors only, under other names: new name → name here."""

@@ -1,7 +1,8 @@
 """File names of transformers against its names in memory: renamed modules, and experts that are fused when loaded."""
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -35,6 +36,7 @@ RULES: dict[str, Rules] = {
             Fusion([".experts.*.w2.weight"], ".experts.down_proj"),
             Fusion([".experts.*.gate_proj.weight", ".experts.*.up_proj.weight"], ".experts.gate_up_proj"),
             Fusion([".experts.*.down_proj.weight"], ".experts.down_proj"),
+            Fusion([".experts.*.up_proj.weight"], ".experts.up_proj"),  # without a gate
         ],
     ),
     "llava": Rules(
@@ -59,17 +61,39 @@ def in_memory(checkpoint: Checkpoint, kind: str) -> Checkpoint | None:
     names = {_renamed(name, renamings): name for name in checkpoint}
     if len(names) != len(checkpoint):
         return None
-    renamed = checkpoint.select(names)
+    fused = _with_stacks(checkpoint.select(names), fusions, names)
+    if set(fused) == set(checkpoint):
+        return None
+    return fused
+
+
+def with_stacks(checkpoint: Checkpoint, wanted: Callable[[str], bool]) -> Checkpoint:
+    """A checkpoint whose experts' matrices, stored one by one, are stacks, for the stacks whose names are `wanted`.
+
+    Other names stay as they are. The stored tensors are the `pieces` of a stack.
+    """
+    return _with_stacks(checkpoint, RULES["experts"].fusions, {name: name for name in checkpoint}, wanted)
+
+
+def _with_stacks(
+    checkpoint: Checkpoint,
+    fusions: Sequence[Fusion],
+    stored: Mapping[str, str],
+    wanted: Callable[[str], bool] = lambda name: True,
+) -> Checkpoint:
+    """A checkpoint with fusions carried out; `stored` are the names in the file."""
     fused: dict[str, Entry] = {}
     taken: set[str] = set()
     for fusion in fusions:
-        for target, parts in _parts(renamed, fusion).items():
-            if (entry := _fused(renamed, parts)) is not None:
+        for target, parts in _parts(checkpoint, fusion).items():
+            if taken & set(parts[0]):
+                continue
+            if wanted(target) and (entry := _fused(checkpoint, parts, stored)) is not None:
                 fused[target] = entry
                 taken |= {name for group in parts for name in group}
-    if not fused and all(new == old for new, old in names.items()):
-        return None
-    return renamed.select({name: name for name in renamed if name not in taken}).extended(fused)
+    if not fused:
+        return checkpoint
+    return checkpoint.select({name: name for name in checkpoint if name not in taken}).extended(fused)
 
 
 def _renamed(name: str, renamings: Sequence[tuple[str, str]]) -> str:
@@ -99,7 +123,7 @@ def _parts(checkpoint: Checkpoint, fusion: Fusion) -> dict[str, list[list[str]]]
     }
 
 
-def _fused(checkpoint: Checkpoint, parts: Sequence[Sequence[str]]) -> Entry | None:
+def _fused(checkpoint: Checkpoint, parts: Sequence[Sequence[str]], stored: Mapping[str, str]) -> Entry | None:
     """The experts' matrices one behind the other; of each expert those of all sources, one below the other."""
     specs = [[checkpoint.specs[name] for name in group] for group in parts]
     if any(len(set(group)) != 1 or len(group[0].shape) != 2 for group in specs):
@@ -109,8 +133,13 @@ def _fused(checkpoint: Checkpoint, parts: Sequence[Sequence[str]]) -> Entry | No
     order = [name for expert in zip(*parts, strict=True) for name in expert]
     rows = sum(group[0].shape[0] for group in specs)
     spec = TensorSpec((len(parts[0]), rows, specs[0][0].shape[1]), specs[0][0].dtype)
+    pieces = {stored[name]: checkpoint.specs[name] for name in order}
+    if where := checkpoint.adjacent(order):  # as suture writes them: a view
+        file, begin = where
+        read = partial(file.tensor, begin, spec.numel, spec.dtype)
+        return Entry(spec, lambda: read().view(spec.shape), file=file, pieces=pieces, begin=begin)
     part = _joined(checkpoint, order)
-    return Entry(spec, lambda: part(0, spec.numel).view(spec.shape).to(spec.dtype), part=part)
+    return Entry(spec, lambda: part(0, spec.numel).view(spec.shape).to(spec.dtype), part=part, pieces=pieces)
 
 
 def _joined(checkpoint: Checkpoint, order: Sequence[str]) -> Callable[[int, int], Tensor]:

@@ -3,7 +3,7 @@
 import json
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from suture.errors import refusal
 
@@ -34,7 +34,7 @@ def model_config(directory: Path | None) -> dict[str, Any]:
     return read_object(path, "copy or download the directory again")
 
 
-def is_text(value: object) -> bool:
+def is_text(value: object) -> TypeGuard[str]:
     """Whether a value is text that can be written as UTF-8: JSON and pickles can spell half of a surrogate pair."""
     return isinstance(value, str) and not any("\ud800" <= character <= "\udfff" for character in value)
 

@@ -46,7 +46,10 @@ def _entries(path: Path, where: Mapping[str, tuple[TensorSpec, int]], size: int)
             for name, (spec, begin) in where.items()
         }
     file = MappedFile(path)
-    return {name: Entry(spec, partial(_read, file, begin, spec), file=file) for name, (spec, begin) in where.items()}
+    return {
+        name: Entry(spec, partial(_read, file, begin, spec), file=file, begin=begin)
+        for name, (spec, begin) in where.items()
+    }
 
 
 def _read_header(path: Path) -> tuple[dict[str, Any], int, int]:

@@ -10,7 +10,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from suture.errors import ConfigError, unknown_name
+from suture.errors import check_known
 
 if TYPE_CHECKING:
     from suture.core.knobs import Knobs
@@ -71,8 +71,7 @@ class Catalogue:
     def method(self, name: str) -> MethodEntry:
         """The method of this name or alias; raises `ConfigError` with the nearest names."""
         known = {each: method for method in self.methods.values() for each in method.names}
-        if name not in known:
-            raise ConfigError(unknown_name("method", name, known))
+        check_known("method", [name], known)
         return known[name]
 
 

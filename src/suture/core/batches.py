@@ -1,6 +1,8 @@
 """Batches of inputs: a tensor, or a mapping of tensors for keyword arguments; the first axis counts the inputs."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import lru_cache
 from itertools import islice
@@ -15,6 +17,8 @@ from suture.errors import ConfigError, DataError
 
 Inputs = Tensor | Mapping[str, Tensor]
 Forward = Callable[[Any, Any], Tensor]  # (module, inputs) → (batch, …)
+_AHEAD = 2  # batches that are read and sent while a GPU computes
+_END = object()
 
 
 class ShuffledBatches:
@@ -138,6 +142,38 @@ class Upcoming:
 
     def __next__(self) -> Any:
         return self._next.pop() if self._next else to_device(next(self.batches), self.device)
+
+
+def ahead(batches: Iterable[Any], device: torch.device) -> Iterator[Any]:
+    """The batches on a device, in order; for a GPU a thread reads and sends the next ones while it computes.
+
+    >>> list(ahead([torch.tensor(1), torch.tensor(2)], torch.device("cpu")))
+    [tensor(1), tensor(2)]
+    """
+    if device.type != "cuda":
+        yield from (to_device(batch, device) for batch in batches)
+        return
+    source = iter(batches)
+    send = lambda: _END if (batch := next(source, _END)) is _END else _sent(batch, device)
+    with ThreadPoolExecutor(1) as reader:
+        sending = deque(reader.submit(send) for _ in range(_AHEAD))
+        while (batch := sending.popleft().result()) is not _END:
+            sending.append(reader.submit(send))
+            yield batch
+
+
+def channels_last(inputs: Any) -> Any:
+    """The same batch, with the channels of pictures (input, channel, row, column) beside one another in memory.
+
+    Convolutions take the order of their inputs, and so do the layers after them.
+    """
+    if isinstance(inputs, Mapping):
+        return {key: channels_last(value) for key, value in inputs.items()}
+    if isinstance(inputs, tuple | list):
+        return tuple(channels_last(value) for value in inputs)
+    if not isinstance(inputs, Tensor) or inputs.ndim != 4:
+        return inputs
+    return inputs.contiguous(memory_format=torch.channels_last)
 
 
 def _sent(inputs: Any, device: torch.device) -> Any:

@@ -12,15 +12,15 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import Tensor
 
-from suture.core.batches import call
-from suture.errors import ConfigError, unknown_name
+from suture.core.batches import call, channels_last
+from suture.errors import ConfigError, check_known
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
 
 T = TypeVar("T")
-_KEYS = ("accelerator", "devices", "strategy", "precision", "num_nodes", "loggers", "tf32")
-_OWN_KEYS = ("devices", "loggers", "tf32")  # which Fabric does not take
+_KEYS = ("accelerator", "devices", "strategy", "precision", "num_nodes", "loggers", "tf32", "channels_last")
+_OWN_KEYS = ("devices", "loggers", "tf32", "channels_last")  # which Fabric does not take
 LOGGERS = ("csv", "tensorboard", "mlflow", "wandb", "none")
 PRECISIONS = ("32-true", "bf16-mixed")
 SHARDED = "fsdp"  # the strategy in which each process holds a part of every weight
@@ -51,11 +51,14 @@ class OneDevice:
 
     @property
     def precision(self) -> str:
-        """The precision of forward passes: "32-true" or "bf16-mixed", and "with TF32" where that is on."""
-        return f"{_precision(self.config)} with TF32" if self.config.get("tf32") else _precision(self.config)
+        """How forward passes round: "32-true" or "bf16-mixed", and what else the keys turn on."""
+        more = {"tf32": " with TF32", "channels_last": ", channels last"}
+        return _precision(self.config) + "".join(words for key, words in more.items() if self.config.get(key))
 
     def call(self, module: Any, inputs: Any) -> Tensor:
         """The module's output for a batch, (batch, …), in float32 whatever the precision."""
+        if self.config.get("channels_last"):
+            inputs = channels_last(inputs)
         if _precision(self.config) == PRECISIONS[0]:
             return call(module, inputs)
         with self.fabric.autocast():
@@ -103,18 +106,15 @@ def check_fabric(config: Mapping[str, Any]) -> None:
         raise ConfigError(f"fabric={config!r}: wanted keys below it, such as fabric.precision=bf16-mixed.")
     if not isinstance(loggers := config.get("loggers"), Mapping | None):
         raise ConfigError(f"fabric.loggers={loggers!r}: wanted keys below it, such as fabric.loggers.kind=csv.")
-    for key in config:
-        if key not in _KEYS:
-            raise ConfigError(unknown_name("key of fabric", key, _KEYS))
+    check_known("key of fabric", config, _KEYS)
     if "spawn" in str(config.get("strategy")):
         remedy = "Remedy: ddp_fork, or ddp, which starts the command once for each process."
         raise ConfigError(f"fabric.strategy={config['strategy']}: a run cannot be handed to a new process. {remedy}")
-    if not isinstance(config.get("tf32"), bool | None):
-        raise ConfigError(f"fabric.tf32={config['tf32']}: wanted true or false.")
-    if (precision := _precision(config)) not in PRECISIONS:
-        raise ConfigError(unknown_name("fabric.precision", precision, PRECISIONS))
-    if (kind := _logger_kind(config)) not in LOGGERS:
-        raise ConfigError(unknown_name("fabric.loggers.kind", kind, LOGGERS))
+    for key in ("tf32", "channels_last"):
+        if not isinstance(config.get(key), bool | None):
+            raise ConfigError(f"fabric.{key}={config[key]}: wanted true or false.")
+    check_known("fabric.precision", [_precision(config)], PRECISIONS)
+    check_known("fabric.loggers.kind", [_logger_kind(config)], LOGGERS)
 
 
 def make_logger(config: Mapping[str, Any], folder: Path):

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from suture.errors import ConfigError, unknown_name
+from suture.errors import ConfigError, check_known
 
 
 @dataclass(frozen=True)
@@ -56,9 +56,7 @@ class Knobs:
         """All knobs with checked values; raises `ConfigError` for an unknown knob or a value out of its range."""
         from pydantic import ValidationError
 
-        unknown = [name for name in values if name not in self._parameters]
-        if unknown:
-            raise ConfigError(unknown_name(f"knob of {self.name}", unknown[0], self._parameters))
+        check_known(f"knob of {self.name}", values, self._parameters)
         try:
             return dict(self._schema(**values))
         except ValidationError as error:

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, overload
 import torch
 from torch import Tensor, nn
 
-from suture.core.batches import Forward, call, device_of, evaluation_mode, take, to_device
+from suture.core.batches import Forward, ahead, call, device_of, evaluation_mode, take, to_device
 from suture.core.progress import Track, untracked
 from suture.core.replicas import on_replicas
 from suture.errors import CheckpointError, ConfigError, DataError
@@ -78,15 +78,16 @@ class Scorer:
         """The model's output for each batch, on its device; with several `devices` they share the batches."""
         device = device_of(model) if isinstance(model, nn.Module) else torch.device("cpu")
 
-        def output(module: Any, start: int) -> Tensor:
-            where = device_of(module) if isinstance(module, nn.Module) else device
+        batches = (take(task.inputs, slice(start, start + self.batch_size)) for start in starts)
+
+        def output(module: nn.Module, batch: Any) -> Tensor:
             with torch.inference_mode():  # which each thread has to enter
-                return self.forward(module, to_device(take(task.inputs, slice(start, start + self.batch_size)), where))
+                return self.forward(module, to_device(batch, device_of(module)))
 
         if len(self.devices) > 1 and isinstance(model, nn.Module):
-            yield from (rows.to(device) for rows in on_replicas(model, self.devices, output, starts))
+            yield from (rows.to(device) for rows in on_replicas(model, self.devices, output, batches))
         else:
-            yield from (output(model, start) for start in starts)
+            yield from (self.forward(model, batch) for batch in ahead(batches, device))
 
     def accuracy(self, model: Model, task: TaskInputs, name: str = "Evaluating") -> Accuracy:
         """The accuracy of a model on one task."""

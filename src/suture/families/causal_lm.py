@@ -14,13 +14,14 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from suture.checkpoints import Checkpoint
+from suture.checkpoints import Checkpoint, open_checkpoint
+from suture.checkpoints.file_names import with_stacks
 from suture.checkpoints.tokenizers import mixed_tokens
 from suture.core.head import Head
 from suture.core.progress import Track, untracked
 from suture.errors import CheckpointError, SutureError, shown
 from suture.families.shared.base import Family
-from suture.families.shared.models import build, config_of, tied_names, without_memory
+from suture.families.shared.models import build, config_of, first_names, tied_names, without_memory
 from suture.families.shared.next_token import NextToken
 from suture.families.shared.prompts import PromptReader
 from suture.families.shared.requests import Requests
@@ -46,6 +47,15 @@ class CausalLM(Family):
     known_settings = _SETTINGS
     auto: ClassVar[str] = "AutoModelForCausalLM"
 
+    @cached_property
+    def weights(self) -> Checkpoint:  # type: ignore[override]
+        """All tensors of the pretrained model, by their stored names; experts that are stored apart as stacks."""
+        return self.in_memory(open_checkpoint(super().weights))
+
+    def in_memory(self, checkpoint: Checkpoint) -> Checkpoint:
+        """A model with its experts as stacks, where `transformers` stacks them when it loads them."""
+        return with_stacks(checkpoint, lambda name: self._spelling(name) in self._tied)
+
     def canonical_names(self, names: Iterable[str]) -> dict[str, str]:
         """Name in the model → stored name; tied tensors count under their first name, whichever of them are stored."""
         stored_names: dict[str, str] = {}
@@ -56,7 +66,8 @@ class CausalLM(Family):
         return stored_names
 
     def encoder(self, state: Mapping[str, Tensor] | None = None) -> NextToken:
-        return deepcopy(self._encoder).load(self.weights if state is None else state)
+        given = self.in_memory(state) if isinstance(state, Checkpoint) else state
+        return deepcopy(self._encoder).load(self.weights if given is None else given)
 
     @cached_property
     def reader(self) -> PromptReader:  # type: ignore[override]
@@ -79,7 +90,8 @@ class CausalLM(Family):
         if task.score is None:
             remedy = "score: bits_per_byte, acc_norm or exact_match"
             return [f"Task {task.name!r} has no score, but family={self.name} needs one. Remedy: {remedy}."]
-        if problems := [*self._setting_problems(), *self._reader_problems(), *self._tokenizer_problems()]:
+        wrong = [*self._setting_problems(), *self._missing_tensors(), *self._reader_problems()]
+        if problems := wrong or self._tokenizer_problems():
             return problems
         try:
             split: Split = "test"
@@ -96,6 +108,16 @@ class CausalLM(Family):
         if folder is not None and not Path(str(folder)).expanduser().is_dir():
             return [f"modelpool.companions='{shown(folder)}' is no folder. Remedy: name a model's directory."]
         return []
+
+    def _missing_tensors(self) -> list[str]:
+        """What the architecture has and the pretrained model does not; the first such tensor."""
+        there = self.canonical_names(self.weights)
+        missing = [name for name in first_names(self._skeleton) if name not in there]
+        if not missing:
+            return []
+        found = f"'{missing[0]}' and {len(missing) - 1} more are" if missing[1:] else f"'{missing[0]}' is"
+        remedy = "suture merge, which needs no architecture, or save the model again with the installed transformers"
+        return [f"{found} missing from '{self.directory}', which has other names. Remedy: {remedy}."]
 
     def _tokenizer_problems(self) -> list[str]:
         """Experts whose tokens stand in other rows than the pretrained model's."""

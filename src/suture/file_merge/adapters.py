@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from suture.checkpoints import Checkpoint, open_checkpoint, provenance_of, save_checkpoint
-from suture.checkpoints.adapter_configs import start_of
-from suture.checkpoints.adapters import adapter_files, factor_name, module_and_side, scale_of
+from suture.checkpoints.adapter_bases import base_notes
+from suture.checkpoints.adapter_configs import scale_of, start_of
+from suture.checkpoints.adapters import adapter_files, factor_name, module_and_side
 from suture.checkpoints.provenance import PROVENANCE
 from suture.errors import ConfigError, IncompatibleModels
 from suture.file_merge.adapter_spaces import SPACES, Pair, merge_in_space
@@ -52,7 +53,7 @@ def merge_adapters(
     space: str | None = None,
     overwrite: bool = False,
 ) -> list[str]:
-    """Write one adapter's folder, as `peft` saves it; returns what it cost to cut it to `rank`, in lines.
+    """Write one adapter's folder, as `peft` saves it; returns notes: what it cost to cut it to `rank`, and other bases.
 
     Without a `space` the result is the sum or the mean of the task vectors, exactly; with one, any method merges them
     there. Raises `ConfigError` for another method without a space, and `IncompatibleModels` for adapters that hold more
@@ -78,7 +79,7 @@ def merge_adapters(
         origin = provenance_of({adapter.weights.label: adapter.weights for adapter in adapters})
         origin |= {"adapter": {"method": method.name, "space": space, "rank": rank, "report": report}}
         (folder / PROVENANCE).write_text(json.dumps(origin, indent=2) + "\n", "utf-8")
-    return report
+    return [*base_notes({adapter.weights.label: adapter.weights for adapter in adapters}), *report]
 
 
 def _open(folder: Path, name: str) -> Adapter:

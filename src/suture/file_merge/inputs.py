@@ -10,6 +10,7 @@ from typing import Any
 
 from suture import __version__
 from suture.checkpoints import Checkpoint, content_hash, open_checkpoint, open_fine_tuned, provenance_of
+from suture.checkpoints.adapter_bases import base_notes
 from suture.checkpoints.adapters import is_adapter, untied
 from suture.checkpoints.matching import matched
 from suture.errors import PRETRAINED, IncompatibleModels, SutureError, refusal
@@ -128,7 +129,7 @@ def open_inputs(options: MergeOptions) -> Inputs:
     if not options.encode:
         config = _plain_weights(config, opened)
     config = None if config is None else {**config, **apart, **fitted.config}
-    notes = [*_read_as(opened), *found.notes, *template_notes(opened)]
+    notes = [*_read_as(opened), *found.notes, *template_notes(opened), *base_notes(models, base)]
     if base is not tied:
         notes.append("An adapter changes one name of a tied tensor alone, so the result has both, not tied.")
     inputs = Inputs(

@@ -27,9 +27,9 @@ from suture.file_merge.sharing import SharedStream
 from suture.file_merge.statistic import as_json, from_json, statistic_type
 from suture.file_merge.tensor_knobs import TensorKnobs
 from suture.file_merge.workspace import Digests, TensorRecord, WorkingFolder, bytes_of, damaged, recorded_work
-from suture.merging.merge import Merging
 from suture.merging.overflow import refuse_overflow
 from suture.merging.task_vectors import FIXED_BYTES, Piece, TaskVectors, chunk_for, device_chunk_for, memory_of
+from suture.merging.tensorwise import Merging
 from suture.merging.wrapping import Wrapping
 from suture.storage.atomic import check_replaceable
 from suture.storage.remote import BLOCKS

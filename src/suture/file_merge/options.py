@@ -15,7 +15,7 @@ from suture.checkpoints.adapters import is_adapter
 from suture.errors import ConfigError, shown, unknown_name
 from suture.file_merge.adapter_spaces import SPACES
 from suture.file_merge.destination import Destination
-from suture.file_merge.masks import MASK_METHODS, check_masks
+from suture.file_merge.mask_methods import MASK_METHODS
 from suture.file_merge.tensor_knobs import TensorKnobs, tensor_knobs
 from suture.merging.registry import MergeMethod, get_method
 from suture.merging.selection import Selection
@@ -155,8 +155,25 @@ def read_options(
         **rest,
     )
     if options.masks:
-        check_masks(options)
+        _check_masks(options)
     return options
+
+
+def _check_masks(options: MergeOptions) -> None:
+    """Refuse options that a file of masks cannot follow (`ConfigError`)."""
+    unfit = {
+        "method.after": options.after,
+        "dtype": options.dtype,
+        "shard": options.part != (1, 1),
+        "device": options.device != "cpu",
+        "vocabulary": options.vocabulary != "refuse",
+        "allow_non_finite": options.allow_non_finite,
+    }
+    if given := [key for key, value in unfit.items() if value]:
+        raise ConfigError(f"{given[0]} is not for {options.method.name}, which writes masks. Remedy: leave it out.")
+    if options.base is None:
+        raise ConfigError(f"{options.method.name} needs the pretrained model. Remedy: give base=PATH.")
+    options.method.knobs.validate(options.knobs)
 
 
 def _check_encode(encode: Any, given: Mapping[str, Any]) -> None:

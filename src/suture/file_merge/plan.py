@@ -11,8 +11,8 @@ from suture.errors import ConfigError
 from suture.file_merge.job import Job
 from suture.file_merge.workspace import Digests, bytes_of
 from suture.merging.compatibility import spec_of
-from suture.merging.merge import Merging
 from suture.merging.task_vectors import FIXED_BYTES, Piece, TaskVectors, memory_of
+from suture.merging.tensorwise import Merging
 from suture.merging.wrapping import Wrapping
 from suture.storage.atomic import write_at
 from suture.storage.speeds import duration, probe_file, read_speed, timed, write_speed

@@ -10,7 +10,7 @@ import torch
 from suture.checkpoints import Source
 from suture.errors import ConfigError, shown
 from suture.file_merge.job import Job
-from suture.file_merge.masks import MASK_METHODS
+from suture.file_merge.mask_methods import MASK_METHODS
 from suture.file_merge.mergekit.translation import translate
 from suture.file_merge.mergekit.yaml_file import load_yaml
 from suture.file_merge.options import MergeOptions, read_options

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from suture.adaptation import AdaMergingResult, adapt, save_coefficients
-from suture.errors import ConfigError, unknown_name
+from suture.errors import ConfigError, check_known
 from suture.fusionbench.pools import split_pool
 from suture.pipeline.methods import Method, chosen_method
 from suture.pipeline.pipeline import merge_in_memory
@@ -42,9 +42,7 @@ class _AdaMergingAlgorithm:
     granularity: ClassVar[str]
 
     def __init__(self, **knobs: Any):
-        for name in knobs:
-            if name not in _KNOBS:
-                raise ConfigError(unknown_name(f"knob of {type(self).__name__}", name, _KNOBS))
+        check_known(f"knob of {type(self).__name__}", knobs, _KNOBS)
         self.knobs = _KNOBS | knobs
         self.result: AdaMergingResult | None = None
 

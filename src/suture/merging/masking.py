@@ -13,13 +13,13 @@ from torch import Tensor
 
 from suture.checkpoints import Source, allocate_checkpoint
 from suture.errors import ConfigError
-from suture.merging.merge import refuse_non_finite
 from suture.merging.methods.consensus import MASK_THRESHOLD, tall_mask
 from suture.merging.methods.ties_merging import settled_statistic, ties_rows
 from suture.merging.overflow import refuse_overflow
 from suture.merging.streams import one_each
 from suture.merging.task_masks import BITS, SCALES, UPDATE, TaskMasks, facts, mask_specs
 from suture.merging.task_vectors import Piece, TaskVectors, open_task_vectors
+from suture.merging.tensorwise import refuse_non_finite
 
 Over = Literal["sum", "ties"]
 

@@ -9,10 +9,10 @@ from torch import Tensor
 
 from suture.checkpoints import Checkpoint, Source, TensorSpec, open_checkpoint
 from suture.errors import ConfigError
-from suture.merging.merge import Merging
 from suture.merging.overflow import refuse_overflow
 from suture.merging.registry import MergeMethod, get_method
 from suture.merging.task_vectors import Piece, TaskVectors, compute_dtype, open_task_vectors
+from suture.merging.tensorwise import Merging
 
 _SLICE = 1 << 20  # entries
 

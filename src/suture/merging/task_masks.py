@@ -29,7 +29,7 @@ from suture.checkpoints import (
     open_checkpoint,
     save_checkpoint,
 )
-from suture.errors import CheckpointError, ConfigError, IncompatibleModels, shown, unknown_name
+from suture.errors import CheckpointError, IncompatibleModels, check_known, shown
 from suture.merging.overflow import refuse_overflow
 from suture.merging.task_vectors import compute_dtype
 
@@ -108,8 +108,7 @@ class TaskMasks:
 
     def index(self, task: str) -> int:
         """The position of a task; raises `ConfigError` for an unknown one."""
-        if task not in self.tasks:
-            raise ConfigError(unknown_name("task", task, self.tasks))
+        check_known("task", [task], self.tasks)
         return self.tasks.index(task)
 
     @property

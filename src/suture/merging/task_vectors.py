@@ -306,7 +306,11 @@ def _runs(flat: Flat, stride: int, length: int = 256) -> Tensor:
         return flat[: max(1, len(flat) // stride)]
     if isinstance(flat, Tensor):
         return flat[: blocks * length * stride].view(blocks, stride, length)[:, 0].reshape(-1)
-    return torch.cat([flat[start : start + length] for start in range(0, blocks * length * stride, length * stride)])
+    first = flat[:length]
+    runs = first.new_empty(blocks, length)  # first: runs kept among the buffers of decoding would tear up the heap
+    for i in range(blocks):
+        runs[i] = flat[i * length * stride : i * length * stride + length]
+    return runs.view(-1)
 
 
 def open_task_vectors(

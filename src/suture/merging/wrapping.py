@@ -24,10 +24,10 @@ from suture.merging.roles import Role, RoleOptions, Roles
 from suture.merging.task_vectors import Piece, Votes, compute_dtype, most_at_once
 
 if TYPE_CHECKING:
-    from suture.merging.merge import Merging
     from suture.merging.registry import MergeMethod
     from suture.merging.streams import DeltaStream
     from suture.merging.task_vectors import TaskVectors
+    from suture.merging.tensorwise import Merging
 
 _WRAPPERS: dict[str, "Wrapper"] = {}
 F = TypeVar("F", bound=Callable[..., Any])

@@ -11,7 +11,7 @@ from suture.checkpoints import open_checkpoint
 from suture.core.extras import check_installed
 from suture.core.knobs import Knobs
 from suture.core.progress import Profile, bar
-from suture.errors import PRETRAINED, ConfigError, unknown_name
+from suture.errors import PRETRAINED, ConfigError, check_known
 from suture.evaluation import SplitInputs
 from suture.pipeline import config as configuration
 from suture.pipeline.context import Context
@@ -61,9 +61,7 @@ def _only(config: Mapping[str, Any], names: list[str] | None) -> dict[str, Any]:
     pool, tasks = dict(config["modelpool"]), config.get("taskpool")
     if names is None:
         return dict(config)
-    for name in names:
-        if name not in pool["models"]:
-            raise ConfigError(unknown_name("model of the pool", name, [n for n in pool["models"] if n != PRETRAINED]))
+    check_known("model of the pool", names, [name for name in pool["models"] if name != PRETRAINED])
     pool["models"] = {name: pool["models"][name] for name in (PRETRAINED, *names) if name in pool["models"]}
     if tasks:
         tasks = {**tasks, "tasks": {name: task for name, task in tasks["tasks"].items() if name in names}}
@@ -72,9 +70,7 @@ def _only(config: Mapping[str, Any], names: list[str] | None) -> dict[str, Any]:
 
 def _checked(chosen: Analysis, options: Mapping[str, Any]) -> dict[str, Any]:
     known = (*chosen.keys, *_MERGED[chosen.reads])
-    for key in options:
-        if key not in known:
-            raise ConfigError(unknown_name(f"option of analyse {chosen.name}", key, [*known, "models", "output"]))
+    check_known(f"option of analyse {chosen.name}", options, [*known, "models", "output"])
     merged = {key: value for key, value in options.items() if key in _MERGED[chosen.reads]}
     own = {key: value for key, value in options.items() if key not in merged}
     if not own:

@@ -19,6 +19,10 @@ from suture.storage.resume import Resume
 
 T = TypeVar("T")
 FEW = 3  # steps of a fast_dev_run
+_ROUNDED = {
+    "tf32": "Products of float32 matrices ran in TF32 (fabric.tf32=true).",
+    "channels_last": "Pictures were encoded and scored with channels last (fabric.channels_last=true).",
+}
 Watch = Callable[[int, float, Tensor | None], None]  # step, loss, values
 
 
@@ -100,8 +104,8 @@ class Context:
             logger.finalize("success")
 
     def notes(self) -> list[str]:
-        """One line for each resumed loop, and one where float32 products ran in TF32."""
-        rounded = ["Products of float32 matrices ran in TF32 (fabric.tf32=true)."] if self.fabric.get("tf32") else []
+        """One line for each resumed loop, and one for each key of `fabric` that changes how passes round."""
+        rounded = [line for key, line in _ROUNDED.items() if self.fabric.get(key)]
         return rounded + [
             f"{count} step{'s' * (count > 1)} of a loop were taken up from {path}."
             for path, count in self.resumed.items()

@@ -7,8 +7,9 @@ from pathlib import Path
 from suture.core.extras import check_installed
 from suture.pipeline import config as configuration
 from suture.pipeline.models import open_models
-from suture.pipeline.pipeline import RunResult, Watch, run_settings, unwatched
+from suture.pipeline.pipeline import Watch, run_settings, unwatched
 from suture.pipeline.preflight import preflight_of
+from suture.pipeline.results import RunResult
 from suture.pipeline.settings import Settings
 from suture.storage.atomic import new_folder
 

@@ -4,12 +4,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from suture.errors import ConfigError, unknown_name
+from suture.errors import ConfigError, check_known
 from suture.evaluation.language import LanguageScorer
 from suture.families.shared.requests import Requests
 from suture.pipeline.context import Context
 from suture.pipeline.models import Models
-from suture.pipeline.results import MergeResult
+from suture.pipeline.results import Outcome
 from suture.tasks import Passage, Scoring, Task
 
 _KEYS = ("prompts", "max_new_tokens", "chat_template")
@@ -27,9 +27,7 @@ class Generation:
     def from_config(cls, config: Mapping[str, Any] | None, family: str) -> "Generation | None":
         """Read `generate`; None without prompts. Raises `ConfigError` for what does not fit."""
         values = {key: value for key, value in (config or {}).items() if value is not None}
-        for key in values:
-            if key not in _KEYS:
-                raise ConfigError(unknown_name("key of generate", key, _KEYS))
+        check_known("key of generate", values, _KEYS)
         prompts = values.pop("prompts", None) or ()
         prompts = (prompts,) if isinstance(prompts, str) else tuple(prompts)
         if not prompts:
@@ -55,14 +53,16 @@ class Generation:
 
 
 def generations(
-    generation: Generation, models: Models, merged: Sequence[MergeResult], context: Context
+    generation: Generation | None, models: Models, outcomes: Sequence[Outcome], context: Context
 ) -> list[dict[str, Any]]:
-    """For each prompt: {"prompt": …, "continuations": {model: text}}, greedily generated."""
+    """For each prompt: {"prompt": …, "continuations": {model: text}}, greedily generated; none where none was asked."""
+    if generation is None:
+        return []
     requests, encoder = generation.requests(models), models.new_encoder(context.device.device)
     scorer = LanguageScorer(forward=context.device.call)
     states: dict[str, Any] = {"pretrained": models.base}
     states |= {f"expert {name}": expert for name, expert in models.experts.items()}
-    states |= {result.label: result.tensors for result in merged}
+    states |= {outcome.label: outcome.merged.tensors for outcome in outcomes}
     texts = {name: scorer.score(encoder.load(state), requests).answers for name, state in states.items()}
     return [
         {"prompt": prompt, "continuations": {name: answers[number] for name, answers in texts.items()}}

@@ -11,13 +11,14 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from suture.errors import ConfigError, SutureError, unknown_name
+from suture.errors import ConfigError, SutureError, check_known, unknown_name
 from suture.evaluation import Row
 from suture.evaluation.metrics import metric
+from suture.pipeline.context import Context
 from suture.pipeline.models import Models
-from suture.pipeline.results import MergeResult
+from suture.pipeline.results import Outcome
+from suture.pipeline.saving import model_folders
 from suture.pipeline.scoring import Scores
-from suture.repairs import RepairResult
 
 _FIRST = ("exact_match", "acc_norm", "acc", "bits_per_byte", "word_perplexity")
 _BACKENDS = ("hf", "vllm")
@@ -44,22 +45,17 @@ class Harness:
     def from_config(cls, config: Mapping[str, Any] | None, family: str) -> "Harness | None":
         """Read `evaluate`; None where no harness is named. Raises `ConfigError` for what does not fit."""
         values = {key: value for key, value in (config or {}).items() if value is not None}
-        known = [each.name for each in fields(cls)]
-        for key in values:
-            if key not in known:
-                raise ConfigError(unknown_name("key of evaluate", key, known))
+        check_known("key of evaluate", values, [each.name for each in fields(cls)])
         tasks = values.get("tasks") or []
         tasks = [tasks] if isinstance(tasks, str) else tasks
         if not values.get("harness"):
             if tasks:
                 raise ConfigError("evaluate.tasks is given without a harness. Remedy: evaluate.harness=lm_eval.")
             return None
-        if values["harness"] != "lm_eval":
-            raise ConfigError(unknown_name("harness", str(values["harness"]), ["lm_eval"]))
+        check_known("harness", [values["harness"]], ["lm_eval"])
         if not tasks:
             raise ConfigError("evaluate.harness=lm_eval names no task. Remedy: evaluate.tasks=[…].")
-        if values.get("backend", "hf") not in _BACKENDS:
-            raise ConfigError(unknown_name("backend of evaluate", str(values["backend"]), _BACKENDS))
+        check_known("backend of evaluate", [values.get("backend", "hf")], _BACKENDS)
         if family != "causal_lm":
             raise ConfigError(f"evaluate.harness=lm_eval, but family={family}; wanted family: causal_lm.")
         return cls(**{**values, "tasks": tuple(map(str, tasks))})
@@ -101,34 +97,32 @@ class Harness:
 
 @dataclass(frozen=True)
 class Measured:
-    """The scores with the harness's added, and the record of the harness for report.json."""
+    """The scores with the harness's added, the record of the harness for report.json, and notes."""
 
     scores: Scores
-    record: dict[str, Any]
+    record: dict[str, Any] | None = None
     notes: tuple[str, ...] = ()
 
 
 def measure(
-    harness: Harness,
-    models: Models,
-    merged: Sequence[MergeResult],
-    repairs: Mapping[str, Sequence[RepairResult]],
-    folders: Mapping[str, Path],
-    scores: Scores,
-    device: str = "cpu",
+    harness: Harness | None, models: Models, outcomes: Sequence[Outcome], scores: Scores, context: Context
 ) -> Measured:
-    """Run the harness on every model with a folder of its own, and add its results to the rows.
+    """Run the harness on every model with a folder of its own, and add its results to the rows; without one, nothing.
 
-    `folders`: name of a row → the folder of its model. The experts' row has the best expert of each task. Repairs that
-    add modules beside the weights have no folder that the harness can load, and are left out with a note.
+    The experts' row has the best expert of each task. Repairs that add modules beside the weights have no folder that
+    the harness can load, and are left out with a note.
     """
-    results = {"pretrained": harness.evaluated(device, models.family.directory)}
-    experts = {name: harness.evaluated(device, *_folder_of(models, name)) for name in models.experts}
-    results |= {row: harness.evaluated(device, folder) for row, folder in folders.items()}
+    if harness is None:
+        return Measured(scores)
+    device = str(context.device.device)
+    with context.profile("lm_eval"):
+        results = {"pretrained": harness.evaluated(device, models.family.directory)}
+        experts = {name: harness.evaluated(device, *_folder_of(models, name)) for name in models.experts}
+        results |= {row: harness.evaluated(device, folder) for row, folder in model_folders(outcomes).items()}
     by_name = {row.name: row for row in scores.rows}
     rows = [by_name.get("pretrained", Row("pretrained", {}, role="pretrained"))]
     rows.append(by_name.get("experts", Row("experts", {}, role="experts", needs_task=True)))
-    for result in merged:
+    for result in (outcome.merged for outcome in outcomes):
         plain = Row(result.label, {}, merge=result.label, learned=result.how, seconds=result.seconds)
         rows.append(by_name.get(result.label, plain))
         rows += [row for row in scores.rows if row.role == "repair" and row.merge == result.label]

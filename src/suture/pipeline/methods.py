@@ -11,7 +11,7 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from suture.core.knobs import Knobs
-from suture.errors import ConfigError, unknown_name
+from suture.errors import check_known
 from suture.evaluation import SplitInputs
 from suture.merging.merge import merge_task_vectors
 from suture.merging.registry import MergeMethod, methods
@@ -136,8 +136,7 @@ def all_methods() -> dict[str, MergeMethod | LearnedMethod]:
 def find_method(name: str) -> MergeMethod | LearnedMethod:
     """The method of this name or alias; raises `ConfigError` with the nearest names."""
     named = {key: method for method in all_methods().values() for key in (method.name, *method.aliases)}
-    if name not in named:
-        raise ConfigError(unknown_name("method", name, named))
+    check_known("method", [name], named)
     return named[name]
 
 

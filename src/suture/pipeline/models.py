@@ -11,8 +11,10 @@ import torch
 from torch import Tensor
 
 from suture.checkpoints import Checkpoint, allocate_checkpoint, open_checkpoint, open_fine_tuned, provenance_of
+from suture.checkpoints.adapter_bases import base_notes
+from suture.checkpoints.adapters import is_adapter
 from suture.checkpoints.matching import Matched, matched
-from suture.errors import PRETRAINED
+from suture.errors import PRETRAINED, CheckpointError
 from suture.families import Encoder, Family, family
 from suture.merging.selection import Selection, select
 from suture.merging.task_vectors import TaskVectors
@@ -45,7 +47,8 @@ class Models:
 
     def mergeable(self, checkpoint: Checkpoint) -> Checkpoint:
         """The tensors of a checkpoint that are merged, under the family's canonical names."""
-        return checkpoint.select(self.family.canonical_names(checkpoint))
+        whole = self.family.in_memory(checkpoint)
+        return whole.select(self.family.canonical_names(whole))
 
     @property
     def stored_names(self) -> Mapping[str, str]:
@@ -80,25 +83,40 @@ class Models:
         base = self.family.saved_part(self.whole_base)
         stored = self.family.canonical_names(base)
         folder.mkdir(parents=True)
-        with allocate_checkpoint(base.specs, folder / "model.safetensors", aliases=base.aliases) as tensors:
+        file, shared = folder / "model.safetensors", {"aliases": base.aliases, "pieces": base.pieces}
+        with allocate_checkpoint(base.specs, file, **shared) as tensors:
             yield {name: tensors[stored[name]] for name in self.vectors().specs}
             for name in set(tensors) - set(stored.values()):
                 tensors[name].copy_(base[name])
         self.family.complete(folder)
 
 
+def _fine_tuned(
+    source: Any, label: str, chosen: Family, stored: Checkpoint, base: Checkpoint, canonical_names: Any
+) -> Checkpoint:
+    """A fine-tuned model in the form of the base; an adapter may know experts as stacks, or one by one as stored."""
+    if not base.pieces or not is_adapter(source):
+        return chosen.in_memory(open_fine_tuned(source, base, label=label, canonical_names=canonical_names))
+    own = {name: canonical for canonical, name in chosen.canonical_names(base).items()}
+    try:
+        return open_fine_tuned(source, base.select({own.get(name, name): name for name in base}), label=label)
+    except CheckpointError:
+        return chosen.in_memory(open_fine_tuned(source, stored, label=label, canonical_names=canonical_names))
+
+
 def open_models(pool: ModelPool, threads: int = 0) -> Models:
     """Open the models of a pool, reading only headers; raises `CheckpointError` for a file that cannot be read."""
-    whole_base = open_checkpoint(pool.base, label=PRETRAINED)
+    stored_base = open_checkpoint(pool.base, label=PRETRAINED)
     whole_experts: dict[str, Checkpoint] = {}
-    chosen = family(pool.family)(whole_base.directory, whole_base, pool.settings, whole_experts)
+    chosen = family(pool.family)(stored_base.directory, stored_base, pool.settings, whole_experts)
+    whole_base = chosen.in_memory(stored_base)
     stored = chosen.canonical_names(whole_base)
 
     def canonical_names(names: Any) -> dict[str, str]:
         return {stored.get(canonical, canonical): name for canonical, name in chosen.canonical_names(names).items()}
 
     for name, model in pool.models.items():
-        whole_experts[name] = open_fine_tuned(model, whole_base, label=name, canonical_names=canonical_names)
+        whole_experts[name] = _fine_tuned(model, name, chosen, stored_base, whole_base, canonical_names)
 
     def mergeable(checkpoint: Checkpoint) -> Checkpoint:
         return checkpoint.select(chosen.canonical_names(checkpoint))
@@ -112,4 +130,5 @@ def open_models(pool: ModelPool, threads: int = 0) -> Models:
     patterns = [name for name in pool.frozen if "*" in name]
     selected = select(base, found.models, Selection(patterns, pool.keep, pool.only))
     pool = replace(pool, frozen=(*exact, *selected.frozen))
-    return Models(pool, chosen, whole_base, base, selected.models, threads, found.notes)
+    notes = [*found.notes, *base_notes(whole_experts, whole_base)]
+    return Models(pool, chosen, whole_base, base, selected.models, threads, notes)

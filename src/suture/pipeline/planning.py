@@ -9,7 +9,7 @@ from suture.core.extras import check_installed
 from suture.core.fabric import SHARDED
 from suture.core.names import in_bytes
 from suture.core.samplers import Interval, number_of_points
-from suture.errors import ConfigError, unknown_name
+from suture.errors import check_known
 from suture.pipeline import config as configuration
 from suture.pipeline.adamerging import COMPARED, AdaMerging
 from suture.pipeline.methods import StaticMerge
@@ -116,8 +116,7 @@ def plan(
     problem that the job would have.
     """
     check_installed(f"suture {verb}")
-    if verb not in get_args(Job):
-        raise ConfigError(unknown_name("verb to plan", verb, get_args(Job)))
+    check_known("verb to plan", [verb], get_args(Job))
     if verb == "search":
         return _planned_search(config, over or {}, searching or {}, keywords)
     settings, models, checked = _opened(configuration.composed(config, keywords, method="simple_average"))

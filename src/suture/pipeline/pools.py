@@ -6,14 +6,12 @@ from pathlib import Path
 from typing import Any
 
 from suture.checkpoints import Source
-from suture.errors import PRETRAINED, ConfigError, unknown_name
+from suture.errors import PRETRAINED, ConfigError, check_known
 from suture.families import family
 from suture.tasks import Task, known
 from suture.tasks.class_names import plain
 
 _TASK_KEYS = {*(key.name for key in fields(Task)), "folders"} - {"name"}
-
-
 _CHOICES = ("frozen", "keep", "only")
 
 
@@ -39,7 +37,7 @@ class ModelPool:
     def from_config(cls, config: Mapping[str, Any]) -> "ModelPool":
         """Read a pool's YAML; raises `ConfigError` for a missing `_pretrained_`, no models, or an unknown key."""
         own = family(config.get("family", "clip")).known_settings
-        _refuse_unknown("modelpool", config, {"family", "models", *_CHOICES, "mixed_dtypes", "root", *own})
+        check_known("key of modelpool", config, {"family", "models", *_CHOICES, "mixed_dtypes", "root", *own})
         config = {key: _under(config.get("root"), value) for key, value in config.items()}
         models = _mapping("modelpool.models", config.get("models"))
         if PRETRAINED not in models:
@@ -72,7 +70,7 @@ class TaskPool:
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> "TaskPool":
         """Read a pool's YAML; raises `ConfigError` for a missing or an unknown key."""
-        _refuse_unknown("taskpool", config, {"tasks", "root", "recommended"})
+        check_known("key of taskpool", config, {"tasks", "root", "recommended"})
         named = _mapping("taskpool.tasks", config.get("tasks"))
         if not named:
             raise ConfigError("taskpool.tasks is empty. Remedy: name at least one task.")
@@ -98,7 +96,7 @@ def _under(root: str | None, value: Any) -> Any:
 
 def _task(name: str, config: Mapping[str, Any], root: str | None) -> Task:
     """The task with its own keys, and the published task's for any that are missing."""
-    _refuse_unknown(f"taskpool.tasks.{name}", config, _TASK_KEYS)
+    check_known(f"key of taskpool.tasks.{name}", config, _TASK_KEYS)
     keys = known(name) | {key: value for key, value in config.items() if value is not None}
     if root is not None and (folder := _folder_of(Path(root).expanduser(), name, keys)):
         keys["source"] = str(folder)
@@ -128,9 +126,3 @@ def _mapping(where: str, value: Any) -> dict[str, Any]:
     if not isinstance(value, Mapping | None):
         raise ConfigError(f"{where}={value!r}: wanted names with a value each.")
     return dict(value or {})
-
-
-def _refuse_unknown(where: str, config: Mapping[str, Any], known: set[str]) -> None:
-    for key in config:
-        if key not in known:
-            raise ConfigError(unknown_name(f"key of {where}", key, known))

@@ -16,9 +16,9 @@ from suture.core.fabric import SHARDED
 from suture.core.names import in_bytes
 from suture.errors import PRETRAINED, ConfigError, SutureError
 from suture.merging.compatibility import compatibility, merged_names, spec_of
-from suture.merging.merge import Merging
 from suture.merging.registry import MergeMethod
 from suture.merging.task_vectors import TaskVectors, working_memory
+from suture.merging.tensorwise import Merging
 from suture.pipeline.adamerging import AdaMerging
 from suture.pipeline.models import Models, open_models
 from suture.pipeline.pools import TaskPool
@@ -171,11 +171,7 @@ def non_finite_samples(models: Mapping[str, Checkpoint], names: list[str]) -> li
 
 
 def _samples(model: Checkpoint, name: str) -> Iterator[torch.Tensor]:
-    tensor = model[name]
-    if not tensor.is_contiguous():
-        yield tensor.reshape(-1)[:_SAMPLE].float()
-        return
-    flat = tensor.view(-1)
+    flat = model.flat(name)
     for start in {0, max(0, len(flat) // 2 - _SAMPLE // 2), max(0, len(flat) - _SAMPLE)}:
         yield flat[start : start + _SAMPLE].float()
 

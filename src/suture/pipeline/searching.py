@@ -16,7 +16,7 @@ from suture.core.knobs import value_between
 from suture.core.progress import Profile, bar, untracked
 from suture.core.random import generator_for
 from suture.core.samplers import Interval, Kind, Point, Space, number_of_points, sampler
-from suture.errors import ConfigError, unknown_name
+from suture.errors import ConfigError, check_known, unknown_name
 from suture.evaluation import SplitInputs, TaskInputs
 from suture.merging.blocks import block_depths
 from suture.merging.prepared import apply, prepare_task_vectors, update_specs
@@ -24,8 +24,9 @@ from suture.pipeline import config as configuration
 from suture.pipeline.context import Context
 from suture.pipeline.methods import StaticMerge
 from suture.pipeline.models import Models, open_models
-from suture.pipeline.pipeline import RunResult, prepare, run_settings
+from suture.pipeline.pipeline import prepare, run_settings
 from suture.pipeline.preflight import preflight_of
+from suture.pipeline.results import RunResult
 from suture.pipeline.settings import Settings
 from suture.tasks.base import SPLITS, Split
 
@@ -118,8 +119,7 @@ class Search:
 
     def __post_init__(self):
         for name, value, known in (("score", self.score, SCORES), ("split", self.split, SPLITS)):
-            if value not in known:
-                raise ConfigError(unknown_name(name, value, known))
+            check_known(name, [value], known)
         for name in ("trials", "num_inputs", "groups"):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:

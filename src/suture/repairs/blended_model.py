@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from suture.checkpoints import open_checkpoint, save_checkpoint
 from suture.core.batches import Forward, call, device_of
-from suture.errors import CheckpointError, ConfigError, unknown_name
+from suture.errors import CheckpointError, ConfigError, check_known, unknown_name
 from suture.repairs.network import Network
 
 
@@ -98,8 +98,7 @@ class BlendedTask(nn.Module):
 
     def __init__(self, model: BlendModel, task: str):
         super().__init__()
-        if task not in model.tasks:
-            raise ConfigError(unknown_name("task", task, model.tasks))
+        check_known("task", [task], model.tasks)
         self.model, self.task = model, task
         self.eval()
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from suture.checkpoints import Checkpoint, open_checkpoint, save_checkpoint
 from suture.core.batches import Forward, call, device_of
-from suture.errors import CheckpointError, ConfigError, shown, unknown_name
+from suture.errors import CheckpointError, check_known, shown, unknown_name
 from suture.repairs.affine_maps import AffineMaps
 from suture.repairs.modules import SurgeryModules, Variant
 from suture.repairs.network import FINAL, Block, Network, layers_of
@@ -137,8 +137,7 @@ class SurgeryModel(nn.Module):
         return task if isinstance(task, slice) else task.to(device_of(self.repair_at[FINAL]))
 
     def _index(self, task: str) -> int:
-        if task not in self.tasks:
-            raise ConfigError(unknown_name("task", task, self.tasks))
+        check_known("task", [task], self.tasks)
         return self.tasks.index(task)
 
 

@@ -14,7 +14,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from suture.checkpoints import TensorSpec, allocate_checkpoint, content_hash, open_checkpoint
-from suture.core.batches import Forward, Inputs, ShuffledBatches, call, device_of, size, split, take, to_device
+from suture.core.batches import Forward, Inputs, ShuffledBatches, ahead, call, device_of, size, split, take, to_device
 from suture.core.progress import Track, untracked
 from suture.core.replicas import on_replicas
 from suture.errors import CheckpointError, ConfigError, DataError, IncompatibleModels
@@ -148,7 +148,7 @@ class Problem:
 
         if len(self.devices) > 1:
             return on_replicas(network, self.devices, rows, batches)
-        return (rows(network, batch) for batch in batches)
+        return (rows(network, batch) for batch in ahead(batches, network.device))
 
     def _check_width(self, kind: str, task: str, rows: Tensor, inputs: Inputs, blocks: tuple[Block, ...]) -> None:
         """Raise `IncompatibleModels` for an expert whose outputs have another width than the merged module's."""

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 from suture.core.discovery import import_all
 from suture.core.knobs import Knobs
-from suture.errors import ConfigError, unknown_name
+from suture.errors import check_known
 
 _KINDS: dict[str, "RepairKind"] = {}
 F = TypeVar("F", bound=Callable[..., Any])
@@ -57,8 +57,7 @@ def repair_kinds() -> dict[str, RepairKind]:
 def get_repair_kind(name: str) -> RepairKind:
     """The kind of this name; raises `ConfigError` with the nearest names."""
     known = repair_kinds()
-    if name not in known:
-        raise ConfigError(unknown_name("repair", name, known))
+    check_known("repair", [name], known)
     return known[name]
 
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from suture.checkpoints import save_checkpoint
 from suture.core.batches import Forward, call
-from suture.errors import ConfigError, unknown_name
+from suture.errors import check_known
 from suture.repairs.network import Network
 
 
@@ -50,8 +50,7 @@ class StaticModel(nn.Module):
 
     def for_task(self, task: str) -> Network:
         """The model of one task as a plain module, inputs → features: the same for all."""
-        if task not in self.tasks:
-            raise ConfigError(unknown_name("task", task, self.tasks))
+        check_known("task", [task], self.tasks)
         return self.network
 
     def save(self, path: str | os.PathLike[str]) -> None:

@@ -6,8 +6,11 @@ this module knows how page and file differ: in theme, width, legend and selector
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from textwrap import wrap
 from typing import Any
+
+from suture.reporting.rendering import png, svg
 
 INK = "currentColor"  # charts on the page follow its theme; in files it is replaced by `_INK_IN_FILES`
 _INK_IN_FILES = "#24303b"
@@ -83,13 +86,23 @@ class Chart:
 
     def _repr_mimebundle_(self, **_: Any) -> dict[str, Any]:
         """For a notebook: the picture, and the specification for those that can draw it."""
-        from suture.reporting.rendering import svg
-
         return {
-            "image/svg+xml": svg(self),
+            "image/svg+xml": self.svg(),
             "application/vnd.vegalite.v6+json": self.in_file(),
             "text/plain": self.title,
         }
+
+    def svg(self, model: str = "") -> str:
+        """The picture as SVG, with the name of a `model` in its title; the same text for equal charts."""
+        return svg(self.in_file(model))
+
+    def save(self, stem: str | Path, model: str = "") -> Path:
+        """Write STEM.svg and STEM.png, byte-identical for equal charts; returns the SVG's path."""
+        stem, picture = Path(stem), self.svg(model)
+        drawing = stem.with_name(f"{stem.name}.svg")
+        drawing.write_text(picture, "utf-8")
+        stem.with_name(f"{stem.name}.png").write_bytes(png(picture))
+        return drawing
 
     def on_page(self) -> dict[str, Any]:
         """The specification for the page: as wide as its container, in the page's colours, without a legend."""

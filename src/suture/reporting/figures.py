@@ -9,10 +9,9 @@ from functools import cache
 from pathlib import Path
 
 from suture.core.discovery import import_all
-from suture.errors import ConfigError, unknown_name
+from suture.errors import check_known
 from suture.reporting.chart import Chart
 from suture.reporting.labels import file_name
-from suture.reporting.rendering import save
 from suture.reporting.run_folder import FinishedRun, read
 
 #: The first sections of the page, in order; any others follow.
@@ -71,12 +70,11 @@ def charts_of(run: FinishedRun) -> Iterator[Drawn]:
 def chart_of_run(folder: Path, name: str) -> Chart:
     """The figure of a finished run with this file name, without suffix; raises `ConfigError` with the names it has."""
     drawn = {one.file: one.chart for one in charts_of(read(folder))}
-    if name not in drawn:
-        raise ConfigError(unknown_name("figure", name, drawn))
+    check_known("figure", [name], drawn)
     return drawn[name]
 
 
 def draw(run: FinishedRun, folder: Path) -> list[Path]:
     """Save every figure of a run as SVG and PNG; returns the paths of the SVG files."""
     folder.mkdir(parents=True, exist_ok=True)
-    return [save(drawn.chart, folder / drawn.file, drawn.model) for drawn in charts_of(run)]
+    return [drawn.chart.save(folder / drawn.file, drawn.model) for drawn in charts_of(run)]

@@ -28,6 +28,14 @@ WORDS = {
     "L1": "The mean over inputs and dimensions of |model − expert|: 0 is the expert's representation.",
     "CKA": "Linear centred kernel alignment, from 0 to 1: how alike two representations are up to rotation and scale.",
 }
+_ADAMERGING = "Coefficients of the task vectors{}, learned from unlabelled inputs. https://arxiv.org/abs/2310.02575"
+_TIES = ", which are trimmed and signed as by TIES"
+WORDS |= {
+    "tw_adamerging": _ADAMERGING.format(", one for each task"),
+    "lw_adamerging": _ADAMERGING.format(", one for each task and tensor"),
+    "tw_adamergingpp": _ADAMERGING.format(f"{_TIES}, one for each task"),
+    "lw_adamergingpp": _ADAMERGING.format(f"{_TIES}, one for each task and tensor"),
+}
 
 
 def explained(word: str, text: str | None = None) -> str:

@@ -39,9 +39,10 @@ def _below(data: Data) -> Iterator[str]:
                 f"{100 * base['mean']:.1f} % in the mean. Do not use it."
             )
         elif worse:
-            losses = [f"{task} ({100 * (row['accuracies'][task] - base['accuracies'][task]):+.1f})" for task in worse]
+            points = {task: 100 * (base["accuracies"][task] - row["accuracies"][task]) for task in worse}
+            losses = [f"{task} ({loss:.1f} points)" for task, loss in points.items()]
             more = f" and {len(losses) - _FEW} more" if len(losses) > _FEW else ""
-            yield f"{row['name']} is below the pretrained model on {', '.join(losses[:_FEW])}{more}, in points."
+            yield f"{row['name']} is below the pretrained model on {', '.join(losses[:_FEW])}{more}."
 
 
 def _is_worse(data: Data, row: Data, base: Data, task: str) -> bool:

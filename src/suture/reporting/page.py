@@ -19,10 +19,11 @@ from suture.reporting.data import COSTS, about_scores, costs, percent, score_tex
 from suture.reporting.figures import charts_of
 from suture.reporting.glossary import explained, explained_name, list_of
 from suture.reporting.harms import harms
+from suture.reporting.headline import headline
 from suture.reporting.paths import without_machine
 from suture.reporting.rendering import runtime
 from suture.reporting.run_folder import FinishedRun, flat, is_reference
-from suture.reporting.scores import best_of_each_use, interval, top_names
+from suture.reporting.scores import interval, top_names
 from suture.reporting.seeds import seeds_table
 from suture.reporting.tables import HEADS, tables
 
@@ -30,7 +31,9 @@ Block = Chart | str
 _DESTINATIONS = ("output", "overwrite", "reuse", "choices.", "hydra")  # keys that do not affect a run's results
 _ABOUT = """Accuracy in %. Bold: not told apart from the best merge or repair of the column, because the 95% intervals
 (Wilson) overlap. Rows are in the order of the run, not of merit; click a column head to sort."""
-_TEXTS = ("learned from", "task's name", "learned")  # columns of words
+_BOLD_OF_SCORES = """Bold: not told apart from the best merge or repair of the column, because the 95% intervals
+(1.96 standard errors on either side) overlap."""
+_KINDS = {"mean": "mean", "learned from": "text", "task's name": "text", "learned": "text"}  # column → its class
 _PEAKS = {"process": "Peak memory of the process", "accelerator": "Peak memory of the accelerator"}
 
 
@@ -79,7 +82,7 @@ def _as_json(charts: Sequence[Chart], texts: Mapping[str, str]) -> str:
 def _sections(run: FinishedRun, charts: list[Chart] | None) -> str:
     """The sections of the page; appends its charts to `charts`, or shows pictures if that is None."""
     data = run.data
-    parts = [_headline(data), _table(data), _notes(data), seeds_table(data), _generations(data)]
+    parts = [headline(data), _table(data), _notes(data), seeds_table(data), _generations(data)]
     if charts is None:
         parts += _pictures(run)
     else:
@@ -129,52 +132,9 @@ def _pictures(run: FinishedRun) -> Iterator[str]:
         yield f"<figure><figcaption>{title}</figcaption>{image}</figure>"
 
 
-def _headline(data: Mapping[str, Any]) -> str:
-    """The best without the task's name and the best with it, with all that is not told apart, and the references."""
-    if data.get("metrics"):
-        return _best_by_gap(data)
-    lines = [_best(data, named, leaders) for named, leaders in best_of_each_use(data)]
-    references = ((row["name"], _percents(row["mean"])) for row in data["rows"] if is_reference(row))
-    compared = "; ".join(f"{explained(name)} {value}" for name, value in references)
-    whole = "".join(f"<p class=lead>{line}</p>" for line in lines)
-    return whole + (f"<p class=note>{compared}.</p>" if whole and compared else "")
-
-
-def _best(data: Mapping[str, Any], named: bool, leaders: Sequence[Mapping[str, Any]]) -> str:
-    use = "Best with the task's name" if named else "Best without the task's name"
-    if not leaders:
-        return f"{use}: nothing is above the pretrained model."
-    best, *others = leaders
-    bounds = interval(data, best, "mean")
-    between = f" ({'–'.join(map(percent, bounds))})" if bounds else ""
-    closed = "" if best["gap_closed"] is None else f", {_percents(best['gap_closed'])} of the gap closed"
-    split = _split(best)
-    sentence = f"{use}: <strong>{escape(best['name'])}</strong>, {_percents(best['mean'])}{between}{closed}{split}."
-    equal = "; ".join(f"{escape(row['name'])} {_percents(row['mean'])}{_split(row)}" for row in others)
-    return sentence + (f" <span class=note>Not told apart from it: {equal}.</span>" if equal else "")
-
-
-def _split(row: Mapping[str, Any]) -> str:
-    return f", learned from the {escape(row['split'])} split" if row["split"] and row["learned"] else ""
-
-
-def _best_by_gap(data: Mapping[str, Any]) -> str:
-    """The same for language models, whose scores may be in several units: the model that closes most of the gap."""
-    scored = [row for row in data["rows"] if not is_reference(row) and (row.get("gap_closed") or 0.0) > 0]
-    if not scored:
-        return ""
-    best = max(scored, key=lambda row: row["gap_closed"])
-    closed = _percents(best["gap_closed"])
-    return f"<p class=lead>Best: <strong>{escape(best['name'])}</strong>, which closes {closed} of the gap.</p>"
-
-
 def _name_of(data: Mapping[str, Any], task: str) -> str | None:
     """The name of a task's metric; None for accuracy."""
     return data.get("metrics", {}).get(task, {}).get("name")
-
-
-def _percents(value: float | None) -> str:
-    return f"{percent(value)}\N{NO-BREAK SPACE}%"
 
 
 def _table(data: Mapping[str, Any]) -> str:
@@ -182,31 +142,33 @@ def _table(data: Mapping[str, Any]) -> str:
         return ""
     palette, top = task_colours(data["tasks"]), top_names(data)
     metrics = {task: each["name"] for task, each in data.get("metrics", {}).items()}
-    title, about = ("Scores", about_scores(metrics)) if metrics else ("Accuracy", _ABOUT)
+    title, about = ("Scores", f"{about_scores(metrics)} {_BOLD_OF_SCORES}") if metrics else ("Accuracy", _ABOUT)
     chips = [
         f'<i class=chip style="--colour:{palette[task]}"></i>{escape(task_head(task, metrics.get(task)))}'
         for task in data["tasks"]
     ]
-    heads = {"model": "model", **dict(zip(data["tasks"], chips, strict=True))}
-    cells = [(name in _TEXTS, inside) for name, inside in heads.items()]
-    cells += [(name in _TEXTS, explained(name)) for name in (*HEADS, *COSTS)]
+    rest = [(_KINDS.get(name, ""), explained(name)) for name in (*HEADS, *COSTS)]
     head = "".join(
-        f"<th scope=col{' class=text' * is_text}><button type=button>{inside}</button></th>"
-        for is_text, inside in cells
+        f'<th scope=col class="{kind}"><button type=button>{inside}</button></th>'
+        for kind, inside in [("", "model"), *(("", chip) for chip in chips), *rest]
     )
     body = "".join(_table_row(data, row, top) for row in data["rows"])
     counts = "".join(f"<td>{_count(data['samples'].get(task))}</td>" for task in data["tasks"])
-    foot = f"<tfoot><tr><th scope=row>test inputs</th>{counts}{'<td></td>' * len((*HEADS, *COSTS))}</tr></tfoot>"
+    empty = "".join(f'<td class="{kind}"></td>' for kind, _ in rest)
+    foot = f"<tfoot><tr><th scope=row>test inputs</th>{counts}{empty}</tr></tfoot>"
     names = (part for row in data["rows"] for part in re.split(r" \+ |, ", row["name"]))
     words = list_of(dict.fromkeys((*HEADS, *COSTS, *names)))
-    return f"""<section><h2>{title}</h2>{_table_controls(data)}<div class=wide><table id=accuracy class=sortable>
+    pinned = " pinned" * any(row["mean"] is not None for row in data["rows"])
+    return f"""<section><h2>{title}</h2>{_table_controls(data)}
+<div class=wide><table id=accuracy class="sortable{pinned}">
 <thead><tr>{head}</tr></thead><tbody>{body}</tbody>{foot}</table></div><p class=note>{about}</p>{words}</section>"""
 
 
 def _table_controls(data: Mapping[str, Any]) -> str:
     """A switch for the intervals of single tasks, and a button that copies the table in each format."""
     buttons = "".join(f'<button type=button class=copy data-text="{name}">{name}</button>' for name in tables(data))
-    switch = "<label><input type=checkbox id=intervals> 95% intervals of every task</label>" if data["samples"] else ""
+    known = any(interval(data, row, task) for row in data["rows"] for task in data["tasks"])
+    switch = "<label><input type=checkbox id=intervals> 95% intervals of every task</label>" if known else ""
     return f"<div class=controls>{switch}<span>Copy as {buttons}</span></div>"
 
 
@@ -280,8 +242,10 @@ def _generations(data: Mapping[str, Any]) -> str:
 def _facts(repair: Mapping[str, Any]) -> str:
     """A repair's cost, and each task's loss at its first and last step."""
     encoded, encoders = repair["inputs_encoded"], repair["encoders_at_inference"]
+    added = f"{repair['added_parameters']:,}" if repair["added_parameters"] else "no"
+    steps = f"{repair['steps']:,} steps, " if repair["steps"] else ""
     cost = (
-        f": {repair['added_parameters']:,} parameters added, {repair['steps']:,} steps, "
+        f": {added} parameters added, {steps}"
         f"{encoded.get('merged', 0):,} inputs through the merged model, {encoded.get('experts', 0):,} through experts, "
         f"{encoders} encoder{'s' * (encoders > 1)} at inference."
     )
@@ -339,9 +303,11 @@ def _details(run: Mapping[str, Any]) -> str:
 def _circumstances(known: Mapping[str, Any]) -> str:
     """Date, commit, hardware and peak memory."""
     machine, peaks = known.get("hardware"), known.get("peak_memory", {})
-    lines = {"Date": known.get("date"), "Commit of the working directory": known.get("commit")}
+    date = re.sub(r"T(\d\d:\d\d):\d\d\+00:00$", r" \1 UTC", known.get("date") or "")
+    lines = {"Date": date, "Commit of the working directory": known.get("commit")}
     if machine:
-        lines["Processor"] = f"{machine['processor']}, {machine['cores']} cores, {machine['threads']} threads used"
+        cores, threads = (f"{n} {word}{'s' * (n != 1)}" for word in ("core", "thread") for n in [machine[f"{word}s"]])
+        lines["Processor"] = f"{machine['processor']}, {cores}, {threads} used"
         lines["Accelerators"] = ", ".join(machine["accelerators"]) or "none"
     lines |= {title: in_bytes(peaks[key]) for key, title in _PEAKS.items() if key in peaks}
     body = "".join(f"<tr><th scope=row>{k}</th><td class=text>{escape(v)}</td></tr>" for k, v in lines.items() if v)
@@ -357,7 +323,9 @@ def _profile(seconds: Mapping[str, float]) -> str:
         f'<td class=bar style="--share: {100 * value / longest:.1f}%">{value:.2f} s</td></tr>'
         for activity, value in seconds.items()
     )
-    return f"<h3>Where the time went</h3><table class=profile><tbody>{lines}</tbody></table>"
+    note = "<p class=note>An activity includes those that it consists of: adaptation includes its passes.</p>"
+    parts = note * ("test-time adaptation" in seconds)
+    return f"<h3>Where the time went</h3><table class=profile><tbody>{lines}</tbody></table>{parts}"
 
 
 def _asset(name: str) -> str:

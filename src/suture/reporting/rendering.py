@@ -6,11 +6,10 @@ Both come from `vl-convert-python`, which contains Vega-Lite and a JavaScript en
 import contextlib
 import re
 from importlib.metadata import version
-from pathlib import Path
+from typing import Any
 
 from suture.core.extras import check_installed
 from suture.errors import OutputError
-from suture.reporting.chart import Chart
 from suture.storage.atomic import write_text
 from suture.storage.cache import cache_directory
 
@@ -21,23 +20,19 @@ _DECIMALS = re.compile(r"(\.\d\d)\d+(?!\d|e)")
 _ENTRY = "window.vegaEmbed = vegaEmbed;"
 
 
-def svg(chart: Chart, model: str = "") -> str:
-    """The picture as SVG, the same text for equal charts."""
+def svg(spec: dict[str, Any]) -> str:
+    """The picture of a specification as SVG, the same text for equal ones."""
     check_installed("a figure", modules=["vl_convert"])
     import vl_convert
 
-    return _rounded(_renumbered(vl_convert.vegalite_to_svg(chart.in_file(model), allowed_base_urls=[])))
+    return _rounded(_renumbered(vl_convert.vegalite_to_svg(spec, allowed_base_urls=[])))
 
 
-def save(chart: Chart, stem: Path, model: str = "") -> Path:
-    """Write STEM.svg and STEM.png, byte-identical for equal charts; returns the SVG's path."""
-    picture = svg(chart, model)
+def png(picture: str) -> bytes:
+    """An SVG as PNG."""
     import vl_convert
 
-    drawing, png = (stem.with_name(f"{stem.name}.{suffix}") for suffix in ("svg", "png"))
-    drawing.write_text(picture, "utf-8")
-    png.write_bytes(vl_convert.svg_to_png(picture, scale=_SCALE))
-    return drawing
+    return vl_convert.svg_to_png(picture, scale=_SCALE)
 
 
 def _renumbered(svg: str) -> str:

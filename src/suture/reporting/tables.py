@@ -51,7 +51,8 @@ def as_latex(data: Data) -> str:
             lines.append(r"\midrule")
         cells = [_bold(escaped(_text(data, row, task)), row["name"] in top[task]) for task in tasks]
         lines.append(_latex_line([escaped(row["name"]), *cells, percent(row["gap_closed"])]))
-    note = "% Accuracy in %. Bold: 95% intervals overlap with that of the best merge or repair. Needs booktabs."
+    unit = "Shares" if data.get("metrics") else "Accuracy"
+    note = f"% {unit} in %. Bold: 95% intervals overlap with that of the best merge or repair. Needs booktabs."
     return "\n".join([note, *lines, r"\bottomrule", r"\end{tabular}"]).replace("–", "--") + "\n"
 
 

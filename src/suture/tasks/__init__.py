@@ -79,7 +79,7 @@ def check(task: Task, split: Split) -> list[str]:
 
 def notes(task: Task, split: Split) -> list[str]:
     """Notes on a task without problems: data that are not there yet, or another number than published."""
-    if _is_on_hub(task) and hub.cached_dataset(task.source) is None:
+    if _not_here_yet(task):
         return [f"Task {task.name!r}: '{task.source}' will be downloaded from the hub."]
     if task.score is not None:
         return []
@@ -123,7 +123,7 @@ def _passage_problems(task: Task, split: Split) -> list[str]:
     if missing:
         place = "{" + missing[0] + "}"
         return [f"Task {task.name!r}: template {template!r} has no {place}. Remedy: put {place} where it goes."]
-    if _is_on_hub(task) and hub.cached_dataset(task.source) is None and not hub.is_offline():
+    if _not_here_yet(task) and not hub.is_offline():
         return []  # as below
     try:
         passages(task, split)
@@ -163,7 +163,7 @@ def _template_problems(template: str, task: Task) -> list[str]:
 
 def _data_problems(task: Task, split: Split) -> list[str]:
     try:
-        if _is_on_hub(task) and hub.cached_dataset(task.source) is None and not hub.is_offline():
+        if _not_here_yet(task) and not hub.is_offline():
             return []  # nothing is fetched for a look
         folder, source = _source(_folder(task), split, task)
         return source.problems(folder, split, task)
@@ -213,6 +213,11 @@ def _is_on_hub(task: Task) -> bool:
         return not Path(task.source).expanduser().is_dir() and hub.is_hub_id(task.source)
     except (OSError, RuntimeError, ValueError):  # a name that is too long, ~ of nobody: it is no folder, and no id
         return False
+
+
+def _not_here_yet(task: Task) -> bool:
+    """Whether the data are on a hub, and not in its cache."""
+    return _is_on_hub(task) and hub.cached_dataset(task.source) is None
 
 
 def _source(folder: Path, split: Split, task: Task) -> tuple[Path, Source]:

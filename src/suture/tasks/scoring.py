@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Literal, get_args
 
-from suture.errors import ConfigError, shown, unknown_name
+from suture.errors import ConfigError, check_known, shown
 
 TextMetric = Literal["bits_per_byte", "perplexity", "word_perplexity"]
 ChoiceMetric = Literal["acc", "acc_norm", "acc_chars"]
@@ -49,11 +49,8 @@ class Scoring:
         if not isinstance(values, Mapping) or "metric" not in values:
             raise ConfigError(f"{where}={shown(value)!r}: wanted a metric, or a mapping with the key metric.")
         known = [field.name for field in fields(cls)]
-        for key in values:
-            if key not in known:
-                raise ConfigError(unknown_name(f"key of score of task {task!r}", str(key), known))
-        if values["metric"] not in SCORES:
-            raise ConfigError(unknown_name(f"metric of task {task!r}", str(values["metric"]), SCORES))
+        check_known(f"key of score of task {task!r}", values, known)
+        check_known(f"metric of task {task!r}", [values["metric"]], SCORES)
         values = {key: each for key, each in values.items() if each is not None}
         stop = values.get("stop")
         if stop is not None:

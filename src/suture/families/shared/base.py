@@ -107,6 +107,10 @@ class Family(ABC):
             self._weights = open_checkpoint(self.directory)
         return self._weights
 
+    def in_memory(self, checkpoint: "Checkpoint") -> "Checkpoint":
+        """A model with the tensors that the modules have, where its files store them in pieces; else as it is."""
+        return checkpoint
+
     @abstractmethod
     def canonical_names(self, names: Iterable[str]) -> dict[str, str]:
         """Canonical name → stored name, for the tensors that are merged."""
@@ -190,10 +194,10 @@ class Family(ABC):
         """Write a directory that loads without suture: merged tensors in the base's names and dtypes, companions."""
         from suture.checkpoints import open_checkpoint, save_checkpoint
 
-        base, out = self.saved_part(open_checkpoint(self.weights)), Path(out)
+        base, out = self.saved_part(self.in_memory(open_checkpoint(self.weights))), Path(out)
         stored, tensors = self.canonical_names(base), dict(base.items())
         for name, key in self.canonical_names(state).items():
             tensors[stored[name]] = state[key].detach().to(tensors[stored[name]].dtype)
         out.mkdir(parents=True, exist_ok=True)
-        save_checkpoint(tensors, out / "model.safetensors", metadata={"format": "pt"})
+        save_checkpoint(tensors, out / "model.safetensors", metadata={"format": "pt"}, pieces=base.pieces)
         self.complete(out)

@@ -10,7 +10,7 @@ from suture.merging.methods.swudi import closed_form
 from suture.merging.registry import matrix_method
 
 
-@matrix_method(paper="https://github.com/WalkerWorldPeace/MLLMerging", workspace=8, square=7)
+@matrix_method(paper="https://github.com/WalkerWorldPeace/MLLMerging", workspace=8, square=5)
 def aswudi(deltas: Float[Tensor, "task out inner"]) -> Float[Tensor, "out inner"]:
     """Minimise WUDI's loss exactly, in as many directions of the tasks' inputs as their spectrum has; nothing to set.
 

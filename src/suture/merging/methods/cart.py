@@ -3,13 +3,12 @@
 import math
 from typing import Annotated
 
-import torch
 from annotated_types import Ge, Le
 from jaxtyping import Float
 from torch import Tensor
 
 from suture.merging.registry import matrix_method
-from suture.merging.spectra import NEGLIGIBLE, largest_norm, leading
+from suture.merging.spectra import NEGLIGIBLE, largest_norm, leading, summed
 
 
 @matrix_method(paper="https://arxiv.org/abs/2412.12153", workspace=8)
@@ -27,7 +26,7 @@ def cart(
     >>> cart(torch.tensor([[[2.0]], [[4.0]]]))  # what differs from the mean cancels
     tensor([[3.]], dtype=torch.float64)
     """
-    mean = deltas.mean(0, dtype=torch.float64)
+    mean = summed(deltas) / len(deltas)
     count = math.ceil(rank_ratio * min(mean.shape))
     floor = NEGLIGIBLE * largest_norm(deltas)
     merged = mean.clone()

@@ -1,14 +1,13 @@
 """Iso-C: isotropic merging in the common subspace, https://arxiv.org/abs/2502.04959"""
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from suture.merging.registry import matrix_method
-from suture.merging.spectra import polar_and_mean
+from suture.merging.spectra import polar_and_mean, summed
 
 
-@matrix_method(paper="https://arxiv.org/abs/2502.04959", workspace=7)
+@matrix_method(paper="https://arxiv.org/abs/2502.04959", workspace=6)
 def iso_c(deltas: Float[Tensor, "task out inner"]) -> Float[Tensor, "out inner"]:
     """Give the sum of the task vectors one singular value in all directions: the mean of its own.
 
@@ -19,5 +18,5 @@ def iso_c(deltas: Float[Tensor, "task out inner"]) -> Float[Tensor, "out inner"]
     tensor([[3., 0.],
             [0., 3.]])
     """
-    factor, mean = polar_and_mean(deltas.sum(0, dtype=torch.float64))
-    return mean * factor
+    factor, mean = polar_and_mean(summed(deltas))
+    return factor.mul_(mean)

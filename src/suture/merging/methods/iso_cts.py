@@ -8,7 +8,16 @@ from jaxtyping import Float
 from torch import Tensor
 
 from suture.merging.registry import matrix_method
-from suture.merging.spectra import NEGLIGIBLE, largest_norm, leading, polar
+from suture.merging.spectra import (
+    NEGLIGIBLE,
+    Singular,
+    concatenated,
+    largest_norm,
+    leading,
+    leading_and_rest,
+    polar,
+    summed,
+)
 
 
 @matrix_method(paper="https://arxiv.org/abs/2502.04959", workspace=13)
@@ -28,10 +37,19 @@ def iso_cts(
     tasks, rank = len(deltas), min(deltas.shape[1:])
     each = round((rank - int(common * rank)) / tasks)  # half to even, as in the authors' code
     floor = NEGLIGIBLE * largest_norm(deltas)
-    shared = leading(deltas.sum(0, dtype=torch.float64), rank - each * tasks, floor)
-    found = [shared]
-    for delta in deltas.unbind() if each else ():
-        delta = delta.double()
-        found.append(leading(delta - shared.left @ (shared.left.mT @ delta), each, floor))
-    left, values, right = (torch.cat(parts, -1) for parts in zip(*found, strict=True))
-    return values.sum() / rank * polar(left) @ polar(right).mT
+    total = summed(deltas)
+    shared, rest = leading_and_rest(total, rank - each * tasks, floor)
+    parts = (_outside(delta.double(), shared.left, rest, each, floor) for delta in (deltas if each else ()))
+    own = concatenated(parts, total if rest is None else total[: rest.shape[1]], each * tasks)
+    left = polar(own.left)  # orthogonal to the common directions, and so are these
+    left = torch.cat([shared.left, left if rest is None else rest @ left], -1)
+    singular = (shared.values.sum() + own.values.sum()) / rank
+    return left.mul_(singular) @ polar(torch.cat([shared.right, own.right], -1)).mT
+
+
+def _outside(delta: Tensor, common: Tensor, rest: Tensor | None, count: int, floor: float) -> Singular:
+    """The first directions of what is orthogonal to `common` on the left; left vectors in the basis `rest`, if given.
+
+    Where out ≤ in this basis is small, and so is all that is decomposed.
+    """
+    return leading(delta - common @ (common.mT @ delta) if rest is None else rest.mT @ delta, count, floor)

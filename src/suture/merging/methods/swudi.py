@@ -10,11 +10,12 @@ from torch import Tensor
 
 from suture.merging.methods.wudi import interference, squared_norms
 from suture.merging.registry import matrix_method
+from suture.merging.spectra import eigenvectors, summed
 
 FLOOR = 1e-8  # of an eigenvalue; they sum to the number of tasks
 
 
-@matrix_method(paper="https://github.com/WalkerWorldPeace/MLLMerging", workspace=8, square=7)
+@matrix_method(paper="https://github.com/WalkerWorldPeace/MLLMerging", workspace=8, square=5)
 def swudi(
     deltas: Float[Tensor, "task out inner"],
     *,
@@ -44,20 +45,20 @@ def closed_form(deltas: Float[Tensor, "task out inner"], shares) -> Float[Tensor
     if squares is None:
         return deltas.mean(0, dtype=torch.float64)
     values, vectors, goal, total = _spectrum(deltas, squares)
-    share = shares(values)[: vectors.shape[1]]
-    values, vectors = values[: len(share)], vectors[:, : len(share)]
+    share = shares(values.flip(0))[: vectors.shape[1]].flip(0)
+    values, vectors = values[-len(share) :], vectors[:, -len(share) :]
     way = (goal @ vectors / values - total @ vectors) * share
     return total.addmm_(way, vectors.mT)
 
 
 def _spectrum(deltas: Tensor, squares: list[float]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """λ (in,) descending and floored, V (in, ≤ in), D and M₀."""
+    """λ (in,) ascending and floored, V (in, ≤ in) of the last of them, D and M₀."""
     tasks, out, inner = deltas.shape
     if inner <= tasks * out:
         inputs, goal, total = interference(deltas, squares)
-        values, vectors = torch.linalg.eigh(inputs)
-        return values.flip(0).clamp_min(FLOOR), vectors.flip(1), goal, total
-    total = deltas.sum(0, dtype=torch.float64)
+        values, vectors = eigenvectors(inputs)
+        return values.clamp_min(FLOOR), vectors, goal, total
+    total = summed(deltas)
     goal = torch.zeros_like(total)
     stacked = total.new_empty(tasks, out, inner)
     for row, delta, square in zip(stacked, deltas, squares, strict=True):
@@ -66,5 +67,5 @@ def _spectrum(deltas: Tensor, squares: list[float]) -> tuple[Tensor, Tensor, Ten
         row /= square**0.5
     _, singular, right = torch.linalg.svd(stacked.flatten(0, 1), full_matrices=False)
     values = total.new_full((inner,), FLOOR)
-    values[: len(singular)] = singular.square().clamp_min(FLOOR)
-    return values, right.mT, goal, total
+    values[-len(singular) :] = singular.flip(0).square().clamp_min(FLOOR)
+    return values, right.flip(0).mT, goal, total

@@ -5,7 +5,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from suture.merging.registry import matrix_method
-from suture.merging.spectra import NEGLIGIBLE, largest_norm, leading, polar
+from suture.merging.spectra import NEGLIGIBLE, concatenated, largest_norm, leading, polar
 
 
 @matrix_method(paper="https://arxiv.org/abs/2412.00081", workspace=8)
@@ -23,6 +23,6 @@ def tsv_m(deltas: Float[Tensor, "task out inner"]) -> Float[Tensor, "out inner"]
     if not each:
         return deltas.mean(0, dtype=torch.float64)
     floor = NEGLIGIBLE * largest_norm(deltas)
-    found = [leading(delta.double(), each, floor) for delta in deltas]
-    left, values, right = (torch.cat(parts, -1) for parts in zip(*found, strict=True))
+    found = (leading(delta.double(), each, floor) for delta in deltas)
+    left, values, right = concatenated(found, deltas[0], each * len(deltas))
     return polar(left) * values @ polar(right).mT

@@ -8,6 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from suture.merging.registry import matrix_method
+from suture.merging.spectra import add_gram, gram, mirrored, summed
 
 _LEAST = 1e-12  # of ‖Δ‖²: a task vector below it counts as zero
 _BETAS, _EPSILON = (0.9, 0.999), 1e-8  # of Adam
@@ -30,16 +31,18 @@ def squared_norms(deltas: Float[Tensor, "task out inner"]) -> list[float] | None
 def interference(deltas: Float[Tensor, "task out inner"], squares: list[float]) -> Interference:
     """The sums that the loss consists of, task by task."""
     _, out, inner = deltas.shape
-    total = deltas.sum(0, dtype=torch.float64)
+    total = summed(deltas)
     inputs, goal = total.new_zeros(inner, inner), torch.zeros_like(total)
     for delta, square in zip(deltas, squares, strict=True):
         delta = delta.double()
-        inputs.addmm_(delta.mT, delta, alpha=1 / square)
         if out < inner:
-            goal.addmm_(delta @ delta.mT, delta, alpha=1 / square)
+            add_gram(inputs, delta, 1 / square)
+            goal.addmm_(gram(delta.mT), delta, alpha=1 / square)
         else:
-            goal.addmm_(delta, delta.mT @ delta, alpha=1 / square)
-    return Interference(inputs, goal, total)
+            own = gram(delta)
+            inputs.add_(own, alpha=1 / square)
+            goal.addmm_(delta, own, alpha=1 / square)
+    return Interference(mirrored(inputs), goal, total)
 
 
 @matrix_method(paper="https://arxiv.org/abs/2503.08099", workspace=13, square=3)

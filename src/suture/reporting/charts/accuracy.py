@@ -22,6 +22,7 @@ from suture.reporting.scores import interval
 
 _REFERENCES = {"pretrained": "#8a94a0", "experts": INK}  # by role
 _MANY = 8  # with more models than this, bars would be too thin, so a heat map is drawn
+_MOST_BARS = 90  # with more bars than this, the figure would be longer than a screen
 _MEASURES = ("accuracy (%)", "relative to the expert (%)", "gap closed (%)")
 
 
@@ -38,15 +39,30 @@ def accuracy(run: FinishedRun) -> Chart | None:
     if not rows:
         return None
     measure = Choice("measure", "show", measures)
-    if len(names) > _MANY:
+    title = "Scores by task" if data.get("metrics") else "Accuracy by task"
+    missing = _without_gap(rows, data["tasks"])
+    if len(names) > _MANY or len(names) * len(tasks) > _MOST_BARS:
         cells = {**_cells(rows, names, tasks), "transform": [measure.filter]}
         width, least = max(400, 34 * len(tasks)), 190 + 25 * len(tasks)
-        return Chart("Accuracy by task", cells, choices=[measure], width=width, least=least)
+        return Chart(title, cells, choices=[measure], about=_about(rows, missing), width=width, least=least)
     palette = model_colours(data)
     legend = {name: palette[name] for name in names}
     bars = {**_bars(rows, legend, tasks), "transform": [measure.filter]}
-    about = "Lines are 95% intervals (Wilson)." if any("low" in row for row in rows) else ""
-    return Chart("Accuracy by task", bars, legend, [measure], about)
+    return Chart(title, bars, legend, [measure], _about(rows, missing, lines=True))
+
+
+def _about(rows: Sequence[Mapping[str, Any]], missing: Sequence[str], *, lines: bool = False) -> str:
+    """A sentence on the lines of bars, and one on the tasks without a gap."""
+    parts = ["Lines are 95% intervals (Wilson)."] if lines and any("low" in row for row in rows) else []
+    if missing:
+        parts.append(f"No gap to close on {', '.join(missing)}: the pretrained model is as good as the expert.")
+    return " ".join(parts)
+
+
+def _without_gap(rows: Sequence[Mapping[str, Any]], tasks: Sequence[str]) -> list[str]:
+    """The tasks whose gap closed is not defined, though that of others is."""
+    known = {row["task"] for row in rows if row["measure"] == _MEASURES[2]}
+    return [task for task in tasks if known and task not in known]
 
 
 _TIPS = [tip("model", "nominal"), tip("task", "nominal"), tip("value", format=".1f")]
@@ -71,7 +87,7 @@ def _bars(rows: Sequence[Mapping[str, Any]], legend: Mapping[str, str], tasks: S
     line = {"transform": [{"filter": "isValid(datum.low)"}], "mark": {"type": "rule", "opacity": 0.7}, "encoding": span}
     return specification(
         rows,
-        layer=[bar, line],
+        layer=[bar, *([line] if any("low" in row for row in rows) else [])],
         height=len(tasks) * (10 if len(legend) > 4 else 14) * len(legend),
         encoding={
             "y": {"field": "task", "type": "nominal", "sort": tasks, "title": None, "scale": {"paddingInner": 0.25}},

@@ -24,6 +24,7 @@ from suture.reporting.labels import short_names
 from suture.reporting.run_folder import FinishedRun
 
 _MANY = 8  # with more tasks, bands and dots cover each other: a band is drawn for the task that is picked
+_LEAST_SPAN = 2  # points of accuracy on an axis: less would show noise as a trend
 _DOTTED = 60  # curves of at most so many steps show a dot for each
 
 
@@ -102,7 +103,7 @@ def objective(run: FinishedRun, name: str) -> Chart | None:
     steps = losses.get("steps", ())
     if len(steps) < 2:
         return None
-    window = max(2, len(steps) // 20)
+    window = max(5, len(steps) // 20)
     each, mean = "each step", "running mean"
     rows = [{"step": s, "value": v, "curve": each} for s, v in zip(steps, losses["loss"], strict=True)]
     smooth = {"op": "mean", "field": "value", "as": "smooth"}
@@ -126,4 +127,10 @@ def accuracy_over_steps(run: FinishedRun, name: str) -> Chart | None:
 def accuracy_curve(scores: dict[str, float | None]) -> Chart | None:
     """The curve of mean accuracies by step; None if there are none."""
     points = [{"step": int(step), "value": 100 * value} for step, value in scores.items() if value is not None]
-    return Chart("Accuracy over steps", line(points, "mean accuracy (%)")) if points else None
+    if not points:
+        return None
+    values = [point["value"] for point in points]
+    middle, reach = (max(values) + min(values)) / 2, max(_LEAST_SPAN, max(values) - min(values)) / 2
+    spec = line(points, "mean accuracy (%)")
+    spec["encoding"]["y"]["scale"]["domain"] = [middle - reach, middle + reach]
+    return Chart("Accuracy over steps", spec)

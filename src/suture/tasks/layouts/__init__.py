@@ -9,7 +9,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from suture.errors import ConfigError, unknown_name
+from suture.errors import ConfigError, check_known, unknown_name
 from suture.tasks.base import Source, Split, Task
 from suture.tasks.layouts.arrays import Arrays
 from suture.tasks.layouts.listing import Listing
@@ -25,8 +25,7 @@ def layout(words: Mapping[str, Any]) -> Layout:
         raise ConfigError(unknown_name("kind of layout", str(words.get("kind")), _KINDS))
     kind = _KINDS[words["kind"]]
     known = {each.name for each in fields(kind)}
-    if unknown := next((key for key in told if key not in known), None):
-        raise ConfigError(unknown_name(f"key of a layout of kind {words['kind']}", unknown, {*known, "within"}))
+    check_known(f"key of a layout of kind {words['kind']}", told, {*known, "within"})
     return kind(**told)
 
 
