@@ -166,14 +166,15 @@ def test_the_profile_has_the_rows_that_people_know():
     ]
 
 
+@pytest.mark.parametrize("number", [2, pytest.param(4, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     "options", [{}, {"concatenate": False}, {"micro_batch": 1}, {"objective": "expert_cross_entropy"}]
 )
-def test_two_processes_find_what_one_finds(options):
+def test_several_processes_find_what_one_finds(options, number):
     from lightning_fabric import Fabric
 
     one = adapt(*problem(torch.float64), max_steps=4, lr=0.1, **options)
-    fabric = Fabric(accelerator="cpu", devices=2, strategy="ddp_fork")
+    fabric = Fabric(accelerator="cpu", devices=number, strategy="ddp_fork")
     two = launch(fabric, lambda f: adapt(*problem(torch.float64), max_steps=4, lr=0.1, fabric=f, **options))
     torch.testing.assert_close(two.history, one.history, rtol=0, atol=1e-12)
     torch.testing.assert_close(two.losses, one.losses, rtol=0, atol=1e-12)
