@@ -28,6 +28,7 @@ class Interrupt:
                 raise
 
 module, swallowed = sys.argv[1], sys.argv[2] == "swallowed"
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it
 sys.argv[1:] = ["method=dare", "modelpool=glyphs8", "taskpool=glyphs8"]
 sys.meta_path.insert(0, Interrupt())
 sys.exit(main())

@@ -24,7 +24,7 @@ from suture.core.head import Head
 from suture.core.progress import Track, untracked
 from suture.errors import CheckpointError, ConfigError, SutureError
 from suture.families.shared.base import Encoder, Family, companion_files
-from suture.families.shared.models import build, config_of, copy_into
+from suture.families.shared.models import build, config_of, copy_into, without_memory
 from suture.families.shared.pictures import quiet
 from suture.families.shared.spelling import spelling_of
 from suture.families.shared.taken_apart import Before, Pick, Rest, Split, take_apart
@@ -149,9 +149,7 @@ class Classification(Family):
         return build(self.auto, config, self.name, self.directory, num_labels=classes)
 
     def _skeleton(self, classes: int) -> Any:
-        config = self.config
-        with torch.device("meta"):
-            return self._model(classes, config)
+        return without_memory(self.config, lambda: self._model(classes, self.config))
 
     @cached_property
     def _two(self) -> Any:

@@ -23,6 +23,7 @@ def cart(
     M = Δ̄ + λ Σ top_k(Δ − Δ̄), with λ = `scaling_factor` and k = ⌈`rank_ratio` · min(out, in)⌉. The authors validate λ
     (2.3 for 8 tasks, 2.4 for 20) and the ratio (0.04 to 0.16).
 
+    >>> import torch
     >>> cart(torch.tensor([[[2.0]], [[4.0]]]))  # what differs from the mean cancels
     tensor([[3.]], dtype=torch.float64)
     """

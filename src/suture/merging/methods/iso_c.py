@@ -14,6 +14,7 @@ def iso_c(deltas: Float[Tensor, "task out inner"]) -> Float[Tensor, "out inner"]
     The mean is over all min(out, in) values, those that are zero too. The authors validate `alpha`: 1.3, 1.0 and 0.9
     for 8, 14 and 20 tasks on ViT-B/32.
 
+    >>> import torch
     >>> iso_c(torch.tensor([[[2.0, 0.0], [0.0, 0.0]], [[0.0, 0.0], [0.0, 4.0]]])).float()
     tensor([[3., 0.],
             [0., 3.]])
