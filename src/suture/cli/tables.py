@@ -10,7 +10,7 @@ from suture.core.names import in_bytes
 from suture.evaluation import Row
 from suture.pipeline.preflight import Preflight
 from suture.pipeline.reproduce import Compared, Published
-from suture.reporting.data import Report, cells, columns, score_text
+from suture.reporting.data import Report, cells, columns, score_text, unit_of
 from suture.reporting.labels import end_label, label, short_names
 
 if TYPE_CHECKING:
@@ -52,9 +52,8 @@ def print_report(report: Report) -> None:
     if not report.rows:
         return
     console = _console()
-    caption = "accuracy in %; norm.: relative to the experts"
-    if report.metrics:
-        caption = "shares in %, ± standard error; ↓: less is better; norm.: relative to the experts"
+    error = ", ± standard error; ↓: less is better" if report.metrics else ""
+    caption = f"{unit_of(report.tasks, report.metrics)}{error}; norm.: relative to the experts"
     table = _table(title=report.title, caption=caption, padding=0, title_justify="left")
     if not _models_across(table, report, console.width):
         _models_down(table, report)

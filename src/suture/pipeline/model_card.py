@@ -7,7 +7,7 @@ from typing import Any
 
 from suture.pipeline.card_parts import command_line, front_matter, inputs_table
 from suture.pipeline.methods import find_method
-from suture.reporting.data import about_scores, percent, score_text, task_head
+from suture.reporting.data import about_scores, percent, score_text, task_heads
 from suture.reporting.run_folder import FinishedRun, flat, read
 from suture.storage.hub import is_hub_id
 from suture.tasks import known
@@ -87,7 +87,7 @@ def _accuracies(data: Mapping[str, Any]) -> list[list[str]]:
     if not data["rows"]:
         return []
     metrics = {task: each["name"] for task, each in data.get("metrics", {}).items()}
-    heads = ["", *(task_head(task, metrics.get(task)) for task in data["tasks"]), "mean", "norm.", "gap closed"]
+    heads = ["", *task_heads(data["tasks"], metrics), "mean", "norm.", "gap closed"]
     rows = []
     for row in data["rows"]:
         errors = row.get("errors", {})
@@ -95,7 +95,7 @@ def _accuracies(data: Mapping[str, Any]) -> list[list[str]]:
         scores.append(score_text(row["mean"], next(iter(metrics.values()), None)))
         rows.append([row["name"], *scores, percent(row["normalised_mean"]), percent(row["gap_closed"])])
     if metrics:
-        return [["## Scores"], _table(heads, rows), [about_scores(metrics)]]
+        return [["## Scores"], _table(heads, rows), [about_scores(data["tasks"], metrics)]]
     legend = ["Accuracy in %. Norm.: mean over tasks of accuracy / expert accuracy. Gap closed: how far from the"]
     return [["## Accuracy"], _table(heads, rows), [*legend, "pretrained model's mean to that of the experts."]]
 

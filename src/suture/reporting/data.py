@@ -63,7 +63,9 @@ class Report:
 
     def _repr_html_(self) -> str:
         heads = ["model", *columns(self)[1:]]
-        return table_html(heads, [cells(self, row) for row in self.rows], f"{self.title}: accuracy in %")
+        return table_html(
+            heads, [cells(self, row) for row in self.rows], f"{self.title}: {unit_of(self.tasks, self.metrics)}"
+        )
 
     @property
     def tasks(self) -> list[str]:
@@ -203,13 +205,35 @@ def percent(value: float | None) -> str:
     return "–" if value is None or not math.isfinite(value) else f"{100 * value:.1f}"
 
 
-def task_head(task: str, name: str | None) -> str:
-    """The head of a task's column, with its metric if that is no accuracy, and ↓ where less is better.
+def common_metric(tasks: Sequence[str], metrics: Mapping[str, str]) -> str | None:
+    """The metric of several tasks that all have the same, which is then named once; else None."""
+    names = {metrics.get(task) for task in tasks}
+    return next(iter(names)) if len(tasks) > 1 and len(names) == 1 else None
 
-    >>> task_head("german", "bits_per_byte"), task_head("mnist", None)
-    ('german, bits per byte ↓', 'mnist')
+
+def unit_of(tasks: Sequence[str], metrics: Mapping[str, str]) -> str:
+    """The scores of a table in words.
+
+    >>> unit_of(["german", "code"], dict.fromkeys(["german", "code"], "bits_per_byte"))
+    'bits per byte'
     """
-    return task if name is None else f"{task}, {name.replace('_', ' ')}{' ↓' * metric(name).lower}"
+    single = common_metric(tasks, metrics) if metrics else "accuracy"
+    if single is None:
+        return "shares in %"
+    return single.replace("_", " ") + " in %" * metric(single).share
+
+
+def task_heads(tasks: Sequence[str], metrics: Mapping[str, str]) -> list[str]:
+    """The heads of the tasks' columns: with the metric where they differ, and ↓ where less is better.
+
+    >>> task_heads(["german", "mnist"], {"german": "bits_per_byte"})
+    ['german, bits per byte ↓', 'mnist']
+    >>> task_heads(["german", "code"], dict.fromkeys(["german", "code"], "bits_per_byte"))
+    ['german ↓', 'code ↓']
+    """
+    single = common_metric(tasks, metrics)
+    names = {task: "" if single else f", {name.replace('_', ' ')}" for task, name in metrics.items()}
+    return [f"{task}{names[task]}{' ↓' * metric(metrics[task]).lower}" if task in names else task for task in tasks]
 
 
 def score_text(value: float | None, name: str | None, error: float | None = None) -> str:
@@ -227,22 +251,24 @@ def score_text(value: float | None, name: str | None, error: float | None = None
     return f"{text} ±{percent(error) if share else f'{error:.3f}'}"
 
 
-def about_scores(metrics: Mapping[str, str]) -> str:
+def about_scores(tasks: Sequence[str], metrics: Mapping[str, str]) -> str:
     """The meaning of the table's numbers, in a sentence."""
     if not metrics:
         return "Accuracy in %. Norm.: mean over tasks of accuracy / expert accuracy."
+    unit = unit_of(tasks, metrics)
     lower = sorted({name.replace("_", " ") for name in metrics.values() if metric(name).lower})
     less = f"Less is better for {', '.join(lower)} (↓). " if lower else ""
     return (
-        f"Shares in %, ± standard error. {less}Norm.: mean over tasks of score / expert score, the other way round "
-        "where less is better. Gap closed: 0 is the pretrained model, 100 the experts, whatever the unit."
+        f"{unit[0].upper()}{unit[1:]}, ± standard error. {less}Norm.: mean over tasks of score / expert score, "
+        "the other way round where less is better. Gap closed: 0 is the pretrained model, 100 the experts, whatever "
+        "the unit."
     )
 
 
 def columns(report: Report) -> list[str]:
     """The column heads of the accuracy table."""
     metrics = report.metrics
-    return ["", *(task_head(task, metrics.get(task)) for task in report.tasks), "mean", "norm.", "gap closed"]
+    return ["", *task_heads(report.tasks, metrics), "mean", "norm.", "gap closed"]
 
 
 def cells(report: Report, row: Row) -> list[str]:

@@ -67,7 +67,7 @@ def _markdown(data: Mapping[str, Any], figures: Sequence[Path]) -> str:
 
 def _about(data: Mapping[str, Any]) -> str:
     named = {task: each["name"] for task, each in data.get("metrics", {}).items()}
-    return about_scores(named) if named else _ABOUT
+    return about_scores(data["tasks"], named) if named else _ABOUT
 
 
 def _line(values: list[str]) -> str:

@@ -15,7 +15,7 @@ from typing import Any
 
 from suture.core.names import in_bytes
 from suture.reporting.chart import Chart, task_colours
-from suture.reporting.data import COSTS, about_scores, costs, percent, score_text, task_head
+from suture.reporting.data import COSTS, about_scores, costs, percent, score_text, task_heads
 from suture.reporting.figures import charts_of
 from suture.reporting.glossary import explained, explained_name, list_of
 from suture.reporting.harms import harms
@@ -142,10 +142,12 @@ def _table(data: Mapping[str, Any]) -> str:
         return ""
     palette, top = task_colours(data["tasks"]), top_names(data)
     metrics = {task: each["name"] for task, each in data.get("metrics", {}).items()}
-    title, about = ("Scores", f"{about_scores(metrics)} {_BOLD_OF_SCORES}") if metrics else ("Accuracy", _ABOUT)
+    title, about = (
+        ("Scores", f"{about_scores(data['tasks'], metrics)} {_BOLD_OF_SCORES}") if metrics else ("Accuracy", _ABOUT)
+    )
     chips = [
-        f'<i class=chip style="--colour:{palette[task]}"></i>{escape(task_head(task, metrics.get(task)))}'
-        for task in data["tasks"]
+        f'<i class=chip style="--colour:{palette[task]}"></i>{escape(head)}'
+        for task, head in zip(data["tasks"], task_heads(data["tasks"], metrics), strict=True)
     ]
     rest = [(_KINDS.get(name, ""), explained(name)) for name in (*HEADS, *COSTS)]
     head = "".join(
