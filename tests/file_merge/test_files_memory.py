@@ -20,7 +20,7 @@ SEVERAL = {
     "ties_merging": [{}, {"scope": "tensor", "merge_func": "mean", "weights": [1.0, 0.5]}],
 }
 PROGRAM = """
-import gc, json, shutil, sys, threading, time
+import ctypes, gc, json, shutil, sys, threading, time
 from pathlib import Path
 import suture
 folder, work, ceiling = Path(sys.argv[1]), json.loads(sys.argv[2]), int(sys.argv[3])
@@ -38,6 +38,8 @@ def watch():
 watcher = threading.Thread(target=watch, daemon=True); watcher.start()
 models = sorted(folder.glob("model_*"))
 for i, (method, knobs) in enumerate(work):
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)  # what the merge before has left in the heap is not this one's
     peak[0] = 0
     count = int(min(len(models), suture.get_method(method).num_models[1]))
     suture.merge_files(folder / "base.safetensors", models[:count], method, folder / f"out{i}", memory=ceiling,

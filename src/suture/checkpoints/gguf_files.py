@@ -44,6 +44,7 @@ class _Stored(NamedTuple):
     shape: tuple[int, ...]
     kind: int
     offset: int
+_ENTRIES = 1 << 15  # decoded at once: the package makes several copies of them
 
 
 class _Header:
@@ -142,7 +143,9 @@ def _part(
     """Some entries of a flattened tensor, from its rows of `width` bytes."""
     first, last = start // columns, -(-stop // columns)
     rows = mapped.tensor(begin + first * width, (last - first) * width, torch.uint8).view(-1, width)
-    values = torch.from_numpy(decode(rows.numpy()))
+    values, few = torch.empty(last - first, columns), max(1, _ENTRIES // columns)
+    for row in range(0, last - first, few):
+        values[row : row + few] = torch.from_numpy(decode(rows[row : row + few].numpy()))
     return values.reshape(-1)[start - first * columns : stop - first * columns]
 
 
