@@ -44,6 +44,8 @@ class _Stored(NamedTuple):
     shape: tuple[int, ...]
     kind: int
     offset: int
+
+
 _ENTRIES = 1 << 15  # decoded at once: the package makes several copies of them
 
 
