@@ -46,9 +46,6 @@ class _Stored(NamedTuple):
     offset: int
 
 
-_ENTRIES = 1 << 15  # decoded at once: the package makes several copies of them
-
-
 class _Header:
     """The header, read from its start; raises `CheckpointError` where it ends early or makes no sense."""
 
@@ -145,9 +142,7 @@ def _part(
     """Some entries of a flattened tensor, from its rows of `width` bytes."""
     first, last = start // columns, -(-stop // columns)
     rows = mapped.tensor(begin + first * width, (last - first) * width, torch.uint8).view(-1, width)
-    values, few = torch.empty(last - first, columns), max(1, _ENTRIES // columns)
-    for row in range(0, last - first, few):
-        values[row : row + few] = torch.from_numpy(decode(rows[row : row + few].numpy()))
+    values = torch.from_numpy(decode(rows.numpy()))
     return values.reshape(-1)[start - first * columns : stop - first * columns]
 
 
