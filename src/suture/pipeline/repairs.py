@@ -87,10 +87,7 @@ class Repair:
     @classmethod
     def of(cls, kind: str, values: Mapping[str, Any], row: str = "") -> "Repair":
         """A repair from the kind's knobs and those of `RepairOptions`; raises `ConfigError` for an invalid one."""
-        kinds = repair_kinds()
-        if kind not in kinds:
-            raise ConfigError(unknown_name("repair", kind, [NONE, *kinds]))
-        chosen, shared = kinds[kind], _shared(kind)
+        chosen, shared = _kind(kind), _shared(kind)
         own = {name: value for name, value in values.items() if name not in shared.defaults}
         knobs = chosen.knobs.validate(own)
         options = shared.validate({name: value for name, value in values.items() if name in shared.defaults})
@@ -133,9 +130,7 @@ class Repair:
 
     @staticmethod
     def _keys(kind: str) -> dict[str, Any]:
-        if kind not in (kinds := repair_kinds()):
-            raise ConfigError(unknown_name("repair", kind, [NONE, *kinds]))
-        own = kinds[kind].knobs.defaults | _shared(kind).defaults
+        own = _kind(kind).knobs.defaults | _shared(kind).defaults
         return {name: value for name, value in own.items() if name != "seed"}
 
     @property
@@ -225,6 +220,13 @@ def _fitted(
             problem = replace(problem, resume=resume, on_step=on_step)
         result = kind.function(problem, **knobs)
     return replace(result, scores=scores)
+
+
+def _kind(name: str) -> RepairKind:
+    """The kind of this name; none is no kind, but what one may type."""
+    if name not in (kinds := repair_kinds()):
+        raise ConfigError(unknown_name("repair", name, [NONE, *kinds]))
+    return kinds[name]
 
 
 def _shared(kind: str) -> Knobs:
