@@ -5,7 +5,6 @@ import json
 import hub_server
 import pytest
 import torch
-from huggingface_hub import constants
 from language_shop import SENTENCES, build_shop, write_pools
 
 from suture.cli.main import main
@@ -19,14 +18,7 @@ pytestmark = [
 
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
-    """The hub that huggingface_hub speaks to, and what was sent to it."""
-    (tmp_path / "repository").mkdir()
-    with hub_server.serving(tmp_path / "repository") as (address, hub):
-        monkeypatch.setattr(constants, "ENDPOINT", address)
-        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
-        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-        monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
-        monkeypatch.setenv("HF_TOKEN", hub.token)
+    with hub_server.spoken_to(tmp_path / "repository", monkeypatch) as hub:
         yield hub
 
 

@@ -57,15 +57,7 @@ def run(tmp_path_factory):
 
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
-    """The hub that huggingface_hub speaks to, and what was sent to it."""
-    (tmp_path / "repository").mkdir()
-    with hub_server.serving(tmp_path / "repository") as (address, hub):
-        monkeypatch.setattr(constants, "ENDPOINT", address)
-        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
-        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-        monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
-        monkeypatch.setenv("HF_TOKEN", hub.token)
-        hub.address = address
+    with hub_server.spoken_to(tmp_path / "repository", monkeypatch) as hub:
         yield hub
 
 

@@ -10,6 +10,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import unquote
 
+from huggingface_hub import constants
+
 COMMIT = "1" * 40
 
 
@@ -186,3 +188,17 @@ class _Handler(BaseHTTPRequestHandler):
             return
         self.hub.sent += len(data) - start
         self.wfile.write(data[start:])
+
+
+@contextmanager
+def spoken_to(folder, monkeypatch):
+    """The hub that huggingface_hub speaks to, and what was sent to it."""
+    folder.mkdir()
+    with serving(folder) as (address, hub):
+        monkeypatch.setattr(constants, "ENDPOINT", address)
+        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+        monkeypatch.setenv("HF_TOKEN", hub.token)
+        hub.address = address
+        yield hub
