@@ -1,9 +1,10 @@
 """The hidden folder beside a result in which it is made: the shards, and a manifest of what is finished.
 
-    .NAME.merging/work.json      what is merged and how: only the same work resumes in the folder
-    .NAME.merging/i-of-n.jsonl   one line for each tensor that a process has finished, with a hash
-    .NAME.merging/count-r-b.npz  what several processes count together over the whole model, block by block
-    .NAME.merging/model/         the result; it becomes NAME in one step when nothing is missing
+    .NAME.merging/
+      work.json      what is merged and how: only the same work resumes in the folder
+      i-of-n.jsonl   one line for each tensor that a process has finished, with a hash
+      count-r-b.npz  what several processes count together over the whole model, block by block
+      model/         the result; it becomes NAME in one step when nothing is missing
 
 After a kill, what a line names is there; after a power cut it may not be. So whoever resumes reads it back. A line that
 says "synced" is written when all that the lines before it name has reached the disk and was read back; one that denies
