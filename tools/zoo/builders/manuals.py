@@ -45,8 +45,9 @@ class LanguageRecipe:
 
     characters: int = 1_500_000
     tokenizer_characters: int = 400_000
-    test_texts: int = 64
-    quizzes: int = 200
+    train_texts: int = 1024
+    test_texts: int = 24
+    quizzes: int = 64
     longest: int = 1200
 
 
@@ -54,8 +55,8 @@ SMALL = LanguageRecipe(
     width=128, layers=4, mlp=384, vocabulary=2048, context=128, pretraining_steps=600, finetuning_steps=100, longest=800
 )
 MINIATURE = LanguageRecipe(
-    width=32, layers=2, mlp=64, heads=2, vocabulary=400, context=64, pretraining_steps=3, finetuning_steps=2, batch=2,
-    characters=20_000, tokenizer_characters=4_000, test_texts=4, quizzes=6, longest=300,
+    width=32, layers=2, mlp=64, heads=2, vocabulary=400, context=128, pretraining_steps=3, finetuning_steps=2, batch=2,
+    characters=20_000, tokenizer_characters=4_000, train_texts=64, test_texts=4, quizzes=6, longest=500,
 )  # fmt: skip
 _SIZES = {"full": LanguageRecipe(), "small": SMALL, "miniature": MINIATURE}
 
@@ -103,11 +104,12 @@ def _save_tasks(
     held_out = list(texts(data, name, held_out=True, longest=recipe.longest))
     order = torch.randperm(len(held_out), generator=generator_for(seed, f"{name}/test")).tolist()
     chosen = [held_out[i] for i in order if len(held_out[i]) > recipe.longest // 3]
-    _write(folder / "data" / name / "train.jsonl", ({"text": text} for text in learned[: 16 * recipe.test_texts]))
+    _write(folder / "data" / name / "train.jsonl", ({"text": text} for text in learned[: recipe.train_texts]))
     _write(folder / "data" / name / "test.jsonl", ({"text": text} for text in chosen[: recipe.test_texts]))
     quizzes = list(islice(_quizzes([held_out[i] for i in order], name, seed), 2 * recipe.quizzes))
     for quiz in quizzes:
         quiz["beginning"] = _shortened(quiz["beginning"], quiz["endings"], tokenizer, recipe.context)
+    quizzes = [quiz for quiz in quizzes if quiz["beginning"]]
     _write(folder / "quiz" / name / "train.jsonl", quizzes[len(quizzes) // 2 :])
     _write(folder / "quiz" / name / "test.jsonl", quizzes[: len(quizzes) // 2])
 
@@ -144,7 +146,7 @@ def _endings(words: Sequence[str], generator: torch.Generator) -> dict[str, Any]
 def _shortened(beginning: str, endings: list[str], tokenizer: Any, context: int) -> str:
     """The end of a beginning, as much of it as fits into the context with the longest ending."""
     longest = max(len(tokens) for tokens in tokenizer([f" {ending}" for ending in endings])["input_ids"])
-    while (excess := len(tokenizer(beginning)["input_ids"]) + longest + 1 - context) > 0:
+    while beginning and (excess := len(tokenizer(beginning)["input_ids"]) + longest + 1 - context) > 0:
         beginning = beginning[excess:].lstrip()  # a token has one character or more
     return beginning
 
