@@ -67,11 +67,14 @@ def with_own_knobs(arguments: Sequence[str]) -> list[str]:
         rest = [each for each in rest if each not in parsed]
         for own in parsed.values():
             _check_own(own, chosen, rest)
-        stored = {
-            name: _stored(group, name, [own for own in parsed.values() if own.belongs_to(name)]) for name in chosen
-        }
-        rest = [f"{group}={','.join(stored.values())}" if each.startswith(f"{group}=") else each for each in rest]
+        rest = [_with_stored(group, each, parsed.values()) for each in rest]
     return rest
+
+
+def _with_stored(group: str, argument: str, given: Collection[_Own]) -> str:
+    """An argument, with the names in the store of what it chooses in the group."""
+    key, _, names = argument.partition("=")
+    return f"{key}={','.join(_stored(group, name, given) for name in names.split(','))}" if key == group else argument
 
 
 def _own(group: str, names: Collection[str], argument: str) -> _Own | None:

@@ -46,7 +46,8 @@ def score_merge(
     result: MergeResult, repairs: Sequence[RepairResult], models: Models, inputs: SplitInputs, context: Context
 ) -> list[Row]:
     """Score a merged model, then each of its repairs."""
-    row = Row(result.label, {}, merge=result.label, learned=result.how, seconds=result.seconds, split=result.split)
+    cost: dict[str, Any] = {"learned": result.how, "seconds": result.seconds, "memory": result.memory}
+    row = Row(result.label, {}, merge=result.label, split=result.split, **cost)
     with context.profile("evaluation"):
         encoder = models.new_encoder(context.device.device)
         rows = [context.scorer.row(row, encoder.load(result.tensors), inputs["test"])]
@@ -74,7 +75,8 @@ def repair_rows(
     An online repair has a row for each share of its stream, and a prequential one, from each input's output before its
     own step.
     """
-    facts: dict[str, Any] = {"learned": result.learned, "seconds": result.seconds, "split": result.split or ""}
+    facts: dict[str, Any] = {"learned": result.learned, "split": result.split or ""}
+    facts |= {"seconds": result.seconds, "memory": result.memory}
     facts |= {"needs_task": result.tensors is None, "added_parameters": result.added_parameters}
     row = Row(result.name, {}, role="repair", merge=label, repair="+".join(result.chain) or result.kind, **facts)
     test = {task: data for task, data in inputs["test"].items() if data.expert in experts}
