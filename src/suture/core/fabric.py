@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.multiprocessing.spawn import ProcessException
 
 from suture.core.batches import call, channels_last
+from suture.core.machine import give_back_freed_memory
 from suture.errors import ConfigError, SutureError, check_known
 
 if TYPE_CHECKING:
@@ -254,6 +255,8 @@ def _saved(fabric: "Fabric", function: "Callable[[Fabric], T]", path: Path, refu
     Shared tensors could not be read after the process that made them has ended, and Lightning waits for the processes
     before it reads what they return, so that a process with more than a pipe holds would never end.
     """
+    if getattr(fabric.strategy, "sharded", False):
+        give_back_freed_memory()
     try:
         result = function(fabric)
     except SutureError as error:
