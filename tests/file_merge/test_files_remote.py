@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import threading
+from contextlib import suppress
 
 import pytest
 import torch
@@ -137,7 +138,7 @@ def test_the_next_block_is_asked_for_before_it_is_wanted(asked, monkeypatch):
     assert asked.count(("a", 131_072)) == 1
 
 
-def test_a_block_that_could_not_be_read_ahead_is_refused_when_it_is_wanted(asked, monkeypatch):
+def test_a_block_that_could_not_be_read_ahead_is_asked_for_again(asked, monkeypatch):
     file, failed = RangedFile(RemotePath("memory://a"), 409_600), threading.Event()
     BLOCKS.limit(18 * 65_536, streams=6)
     watched = RemotePath.range
@@ -152,10 +153,8 @@ def test_a_block_that_could_not_be_read_ahead_is_refused_when_it_is_wanted(asked
     file.tensor(0, 1, torch.uint8)
     assert file.tensor(65_536, 1, torch.uint8).item() == 0
     assert failed.wait(10)
-    try:
+    with suppress(CheckpointError):  # of a reader that comes before it is forgotten
         file.tensor(131_072, 1, torch.uint8)
-    except CheckpointError as error:
-        assert str(error) == "gone"  # else it was forgotten, and asked for again
     assert file.tensor(131_073, 1, torch.uint8).item() == 1
 
 
