@@ -8,6 +8,14 @@ from suture.cli.grammar import EVERYWHERE, VERSION, Argument, Key, Option, Verb,
 
 _WIDTH = 80
 _COLUMN = 28  # where explanations begin on a verb's page
+_KNOBS = {
+    "": [],
+    "merging": [("method.KNOB=…", "a knob of the method; `suture methods METHOD` explains them")],
+    "config": [
+        ("method.KNOB=…", "a knob of the method; `suture methods METHOD` explains them"),
+        ("method.NAME.KNOB=…", "a knob of one method of a sweep; repair.KIND.KNOB=… of one kind of repair"),
+    ],
+}  # configuration → keys that its file does not list
 _NO_BREAK = "\N{NO-BREAK SPACE}"
 
 _TITLE = "suture merges fine-tuned models into one, then closes the representation gap."
@@ -26,9 +34,8 @@ def overview(verbs: Mapping[str, Verb]) -> str:
 def page(verb: Verb) -> str:
     """Usage, arguments, keys with their defaults, options and an example of one verb."""
     details = [line for part in verb.details.split("\n\n") if part for line in ("", *_paragraph(part))]
-    knobs = [("method.KNOB=…", "a knob of the method; `suture methods METHOD` explains them")]
     arguments = ((argument.name, _with_values(argument)) for argument in verb.arguments)
-    keys = [_key(key, verb.defaults()) for key in verb.all_keys] + knobs * bool(verb.configuration)
+    keys = [_key(key, verb.defaults()) for key in verb.all_keys] + _KNOBS[verb.configuration]
     return "\n".join(
         [
             *_wrapped("Usage: ", verb.usage),

@@ -4,7 +4,7 @@ import logging
 import os
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import islice
@@ -169,9 +169,19 @@ class Team:
         if precision not in PRECISIONS:
             raise ConfigError(f"fabric.precision={precision}: wanted one of {', '.join(PRECISIONS)}.")
 
-    def autocast(self) -> AbstractContextManager:
-        """The context of the forward and backward passes."""
-        return self.fabric.autocast() if self.fabric else nullcontext()
+    @contextmanager
+    def autocast(self) -> Iterator[None]:
+        """The context of forward and backward passes, between which weights may be written.
+
+        Autocast would keep its converted weights until the context ends, whatever is written meanwhile.
+        """
+        with self.fabric.autocast() if self.fabric else nullcontext():
+            kept = torch.is_autocast_cache_enabled()
+            torch.set_autocast_cache_enabled(False)
+            try:
+                yield
+            finally:
+                torch.set_autocast_cache_enabled(kept)
 
     def share(self, count: int) -> tuple[slice, float]:
         """The positions of this process among `count`, and their weight in a mean over all of them.
