@@ -199,12 +199,23 @@ class Team:
     def each(self, function: "Callable[[S], T]", items: Iterable[S]) -> Iterator[T]:
         """`function(item)` of every item, in their order, in every process; each process computes its share of them.
 
-        Results go from process to process, so their tensors are to be on the CPU. All processes must take all results.
+        Results go from process to process one at a time, so their tensors are to be on the CPU. All processes must take
+        all results.
         """
         turns = iter(items)
         while turn := list(islice(turns, self.world)):
             own = function(turn[self.rank]) if self.rank < len(turn) else None
-            yield from cast("list[T]", self.gather(own)[: len(turn)])
+            for number in range(len(turn)):
+                yield cast("T", self._told(own, number))
+            del own  # before the next one is computed
+
+    def _told(self, value: "T", source: int) -> "T":
+        """The value that the process `source` has."""
+        if self.world == 1:
+            return value
+        told: list[Any] = [value if self.rank == source else None]
+        torch.distributed.broadcast_object_list(told, src=source)
+        return told[0]
 
     def gather(self, value: "T") -> "list[T]":
         """The values of all processes, in their order; tensors among them are to be on the CPU."""
