@@ -62,12 +62,14 @@ class OneDevice:
 
     def call(self, module: Any, inputs: Any) -> Tensor:
         """The module's output for a batch, (batch, …), in float32 whatever the precision."""
-        if self.config.get("channels_last"):
-            inputs = channels_last(inputs)
         if _precision(self.config) == PRECISIONS[0]:
-            return call(module, inputs)
+            return self.plain_call(module, inputs)
         with self.fabric.autocast():
-            return call(module, inputs).float()
+            return self.plain_call(module, inputs).float()
+
+    def plain_call(self, module: Any, inputs: Any) -> Tensor:
+        """The module's output for a batch in the precision of the context around it, pictures in the chosen order."""
+        return call(module, channels_last(inputs) if self.config.get("channels_last") else inputs)
 
 
 def make_fabric(config: Mapping[str, Any], devices: int = 1):
