@@ -16,6 +16,7 @@ from suture.cli.main import main
 from suture.cli.verbs import VERBS
 from suture.merging.registry import methods
 from suture.pipeline import config
+from suture.pipeline.config_store import with_own_knobs
 from suture.pipeline.methods import all_methods
 from suture.pipeline.settings import Settings
 from suture.repairs import repair_kinds
@@ -84,7 +85,7 @@ def test_commands_in_the_docs_are_known(page, line):
 
 def composed(arguments):
     """Compose and check the first of the runs that the arguments ask for."""
-    arguments = [re.sub(r"=([^\[{]*?),.*", r"=\1", word) for word in arguments]
+    arguments = [re.sub(r"=([^\[{]*?),.*", r"=\1", word) for word in with_own_knobs(list(arguments))]
     default = [] if any(word.startswith("method=") for word in arguments) else ["method=simple_average"]
     Settings.from_config(config.compose([*default, *arguments]))
 
