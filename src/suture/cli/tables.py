@@ -54,7 +54,8 @@ def print_report(report: Report) -> None:
     if not report.rows:
         return
     console = _console()
-    error = ", ± standard error; ↓: less is better" if report.metrics else ""
+    error = ", ± standard error" * bool(report.metrics)
+    error += "; ↓: less is better" * any("↓" in head for head in columns(report))
     caption = f"{unit_of(report.tasks, report.metrics)}{error}; norm.: relative to the experts"
     table = _table(title=report.title, caption=caption, padding=0, title_justify="left")
     if not _models_across(table, report, console.width):
