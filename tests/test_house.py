@@ -33,8 +33,8 @@ HEAVY = {
     *("pydantic", "rich", "huggingface_hub", "PIL"),
 }
 AT_HOME = {
-    "hydra": ["pipeline/config.py"],
-    "omegaconf": ["pipeline/config.py"],
+    "hydra": ["pipeline/config.py", "pipeline/config_store.py"],
+    "omegaconf": ["pipeline/config.py", "pipeline/pool_files.py"],
     "lightning_fabric": ["core/"],
     "transformers": ["families/"],
     "matplotlib": [],

@@ -14,7 +14,7 @@ from suture.adaptation import network as forward
 from suture.adaptation.passes import passes
 from suture.adaptation.vectors import Held, LowRank
 from suture.core.batches import ShuffledBatches
-from suture.core.fabric import launch
+from suture.core.fabric import launch, make_fabric
 from suture.core.progress import Profile
 from suture.errors import ConfigError
 from suture.storage.resume import Resume
@@ -187,7 +187,7 @@ sys.path.insert(0, sys.argv[1])
 from adaptation_problem import problem
 from lightning_fabric import Fabric
 from suture.adaptation import adapt
-from suture.core.fabric import launch
+from suture.core.fabric import launch, make_fabric
 
 fabric = Fabric(accelerator="cpu", devices=2, strategy="ddp")
 result = launch(fabric, lambda f: adapt(*problem(torch.float64), max_steps=4, lr=0.1, fabric=f))
@@ -205,6 +205,33 @@ torch.save(result.history, sys.argv[2])
     assert done.stdout.splitlines() == ["process 0 goes on"]
     one = adapt(*problem(torch.float64), max_steps=4, lr=0.1)
     torch.testing.assert_close(torch.load(tmp_path / "history.pt"), one.history, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("buffers", [False, True], ids=["tensor by tensor", "in buffers"])
+def test_half_precision_learns_from_the_weights_of_each_step(buffers, monkeypatch):
+    monkeypatch.setattr("suture.adaptation.merged_model.in_buffers", lambda device: buffers)
+    fabric = lambda: make_fabric({"accelerator": "cpu", "precision": "bf16-mixed"})
+    options = {"max_steps": 8, "lr": 0.1, "concatenate": False}
+    exact, near = (
+        adapt(*problem(build=Attention), **options),
+        adapt(*problem(build=Attention), fabric=fabric(), **options),
+    )
+    fall = exact.losses[0] - exact.losses[-1]
+    assert fall > 0.3
+    torch.testing.assert_close(near.losses, exact.losses, rtol=0, atol=0.1 * fall.item())
+
+
+class Attention(nn.Module):
+    """Weights that autocast converts inside of linear layers, and outside of any."""
+
+    def __init__(self):
+        super().__init__()
+        self.attention = nn.MultiheadAttention(6, 2, batch_first=True)
+        self.last = nn.Linear(6, 4)
+
+    def forward(self, x):
+        rows = torch.stack([x, x.flip(-1), x.roll(1, -1)], dim=1)
+        return self.last(self.attention(rows, rows, rows)[0].mean(1))
 
 
 def test_half_precision_passes_stay_near_and_others_are_refused():

@@ -95,8 +95,11 @@ def test_every_row_says_what_it_learned_and_whether_it_needs_the_tasks_name(desk
         "task_arithmetic + halfway + final": (True, modules),
         "task_arithmetic + halfway + final, routed": (False, modules),
     }
-    seconds = json.loads((desk.folder / "out" / "report.json").read_text())["seconds"]
-    assert list(seconds) == list(rows)[2:]
+    report = json.loads((desk.folder / "out" / "report.json").read_text())
+    seconds, memory = report["seconds"], report["memory"]
+    assert list(seconds) == list(memory) == list(rows)[2:]
+    peak = report["circumstances"]["peak_memory"]["process"]
+    assert 50 * 2**20 < memory["task_arithmetic"] <= memory["task_arithmetic + halfway"] <= peak
     merge, halfway, final, routed = seconds.values()
     assert 0 < merge < halfway < final == routed
     page = (desk.folder / "out" / "report.html").read_text()

@@ -281,17 +281,18 @@ def test_one_task_gives_the_expert_back(build):
     assert all("rows for" in line or "padding that is sent" in line for line in result.warnings)
 
 
+@pytest.mark.parametrize(("kind", "knobs"), [("calibrate", {"anchor": 1.0}), ("distil", {"steps": 2, "batch_size": 2})])
 @all_architectures
-def test_a_calibrated_model_is_saved_and_loads_without_suture(build, tmp_path):
+def test_a_model_with_other_weights_is_saved_and_loads_without_suture(build, kind, knobs, tmp_path):
     module, inputs, forward = built(build)
     experts = {task: noisy(module, i) for i, task in enumerate(inputs, start=1)}
     merged = average(list(experts.values()))
     before = {name: tensor.clone() for name, tensor in merged.state_dict().items()}
-    knobs = {"forward": forward, "base": module.state_dict(), "cache": tmp_path, "anchor": 1.0}
-    result = repair(merged, experts, inputs, "calibrate", **knobs)
+    given = {"forward": forward, "base": module.state_dict(), "cache": tmp_path}
+    result = repair(merged, experts, inputs, kind, **given, **knobs)
     assert all(torch.equal(tensor, before[name]) for name, tensor in merged.state_dict().items())
     assert any(not torch.equal(tensor, before[name]) for name, tensor in result.tensors.items())
-    assert not list(tmp_path.iterdir())
+    assert kind == "distil" or not list(tmp_path.iterdir())  # only the trained kind keeps what experts gave
     result.model.save(tmp_path / "model.safetensors")
     fresh = copy.deepcopy(module)
     assert not fresh.load_state_dict(load_file(tmp_path / "model.safetensors"), strict=False).unexpected_keys

@@ -170,7 +170,7 @@ def test_latex_is_escaped_and_bold_where_nothing_is_told_apart():
 
 def test_markdown_keeps_its_columns():
     text = as_markdown(finished(row("a | b", 0.7, 0.7)))
-    assert {len(re.findall(r"(?<!\\)\|", line)) for line in text.splitlines()} == {12}
+    assert {len(re.findall(r"(?<!\\)\|", line)) for line in text.splitlines()} == {13}
     assert "| 70.0 (67.9–72.0) |" in text
 
 

@@ -23,7 +23,8 @@ def zoo(tmp_path_factory):
         for page in range(40):
             words = ["".join(draw.choices(LETTERS[language], k=draw.randrange(2, 8))) for _ in range(120)]
             with gzip.open(pages / language / "man1" / f"page{page}.1.gz", "wt", encoding="utf-8") as file:
-                file.write(".TH PAGE 1\n.SH NAME\n" + " ".join(words) + "\n.PP\n" + " ".join(reversed(words)))
+                sentences = (" ".join(words[start : start + 15]) + ". " for start in range(0, 120, 15))
+                file.write(".TH PAGE 1\n.SH NAME\n" + "".join(sentences) + "\n.PP\n" + " ".join(reversed(words)))
     manuals.build(cache / "zoo" / "manuals", seed=0, recipe=manuals.MINIATURE, data=pages)
     return cache
 
@@ -45,7 +46,9 @@ def test_questions_fit_into_the_context_with_their_longest_ending(zoo):
         assert all(row["beginning"] for row in rows)
 
 
-@pytest.mark.parametrize("taskpool", ["CausalLMTaskPool/manuals", "CausalLMTaskPool/manuals_quiz"])
+@pytest.mark.parametrize(
+    "taskpool", ["CausalLMTaskPool/manuals", "CausalLMTaskPool/manuals_quiz", "CausalLMTaskPool/manuals_and_quiz"]
+)
 def test_the_pools_that_ship_fit_the_zoo(zoo, monkeypatch, capsys, taskpool):
     monkeypatch.setenv("SUTURE_CACHE", str(zoo))
     assert main(["check", "method=ties_merging", "modelpool=manuals", f"taskpool={taskpool}"]) == 0

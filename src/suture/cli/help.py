@@ -9,6 +9,15 @@ from suture.cli.grammar import EVERYWHERE, VERSION, Argument, Key, Option, Verb,
 
 _WIDTH = 80
 _COLUMN = 28  # where explanations begin on a verb's page
+_KNOBS = {
+    "": [],
+    "merging": [("method.KNOB=…", "a knob of the method; `suture methods METHOD` explains them")],
+    "config": [
+        ("method.KNOB=…", "a knob of the method; `suture methods METHOD` explains them"),
+        ("repair.KNOB=…", "a knob of the repair; `suture methods REPAIR` explains them"),
+        ("method.NAME.KNOB=…", "a knob of one method of a sweep; repair.KIND.KNOB=… of one kind of repair"),
+    ],
+}  # configuration → keys that its file does not list
 _NO_BREAK = "\N{NO-BREAK SPACE}"
 
 _TITLE = "suture merges fine-tuned models into one, then closes the representation gap."
@@ -27,8 +36,7 @@ def overview(verbs: Mapping[str, Verb]) -> str:
 def page(verb: Verb) -> str:
     """Usage, arguments, keys with their defaults, options and an example of one verb."""
     details = [line for part in verb.details.split("\n\n") if part for line in ("", *_paragraph(part))]
-    groups = [group for group in ("method", "repair") if group in {key.name for key in verb.all_keys} - {*verb.unused}]
-    knobs = [(f"{group}.KNOB=…", f"a knob of it; `suture methods {group.upper()}` explains them") for group in groups]
+    knobs = [knob for knob in _KNOBS[verb.configuration] if knob[0].partition(".")[0] not in verb.unused]
     arguments = ((argument.name, _with_values(argument)) for argument in verb.arguments)
     keys = [_key(key, verb.defaults()) for key in verb.all_keys if key.name not in verb.unused] + knobs
     return "\n".join(

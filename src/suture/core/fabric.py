@@ -2,8 +2,8 @@
 
 import logging
 import tempfile
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -164,9 +164,19 @@ class Team:
         if precision not in PRECISIONS:
             raise ConfigError(f"fabric.precision={precision}: wanted one of {', '.join(PRECISIONS)}.")
 
-    def autocast(self) -> AbstractContextManager:
-        """The context of the forward and backward passes."""
-        return self.fabric.autocast() if self.fabric else nullcontext()
+    @contextmanager
+    def autocast(self) -> Iterator[None]:
+        """The context of forward and backward passes, between which weights may be written.
+
+        Autocast would keep its converted weights until the context ends, whatever is written meanwhile.
+        """
+        with self.fabric.autocast() if self.fabric else nullcontext():
+            kept = torch.is_autocast_cache_enabled()
+            torch.set_autocast_cache_enabled(False)
+            try:
+                yield
+            finally:
+                torch.set_autocast_cache_enabled(kept)
 
     def sum(self, tensor: Tensor) -> Tensor:
         """The sum over all processes, on the CPU."""

@@ -5,6 +5,7 @@ import os
 import platform
 import subprocess
 import sys
+import time
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -25,17 +26,57 @@ def hardware() -> dict[str, Any]:
     return {"processor": _processor(), "cores": cores, "threads": threads, "accelerators": devices}
 
 
+class Meter:
+    """The time since it was made, and the largest resident size of the process since then.
+
+    Only one can measure memory at a time: a new one begins the peak anew.
+    """
+
+    def __init__(self):
+        _highest[0] = max(_highest[0], _resident_peak())
+        self._began, self._restarted = time.perf_counter(), _restart_peak()
+
+    @property
+    def seconds(self) -> float:
+        """Seconds so far."""
+        return time.perf_counter() - self._began
+
+    @property
+    def memory(self) -> int | None:
+        """The peak in bytes, libraries included; None where the system cannot begin it anew, as only Linux can."""
+        return _resident_peak() if self._restarted else None
+
+
+_highest = [0]  # the peak from before the kernel's was begun anew
+
+
+def _restart_peak() -> bool:
+    """Begin the kernel's peak of the resident size anew; returns whether it did."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return False
+    return True
+
+
+def _resident_peak() -> int:
+    """The kernel's peak of the resident size in bytes; 0 where it keeps none."""
+    with contextlib.suppress(ImportError):
+        import resource
+
+        unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is in bytes on macOS, in KiB elsewhere
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return 0
+
+
 def peak_memory() -> dict[str, int]:
     """Bytes: the largest resident size of this process since it began, and of torch's tensors on an accelerator.
 
     A key is missing where the system does not say: `process` on Windows, `accelerator` without CUDA.
     """
     peaks: dict[str, int] = {}
-    with contextlib.suppress(ImportError):
-        import resource
-
-        unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is in bytes on macOS, in KiB elsewhere
-        peaks["process"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    if process := max(_resident_peak(), _highest[0]):
+        peaks["process"] = process
     if torch.cuda.is_available():
         peaks["accelerator"] = max(torch.cuda.max_memory_allocated(i) for i in range(torch.cuda.device_count()))
     return peaks

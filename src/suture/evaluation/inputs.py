@@ -24,7 +24,7 @@ class TaskInputs:
     """One decoded task: inputs (N, …) or a mapping of such tensors, labels (N,), and the head, if any.
 
     `identity` identifies the data if they come from files. `requests`: what a language model is asked to be scored; its
-    inputs are prompts without labels.
+    inputs are prompts without labels. `model` names the task's expert where that has another name.
     """
 
     name: str
@@ -34,6 +34,12 @@ class TaskInputs:
     classnames: tuple[str, ...] | None = None
     identity: str | None = None
     requests: Requests | None = None
+    model: str | None = None
+
+    @property
+    def expert(self) -> str:
+        """The name of the model that is this task's expert."""
+        return self.model or self.name
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -125,6 +131,7 @@ def task_inputs(
         head=family.head(task, track),
         classnames=task.classnames,
         identity=loaded.identity if family.preprocessing else None,  # code of one's own may change
+        model=task.model,
     )
 
 
@@ -136,4 +143,5 @@ def _language_inputs(family: Any, task: Task, split: Split, track: Track, first:
         inputs, requests = family.language_inputs(task, rows)
         advance(len(rows))
     labels = torch.zeros(len(rows), dtype=torch.int64)
-    return TaskInputs(task.name, inputs, labels, family.head(task), identity=rows.identity, requests=requests)
+    facts: dict[str, Any] = {"identity": rows.identity, "requests": requests, "model": task.model}
+    return TaskInputs(task.name, inputs, labels, family.head(task), **facts)

@@ -28,7 +28,8 @@ class Row:
     repair's row also has the label of its `merge` and its kind, `repair`. In a `routed` row a router chose each input's
     task. `needs_task`: whether the task's name must be given at inference. `learned` says what was learned and from
     which inputs, and is empty where only weights were read; `split` is the split of these inputs, if any. `seconds` is
-    the time that making the model took, and `added_parameters` the number of its parameters beside one model's.
+    the time that making the model took, `memory` the process's peak meanwhile in bytes, if it is known, and
+    `added_parameters` the number of the model's parameters beside one model's.
     `routing`: task → the share of its inputs that the router sends to it. `warnings` are lines about this row.
 
     `metrics`: task → the name of its score, where that is no accuracy; `errors`: task → its standard error; `details`:
@@ -46,6 +47,7 @@ class Row:
     needs_task: bool = False
     learned: str = ""
     seconds: float | None = field(default=None, compare=False)
+    memory: int | None = field(default=None, compare=False)
     split: str = ""
     added_parameters: int = 0
     routing: Mapping[str, float] = field(default_factory=dict)

@@ -75,7 +75,7 @@ class CausalLM(Family):
 
     def head(self, task: Task, track: Track = untracked) -> Head:
         """The output layer of the task's expert; scores use that of the model itself."""
-        state = self.experts.get(task.name, self.weights)
+        state = self.experts.get(task.expert, self.weights)
         name = f"{self._encoder._output}.weight"
         stored = self.canonical_names(state)[self._tied[name]]
         return Head(state[stored].float(), scale=self._encoder.scale)

@@ -74,7 +74,7 @@ class SentenceEncoder(PooledTexts):
 
     def head(self, task: Task, track: Track = untracked) -> Head:
         """The linear layer in the task's file, or its class names; after the expert's own Dense layers."""
-        directory = self._directory_of(task.name)
+        directory = self._directory_of(task.expert)
         before, normalised = _after_pooling(directory)
         if self._with_files():
             head = stored_head(self.settings["heads"], task.name, len(task.classnames))
@@ -83,7 +83,7 @@ class SentenceEncoder(PooledTexts):
 
     def problems(self, task: Task) -> list[str]:
         try:
-            layout = self._layout_problems(task.name)
+            layout = self._layout_problems(task.expert)
         except SutureError as error:
             return [str(error)]
         return layout or super().problems(task)
@@ -101,7 +101,7 @@ class SentenceEncoder(PooledTexts):
     @torch.no_grad()
     def _embedded(self, task: Task, before: nn.Module | None) -> Tensor:
         """Embeddings of the class names (C, D), of length one."""
-        state = self.experts.get(task.name)
+        state = self.experts.get(task.expert)
         encoder: PooledEncoder = self.encoder(state)
         texts = Texts({"text": task.classnames}, torch.zeros(len(task.classnames)))
         rows = encoder(**self.reader.tokens(texts, untracked, "Encoding class names"))

@@ -90,7 +90,7 @@ class Seq2Seq(Family):
     def head(self, task: Task, track: Track = untracked) -> Head:
         if problems := self.problems(task):
             raise ConfigError(problems[0])
-        state = self.experts.get(task.name, self.weights)
+        state = self.experts.get(task.expert, self.weights)
         stored = self.canonical_names(state)
         output = stored.get("lm_head.weight") or stored["shared.weight"]  # tied to the embeddings in the first T5s
         return Head(state[output][self._first_tokens(task)].float(), scale=self._scale)

@@ -1,11 +1,10 @@
-"""Configuration: from command-line arguments or keywords to one plain dict per run. Only this module knows Hydra.
+"""Configuration: from command-line arguments or keywords to one plain dict per run, through Hydra.
 
 Methods are in Hydra's config store, with the defaults of their signatures; pools are the YAML files of conf/, or the
 user's own. Errors of Hydra and OmegaConf become a `ConfigError` of one line, with the nearest names. `surgery=…` is
 accepted for the group `repair`.
 """
 
-import hashlib
 import json
 import os
 import re
@@ -20,16 +19,13 @@ from pathlib import Path
 from typing import Any
 
 from suture.errors import ConfigError, OutputError, one_line, unknown_name
-from suture.merging.registry import MergeMethod
+from suture.pipeline.config_store import as_typed, store_all, store_pool, store_repair, typed_name, with_own_knobs
 from suture.pipeline.methods import all_methods
-from suture.pipeline.repairs import JOIN, NONE, Repair
-from suture.repairs import repair_kinds
+from suture.pipeline.pool_files import read_pool
+from suture.pipeline.repairs import JOIN
 
-_LARGEST_POOL = 1_000_000  # bytes
-_MOST_NODES = 100_000
 _MULTIRUN = {"-m", "--multirun"}
 _GROUPS = ("modelpool", "taskpool")
-_TYPED: dict[str, str] = {}  # Hydra's name for a user's pool → the path that was typed
 
 
 def run_each(
@@ -43,7 +39,7 @@ def run_each(
     """
     import hydra
 
-    _register()
+    store_all()
     if _MULTIRUN & set(argv):
         for arguments in _combinations(_rewritten(argv)):
             check(compose(arguments))
@@ -138,7 +134,7 @@ def compose(argv: Sequence[str]) -> dict[str, Any]:
     """The resolved configuration of one run, without running it."""
     import hydra
 
-    _register()
+    store_all()
     with _one_line_errors(), hydra.initialize_config_module("suture.pipeline.conf", version_base="1.3"):
         return _plain(hydra.compose("config", overrides=_rewritten(argv)), argv)
 
@@ -162,7 +158,7 @@ def composed(
 def _arguments(key: str, value: Any) -> list[str]:
     """A keyword as command-line arguments."""
     if key in _GROUPS and isinstance(value, Mapping):
-        return [f"{key}={_stored_pool(key, 'pool', value, f'<{key}>')}"]
+        return [f"{key}={store_pool(key, 'pool', value, f'<{key}>')}"]
     if key in ("method", "repair") and isinstance(value, Mapping):
         name = "name" if key == "method" else "kind"
         inside = [(f"{key}.{knob}", setting) for knob, setting in value.items() if knob != name]
@@ -186,7 +182,7 @@ def compose_merging(argv: Sequence[str]) -> dict[str, Any]:
     """The configuration of `suture merge`. The paths base=, output=, mergekit= and models.NAME= are taken literally."""
     import hydra
 
-    _register()
+    store_all()
     paths, others = {}, []
     for argument in argv:
         key, equals, value = argument.partition("=")
@@ -215,33 +211,6 @@ def save(config: dict[str, Any], path: Path) -> None:
     OmegaConf.save(OmegaConf.create(config), path)
 
 
-def _register() -> None:
-    from hydra.core.config_store import ConfigStore
-
-    store = ConfigStore.instance()
-    for kind in (NONE, *repair_kinds()):
-        _store_repair(kind)
-    for method in all_methods().values():
-        defaults = _node(method.knobs.defaults) | ({"after": None} if isinstance(method, MergeMethod) else {})
-        for name in (method.name, *method.aliases):
-            node = defaults | {"name": name if "name" in defaults else method.name}
-            folder, _, last = f"method/{name}".rpartition("/")
-            store.store(group=folder, name=last, node=node, provider="suture")
-
-
-def _store_repair(kind: str) -> None:
-    """Put a kind, or a chain of kinds, into Hydra's store."""
-    from hydra.core.config_store import ConfigStore
-
-    ConfigStore.instance().store(group="repair", name=kind, node=_node(Repair.defaults(kind)), provider="suture")
-
-
-def _node(defaults: Mapping[str, Any]) -> dict[str, Any]:
-    """Knobs as a configuration node; their seed is the run's by default."""
-    plain = {knob: list(value) if isinstance(value, tuple) else value for knob, value in defaults.items()}
-    return plain | ({"seed": "${seed}"} if "seed" in plain else {})
-
-
 def _plain(config, arguments: Sequence[str] = ()) -> dict[str, Any]:
     from hydra.core.hydra_config import HydraConfig
     from omegaconf import OmegaConf
@@ -252,16 +221,11 @@ def _plain(config, arguments: Sequence[str] = ()) -> dict[str, Any]:
         choices = {
             group: name for group, name in hydra_config.runtime.choices.items() if not group.startswith("hydra/")
         }
-        plain["choices"] = {group: _TYPED.get(name, name) for group, name in choices.items()}
+        plain["choices"] = {group: typed_name(name) for group, name in choices.items()}
         arguments = list(hydra_config.overrides.task)
         if _is_multirun() and plain["output"] is None:
             plain |= {"output": hydra_config.runtime.output_dir, "overwrite": True, "reuse": True}
-    return plain | {"command": shlex.join(["suture", *map(_as_typed, arguments)])}
-
-
-def _as_typed(argument: str) -> str:
-    key, equals, value = argument.partition("=")
-    return f"{key}{equals}{_TYPED.get(value, value)}"
+    return plain | {"command": shlex.join(["suture", *(word for each in arguments for word in as_typed(each))])}
 
 
 def _is_multirun() -> bool:
@@ -280,16 +244,16 @@ def _in_this_process() -> bool:
 
 def _rewritten(argv: Sequence[str]) -> list[str]:
     """The arguments as Hydra takes them, without `taskpool=null`, which is its default."""
-    return [_rewrite(argument) for argument in argv if argument != "taskpool=null"]
+    named = [re.sub(r"^([+~]*)surgery(?=[.=]|$)", r"\1repair", argument) for argument in argv]
+    return [_rewrite(argument) for argument in with_own_knobs(named) if argument != "taskpool=null"]
 
 
 def _rewrite(argument: str) -> str:
     """Resolve a pool's name, with or without its folder, or the path of its YAML file."""
-    argument = re.sub(r"^([+~]*)surgery(?=[.=]|$)", r"\1repair", argument)
     group, equals, value = argument.partition("=")
     if group == "repair" and JOIN in value:
         for chain in value.split(","):
-            _store_repair(chain)
+            store_repair(chain)
     if group not in _GROUPS or not equals or not value or value == "null":
         return argument
     return f"{group}={','.join(_pool(group, name) for name in value.split(','))}"
@@ -307,66 +271,7 @@ def _pool(group: str, name: str) -> str:
 
 def _own_pool(group: str, path: Path) -> str:
     """Put the pool of a YAML file into Hydra's store; returns its name there."""
-    return _stored_pool(group, path.stem, _read_pool(group, path), str(path))
-
-
-def _stored_pool(group: str, stem: str, node: Any, typed: str) -> str:
-    """Put a user's pool into Hydra's store; returns its name there."""
-    from hydra.core.config_store import ConfigStore
-
-    name = f"{stem}_{hashlib.sha256(json.dumps([typed, node], default=str).encode()).hexdigest()[:8]}"
-    ConfigStore.instance().store(group=group, name=name, node=node, provider="suture")
-    _TYPED[name] = typed
-    return name
-
-
-def _read_pool(group: str, path: Path) -> dict[Any, Any]:
-    from omegaconf import OmegaConf
-    from yaml import YAMLError
-
-    try:
-        _check_expansion(group, path)
-        pool = OmegaConf.load(path) if path.stat().st_size else None
-    except RecursionError:
-        raise ConfigError(f"{group}={path} is nested too deeply. Remedy: write it out without anchors.") from None
-    except YAMLError as error:
-        raise ConfigError(f"{group}={path} is not valid YAML: {' '.join(str(error).split())}") from None
-    except UnicodeDecodeError:
-        raise ConfigError(f"{group}={path} is not text in UTF-8. Remedy: give a pool's YAML file.") from None
-    except FileNotFoundError:
-        raise ConfigError(f"{group}={path}: there is no such file. Remedy: give the path of a YAML file.") from None
-    except OSError as error:
-        problem = error.strerror or "it holds no pool"
-        raise ConfigError(f"{group}={path}: {problem}. Remedy: give the path of a YAML file.") from None
-    content = OmegaConf.to_container(pool) if pool is not None else None
-    if not isinstance(content, dict):
-        raise ConfigError(f"{group}={path} holds no pool. Remedy: give a YAML file with keys such as models or tasks.")
-    if "defaults" in content:
-        raise ConfigError(f"{group}={path} has a list of defaults. Remedy: write out what it refers to.")
-    return content
-
-
-def _check_expansion(group: str, path: Path) -> None:
-    """Refuse a YAML file too large for a pool, every alias written out: 500 bytes can stand for billions of values."""
-    import yaml
-
-    size_on_disk = path.stat().st_size  # raises for a file that is not there
-    if not path.is_file() or size_on_disk > _LARGEST_POOL:
-        raise OSError(None, f"it is no file of at most {_LARGEST_POOL} bytes")
-    sizes: dict[int, int] = {}
-
-    def size(node: yaml.Node) -> int:
-        if id(node) not in sizes:
-            parts = node.value if isinstance(node, yaml.CollectionNode) else ()
-            sizes[id(node)] = 1 + sum(
-                size(each) for part in parts for each in (part if type(part) is tuple else (part,))
-            )
-        return sizes[id(node)]
-
-    root = yaml.compose(path.read_text("utf-8"), yaml.SafeLoader)
-    if root is not None and size(root) > _MOST_NODES:
-        remedy = "write out what its anchors stand for"
-        raise ConfigError(f"{group}={path} stands for more than {_MOST_NODES} values. Remedy: {remedy}.")
+    return store_pool(group, path.stem, read_pool(group, path), str(path))
 
 
 @contextmanager

@@ -123,7 +123,8 @@ def measure(
     rows = [by_name.get("pretrained", Row("pretrained", {}, role="pretrained"))]
     rows.append(by_name.get("experts", Row("experts", {}, role="experts", needs_task=True)))
     for result in (outcome.merged for outcome in outcomes):
-        plain = Row(result.label, {}, merge=result.label, learned=result.how, seconds=result.seconds)
+        cost: dict[str, Any] = {"learned": result.how, "seconds": result.seconds, "memory": result.memory}
+        plain = Row(result.label, {}, merge=result.label, **cost)
         rows.append(by_name.get(result.label, plain))
         rows += [row for row in scores.rows if row.role == "repair" and row.merge == result.label]
     kept = {task for row in rows for task in row.accuracies}

@@ -203,7 +203,7 @@ class _Counting:
         """The pretrained model, and the experts each on its own task."""
         if not self.settings.tasks:
             return []
-        complete = set(self.settings.task_names) <= set(self.models.experts)
+        complete = {task.expert for task in self.settings.tasks} <= set(self.models.experts)
         return [self.scoring("score the references", 1 + complete)]
 
     def evaluation(self, one_more: bool, matrix: bool) -> list[Stage]:
@@ -252,7 +252,8 @@ class _Counting:
         name, options = repair.kind.name, repair.options
         used = {t: min(options.num_inputs or n, n) for t, n in self.counts(options.split).items()}
         used = sum(count for task, count in used.items() if task in self.models.experts)
-        tests = sum(n for task, n in self.counts("test").items() if task in self.models.experts)
+        counts = self.counts("test")
+        tests = sum(counts[task.name] for task in self.settings.tasks if task.expert in self.models.experts)
         if name == "final":
             fitted = 2 * used + 3 * self._compared(options.compare)
             seconds = fitted * self.known.forward + repair.knobs["steps"] * _STEP

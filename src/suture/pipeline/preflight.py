@@ -17,7 +17,7 @@ from suture.checkpoints.adapters import untied
 from suture.checkpoints.matching import matched
 from suture.core.fabric import SHARDED
 from suture.core.names import in_bytes
-from suture.errors import PRETRAINED, ConfigError, SutureError
+from suture.errors import PRETRAINED, ConfigError, SutureError, unknown_name
 from suture.merging.compatibility import compatibility, merged_names, spec_of
 from suture.merging.registry import MergeMethod, get_method
 from suture.merging.task_vectors import TaskVectors, working_memory
@@ -98,6 +98,7 @@ def _check_tasks(checked: Preflight, models: Mapping[str, Checkpoint], taskpool:
         problems = tasks.check(task, "test")
         checked.problems += problems
         checked.notes += [] if problems else tasks.notes(task, "test")
+    checked.problems += _expert_problems(models, taskpool)
     checked.notes += _expert_notes(models, taskpool)
 
 
@@ -265,9 +266,20 @@ def _disk_problems(checked: Preflight, output: Path) -> list[str]:
     ]
 
 
+def _expert_problems(models: Mapping[str, Checkpoint], taskpool: TaskPool) -> list[str]:
+    problems = []
+    for task in taskpool.tasks:
+        if task.model is not None and task.model not in models:
+            problems.append(f"Task '{task.name}': {unknown_name('model', task.model, models)}")
+        elif task.expert != task.name and task.name in models:
+            problems.append(
+                f"Task '{task.name}' has the name of a model, but model={task.model}. Remedy: rename the task."
+            )
+    return problems
+
+
 def _expert_notes(models: Mapping[str, Checkpoint], taskpool: TaskPool) -> list[str]:
     named = {task.name for task in taskpool.tasks}
-    notes = [
-        f"Task '{task}' has no model of its name: no expert to compare with." for task in sorted(named - set(models))
-    ]
+    alone = sorted(task.name for task in taskpool.tasks if task.expert not in models)
+    notes = [f"Task '{task}' has no model of its name: no expert to compare with." for task in alone]
     return notes + [f"Model '{model}' is merged but has no task of its name." for model in sorted(set(models) - named)]

@@ -1,6 +1,5 @@
 """Repairs for `repair=…`: fitted to a merged model of a pool, on the inputs of its task pool."""
 
-import time
 from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 from suture.checkpoints import content_hash
 from suture.core.batches import Inputs
 from suture.core.knobs import Knobs
+from suture.core.machine import Meter
 from suture.core.progress import bar
 from suture.core.random import generator_for
 from suture.errors import ConfigError, unknown_name
@@ -150,7 +150,8 @@ def fit(
     earlier = [] if repair.after is None else fit(repair.after, models, merged, inputs, context)
     start = merged
     if earlier:
-        start = replace(merged, tensors=_repaired_weights(merged, earlier[-1]), seconds=earlier[-1].seconds)
+        last = earlier[-1]
+        start = replace(merged, tensors=_repaired_weights(merged, last), seconds=last.seconds, memory=last.memory)
     return [*earlier, _fit_one(repair, models, start, inputs, context)]
 
 
@@ -171,10 +172,10 @@ def _fit_one(
     encodings = Path(options.cache_dir) / "encodings" if options.keep_encodings else context.encodings
     free = models.base.select({name: name for name in models.vectors().names})
     sizes = {"encode_batch": context.batch_size, "track": bar, "base": free, "devices": device.replicas}
-    problem, began = Problem(module, expert, few, device.call, encodings, **sizes), time.perf_counter()
+    problem, meter = Problem(module, expert, few, device.call, encodings, **sizes), Meter()
     with context.profile(f"repair: {repair.kind.name}"):
         result = _fitted(repair, problem, merged, inputs, context, encodings)
-        seconds = merged.seconds + time.perf_counter() - began
+        cost = {"seconds": merged.seconds + meter.seconds, "memory": _most(merged.memory, meter.memory)}
         if result.stream is not None:
             order = {name: chosen[name][at] for name, at in result.stream.order.items()}
             result = replace(result, stream=result.stream._replace(order=order))
@@ -186,8 +187,13 @@ def _fit_one(
             distances = representation(result.model, expert, compared, **sides) if options.compare else None
             result = replace(result, representation=distances)
     facts: dict[str, Any] = {"name": repair.name(merged.label), "chain": repair.chain, "split": options.split}
-    facts |= {"inputs": sum(map(len, chosen.values())), "seconds": seconds}
+    facts |= {"inputs": sum(map(len, chosen.values()))} | cost
     return replace(result, **facts, encodings=encodings)
+
+
+def _most(*peaks: int | None) -> int | None:
+    """The largest of some peaks; None if one is unknown."""
+    return max(known) if len(known := [peak for peak in peaks if peak is not None]) == len(peaks) else None
 
 
 def _fitted(

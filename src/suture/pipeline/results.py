@@ -24,8 +24,9 @@ class MergeResult:
     """One merged model: its tensors, and its learned coefficients, if any. `label` names its row in the report.
 
     `how` says in words what was learned, and from which inputs, which are of the `split`; both are empty where only
-    weights were read. `seconds` is the time that the merge took, and `warnings` are lines for the user. `masked`: the
-    models of the tasks, where the method leaves more than one model.
+    weights were read. `seconds` is the time that the merge took, `memory` the process's peak during it in bytes, if it
+    is known, and `warnings` are lines for the user. `masked`: the models of the tasks, where the method leaves more
+    than one model.
     """
 
     label: str
@@ -33,6 +34,7 @@ class MergeResult:
     learned: AdaMergingResult | None = None
     how: str = ""
     seconds: float = 0.0
+    memory: int | None = None
     warnings: tuple[str, ...] = ()
     masked: RepairResult | None = None
     split: str = ""

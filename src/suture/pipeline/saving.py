@@ -1,14 +1,15 @@
 """The models of a run in its folder: merged and repaired weights, masks for tasks, modules and folded heads."""
 
 import shutil
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
 from suture.checkpoints import open_checkpoint
+from suture.core.machine import Meter
 from suture.evaluation import SplitInputs
 from suture.merging.task_masks import MASKS_FILE
 from suture.pipeline.context import Context
@@ -28,13 +29,13 @@ from suture.repairs import (
 
 def merge_into(folder: Path, method: Method, models: Models, inputs: SplitInputs, context: Context) -> MergeResult:
     """Write the model as its family saves it, and the learned coefficients, if any."""
-    began = time.perf_counter()
+    meter = Meter()
     with models.new_model(folder / "model") as out:
         merged = method.merge(models, inputs, context, out)
     if merged.learned is not None:
         merged.learned.save(folder, also_as=method.knobs.get("save_merging_weights"))
-    seconds = merged.seconds or time.perf_counter() - began
-    return replace(merged, tensors=dict(models.mergeable(open_checkpoint(folder / "model"))), seconds=seconds)
+    cost: dict[str, Any] = {"seconds": merged.seconds or meter.seconds, "memory": merged.memory or meter.memory}
+    return replace(merged, tensors=dict(models.mergeable(open_checkpoint(folder / "model"))), **cost)
 
 
 def save_repairs(

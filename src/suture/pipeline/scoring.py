@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import combinations
@@ -46,12 +46,13 @@ def score_merge(
     result: MergeResult, repairs: Sequence[RepairResult], models: Models, inputs: SplitInputs, context: Context
 ) -> list[Row]:
     """Score a merged model, then each of its repairs."""
-    row = Row(result.label, {}, merge=result.label, learned=result.how, seconds=result.seconds, split=result.split)
+    cost: dict[str, Any] = {"learned": result.how, "seconds": result.seconds, "memory": result.memory}
+    row = Row(result.label, {}, merge=result.label, split=result.split, **cost)
     with context.profile("evaluation"):
         encoder = models.new_encoder(context.device.device)
         rows = [context.scorer.row(row, encoder.load(result.tensors), inputs["test"])]
         for repair in repairs:
-            rows += repair_rows(repair, result.label, list(models.experts), inputs, context)
+            rows += repair_rows(repair, result.label, models.experts, inputs, context)
     return rows
 
 
@@ -67,17 +68,18 @@ def expert_matrix(models: Models, inputs: SplitInputs, context: Context) -> list
 
 
 def repair_rows(
-    result: RepairResult, label: str, tasks: Iterable[str], inputs: SplitInputs, context: Context
+    result: RepairResult, label: str, experts: Collection[str], inputs: SplitInputs, context: Context
 ) -> list[Row]:
-    """The rows of one repair: with the task given, and, if its model has a router, with the task routed.
+    """The rows of one repair on the tasks of some experts: with the task given, and, with a router, also routed.
 
     An online repair has a row for each share of its stream, and a prequential one, from each input's output before its
     own step.
     """
-    facts: dict[str, Any] = {"learned": result.learned, "seconds": result.seconds, "split": result.split or ""}
+    facts: dict[str, Any] = {"learned": result.learned, "split": result.split or ""}
+    facts |= {"seconds": result.seconds, "memory": result.memory}
     facts |= {"needs_task": result.tensors is None, "added_parameters": result.added_parameters}
     row = Row(result.name, {}, role="repair", merge=label, repair="+".join(result.chain) or result.kind, **facts)
-    test = {task: inputs["test"][task] for task in tasks}
+    test = {task: data for task, data in inputs["test"].items() if data.expert in experts}
     if any(task.requests is not None for task in test.values()):
         return [_language_row(row, result, test, context)]
     if result.stream is not None:
@@ -88,19 +90,30 @@ def repair_rows(
     rows = [_row(row, correct)]
     if result.model.router is not None:
         features = _features(result, result.model, test, context)
-        rows.append(_routed_row(row, result, correct, features))
+        experts = {task: data.expert for task, data in test.items()}
+        rows.append(_routed_row(row, result, correct, features, experts))
     return rows
 
 
-def _routed_row(row: Row, result: RepairResult, correct: Mapping[str, Tensor], features: Mapping[str, Tensor]) -> Row:
+def _routed_row(
+    row: Row,
+    result: RepairResult,
+    correct: Mapping[str, Tensor],
+    features: Mapping[str, Tensor],
+    experts: Mapping[str, str],
+) -> Row:
     """The row with the router's choice of task, with the router's own accuracy and what speaks against it."""
     router: Any = result.model.router
-    chosen = {name: _on_router(router, rows) for name, rows in features.items()}
-    right = {name: chosen[name] == i for i, name in enumerate(result.model.tasks) if name in chosen}
+    places = {task: result.model.tasks.index(expert) for task, expert in experts.items()}
+    right = {name: _on_router(router, rows) == places[name] for name, rows in features.items()}
     shares = {name: hits.double().mean().item() for name, hits in right.items()}
     added = row.added_parameters + sum(tensor.numel() for tensor in router.buffers())
     facts: dict[str, Any] = {"routed": True, "needs_task": False, "learned": result.learned_for_routing}
-    facts |= {"routing": shares, "added_parameters": added, "warnings": shared_inputs(features)}
+    facts |= {
+        "routing": shares,
+        "added_parameters": added,
+        "warnings": shared_inputs({task: features[task] for task in experts if experts[task] == task}),
+    }
     named = replace(row, name=f"{result.name}, routed", **facts)
     return _row(named, {name: correct[name] & hits for name, hits in right.items()})
 
@@ -145,8 +158,10 @@ def _on_router(router: Any, rows: Tensor) -> Tensor:
 
 def _language_row(row: Row, result: RepairResult, test: Mapping[str, TaskInputs], context: Context) -> Row:
     """The row of a repaired language model, the task given; an online repair has its last stage's."""
-    models = {name: result.model.for_task(name) for name in test}
-    scores = {name: _plain(context).language(models[name], task, row.name) for name, task in test.items()}
+    scores = {
+        name: _plain(context).language(result.model.for_task(task.expert), task, row.name)
+        for name, task in test.items()
+    }
     return with_language_scores(row, scores, test)
 
 
@@ -180,22 +195,23 @@ def _score_references(models: Models, test: Mapping[str, TaskInputs], context: C
     encoder = models.new_encoder(context.device.device)
     row = Row("pretrained", {}, role="pretrained")
     pretrained = context.scorer.row(row, encoder.load(models.base), test)
-    complete = set(test) <= set(models.experts)
-    experts = context.scorer.experts(lambda task: encoder.load(models.experts[task]), test) if complete else None
+    names = {task: data.expert for task, data in test.items()}
+    complete = set(names.values()) <= set(models.experts)
+    experts = context.scorer.experts(lambda task: encoder.load(models.experts[names[task]]), test) if complete else None
     return pretrained, experts
 
 
 def _correct(result: RepairResult, model: Any, test: Mapping[str, TaskInputs], context: Context) -> dict[str, Tensor]:
     """Whether each input is classified correctly, bool (N,) by task; final-feature modules use cached features."""
     if not model.features_suffice:
-        return {name: _plain(context).correct(model.for_task(name), task) for name, task in test.items()}
+        return {name: _plain(context).correct(model.for_task(task.expert), task) for name, task in test.items()}
     features = _features(result, model, test, context)
 
     def repaired(rows: Tensor, *, task: str) -> Tensor:
         return model.repair(rows.to(model.network.device), task)
 
     return {
-        name: _plain(context).correct(partial(repaired, task=name), replace(task, inputs=features[name]))
+        name: _plain(context).correct(partial(repaired, task=task.expert), replace(task, inputs=features[name]))
         for name, task in test.items()
     }
 

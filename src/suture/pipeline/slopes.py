@@ -3,7 +3,6 @@
 import json
 import os
 import platform
-import resource
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass
@@ -14,6 +13,7 @@ import torch
 from torch import nn
 
 from suture.core.batches import size, take, to_device
+from suture.core.machine import peak_memory
 from suture.errors import OutputError
 from suture.evaluation import TaskInputs
 from suture.evaluation.inputs import task_inputs
@@ -94,7 +94,7 @@ def _measured(settings: Settings, models: Models) -> Slopes:
     backward = _backward(context, encoder, task, settings.method.batch_size) if learned else 0.0  # type: ignore[union-attr]
     vectors = _vectors(models) if learned else 0.0
     forward = _per_input(lambda: context.scorer.correct(encoder, task), len(task))
-    return Slopes(forward, backward, vectors, merging, read, write, _peak(), _on_device())
+    return Slopes(forward, backward, vectors, merging, read, write, peak_memory().get("process", 0), _on_device())
 
 
 def _per_input(function: Callable[[], Any], count: int) -> float:
@@ -141,11 +141,6 @@ def _merging(settings: Settings, models: Models) -> float:
     merge = lambda: merge_task_vectors(vectors, method.static, method.knobs, None, after)  # type: ignore[arg-type]
     read = sum(spec_of(each, name).nbytes for each in (part, *few) for name in names if name in each)
     return _per_input(merge, max(1, read * method.static.times_read(method.knobs)))
-
-
-def _peak() -> int:
-    """The most memory that this process has held, in bytes."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def _on_device() -> int:

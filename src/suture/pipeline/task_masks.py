@@ -1,6 +1,5 @@
 """The methods `tall_masks` and `emr_merging`: one update, and one bit a weight and task."""
 
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
@@ -9,6 +8,7 @@ import torch
 from annotated_types import Ge
 from torch import Tensor
 
+from suture.core.machine import Meter
 from suture.core.names import in_bytes
 from suture.core.progress import bar
 from suture.errors import SutureError
@@ -56,11 +56,11 @@ class EmrMerging(MethodBase):
         self, models: Models, inputs: SplitInputs, context: Context, out: Mapping[str, Tensor] | None = None
     ) -> MergeResult:
         """Make the masks, and merge by the average of all tasks' models."""
-        began = time.perf_counter()
+        meter = Meter()
         with context.profile("merging weights"):
             masks = self.masks(models)
             merged = masks.average(out)
-        seconds = time.perf_counter() - began
+        cost: dict[str, Any] = {"seconds": meter.seconds, "memory": meter.memory}
         model = MaskedModel(models.new_encoder(context.device.device), masks, forward=context.device.call)
         with context.profile("fitting a router"):
             passed = self._route(model, inputs, context)
@@ -74,11 +74,11 @@ class EmrMerging(MethodBase):
             name=f"{self.label} + {model.kind}",
             chain=(model.kind,),
             inputs=passed,
-            seconds=seconds,
             split=self.split,
             encodings=context.encodings,
+            **cost,
         )
-        return MergeResult(self.label, merged, seconds=seconds, masked=result)
+        return MergeResult(self.label, merged, masked=result, **cost)
 
     def masks(self, models: Models) -> TaskMasks:
         """The masks of a pool's models."""

@@ -49,8 +49,9 @@ class RepairResult:
     - `stages`: share of the stream → the repaired model after it, and `stream`, for online repairs.
 
     A run adds the `name` of the repair's row, the `chain` of kinds that it is the last of, the `split` that it was
-    fitted on and the number of `inputs` of all tasks, the `seconds` that merge and repair took, `scores` (step → mean
-    accuracy while fitting), the `representation` compared with the experts', and the folder of the cached `encodings`.
+    fitted on and the number of `inputs` of all tasks, the `seconds` that merge and repair took, the process's peak of
+    `memory` in bytes meanwhile, `scores` (step → mean accuracy while fitting), the `representation` compared with the
+    experts', and the folder of the cached `encodings`.
     """
 
     kind: str
@@ -67,6 +68,7 @@ class RepairResult:
     chain: tuple[str, ...] = ()
     inputs: int = 0
     seconds: float = 0.0
+    memory: int | None = None
     split: Literal["train", "test"] | None = None
     scores: Mapping[int, float] = field(default_factory=dict)
     representation: Representation | None = None

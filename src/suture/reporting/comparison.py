@@ -11,7 +11,7 @@ from suture.reporting.seeds import by_seed
 from suture.reporting.sweep import curves_of, knobs_that_differ
 from suture.storage.atomic import write_text
 
-_BY_ROW = ("learning", "repairs", "seconds")
+_BY_ROW = ("learning", "repairs", "seconds", "memory")
 _OF_A_MODEL = ("learning", "objective", "scatter", "explained")
 
 

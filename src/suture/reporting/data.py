@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from suture.adaptation import AdaMergingResult
+from suture.core.names import in_bytes
 from suture.core.notebooks import frame, table_html
 from suture.evaluation import Row
 from suture.evaluation.metrics import ACCURACY, metric
@@ -108,6 +109,7 @@ class Report:
             "learning": {name: learning_data(learned) for name, learned in self.learning.items()},
             "repairs": {name: repair_data(fitted) for name, fitted in self.repairs.items()},
             "seconds": {row.name: row.seconds for row in self.rows if row.seconds is not None},
+            "memory": {row.name: row.memory for row in self.rows if row.memory is not None},
             "search": None if self.search is None else dict(self.search),
             "harness": None if self.harness is None else dict(self.harness),
             "generations": [dict(each) for each in self.generations],
@@ -280,11 +282,12 @@ def cells(report: Report, row: Row) -> list[str]:
 
 
 #: The column heads of a row's cost: what it needs to be made, and to be used.
-COSTS = ("task's name", "learned", "added", "seconds")
+COSTS = ("task's name", "learned", "added", "seconds", "memory")
 
 
-def costs(row: Mapping[str, Any], seconds: float | None) -> list[str]:
-    """The cost of a row of report.json: the task's name, what was learned, parameters added, and seconds."""
+def costs(data: Mapping[str, Any], row: Mapping[str, Any]) -> list[str]:
+    """The cost of a row of report.json: the task's name, what was learned, parameters added, seconds, and memory."""
+    seconds, memory = data["seconds"].get(row["name"]), data["memory"].get(row["name"])
     needed = "needed" if row.get("needs_task") else "routed" if row.get("routed") else "–"
     added = row.get("added_parameters")
     return [
@@ -292,4 +295,5 @@ def costs(row: Mapping[str, Any], seconds: float | None) -> list[str]:
         row.get("learned") or "–",
         f"{added:,}" if added else "–",
         "–" if seconds is None else f"{seconds:.1f}",
+        "–" if memory is None else in_bytes(memory),
     ]

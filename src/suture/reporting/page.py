@@ -182,11 +182,11 @@ def _table_row(data: Mapping[str, Any], row: Mapping[str, Any], top: Mapping[str
     norm = _cell(row["normalised_mean"])
     closed = _cell(row["gap_closed"], f' class=bar style="--share: {100 * share:.1f}%"')
     split = escape(row["split"]) if row["split"] and row["learned"] else "–"
-    taken = data["seconds"].get(row["name"])
-    named, learned, added, seconds = map(escape, costs(row, taken))
-    value = "" if taken is None else float(taken)
+    named, learned, added, *taken = map(escape, costs(data, row))
+    values = [data[key].get(row["name"], "") for key in ("seconds", "memory")]
     cost = f'<td class=text>{named}</td><td class="text long">{learned}</td>'
-    cost += f'<td data-value="{row["added_parameters"]}">{added}</td><td data-value="{value}">{seconds}</td>'
+    cost += f'<td data-value="{row["added_parameters"]}">{added}</td>'
+    cost += "".join(f'<td data-value="{value}">{text}</td>' for value, text in zip(values, taken, strict=True))
     name = explained_name(row["name"])
     return f"<tr{kind}><th scope=row>{name}</th>{''.join(cells)}<td class=text>{split}</td>{norm}{closed}{cost}</tr>"
 

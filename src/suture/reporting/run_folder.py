@@ -71,7 +71,7 @@ def flat(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any
 def _up_to_date(data: dict[str, Any]) -> dict[str, Any]:
     """A report with defaults for the keys that earlier versions lack. Only here is meaning read from row names."""
     empty: dict[str, Any] = {"samples": {}, "command": "", "notes": [], "provenance": {}, "profile_seconds": {}}
-    empty |= {"curves": {}, "matrix": {}, "learning": {}, "repairs": {}, "search": None, "seconds": {}}
+    empty |= {"curves": {}, "matrix": {}, "learning": {}, "repairs": {}, "search": None, "seconds": {}, "memory": {}}
     empty |= {"circumstances": {}, "repeat": "", "seeds": {}}
     config = {"repair" if key == "surgery" else key: value for key, value in data.get("config", {}).items()}
     repairs = data.get("repairs", {})

@@ -142,6 +142,7 @@ class ReportData(TypedDict):
     matrix: NotRequired[dict[str, dict[str, Number | None]]]
     search: NotRequired[SearchData | None]
     seconds: NotRequired[dict[str, Number]]
+    memory: NotRequired[dict[str, Count]]
     learning: NotRequired[dict[str, LearningData]]
     repairs: NotRequired[dict[str, RepairData]]
     profile_seconds: NotRequired[dict[str, Annotated[float, Ge(0), Le(1e12)]]]

@@ -72,10 +72,10 @@ def _each_again(runs: Sequence[Mapping[str, Any]], folders: Sequence[Path]) -> s
 def _row(data: Mapping[str, Any], run: Mapping[str, Any], name: str | None = None) -> Row:
     kind = {key: data[key] for key in ("role", "merge", "repair", "routed")}
     kind |= {key: data[key] for key in _FACTS if key in data}
-    seconds = run.get("seconds", {}).get(data["name"])
+    cost = {key: run[key].get(data["name"]) for key in ("seconds", "memory")}
     names = {task: each["name"] for task, each in run.get("metrics", {}).items() if task in data["accuracies"]}
     language = {"metrics": names, "errors": data.get("errors", {})}
-    return Row(name or data["name"], data["accuracies"], run["samples"], seconds=seconds, **kind, **language)
+    return Row(name or data["name"], data["accuracies"], run["samples"], **cost, **kind, **language)
 
 
 def _swept(runs: Sequence[Mapping[str, Any]]) -> dict[str, Row]:

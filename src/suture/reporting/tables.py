@@ -27,15 +27,17 @@ def as_csv(data: Data) -> str:
     heads = [head for task in tasks for head in (task, f"{task} low", f"{task} high")]
     file = io.StringIO(newline="")
     writer = csv.writer(file, lineterminator="\n")
-    end = ["normalised mean", "gap closed", "learned from", "task's name", "learned", "added parameters", "seconds"]
+    end = ["normalised mean", "gap closed", "learned from", "task's name", "learned", "added parameters"]
+    end += ["seconds", "memory in bytes"]
     writer.writerow(["model", *heads, *end])
     for row in data["rows"]:
         values = [row["accuracies"].get(task) for task in data["tasks"]] + [row["mean"]]
         bounds = [interval(data, row, task) or (None, None) for task in tasks]
         cells = [cell for value, pair in zip(values, bounds, strict=True) for cell in (value, *pair)]
-        named, learned, _, _ = costs(row, None)
+        named, learned = costs(data, row)[:2]
         cost = [row["split"], named.strip("–"), learned.strip("–"), row["added_parameters"]]
-        ends = [row["normalised_mean"], row["gap_closed"], *cost, data["seconds"].get(row["name"])]
+        cost += [data[key].get(row["name"]) for key in ("seconds", "memory")]
+        ends = [row["normalised_mean"], row["gap_closed"], *cost]
         writer.writerow(["" if cell is None else cell for cell in [row["name"], *cells, *ends]])
     return file.getvalue()
 
@@ -59,7 +61,7 @@ def as_latex(data: Data) -> str:
 def as_markdown(data: Data) -> str:
     """The table of report.md: percent, with the interval of the mean."""
     heads = ["", *data["tasks"], *HEADS, *COSTS]
-    align = ["---", *["---:"] * (len(data["tasks"]) + 1), "---", "---:", "---:", "---", "---", "---:", "---:"]
+    align = ["---", *["---:"] * (len(data["tasks"]) + 1), "---", "---:", "---:", "---", "---", "---:", "---:", "---:"]
     return (
         "\n".join(_pipes(line) for line in [heads, align, *(_markdown_row(data, row) for row in data["rows"])]) + "\n"
     )
@@ -95,7 +97,7 @@ def _range(bounds: Sequence[float]) -> str:
 def _markdown_row(data: Data, row: Data) -> list[str]:
     accuracies = [_text(data, row, task) for task in data["tasks"]]
     shares = [row["split"] or "–", percent(row["normalised_mean"]), percent(row["gap_closed"])]
-    return [row["name"], *accuracies, mean_cell(data, row), *shares, *costs(row, data["seconds"].get(row["name"]))]
+    return [row["name"], *accuracies, mean_cell(data, row), *shares, *costs(data, row)]
 
 
 def _pipes(cells: Sequence[str]) -> str:

@@ -47,7 +47,8 @@ class Task:
     the same order, where they are others. `subset`, `image_column`, `label_column` and `splits` (ours → the source's)
     say where to look in a source that leaves a choice. `test_samples` are the test sizes that figures were published
     for, and `layouts` (see `suture.tasks.layouts`) the ways in which archives of this data set lie on disk. A task for
-    language models has a `score`, by which it is scored instead of by class names.
+    language models has a `score`, by which it is scored instead of by class names. `model` names the model of the pool
+    that is the task's expert, by default the one of its own name; under another name the task is only scored.
     """
 
     name: str
@@ -63,6 +64,7 @@ class Task:
     test_samples: tuple[int, ...] = ()
     layouts: tuple[Mapping[str, Any], ...] = ()
     score: Scoring | None = None
+    model: str | None = None
 
     def __post_init__(self):
         if self.score is not None:
@@ -73,7 +75,7 @@ class Task:
             if value is not None and not (_is_list(value) and all(isinstance(each, kind) for each in value)):
                 self._refuse(name, f"a list of {_KINDS[kind]}")
             object.__setattr__(self, name, None if value is None else tuple(value))
-        for name in ("source", "subset", "image_column", "label_column"):
+        for name in ("source", "subset", "image_column", "label_column", "model"):
             if not isinstance(getattr(self, name), str | None):
                 self._refuse(name, "a text")
         if not isinstance(self.splits, Mapping) or not all(isinstance(each, str) for each in self.splits.values()):
@@ -83,6 +85,11 @@ class Task:
         """Raise the `ConfigError` for a field of another kind than wanted."""
         found = f"Task {self.name!r}: {name} is {shown(getattr(self, name))}"
         raise ConfigError(f"{found}. Remedy: give {wanted}.")
+
+    @property
+    def expert(self) -> str:
+        """The name of the model that is this task's expert."""
+        return self.model or self.name
 
     @property
     def own_names(self) -> tuple[str, ...]:

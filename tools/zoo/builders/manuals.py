@@ -7,7 +7,8 @@ library under the PSF licence; the zoo is built from them where it is used, and 
 """
 
 import json
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -21,6 +22,8 @@ from suture.core.random import generator_for
 from tools.zoo.manual_pages import CODE, ENGLISH, FOLDER, LANGUAGES, texts
 
 EXPERTS = (*LANGUAGES, CODE)
+_SENTENCE = re.compile(r"(?<=[.!?:;,\n] )[^.!?:;\n]{50,110}[.!?:;,\n]")
+_BEFORE = (150, 300)  # the least and the most characters before a sentence
 
 
 @dataclass(frozen=True)
@@ -42,8 +45,9 @@ class LanguageRecipe:
 
     characters: int = 1_500_000
     tokenizer_characters: int = 400_000
-    test_texts: int = 64
-    quizzes: int = 200
+    train_texts: int = 1024
+    test_texts: int = 24
+    quizzes: int = 64
     longest: int = 1200
 
 
@@ -51,8 +55,8 @@ SMALL = LanguageRecipe(
     width=128, layers=4, mlp=384, vocabulary=2048, context=128, pretraining_steps=600, finetuning_steps=100, longest=800
 )
 MINIATURE = LanguageRecipe(
-    width=32, layers=2, mlp=64, heads=2, vocabulary=400, context=64, pretraining_steps=3, finetuning_steps=2, batch=2,
-    characters=20_000, tokenizer_characters=4_000, test_texts=4, quizzes=6, longest=300,
+    width=32, layers=2, mlp=64, heads=2, vocabulary=400, context=128, pretraining_steps=3, finetuning_steps=2, batch=2,
+    characters=20_000, tokenizer_characters=4_000, train_texts=64, test_texts=4, quizzes=6, longest=500,
 )  # fmt: skip
 _SIZES = {"full": LanguageRecipe(), "small": SMALL, "miniature": MINIATURE}
 
@@ -96,41 +100,55 @@ def _some(data: Path, name: str, recipe: LanguageRecipe) -> Iterator[str]:
 def _save_tasks(
     folder: Path, data: Path, name: str, learned: list[str], tokenizer: Any, recipe: LanguageRecipe, seed: int
 ) -> None:
-    """Texts, and questions which of four passages continues a text, from pages that no model learns from."""
+    """Texts, and questions which of four endings has its words in order, from pages that no model learns from."""
     held_out = list(texts(data, name, held_out=True, longest=recipe.longest))
     order = torch.randperm(len(held_out), generator=generator_for(seed, f"{name}/test")).tolist()
     chosen = [held_out[i] for i in order if len(held_out[i]) > recipe.longest // 3]
-    _write(folder / "data" / name / "train.jsonl", ({"text": text} for text in learned[: 16 * recipe.test_texts]))
+    _write(folder / "data" / name / "train.jsonl", ({"text": text} for text in learned[: recipe.train_texts]))
     _write(folder / "data" / name / "test.jsonl", ({"text": text} for text in chosen[: recipe.test_texts]))
-    quizzes = list(islice(_quizzes(chosen, name, seed), 2 * recipe.quizzes))
+    quizzes = list(islice(_quizzes([held_out[i] for i in order], name, seed), 2 * recipe.quizzes))
     for quiz in quizzes:
         quiz["beginning"] = _shortened(quiz["beginning"], quiz["endings"], tokenizer, recipe.context)
+    quizzes = [quiz for quiz in quizzes if quiz["beginning"]]
     _write(folder / "quiz" / name / "train.jsonl", quizzes[len(quizzes) // 2 :])
     _write(folder / "quiz" / name / "test.jsonl", quizzes[: len(quizzes) // 2])
 
 
-def _quizzes(passages: list[str], name: str, seed: int) -> Iterator[dict[str, Any]]:
-    """A passage's beginning, and four continuations of 60 characters, one of them its own."""
+def _quizzes(passages: Sequence[str], name: str, seed: int) -> Iterator[dict[str, Any]]:
+    """The text before a sentence, and four endings of the same words, of which one is the sentence.
+
+    First the last sentence of each passage, then the one before it, and so on. A sentence, or a part of one, has at
+    least six words and at most 110 characters. Its first and last words stay where they are, and at least four
+    different ones between them change places.
+    """
     generator = generator_for(seed, f"{name}/quiz")
-    for i, passage in enumerate(passages):
-        others = torch.randperm(len(passages), generator=generator)[:4].tolist()
-        wrong = [_ending(passages[other]) for other in others if other != i][:3]
-        right = int(torch.randint(4, (1,), generator=generator))
-        if len(wrong) == 3:
-            endings = [*wrong[:right], _ending(passage), *wrong[right:]]
-            yield {"beginning": passage[: len(passage) // 2].rstrip(), "endings": endings, "answer": right}
+    found = [[match for match in _SENTENCE.finditer(each) if match.start() >= _BEFORE[0]] for each in passages]
+    for turn in range(1, 1 + max(map(len, found), default=0)):
+        for passage, sentences in zip(passages, found, strict=True):
+            if len(sentences) >= turn:
+                start, words = sentences[-turn].start(), sentences[-turn][0].split()
+                if len(words) >= 6 and len(set(words[1:-1])) >= 4:
+                    beginning = passage[max(0, start - _BEFORE[1]) : start].strip()
+                    yield {"beginning": beginning, **_endings(words, generator)}
+
+
+def _endings(words: Sequence[str], generator: torch.Generator) -> dict[str, Any]:
+    """A sentence among three others of the same words, and its place."""
+    sentence, wrong = " ".join(words), set()
+    while len(wrong) < 3:
+        order = torch.randperm(len(words) - 2, generator=generator).tolist()
+        wrong |= {" ".join([words[0], *(words[1 + i] for i in order), words[-1]])} - {sentence}
+    right = int(torch.randint(4, (1,), generator=generator))
+    others = sorted(wrong)
+    return {"endings": [*others[:right], sentence, *others[right:]], "answer": right}
 
 
 def _shortened(beginning: str, endings: list[str], tokenizer: Any, context: int) -> str:
     """The end of a beginning, as much of it as fits into the context with the longest ending."""
     longest = max(len(tokens) for tokens in tokenizer([f" {ending}" for ending in endings])["input_ids"])
-    while (excess := len(tokenizer(beginning)["input_ids"]) + longest + 1 - context) > 0:
+    while beginning and (excess := len(tokenizer(beginning)["input_ids"]) + longest + 1 - context) > 0:
         beginning = beginning[excess:].lstrip()  # a token has one character or more
     return beginning
-
-
-def _ending(passage: str) -> str:
-    return passage[len(passage[: len(passage) // 2].rstrip()) :].strip()[:60]
 
 
 def _write(path: Path, rows: Any) -> None:

@@ -82,7 +82,7 @@ class Classification(Family):
         """The head of the expert that has the task's name."""
         if problems := self.problems(task):
             raise ConfigError(problems[0])
-        rest, width = self._rest(task.name, len(task.classnames)), self._split.width
+        rest, width = self._rest(task.expert, len(task.classnames)), self._split.width
         last = rest.last_linear(width)
         if last is None:
             raise CheckpointError(f"The head of '{task.name}' does not end in a linear layer; wanted one that does.")
@@ -99,7 +99,7 @@ class Classification(Family):
             problem = f"'{missing[0]}' is missing from '{getattr(self.weights, 'label', self.directory)}'"
             return [f"{problem}; wanted the weights that its config.json describes."]
         try:
-            classes = self._classes(task.name)
+            classes = self._classes(task.expert)
         except SutureError as error:
             return [str(error)]
         if classes == len(task.classnames):
