@@ -11,7 +11,6 @@ import warnings
 from pathlib import Path
 
 import torch
-from peft import LoraConfig, get_peft_model
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers.utils import logging
@@ -61,6 +60,10 @@ def train(model, tokenizer, rows: list[dict[str, str]], steps: int, lr: float) -
 
 
 def main() -> None:
+    try:
+        from peft import LoraConfig, get_peft_model
+    except ImportError:
+        raise SystemExit("make_loras.py needs peft. Remedy: pip install peft") from None
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     warnings.simplefilter("ignore")
