@@ -5,7 +5,7 @@ import re
 import shlex
 import subprocess
 import sys
-from inspect import ismodule
+from inspect import getdoc, ismodule
 from pathlib import Path
 
 import pytest
@@ -144,6 +144,28 @@ def test_every_public_name_has_an_entry_in_the_reference():
             [public.__name__] if ismodule(public) else [f"{public.__module__}.{public.__qualname__}", public.__module__]
         )
         assert entries & set(paths), name
+
+
+#: Names with a page or a test of their own in place of an example: what leaves the machine or takes minutes, and what
+#: needs a folder of models.
+WITHOUT_EXAMPLE = {
+    *("demo", "init", "launch_shares", "merge_mergekit", "plan", "push", "search", "SearchResult", "transplant"),
+    *(f"CLIP{name}" for name in ("LayerWiseAdaMergingAlgorithm", "LayerWiseAdaMergingSurgeryAlgorithm")),
+    *(f"CLIP{name}" for name in ("TaskWiseAdaMergingAlgorithm", "VisionModelTaskPool")),
+}
+
+
+def test_every_other_public_name_has_an_example_that_a_test_runs():
+    code = [
+        block
+        for page in [*PAGES, ROOT / "README.md"]
+        for block in re.findall(r"```python\n(.*?)```", page.read_text("utf-8"), re.S)
+    ]
+    used = set(re.findall(r"(?:\bsuture\.|^@)(\w+)", "\n".join(code), re.M))
+    public = {name: getattr(suture, name) for name in set(suture.__all__) - {"__version__"}}
+    used |= {name for name, value in public.items() if ">>>" in (getdoc(value) or "")}
+    used |= {name for name, value in public.items() if ismodule(value)}  # their functions have examples
+    assert sorted(set(public) - used) == sorted(WITHOUT_EXAMPLE)
 
 
 def test_methods_are_shown_beside_the_published_results(pages):
