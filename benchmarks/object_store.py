@@ -1,26 +1,30 @@
 """A merge from and to S3 against plain reads and writes of the same objects: python benchmarks/object_store.py [MB]
 
-Three models of so many MB (64) lie in moto's S3 server, a process of this machine. Seconds are the wall's, processor
-seconds those of this side alone. The memory is the anonymous memory of the merging process at its peak, above that of
-the same merge of tiny models. The bytes are compared with those of a merge of local files.
+Three models of so many MB (64) lie in moto's S3 server, a process of this machine. Every figure is of a process that
+has merged tiny models before, so that starting Python and loading libraries is in none of them. Seconds are the wall's,
+processor seconds those of this side alone; requests are those for ranges that reached the server. The memory is
+anonymous memory at its peak, above that of the merge of tiny models. The bytes are compared with those of a merge of
+local files.
 """
 
+import json
 import os
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 SERVER = """
-import time
+import sys
 from object_store import serving
 with serving() as store:
     print(store.address, flush=True)
-    time.sleep(900)
+    for line in sys.stdin:
+        print(len(store.ranges), flush=True)
 """
-MERGE = "import sys; from suture.cli.main import main; raise SystemExit(main(sys.argv[1:]))"
 NAMES, MEMORY = ("base", "one", "two"), "200MB"
 
 
@@ -42,20 +46,36 @@ def words(root: str, output: str) -> list[str]:
     return ["merge", *models, "method=ties_merging", f"output={output}", f"memory={MEMORY}", "threads=1", "--quiet"]
 
 
-def merged(root: str, output: str) -> tuple[float, float, int]:
-    """Seconds, processor seconds, and the peak of anonymous memory of a merge."""
-    began, peak = time.perf_counter(), 0
-    process = subprocess.Popen([sys.executable, "-c", MERGE, *words(root, output)])
-    while process.poll() is None:
-        try:
-            lines = Path(f"/proc/{process.pid}/status").read_text().splitlines()
-            peak = max([peak, *(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon"))])
-        except OSError:
-            pass
-        time.sleep(0.01)
-    assert process.returncode == 0
-    times = os.times()
-    return time.perf_counter() - began, times.children_user + times.children_system, peak
+def anonymous() -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon"))
+
+
+def measured(arguments: list[str]) -> tuple[float, float, int]:
+    """Seconds, processor seconds and the peak of anonymous memory of a merge in this process."""
+    from suture.cli.main import main as merge
+
+    peak, done = [anonymous()], threading.Event()
+
+    def look() -> None:
+        while not done.wait(0.01):
+            peak[0] = max(peak[0], anonymous())
+
+    thread = threading.Thread(target=look, daemon=True)
+    thread.start()
+    began, used = time.perf_counter(), time.process_time()
+    assert merge(arguments) == 0
+    figures = time.perf_counter() - began, time.process_time() - used
+    done.set()
+    thread.join()
+    return *figures, peak[0]
+
+
+def merged(root: str, output: str, tiny: str) -> list[float]:
+    """The figures of a merge in a new process, after one of the `tiny` models: seconds, processor seconds, memory."""
+    lists = [words(tiny, f"{output}-tiny"), words(root, output)]
+    command = [sys.executable, __file__, "--merge", json.dumps(lists)]
+    return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout.splitlines()[-1])
 
 
 def plain(system, bucket: str, folder: Path, times: int) -> tuple[float, float]:
@@ -69,41 +89,46 @@ def plain(system, bucket: str, folder: Path, times: int) -> tuple[float, float]:
 
 
 def main() -> None:
+    if sys.argv[1:2] == ["--merge"]:
+        (_, _, before), (seconds, used, peak) = map(measured, json.loads(sys.argv[2]))
+        print(json.dumps([seconds, used, peak - before]))
+        return
     megabytes = float(sys.argv[1]) if len(sys.argv) > 1 else 64
     environment = {"PYTHONPATH": f"{ROOT}/tests/support:{os.environ.get('PYTHONPATH', '')}"}
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
-    server = subprocess.Popen([sys.executable, "-c", SERVER], **pipes, env=os.environ | environment)
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
+    server = subprocess.Popen([sys.executable, "-c", SERVER], **pipes, env=os.environ | environment, text=True)
     try:
         assert server.stdout is not None
-        address = server.stdout.readline().decode().strip()
-        os.environ |= {"AWS_ENDPOINT_URL": address, "AWS_ACCESS_KEY_ID": "a", "AWS_SECRET_ACCESS_KEY": "b"}
-        os.environ["AWS_DEFAULT_REGION"] = "us-east-1"
+        assert server.stdin is not None
+        os.environ |= {"AWS_ENDPOINT_URL": server.stdout.readline().strip(), "AWS_DEFAULT_REGION": "us-east-1"}
+        os.environ |= {"AWS_ACCESS_KEY_ID": "a", "AWS_SECRET_ACCESS_KEY": "b"}
+
+        def requests() -> int:
+            print(file=server.stdin, flush=True)
+            return int(server.stdout.readline())
+
         import s3fs
 
         system = s3fs.S3FileSystem()
         with tempfile.TemporaryDirectory() as temporary:
             os.environ["SUTURE_CACHE"] = f"{temporary}/cache"
-            peaks = []
             for bucket, size in (("tiny", 0.1), ("large", megabytes)):
-                folder = Path(temporary) / bucket
-                write_models(folder, size)
+                write_models(Path(temporary) / bucket, size)
                 system.mkdir(bucket)
-                system.put(f"{folder}/", f"{bucket}/", recursive=True)
-                before = os.times()
-                seconds, used, peak = merged(f"s3://{bucket}", f"s3://{bucket}/merged")
-                used -= before.children_user + before.children_system
-                peaks.append(peak)
-            local = merged(str(folder), str(folder / "local"))[0]
+                system.put(f"{temporary}/{bucket}/", f"{bucket}/", recursive=True)
+            folder, before = Path(temporary) / "large", requests()
+            seconds, used, memory = merged("s3://large", "s3://large/merged", "s3://tiny")
+            count = requests() - before
+            local, local_used, _ = merged(str(folder), str(folder / "local"), f"{temporary}/tiny")
             stored = system.cat_file("large/merged/model.safetensors")
             assert stored == (folder / "local" / "model.safetensors").read_bytes()
-            read, read_used = plain(system, "large", folder, 2)
-            print(
-                f"three models of {megabytes:.0f} MB by TIES, which reads twice; the bytes are those of a local merge"
-            )
-            print(f"merge from and to S3      {seconds:6.1f} s, {used:5.1f} processor seconds")
-            print(f"  memory above tiny ones  {(peaks[1] - peaks[0]) / 1e6:6.0f} MB of memory={MEMORY}")
+            plain(system, "tiny", folder, 1)
+            read, read_used = plain(system, "large", folder, 3)
+            print(f"three models of {megabytes:.0f} MB by TIES, which reads three times; bytes as of a local merge")
+            print(f"merge from and to S3      {seconds:6.1f} s, {used:5.1f} processor seconds, {count} requests")
+            print(f"  memory above tiny ones  {memory / 1e6:6.0f} MB of memory={MEMORY}")
             print(f"plain reads and a write   {read:6.1f} s, {read_used:5.1f} processor seconds")
-            print(f"merge of local files      {local:6.1f} s")
+            print(f"merge of local files      {local:6.1f} s, {local_used:5.1f} processor seconds")
     finally:
         server.terminate()
 

@@ -1,9 +1,10 @@
 """Memory and time of AdaMerging with weights split over processes: python benchmarks/sharding.py
 
-A Llama with 200 million parameters and two fine-tuned models, in files; 2 steps on 1, 2 and 4 processes.
-The memory is anonymous memory of the first process at its peak in the loop, above that before `adapt`; mapped files are
-not in it. One model is 0.8 GB in float32. Coefficients are compared with
-those of one process. Each row is a process of its own.
+A Llama with 200 million parameters and two fine-tuned models, in files; 2 steps on 1, 2 and 4 processes. One model is
+0.8 GB in float32. The memory is anonymous memory at its peak in the loop, of the process where it is largest, above
+what interpreter and libraries had before `adapt`; mapped files, of which the base is one, are not in it, so that
+(T + 2)/n models are promised beside the layers in flight. Coefficients are compared with those of one process. Each row
+is a process of its own.
 """
 
 import subprocess
@@ -17,7 +18,7 @@ from torch import nn
 
 from suture.adaptation import adapt
 from suture.checkpoints import save_checkpoint
-from suture.core.fabric import launch, make_fabric
+from suture.core.fabric import Team, launch, make_fabric
 
 STEPS, TASKS, LENGTH = 2, 2, 8
 
@@ -53,7 +54,7 @@ def anonymous() -> int:
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon"))
 
 
-def measured(paths: list[Path], processes: int, options: dict) -> tuple[torch.Tensor, float, float]:
+def measured(paths: list[Path], processes: int, options: dict) -> tuple[torch.Tensor, float, float, float]:
     base, *tuned = paths
     tokens = torch.randint(12_000, (4, LENGTH), generator=torch.Generator().manual_seed(0))
     batches = {str(i): [{"input_ids": tokens}] for i in range(len(tuned))}
@@ -61,6 +62,7 @@ def measured(paths: list[Path], processes: int, options: dict) -> tuple[torch.Te
     def learn(fabric):
         import threading
 
+        with_buffers(network())  # imports what the network needs
         began, before, peak, done = time.perf_counter(), anonymous(), [0], threading.Event()
 
         def look():
@@ -83,7 +85,8 @@ def measured(paths: list[Path], processes: int, options: dict) -> tuple[torch.Te
             on_step=stop,
             **options,
         )
-        return result.history, peak[0] - before, time.perf_counter() - began
+        largest = max(Team(fabric).gather((peak[0] - before, before)))
+        return result.history, *largest, time.perf_counter() - began
 
     keys = {"accelerator": "cpu", "devices": processes, "strategy": "fsdp"}
     return launch(make_fabric(keys), learn)
@@ -99,17 +102,16 @@ def main() -> None:
     torch.manual_seed(0)
     with tempfile.TemporaryDirectory() as folder:
         paths, one = write_models(Path(folder)), None
-        print(f"{'processes':<14}{'memory':>9}{'(T+3)/n models':>16}{'seconds':>9}{'difference':>12}")
+        print(f"{'processes':<14}{'memory':>9}{'(T+2)/n models':>16}{'before':>9}{'seconds':>9}{'difference':>12}")
         for processes, recompute in ((1, 0), (2, 0), (4, 0), (4, 1)):
             subprocess.run([sys.executable, __file__, folder, str(processes), str(recompute)], check=True)
-            history, memory, seconds = torch.load(Path(folder) / "measured.pt")
+            history, memory, before, seconds = torch.load(Path(folder) / "measured.pt")
             one = history if one is None else one
-            promised = paths[0].stat().st_size * (TASKS + 3) / processes
+            promised = paths[0].stat().st_size * (TASKS + 2) / processes
             name = f"{processes}{', recompute' * recompute}"
             off = (history - one).abs().max().item()
-            print(
-                f"{name:<14}{memory / 1e9:>6.2f} GB{promised / 1e9:>13.2f} GB{seconds:>8.1f}s{off:>12.1e}", flush=True
-            )
+            sizes = f"{memory / 1e9:>6.2f} GB{promised / 1e9:>13.2f} GB{before / 1e9:>6.2f} GB"
+            print(f"{name:<14}{sizes}{seconds:>8.1f}s{off:>12.1e}", flush=True)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """AdaMerging on weights that are sharded over processes: what one process learns, in a part of its memory."""
 
 import copy
+from pathlib import Path
 
 import pytest
 import torch
@@ -116,6 +117,23 @@ def test_each_process_has_its_part_of_everything():
     held, rows, whole = launch(sharded(2), sizes).tolist()
     assert held <= 0.51 * whole
     assert rows == 3 * held
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is read from /proc")
+def test_a_process_with_a_part_gives_freed_memory_back():
+    def anonymous():
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) / 1e3 for line in lines if line.startswith("RssAnon"))
+
+    def kept(fabric):
+        youngest, before = [], anonymous()
+        for _ in range(3):
+            tensors = [torch.ones(1_000_000) for _ in range(30)]
+            youngest.append(tensors[-1])
+            del tensors
+        return torch.tensor(anonymous() - before)
+
+    assert 10 <= launch(sharded(2), kept) <= 30  # MB, of which three tensors of 4 MB are in use
 
 
 def test_layers_are_gathered_one_at_a_time_but_not_those_that_share_a_weight_with_others():

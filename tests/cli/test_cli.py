@@ -1,11 +1,13 @@
 """The command line: a run from words to a folder, and every kind of bad input in one line with nothing written."""
 
+import gc
 import json
 import os
 import pickle
 import shutil
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import pytest
@@ -16,6 +18,7 @@ from suture.cli.main import main
 from suture.core.fabric import OneDevice
 from suture.evaluation import Scorer
 from suture.families.clip import ClipEncoder
+from suture.pipeline import pipeline
 
 
 def test_a_run_leaves_one_folder_with_everything(desk, capsys):
@@ -157,6 +160,22 @@ def test_a_sweep_runs_every_value(desk):
     assert names == ["pretrained", "experts", "ties_merging scaling_factor=0.1", "ties_merging scaling_factor=0.3"]
     assert [point[0] for point in summary["curves"]["scaling_factor"]["ties_merging"]] == [0.1, 0.3]
     assert (desk.folder / "sweep" / "figures" / "accuracy_over_scaling_factor.png").exists()
+
+
+def test_a_sweep_does_not_keep_the_models_of_its_runs(desk, monkeypatch):
+    run, alive, results = pipeline.run, [], []
+
+    def watched(configuration):
+        gc.collect()
+        alive.append(sum(result() is not None for result in results))
+        result = run(configuration)
+        results.append(weakref.ref(result))
+        return result
+
+    monkeypatch.setattr(pipeline, "run", watched)
+    words = [word for word in desk.words("method.scaling_factor=0.1,0.2,0.3") if word != "output=out"]
+    assert main(["--multirun", *words, "hydra.sweep.dir=sweep"]) == 0
+    assert alive == [0, 0, 0]
 
 
 def test_a_sweep_scores_the_pretrained_model_and_the_experts_once(desk, monkeypatch):

@@ -60,7 +60,7 @@ def test_convolutions_see_pictures_with_channels_last_where_the_keys_say_so(tmp_
     assert seen == [True, False]
     assert torch.equal(ordered.call(nn.Flatten(), pictures), pictures.flatten(1))
     assert ordered.precision == "32-true, channels last"
-    note = "Pictures were encoded and scored with channels last (fabric.channels_last=true)."
+    note = "Pictures were passed with channels last (fabric.channels_last=true)."
     assert Context(tmp_path, fabric=ordered.config).notes() == [note]
 
 

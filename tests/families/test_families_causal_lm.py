@@ -109,6 +109,22 @@ def test_the_best_choice_by_log_likelihood_and_by_byte_is_compared_with_the_answ
         assert score.estimates[metric].error == pytest.approx(math.sqrt(share * (1 - share) / (len(rows) - 1)))
 
 
+@pytest.mark.parametrize("kind", ["text", "choice", "answer"])
+def test_processes_score_as_one_does(shop, kind):
+    from suture.core.fabric import Team, launch, make_fabric
+
+    changes = {"score": {"metric": "exact_match", "max_new_tokens": 6}} if kind == "answer" else {}
+    one, inputs, encoder = scored(shop, kind, **changes)
+
+    def score(fabric):
+        result = LanguageScorer(batch_tokens=60, team=Team(fabric)).score(encoder, inputs.requests)
+        return {name: estimate.value for name, estimate in result.estimates.items()}, list(result.answers)
+
+    values, answers = launch(make_fabric({"accelerator": "cpu", "devices": 2}), score)
+    assert values == pytest.approx({name: estimate.value for name, estimate in one.estimates.items()}, rel=1e-6)
+    assert answers == list(one.answers)
+
+
 def test_generated_answers_are_those_of_greedy_generation(any_shop):
     score, inputs, _ = scored(any_shop, "answer", score={"metric": "exact_match", "max_new_tokens": 6})
     model, tokenizer = load(any_shop / "colour"), tokenizer_of(any_shop)

@@ -5,6 +5,8 @@ import os
 import signal
 import subprocess
 import sys
+import threading
+from contextlib import suppress
 
 import pytest
 import torch
@@ -14,7 +16,7 @@ from suture.checkpoints.provenance import PROVENANCE
 from suture.cli.main import main
 from suture.errors import CheckpointError, ConfigError, OutputError
 from suture.storage import remote
-from suture.storage.remote import BLOCKS, RemotePath
+from suture.storage.remote import BLOCKS, RangedFile, RemotePath
 
 fsspec = pytest.importorskip("fsspec")
 NAMES = ("base", "one", "two")
@@ -89,6 +91,71 @@ def test_only_the_blocks_that_are_needed_are_read(folders, memory, monkeypatch):
     whole["layer.2.weight"]
     assert 0 < sum(asked) <= 2 * BLOCKS.size
     assert len(BLOCKS._held) <= BLOCKS.count
+
+
+@pytest.fixture
+def asked(memory, monkeypatch):
+    """The ranges that were asked for, of files of 400 kB in memory."""
+    ranges, read = [], RemotePath.range
+
+    def watched(path, begin, end):
+        ranges.append((path.name, begin))
+        return read(path, begin, end)
+
+    monkeypatch.setattr(RemotePath, "range", watched)
+    for name in "abcdef":
+        memory.pipe_file(f"/{name}", bytes(range(256)) * 1600)
+    return ranges
+
+
+def test_files_that_are_read_side_by_side_are_asked_for_once(asked):
+    files = [RangedFile(RemotePath(f"memory://{name}"), 409_600) for name in "abcdef"]
+    BLOCKS.limit(18 * 65_536, streams=6)
+    pieces = [[file.tensor(at, 12_800, torch.uint8) for file in files] for at in range(0, 409_600, 12_800)]
+    for parts in zip(*pieces, strict=True):
+        assert torch.equal(torch.cat(parts), torch.arange(256).to(torch.uint8).repeat(1600))
+    assert len(asked) == len(set(asked)) == 6 * 7
+    assert BLOCKS.size == 65_536
+
+
+def test_the_next_block_is_asked_for_before_it_is_wanted(asked, monkeypatch):
+    file, arrived = RangedFile(RemotePath("memory://a"), 409_600), threading.Event()
+    BLOCKS.limit(18 * 65_536, streams=6)
+    watched = RemotePath.range
+
+    def telling(path, begin, end):
+        data = watched(path, begin, end)
+        if begin == 2 * 65_536:
+            arrived.set()
+        return data
+
+    monkeypatch.setattr(RemotePath, "range", telling)
+    file.tensor(0, 1, torch.uint8)
+    file.tensor(65_536, 1, torch.uint8)
+    assert arrived.wait(10)
+    assert sorted(asked) == [("a", 0), ("a", 65_536), ("a", 131_072)]
+    file.tensor(131_072, 1, torch.uint8)
+    assert asked.count(("a", 131_072)) == 1
+
+
+def test_a_block_that_could_not_be_read_ahead_is_asked_for_again(asked, monkeypatch):
+    file, failed = RangedFile(RemotePath("memory://a"), 409_600), threading.Event()
+    BLOCKS.limit(18 * 65_536, streams=6)
+    watched = RemotePath.range
+
+    def failing(path, begin, end):
+        if begin == 131_072 and not failed.is_set():
+            failed.set()
+            raise CheckpointError("gone")
+        return watched(path, begin, end)
+
+    monkeypatch.setattr(RemotePath, "range", failing)
+    file.tensor(0, 1, torch.uint8)
+    assert file.tensor(65_536, 1, torch.uint8).item() == 0
+    assert failed.wait(10)
+    with suppress(CheckpointError):  # of a reader that comes before it is forgotten
+        file.tensor(131_072, 1, torch.uint8)
+    assert file.tensor(131_073, 1, torch.uint8).item() == 1
 
 
 def test_a_result_that_is_there_is_not_made_again(folders, memory, monkeypatch):
@@ -231,6 +298,16 @@ def test_s3_in_and_out_has_the_same_bytes_through_cuts_and_throttling(folders, b
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_large_file_is_sent_in_small_parts(bucket, store, tmp_path):
+    (tmp_path / "large").write_bytes(bytes(range(250)) * 80_000)  # 20 MB
+    before = store.sent
+    there = RemotePath(f"{bucket}/large")
+    there.send(tmp_path / "large")
+    assert store.sent - before == 3  # of 8 MB, so that not all of the file is in memory
+    assert there.stat().st_size == 20_000_000
+    assert there.range(16_777_000, 16_777_250) == bytes(range(250))
+
+
 def test_a_killed_writer_leaves_no_model_in_s3_and_the_next_finishes(folders, bucket, store, tmp_path):
     words = ["merge", f"base={bucket}/base", *(f"models.{n}={bucket}/{n}" for n in NAMES[1:]), "method=ties_merging"]
     words += [f"output={bucket}/killed", "shard_size=30kB"]

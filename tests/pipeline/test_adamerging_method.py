@@ -195,3 +195,21 @@ def test_tensorboard_reads_what_was_logged(desk):
     report = json.loads((desk.folder / "out" / "report.json").read_text())
     wanted = report["learning"]["layer_wise_adamerging"]["losses"]
     assert [event.value for event in losses] == pytest.approx(wanted, rel=1e-5)
+
+
+def test_pictures_are_learned_from_with_channels_last_where_the_keys_say_so(desk, monkeypatch):
+    seen, forward = [], torch.nn.Conv2d.forward
+
+    def watched(self, input):
+        if torch.is_grad_enabled():
+            seen.append(input.is_contiguous(memory_format=torch.channels_last))
+        return forward(self, input)
+
+    monkeypatch.setattr(torch.nn.Conv2d, "forward", watched)
+    words = ["method.max_steps=2", "method.batch_size=4"]
+    assert main(desk.words(*words, "fabric.channels_last=true", method="lw_adamerging")) == 0
+    assert seen
+    assert all(seen)
+    seen.clear()
+    assert main(desk.words(*words, "output=plain", method="lw_adamerging")) == 0
+    assert not all(seen)

@@ -10,6 +10,7 @@ from torch import nn
 import suture
 from suture.cli.main import main
 from suture.core.batches import size
+from suture.core.names import in_bytes
 from suture.errors import ConfigError
 from suture.pipeline.context import Context
 from suture.repairs.problem import Problem
@@ -96,6 +97,20 @@ def test_an_adaptation_passes_what_was_planned(desk, monkeypatch):
     suture.run(words)
     assert plan.backward == taken[0] * 2 * 4 == 40
     assert plan.on(2) < plan.on(1)
+
+
+def test_a_device_with_a_part_of_the_weights_holds_less_and_gathers_the_rest(desk):
+    words = desk.words("method.max_steps=5", "method.batch_size=4", "fabric.accelerator=cpu", method="adamerging")
+    parts = [*words, "fabric.strategy=fsdp", "fabric.devices=2"]
+    whole, split, apart = map(suture.plan, (words, parts, [*parts, "method.concatenate=false"]))
+    checked = suture.check(words)
+    fixed = lambda plan: plan.memory - plan.slopes.host
+    assert fixed(whole) - fixed(split) == checked.memory - checked.memory // 2
+    assert split.backward == whole.backward == 40
+    assert whole.left_out == ()
+    for plan, passes in ((split, 5), (apart, 10)):  # weights before and after, and gradients, of the other half
+        size = in_bytes(passes * (3 * checked.parameters * 4 // 2))
+        assert plan.left_out == (f"gathering weights and adding up gradients: {size} to each of 2 devices",)
 
 
 def test_an_evaluation_passes_what_was_planned(desk, passes):

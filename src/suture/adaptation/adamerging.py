@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from suture.adaptation.captured import Steps, recorder_for
 from suture.adaptation.coefficients import (
     Coefficients,
     Layout,
@@ -189,9 +190,11 @@ def adapt(
     saving = resume if team.rank == 0 or resume is None else resume.read_only()
     trajectory = Trajectory(values, optimizer, saving, logits_of_masks)
     streams = {task: endless(task, batches[task], trajectory.step) for task in arrangement.tasks} if max_steps else {}
-    steps = max_steps - trajectory.step
-    upcoming = Upcoming(({task: next(stream) for task, stream in streams.items()} for _ in range(steps)), model.device)
+    left = range(max_steps - trajectory.step)
+    upcoming = Upcoming(({task: next(stream) for task, stream in streams.items()} for _ in left), model.device)
     independent = depends_on_batch(module) is None
+    recorder = recorder_for(model, objective.expert, independent) if chosen.capture else None
+    steps = Steps(model, network, profile, recorder)
     cut = {"concatenate": concatenate, "micro_batch": chosen.micro_batch, "independent": independent}
     cut_up = even_passes if team.sharded else passes
     scores: dict[int, float] = {}
@@ -202,10 +205,7 @@ def adapt(
             if objective.expert:
                 work = network.with_expert_outputs(work)
             coefficients = spread()
-            with profile("merging weights"):
-                model.write(coefficients.detach())  # θ = θ₀ + Σ λ τ
-            loss = network.backward(work)  # ∂L/∂θ, turned into ⟨∂L/∂θ, τ⟩ tensor by tensor
-            loss, gradient = _read(team, loss, model.gradient(), upcoming)
+            loss, gradient = _read(team, steps(coefficients.detach(), work), coefficients.shape, upcoming)
             if not loss.isfinite():
                 where = f"at step {trajectory.step}. Remedy: check the inputs, or lower lr={chosen.lr}."
                 raise DataError(f"The objective is {loss.item()} {where}")
@@ -231,15 +231,14 @@ def adapt(
     return AdaMergingResult(named, torch.stack(trajectory.history), losses, merged, scores, mask_logits=logits_by_name)
 
 
-def _read(team: Team, loss: Tensor, gradient: Tensor, upcoming: Upcoming) -> tuple[Tensor, Tensor]:
+def _read(team: Team, packed: Tensor, shape: torch.Size, upcoming: Upcoming) -> tuple[Tensor, Tensor]:
     """Loss and gradient, float64 on the CPU, summed over processes: the one time in a step that the device is read.
 
     While it still computes, the next step's inputs are sent to it.
     """
-    packed = torch.cat([gradient.reshape(-1), loss.reshape(1).to(gradient)])
     upcoming.prepare()
     packed = team.sum(packed).to("cpu", torch.float64)
-    return packed[-1], packed[:-1].view(gradient.shape)
+    return packed[-1], packed[:-1].view(shape)
 
 
 def _optimizer(options: AdaMergingOptions, values: list[Tensor]) -> torch.optim.Optimizer:

@@ -73,17 +73,21 @@ class MergedModel:
     def write(self, coefficients: Float[Tensor, "task tensor"]) -> None:
         """Write θ₀ + Σ λ_t τ_t into the module."""
         if self._flat:
-            sent = self._sent(coefficients)
-            for group in self._flat:
-                group.write(sent)
+            self.write_sent(self.sent(coefficients))
         self._write_single(coefficients)
+
+    @torch.no_grad()
+    def write_sent(self, coefficients: Float[Tensor, "task tensor"]) -> None:
+        """Write what lies in buffers, from coefficients on the device."""
+        for group in self._flat:
+            group.write(coefficients)
 
     def _write_single(self, coefficients: Tensor) -> None:
         with exact_products(self.device):
             for i in self._single:
                 self.targets[i].copy_(self._rows[i].combine(self._base[i], coefficients[:, i]))
 
-    def _sent(self, coefficients: Tensor) -> Tensor:
+    def sent(self, coefficients: Tensor) -> Tensor:
         """The coefficients on the device, in one copy."""
         return coefficients.to(widest(self.device)).to(self.device, non_blocking=True)
 
@@ -93,7 +97,7 @@ class MergedModel:
         with torch.no_grad(), ExitStack() as stack:
             self._write_single(coefficients)
             for group in self._flat:
-                stack.enter_context(group.in_full(self._sent(coefficients)))
+                stack.enter_context(group.in_full(self.sent(coefficients)))
             yield self.module
 
     @torch.no_grad()

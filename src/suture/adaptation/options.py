@@ -28,6 +28,7 @@ class AdaMergingOptions:
       of which the first ⌊share · k⌋ of k start on; `rank_temperature` is that of the masks' gradient. `centred` takes
       task vectors from the models' mean. AdaRank has 0.16, centred and init_values=2.3 for eight tasks.
     - `vectors_dtype`: the dtype of task vectors in memory; with `stream_vectors` they are read twice per step instead.
+    - `capture`: on a GPU a step is recorded as a CUDA graph, where it can be, and replayed; needs more memory.
     - `recompute`: layers keep only their inputs and run again in the backward pass: less memory, a third more time.
     """
 
@@ -51,6 +52,7 @@ class AdaMergingOptions:
     vectors_dtype: torch.dtype | None = None
     stream_vectors: bool = False
     recompute: bool = False
+    capture: bool = False
 
     @classmethod
     def of(cls, values: Mapping[str, Any]) -> "AdaMergingOptions":

@@ -2,13 +2,22 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 from suture.cli.catalogue import MethodEntry, catalogue
 from suture.cli.grammar import Request, shipped_pools
 from suture.cli.output import Answer
 from suture.errors import ConfigError, unknown_name
+
+
+@dataclass(frozen=True)
+class _Done:
+    """What a sweep keeps of each of its runs: models are left to their folders."""
+
+    data: dict[str, Any]
+    folder: Path | None
 
 
 def run(request: Request) -> Answer:
@@ -19,21 +28,21 @@ def run(request: Request) -> Answer:
     from suture.pipeline.settings import Settings
     from suture.reporting.sweep import summarise
 
-    def run_one(configuration: Mapping[str, Any]) -> Any:
+    def run_one(configuration: Mapping[str, Any]) -> _Done:
         result = pipeline.run(configuration)
         tables.print_run(result)
-        return result
+        return _Done(_as_data(result), getattr(result, "folder", None))
 
     check_overrides(request.words, request.verb.configuration)
     if request.values.get("--plan"):
         if request.values.get("--multirun"):
             raise ConfigError("--plan with -m: wanted one run. Remedy: plan one of them, which stands for the others.")
         return _planned(config.compose(request.words))
-    results = config.run_each([*_for_hydra(request), *request.words], run_one, Settings.from_config)
-    folders = [result.folder for result in results if hasattr(result, "folder")]
+    done = config.run_each([*_for_hydra(request), *request.words], run_one, Settings.from_config)
+    folders = [each.folder for each in done if each.folder is not None]
     if len(folders) > 1 and (summary := summarise(folders)):
         tables.print_sweep(summary.report, summary.folder)
-    data = [_as_data(result) for result in results]
+    data = [each.data for each in done]
     code = 2 if any(each.get("problems") for each in data) else 0
     return Answer(data[0] if len(data) == 1 else {"runs": data}, "\n".join(map(str, folders)), code)
 

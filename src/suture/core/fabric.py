@@ -1,23 +1,28 @@
 """Devices, processes, precision and loggers through Lightning Fabric, which only this module and `loggers` import."""
 
 import logging
+import os
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
 from torch import Tensor
+from torch.multiprocessing.spawn import ProcessException
 
 from suture.core.batches import call, channels_last
-from suture.errors import ConfigError, check_known
+from suture.core.machine import give_back_freed_memory
+from suture.errors import ConfigError, SutureError, check_known
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
 
+S = TypeVar("S")
 T = TypeVar("T")
 _KEYS = ("accelerator", "devices", "strategy", "precision", "num_nodes", "loggers", "tf32", "channels_last")
 _OWN_KEYS = ("devices", "loggers", "tf32", "channels_last")  # which Fabric does not take
@@ -57,12 +62,14 @@ class OneDevice:
 
     def call(self, module: Any, inputs: Any) -> Tensor:
         """The module's output for a batch, (batch, …), in float32 whatever the precision."""
-        if self.config.get("channels_last"):
-            inputs = channels_last(inputs)
         if _precision(self.config) == PRECISIONS[0]:
-            return call(module, inputs)
+            return self.plain_call(module, inputs)
         with self.fabric.autocast():
-            return call(module, inputs).float()
+            return self.plain_call(module, inputs).float()
+
+    def plain_call(self, module: Any, inputs: Any) -> Tensor:
+        """The module's output for a batch in the precision of the context around it, pictures in the chosen order."""
+        return call(module, channels_last(inputs) if self.config.get("channels_last") else inputs)
 
 
 def make_fabric(config: Mapping[str, Any], devices: int = 1):
@@ -178,6 +185,53 @@ class Team:
             finally:
                 torch.set_autocast_cache_enabled(kept)
 
+    def share(self, count: int) -> tuple[slice, float]:
+        """The positions of this process among `count`, and their weight in a mean over all of them.
+
+        Where there are fewer positions than processes, the others get the first one again, with a weight of 0.
+
+        >>> Team().share(5)
+        (slice(0, None, 1), 1.0)
+        """
+        if self.rank >= count:
+            return slice(0, 1), 0.0
+        own = slice(self.rank, None, self.world)
+        return own, len(range(*own.indices(count))) / count
+
+    def each(self, function: "Callable[[S], T]", items: Iterable[S]) -> Iterator[T]:
+        """`function(item)` of every item, in their order, in every process; each process computes its share of them.
+
+        Results go from process to process one at a time, so their tensors are to be on the CPU. All processes must take
+        all results.
+        """
+        turns = iter(items)
+        while turn := list(islice(turns, self.world)):
+            own = function(turn[self.rank]) if self.rank < len(turn) else None
+            for number in range(len(turn)):
+                yield cast("T", self._told(own, number))
+            del own  # before the next one is computed
+
+    def _told(self, value: "T", source: int) -> "T":
+        """The value that the process `source` has."""
+        if self.world == 1:
+            return value
+        told: list[Any] = [value if self.rank == source else None]
+        torch.distributed.broadcast_object_list(told, src=source)
+        return told[0]
+
+    def gather(self, value: "T") -> "list[T]":
+        """The values of all processes, in their order; tensors among them are to be on the CPU."""
+        if self.world == 1:
+            return [value]
+        values: list[Any] = [None] * self.world
+        torch.distributed.all_gather_object(values, value)
+        return values
+
+    def add(self, tensors: Iterable[Tensor]) -> None:
+        """Replace tensors by their sums over all processes, on their device and in their dtype."""
+        for tensor in tensors if self.world > 1 else ():
+            torch.distributed.all_reduce(tensor)
+
     def sum(self, tensor: Tensor) -> Tensor:
         """The sum over all processes, on the CPU."""
         if self.fabric is None or self.world == 1:
@@ -203,8 +257,13 @@ def launch(fabric: "Fabric", function: "Callable[[Fabric], T]") -> T:
         remedy = "Remedy: fabric.strategy=ddp, which starts the command once for each process, or fabric.devices=1."
         raise ConfigError(f"fabric: this process has used the GPU already and cannot be forked. {remedy}")
     with tempfile.TemporaryDirectory() as folder:
-        result = Path(folder) / "result.pt"
-        fabric.launch(_saved, function, result)  # type: ignore[arg-type]
+        result, refusal = Path(folder) / "result.pt", Path(folder) / "refusal.pt"
+        try:
+            fabric.launch(_saved, function, result, refusal)  # type: ignore[arg-type]
+        except ProcessException:
+            if refusal.exists():  # what a process refused is one line here too
+                raise torch.load(refusal, weights_only=False) from None
+            raise
         return torch.load(result, weights_only=False)
 
 
@@ -213,12 +272,20 @@ def _forks(fabric: "Fabric") -> bool:
     return launcher is not None and launcher.is_interactive_compatible
 
 
-def _saved(fabric: "Fabric", function: "Callable[[Fabric], T]", path: Path) -> None:
-    """Save the result of process 0 in a file.
+def _saved(fabric: "Fabric", function: "Callable[[Fabric], T]", path: Path, refusal: Path) -> None:
+    """Save the result of process 0 in a file, or the error of the process that refuses first in another.
 
     Shared tensors could not be read after the process that made them has ended, and Lightning waits for the processes
     before it reads what they return, so that a process with more than a pipe holds would never end.
     """
-    result = function(fabric)
+    if getattr(fabric.strategy, "sharded", False):
+        give_back_freed_memory()
+    try:
+        result = function(fabric)
+    except SutureError as error:
+        written = refusal.with_suffix(f".{fabric.global_rank}")
+        torch.save(error, written)
+        os.replace(written, refusal)
+        raise
     if fabric.global_rank == 0:
         torch.save(result, path)

@@ -7,12 +7,14 @@ mask, are passed as keyword arguments.
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, NamedTuple, overload
 
 import torch
 from torch import Tensor, nn
 
 from suture.core.batches import Forward, ahead, call, device_of, evaluation_mode, take, to_device
+from suture.core.fabric import Team
 from suture.core.progress import Track, untracked
 from suture.core.replicas import on_replicas
 from suture.errors import CheckpointError, ConfigError, DataError
@@ -37,13 +39,19 @@ class Scorer:
     """Scores models in batches of `batch_size` inputs, through `forward(model, inputs)`.
 
     A module is put in evaluation mode for this, and batches are moved to its device; with several `devices`, copies of
-    it share the batches.
+    it share the batches. So do the processes of a `fabric`, all of which make the same calls and have the results.
     """
 
     batch_size: int = BATCH_SIZE
     track: Track = untracked
     forward: Forward = call
     devices: Sequence[torch.device] = ()
+    fabric: Any = None
+
+    @cached_property
+    def team(self) -> Team:
+        """The processes that share the work: this one alone without a fabric."""
+        return Team(self.fabric)
 
     def correct(self, model: Model, task: TaskInputs, name: str = "Evaluating") -> Tensor:
         """Whether each input's largest logit is at its label: bool (N,), on the CPU. Raises as `evaluate` does."""
@@ -75,7 +83,7 @@ class Scorer:
         return torch.cat(results)
 
     def _outputs(self, model: Model, task: TaskInputs, starts: Iterable[int]) -> Iterator[Tensor]:
-        """The model's output for each batch, on its device; with several `devices` they share the batches."""
+        """The model's output for each batch, on its device. Several processes, or else `devices`, share the batches."""
         device = device_of(model) if isinstance(model, nn.Module) else torch.device("cpu")
 
         batches = (take(task.inputs, slice(start, start + self.batch_size)) for start in starts)
@@ -84,7 +92,13 @@ class Scorer:
             with torch.inference_mode():  # which each thread has to enter
                 return self.forward(module, to_device(batch, device_of(module)))
 
-        if len(self.devices) > 1 and isinstance(model, nn.Module):
+        def own(start: int) -> Tensor:
+            batch = take(task.inputs, slice(start, start + self.batch_size))
+            return self.forward(model, to_device(batch, device)).cpu()
+
+        if self.team.world > 1:
+            yield from (rows.to(device) for rows in self.team.each(own, starts))
+        elif len(self.devices) > 1 and isinstance(model, nn.Module):
             yield from (rows.to(device) for rows in on_replicas(model, self.devices, output, batches))
         else:
             yield from (self.forward(model, batch) for batch in ahead(batches, device))
@@ -96,7 +110,7 @@ class Scorer:
     def language(self, model: Model, task: TaskInputs, name: str = "Evaluating") -> LanguageScore:
         """The scores of a language model on a task with requests."""
         assert task.requests is not None
-        scorer = LanguageScorer(track=self.track, forward=self.forward)
+        scorer = LanguageScorer(track=self.track, forward=self.forward, team=self.team)
         return scorer.score(model, task.requests, f"{name}: {task.name}")
 
     def row(self, row: Row | str, model: Model | Mapping[str, Model], tasks: Mapping[str, TaskInputs]) -> Row:

@@ -1,21 +1,25 @@
 """Scores of a language model on requests: batched, sorted by length, with a prompt shared by its choices run once."""
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import groupby
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from suture.core.batches import Forward, call, device_of, evaluation_mode
+from suture.core.fabric import Team
 from suture.core.progress import Track, untracked
 from suture.errors import CheckpointError, ConfigError
 from suture.families.shared.next_token import NextToken, output_layer
 from suture.families.shared.requests import Choice, Requests, Window
 from suture.tasks.scoring import CHOICE_METRICS, EXACT_MATCH
 
+B = TypeVar("B")
+R = TypeVar("R")
 _ROWS = 512  # hidden states that are turned into logits at a time
 
 
@@ -40,13 +44,15 @@ class LanguageScorer:
     """Scores language models in batches of at most `batch_tokens` tokens, padding included.
 
     `share_prompts` runs a prompt once for all of its choices, with a cache of keys and values: the same numbers up to
-    rounding. It is left out for models that are not a `NextToken` or one with modules.
+    rounding. It is left out for models that are not a `NextToken` or one with modules. The processes of a `team` share
+    the batches, and all have the results.
     """
 
     batch_tokens: int = 8192
     track: Track = untracked
     forward: Forward = call
     share_prompts: bool = True
+    team: Team = field(default_factory=Team)
 
     def score(self, model: Any, requests: Requests, name: str = "Evaluating") -> LanguageScore:
         """The scores of a model; raises `ConfigError` for a model without an output layer."""
@@ -82,26 +88,24 @@ class _Run:
         return self._shared(choices, name) if self.caches else self._continuations(pairs, name)
 
     def _continuations(self, pairs: Sequence[tuple[Sequence[int], Sequence[int]]], name: str) -> list[float]:
-        results = [0.0] * len(pairs)
         order = sorted(range(len(pairs)), key=lambda i: (-len(pairs[i][0]) - len(pairs[i][1]), i))
-        with self.scorer.track(name, len(pairs)) as advance:
-            for batch in _batches(order, lambda i: len(pairs[i][0]) + len(pairs[i][1]), self.scorer.batch_tokens):
-                rows = [(*pairs[i][0], *pairs[i][1]) for i in batch]
-                ids, mask = self._padded([row[:-1] for row in rows])
-                counts = [len(pairs[i][1]) for i in batch]
-                scored = torch.zeros(ids.shape, dtype=torch.bool)
-                for row, (tokens, count) in enumerate(zip(rows, counts, strict=True)):
-                    scored[row, len(tokens) - 1 - count : len(tokens) - 1] = True
-                targets = torch.tensor([token for i in batch for token in pairs[i][1]])
-                features = self._features(input_ids=ids, attention_mask=mask, scored=scored)
-                for i, value in zip(batch, self._sums(features, targets, counts), strict=True):
-                    results[i] = value
-                advance(len(batch))
-        return results
+        batches = _batches(order, lambda i: len(pairs[i][0]) + len(pairs[i][1]), self.scorer.batch_tokens)
+
+        def sums(batch: list[int]) -> list[float]:
+            rows = [(*pairs[i][0], *pairs[i][1]) for i in batch]
+            ids, mask = self._padded([row[:-1] for row in rows])
+            counts = [len(pairs[i][1]) for i in batch]
+            scored = torch.zeros(ids.shape, dtype=torch.bool)
+            for row, (tokens, count) in enumerate(zip(rows, counts, strict=True)):
+                scored[row, len(tokens) - 1 - count : len(tokens) - 1] = True
+            targets = torch.tensor([token for i in batch for token in pairs[i][1]])
+            features = self._features(input_ids=ids, attention_mask=mask, scored=scored)
+            return self._sums(features, targets, counts)
+
+        return self._each([0.0] * len(pairs), ((batch, batch) for batch in batches), sums, name)
 
     def _shared(self, choices: Sequence[Choice], name: str) -> list[float]:
         """The same, with each prompt run once; only the last token of a prompt is run with its choices."""
-        results = [0.0] * len(choices)
         numbers = range(len(choices))
         groups = [list(group) for _, group in groupby(numbers, key=lambda i: (choices[i].row, choices[i].prompt))]
         groups.sort(key=lambda group: -len(choices[group[0]].prompt))
@@ -109,13 +113,28 @@ class _Run:
         def cost(group: list[int]) -> int:
             return len(choices[group[0]].prompt) + sum(len(choices[i].continuation) for i in group)
 
-        with self.scorer.track(name, len(choices)) as advance:
-            for batch in _batches(groups, cost, self.scorer.batch_tokens):
-                flat = [i for group in batch for i in group]
-                values = self._choice_batch([choices[g[0]].prompt for g in batch], batch, choices)
-                for i, value in zip(flat, values, strict=True):
+        def values(batch: list[list[int]]) -> list[float]:
+            return self._choice_batch([choices[group[0]].prompt for group in batch], batch, choices)
+
+        batches = _batches(groups, cost, self.scorer.batch_tokens)
+        numbered = ((batch, [i for group in batch for i in group]) for batch in batches)
+        return self._each([0.0] * len(choices), numbered, values, name)
+
+    def _each(
+        self,
+        results: list[R],
+        batches: Iterable[tuple[B, list[int]]],
+        function: Callable[[B], Sequence[R]],
+        name: str,
+    ) -> list[R]:
+        """The `results`, with those of every batch at its numbers; processes share the batches."""
+        batches = list(batches)
+        found = self.scorer.team.each(function, (batch for batch, _ in batches))
+        with self.scorer.track(name, len(results)) as advance:
+            for (_, numbers), values in zip(batches, found, strict=True):
+                for i, value in zip(numbers, values, strict=True):
                     results[i] = value
-                advance(len(flat))
+                advance(len(numbers))
         return results
 
     def _choice_batch(
@@ -150,15 +169,11 @@ class _Run:
     def generated(self, requests: Requests, name: str) -> list[str]:
         """The greedy continuation of every prompt, up to a stop text."""
         assert requests.decode is not None
-        texts = [""] * len(requests.prompts)
-        order = sorted(range(len(texts)), key=lambda i: (-len(requests.prompts[i]), i))
+        order = sorted(range(len(requests.prompts)), key=lambda i: (-len(requests.prompts[i]), i))
         longest = requests.scoring.longest_answer
-        with self.scorer.track(name, len(texts)) as advance:
-            for batch in _batches(order, lambda i: len(requests.prompts[i]) + longest, self.scorer.batch_tokens):
-                for i, text in zip(batch, self._answers(requests, batch), strict=True):
-                    texts[i] = text
-                advance(len(batch))
-        return texts
+        batches = _batches(order, lambda i: len(requests.prompts[i]) + longest, self.scorer.batch_tokens)
+        answers = partial(self._answers, requests)
+        return self._each([""] * len(order), ((batch, batch) for batch in batches), answers, name)
 
     def _answers(self, requests: Requests, batch: Sequence[int]) -> list[str]:
         assert requests.decode is not None

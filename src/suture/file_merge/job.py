@@ -59,10 +59,11 @@ class Job:
         """The opened models, with threads and slices that keep the memory's ceiling."""
         options = self.options
         count, memory = len(self.inputs.models), options.memory
-        if self.inputs.remote:
-            BLOCKS.limit(min(_BLOCKS, memory // 4))
-            memory -= min(_BLOCKS, memory // 4)
+        held = min(_BLOCKS, memory // 4) if self.inputs.remote else 0
+        memory -= held
         threads, chunk = chunk_for(memory, options.method, count, options.threads)
+        if held:
+            BLOCKS.limit(held, (count + 1) * threads)
         return TaskVectors(
             self.inputs.base,
             self.inputs.models,

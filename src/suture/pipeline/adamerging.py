@@ -173,6 +173,7 @@ class AdaMerging(MethodBase, AdaMergingOptions):
                     models.experts,
                     batches,
                     models.family.merged_logits() or {name: task.logits for name, task in tasks.items()},
+                    forward=context.device.plain_call,
                     frozen=models.pool.frozen,
                     mixed_dtypes=True,
                     fabric=fabric,

@@ -12,7 +12,6 @@ import shlex
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from importlib.resources import files
 from itertools import product
 from pathlib import Path
@@ -48,10 +47,10 @@ def run_each(
 
     def job(config):
         try:
-            if not _in_this_process():  # a launcher sends the result back: the folder is enough
-                result = task(_plain(config))
-                return replace(result, report=None) if hasattr(result, "report") else result
-            results.append(task(_plain(config)))
+            result = task(_plain(config))
+            if not _in_this_process():  # a launcher sends it back
+                return result
+            results.append(result)
         except Exception as error:
             if not _in_this_process():
                 raise

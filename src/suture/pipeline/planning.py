@@ -5,6 +5,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal, get_args
 
 from suture import tasks as data
+from suture.adaptation.network import check_concatenation
 from suture.core.extras import check_installed
 from suture.core.fabric import SHARDED
 from suture.core.names import in_bytes
@@ -47,6 +48,8 @@ class Stage:
 @dataclass(frozen=True)
 class JobPlan:
     """The stages of a job on one device. Memory is in bytes: of this process, and of an accelerator.
+
+    With `fabric.strategy=fsdp` both are for the number of devices that was given.
 
     `left_out` names parts that are not in the figures.
     """
@@ -241,6 +244,9 @@ class _Counting:
         read = vectors + self.checked.parameters * _FLOAT
         learning = inputs * self.known.backward
         compared = 2 * sum(min(COMPARED, count) for count in self.counts(method.split).values())
+        if self._parts > 1:
+            size = in_bytes(steps * self._passes(method) * self._gathered)
+            self.left_out.append(f"gathering weights and adding up gradients: {size} to each of {self._parts} devices")
         rest = steps * vectors * self.known.vectors + compared * self.known.forward + written / self.known.write
         return [
             Stage("learn coefficients: passes", learning, bytes_read=read, backward=inputs, shared=True),
@@ -271,6 +277,21 @@ class _Counting:
         return [Stage(f"repair={name}", seconds, forward=fitted, shared=shared), scoring]
 
     @property
+    def _gathered(self) -> int:
+        """Bytes that come to a device in one pass: the others' weights twice, and their gradients of its own part."""
+        return 3 * self.checked.parameters * _FLOAT * (self._parts - 1) // self._parts
+
+    def _passes(self, method: AdaMerging) -> int:
+        """The passes of a step through the network."""
+        encoder, by_task = self.models.new_encoder(), self.models.family.merged_logits()
+        together = check_concatenation(method.concatenate, encoder, by_task, method.micro_batch)
+        inputs = -(-method.batch_size // self._parts)
+        if together:
+            inputs *= len(self.models.experts)
+        pieces = -(-inputs // (method.micro_batch or inputs))
+        return pieces if together else pieces * len(self.models.experts)
+
+    @property
     def _parts(self) -> int:
         """The processes over which the weights of AdaMerging are split."""
         devices = str(self.settings.fabric.get("devices") or getattr(self.settings.method, "devices", 1))
@@ -287,7 +308,7 @@ class _Counting:
         learned = isinstance(self.settings.method, AdaMerging)
         held = self.checked.memory // self._parts if learned else 0
         device = self.known.device and self.known.device + held
-        memory = self.known.host + self.checked.memory + models
+        memory = self.known.host + (held if learned else self.checked.memory) + models
         return JobPlan(stages, memory, device, self.known, tuple(dict.fromkeys(self.left_out)))
 
 

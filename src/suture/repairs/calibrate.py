@@ -8,28 +8,29 @@ to the model.
 
 import copy
 from collections import defaultdict
-from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from threading import Lock
 from typing import Annotated, Any
 
 import torch
 from annotated_types import Ge, Gt, Le
 from torch import Tensor, nn
 
-from suture.adaptation.blocks import Block, find_blocks, frozen_copy, submodule
+from suture.adaptation.blocks import Block, find_blocks, submodule
 from suture.adaptation.grams import Positions
 from suture.adaptation.layer_calls import Call, Layer, LayerCalls
 from suture.adaptation.layer_weights import write_layer
 from suture.adaptation.walk import Store, Walk, make_plan, new_store, probe_of
 from suture.core.batches import device_of, size, split, to_device
+from suture.core.fabric import Team
 from suture.core.knobs import value_between
 from suture.core.replicas import in_turn
-from suture.errors import ConfigError, DataError, IncompatibleModels
+from suture.errors import ConfigError, DataError
 from suture.merging.overflow import refuse_overflow
 from suture.repairs.anchored import LayerSums, TaskSums
 from suture.repairs.batch_norm import calibrate_batch_norm
+from suture.repairs.expert_copies import ExpertCopies
 from suture.repairs.problem import Problem
 from suture.repairs.read_tokens import full_layers, reads_first_token_only
 from suture.repairs.registry import repair_kind
@@ -39,6 +40,8 @@ from suture.repairs.static_model import StaticModel
 Anchor = Annotated[float, Ge(0)]
 _DOUBLE_BELOW = 1e-3  # the ridge below which sums of float32 products are not exact enough
 _LISTED = 3
+#: A task's sums for a block, its expert's weights there, and the layers that were seen.
+_Found = tuple[TaskSums, dict[str, Tensor], dict[Layer, None]]
 
 
 @repair_kind(paper="https://arxiv.org/abs/2605.13030", static=True)
@@ -109,8 +112,10 @@ class _Calibration:
         self.batches = {task: list(split(inputs, problem.encode_batch)) for task, inputs in problem.inputs.items()}
         probe = to_device(probe_of(problem.inputs), problem.device)
         self.plan = make_plan(student, problem.forward, [block.path for block in blocks], probe)
-        self.experts = _Experts(problem)
-        self.students = _copies(student, problem)
+        self.experts = ExpertCopies(problem)
+        batch_norm = any(isinstance(part, nn.modules.batchnorm._BatchNorm) for part in student.modules())
+        self.team = Team() if batch_norm else problem.team  # its statistics are measured over all tasks at once
+        self.students = [student] if batch_norm else _copies(student, problem)
         self._aliases = _aliases(student)
         self.full, self.others = self._tokens(probe)
         self.warnings: list[str] = []
@@ -126,7 +131,7 @@ class _Calibration:
                 seen: dict[Layer, None] = {}
                 states = {}
                 sums_of = partial(self._task, i, students, experts)
-                for task, (sums, state, layers) in zip(tasks, in_turn(workers, sums_of, tasks), strict=True):
+                for task, (sums, state, layers) in zip(tasks, self._shared(sums_of, tasks), strict=True):
                     states[task] = state
                     seen.update(layers)
                     total.add(sums, state)
@@ -137,19 +142,28 @@ class _Calibration:
         for task in self.batches:
             self.problem.passes.merged += 2 * size(self.problem.inputs[task])
             self.problem.passes.experts += size(self.problem.inputs[task])
-        return self.warnings
+        return list(dict.fromkeys(line for lines in self.team.gather(self.warnings) for line in lines))
 
-    def _task(
-        self, i: int, students: Mapping[str, Walk], experts: dict[str, Walk], worker: int, task: str
-    ) -> tuple[TaskSums, dict[str, Tensor], dict[Layer, None]]:
+    def _shared(self, sums_of: Callable[[int, str], _Found], tasks: Sequence[str]) -> Iterator[_Found]:
+        """What is found on every task, by several processes, or else by several devices."""
+        if self.team.world == 1:
+            yield from in_turn(len(self.students), sums_of, tasks)
+            return
+
+        def of(task: str) -> _Found:
+            return _moved(sums_of(0, task), torch.device("cpu"))
+
+        for found in self.team.each(of, tasks):
+            yield _moved(found, self.problem.device)
+
+    def _task(self, i: int, students: Mapping[str, Walk], experts: dict[str, Walk], worker: int, task: str) -> _Found:
         """A task's sums for a block, its expert's weights there, and the layers that were seen."""
         student, seen = students[task], {}
         module = self.experts.on(device_of(student.module), task) if len(self.students) > 1 else self.experts[task]
         path = experts.setdefault(task, self._walk(module, task))
         path.module = module
         state = _weights_of(module, submodule(student.module, self.blocks[i].path), self.blocks[i])
-        sums, device = self._sums(i, student, path, state, seen, task), self.problem.device
-        return sums.to(device), {name: tensor.to(device) for name, tensor in state.items()}, seen
+        return _moved((self._sums(i, student, path, state, seen, task), state, seen), self.problem.device)
 
     def _walk(self, module: nn.Module, task: str) -> Walk:
         return Walk(module, self.problem.forward, self.plan, self.batches[task], self.store)
@@ -266,45 +280,18 @@ class _Calibration:
             for batch in range(len(walk.batches)):
                 walk.keep(i, batch, walk.run(i, batch))
 
-        list(in_turn(len(self.students), pass_on, students.values()))
+        own = list(students.values())[self.team.rank :: self.team.world]
+        list(in_turn(len(self.students), pass_on, own))
 
 
-class _Experts:
-    """Task → a frozen copy of its expert, which shares its memory; loaded anew where tasks share one module."""
-
-    def __init__(self, problem: Problem):
-        self.problem = problem
-        self._copies: dict[int, tuple[nn.Module, nn.Module]] = {}
-        self._of: dict[str, int] = {}
-        self._lock = Lock()
-
-    def on(self, device: torch.device, task: str) -> nn.Module:
-        """A copy of a task's expert on a device, while other threads may ask for others."""
-        with self._lock:
-            return copy.deepcopy(self[task]).to(device)
-
-    def __getitem__(self, task: str) -> nn.Module:
-        shared = len(set(self._of.values())) < len(self._of) or len(self._of) < len(self.problem.tasks)
-        if task in self._of and not shared:
-            return self._copies[self._of[task]][1]
-        module = self.problem.expert(task)
-        if id(module) not in self._copies:
-            self._copies[id(module)] = (module, frozen_copy(module))
-        if (before := self._of.get(task)) not in (None, id(module)) and list(self._of.values()).count(before) == 1:
-            del self._copies[before]
-        self._of[task] = id(module)
-        copied = self._copies[id(module)][1]
-        _check(self.problem.module, copied, task)
-        return copied
+def _moved(found: _Found, device: torch.device) -> _Found:
+    sums, state, seen = found
+    return sums.to(device), {name: tensor.to(device) for name, tensor in state.items()}, seen
 
 
 def _copies(student: nn.Module, problem: Problem) -> list[nn.Module]:
-    """The student alone, or a copy on each device of the problem, which share tasks out.
-
-    Statistics of BatchNorm layers are measured over all tasks at once, so a module with them stays on one device.
-    """
-    batch_norm = any(isinstance(part, nn.modules.batchnorm._BatchNorm) for part in student.modules())
-    if len(problem.devices) < 2 or batch_norm:
+    """The student alone, or a copy on each device of the problem, which share tasks out."""
+    if len(problem.devices) < 2:
         return [student]
     return [copy.deepcopy(student).to(device) for device in problem.devices[: len(problem.tasks)]]
 
@@ -323,18 +310,6 @@ def _aliases(module: nn.Module) -> dict[str, list[str]]:
     for name, tensor in module.named_parameters(remove_duplicate=False):
         by_tensor[id(tensor)].append(name)
     return {name: names for names in by_tensor.values() for name in names}
-
-
-def _check(module: nn.Module, expert: nn.Module, task: str) -> None:
-    """Raise `IncompatibleModels` for an expert without a tensor of the merged module."""
-    own, theirs = module.state_dict(), expert.state_dict()
-    for name, tensor in own.items():
-        if name not in theirs or theirs[name].shape != tensor.shape:
-            found = f"has shape {tuple(theirs[name].shape)}" if name in theirs else "is missing"
-            raise IncompatibleModels(
-                f"'{name}' {found} in the expert of task {task!r}; the merged module has {tuple(tensor.shape)}. "
-                "Remedy: give experts of the merged module's architecture."
-            )
 
 
 def _weights_of(expert: nn.Module, part: nn.Module, block: Block) -> dict[str, Tensor]:

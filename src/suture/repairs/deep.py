@@ -74,7 +74,7 @@ def deep(
         for modules, *rows in zip(repairs.values(), *(by_layer(task, chosen) for task in merged), strict=True):
             set_means(modules, rows)
     groups = [slice(0, len(targets))] if together else [slice(t, t + 1) for t in range(len(targets))]
-    descent = Descent(list(repairs.values()), groups, lr, optimizer)
+    descent = Descent(list(repairs.values()), groups, lr, optimizer, problem.team)
     losses = deep_losses(problem, network, list(repairs.values()), targets, order)
     last = -(-max(map(len, targets)) // batch_size)  # the final steps that use every input once
     options = {"resume": problem.resume, "on_step": problem.on_step}
@@ -125,7 +125,7 @@ def deep_losses(
     targets: Sequence[Tensor],
     batches: Callable[[int], Sequence[Tensor]],
 ) -> Losses:
-    """The losses of some tasks at a step, with a graph through the corrected network.
+    """The losses of some tasks at a step, with a graph through the corrected network: this process's share of them.
 
     The batches are positions in the `targets`, and in the inputs that these were encoded from.
     """
@@ -133,14 +133,16 @@ def deep_losses(
     inputs = [used(task) for task in problem.tasks]
 
     def losses(step: int, which: slice) -> Tensor:
-        chosen, indices = range(which.start, which.stop), batches(step)
+        chosen, everyone = range(which.start, which.stop), batches(step)
+        own, weight = problem.team.share(len(everyone[0]))
+        indices = [at[own] for at in everyone]
         parts = [to_device(take(inputs[t], indices[t]), network.device) for t in chosen]
         if not all(joinable(parts[0], part) for part in parts):  # texts of different lengths: task by task
             return torch.cat([losses(step, slice(t, t + 1)) for t in chosen])
         joined = concatenated(parts)
-        problem.passes.merged += size(joined)
+        problem.passes.merged += sum(len(everyone[t]) for t in chosen)
         expected = torch.stack([targets[t][indices[t]] for t in chosen]).to(network.device)
-        return _pass_losses(network, repairs, joined, which, by_layer(expected, network.blocks))
+        return weight * _pass_losses(network, repairs, joined, which, by_layer(expected, network.blocks))
 
     return losses
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from suture.adaptation.network import check_concatenation
 from suture.core.batches import Inputs, evaluation_mode, joinable, size, take, to_device
 from suture.core.batches import concatenate as concatenated
+from suture.core.fabric import Team
 from suture.core.random import generator_for
 from suture.errors import ConfigError, DataError
 from suture.merging.task_vectors import compute_dtype
@@ -77,11 +78,13 @@ def distil(
     learned, kept = _held_out(problem.inputs, held_out, seed)
     learned = {task: with_mixtures(rows, mixed, task, seed) for task, rows in learned.items()}
     order = Order(learned, steps, batch_size, seed, whole=problem.cache is not None)
-    distances = _Distances(problem, network, {task: order.inputs(task) for task in learned}, chosen, loss)
-    check = partial(_mean_distance, _Distances(problem, network, kept, (), loss), problem.encode_batch)
+    team = Team() if buffers else problem.team  # statistics of a batch need the whole batch
+    distances = _Distances(problem, network, {task: order.inputs(task) for task in learned}, chosen, loss, team)
+    alone = _Distances(problem, network, kept, (), loss, Team())
+    check = partial(_mean_distance, alone, problem.encode_batch, problem.team)
     fused = problem.device.type == "cuda"  # without copies of all weights at once
     chosen_optimizer = _OPTIMIZERS[optimizer](weights, lr=lr, weight_decay=weight_decay, fused=fused)
-    training = Training(weights, chosen_optimizer, buffers=buffers, check=check if kept else None)
+    training = Training(weights, chosen_optimizer, buffers=buffers, check=check if kept else None, team=team)
     rates = [lr * (one_cycle(step, steps) if schedule == "one_cycle" else 1) for step in range(steps)]
     options = {"resume": problem.resume, "on_step": problem.on_step}
     history = train(training, partial(_losses, distances, order, together), rates, **options)
@@ -96,25 +99,34 @@ def distil(
 class _Distances:
     """The distances (task,) between the features of a network and those of the tasks' experts on `inputs`.
 
-    `blocks`: all of the network's, or none for the final feature alone.
+    `blocks`: all of the network's, or none for the final feature alone. Of the inputs of a batch this process takes its
+    share in the `team`, so that distances add up over processes.
     """
 
     def __init__(
-        self, problem: Problem, network: Network, inputs: Mapping[str, Inputs], blocks: tuple[Block, ...], loss: Loss
+        self,
+        problem: Problem,
+        network: Network,
+        inputs: Mapping[str, Inputs],
+        blocks: tuple[Block, ...],
+        loss: Loss,
+        team: Team,
     ):
-        self.network, self.passes = network, problem.passes
+        self.network, self.passes, self.team = network, problem.passes, team
         self.inputs, self.blocks, self.distance = list(inputs.values()), blocks, _DISTANCES[loss]
         self.targets = [problem.expert_rows(task, rows, blocks) for task, rows in inputs.items()]
         self.weights = [_layer_weights(by_layer(rows, blocks), self.distance) for rows in self.targets]
 
     def __call__(self, indices: Mapping[int, Tensor], which: Sequence[int]) -> Float[Tensor, " task"]:
         """The distances of some tasks on a batch of each, with a graph; in one pass if the batches can be joined."""
-        parts = [take(self.inputs[t], indices[t]) for t in which]
+        shares = {t: self.team.share(len(indices[t])) for t in which}
+        own = {t: indices[t][share] for t, (share, _) in shares.items()}
+        parts = [take(self.inputs[t], own[t]) for t in which]
         if not all(joinable(parts[0], part) for part in parts):  # texts of different lengths: task by task
             return torch.cat([self(indices, [t]) for t in which])
         inputs = _in_full_precision(to_device(concatenated(parts), self.network.device))
-        self.passes.merged += size(inputs)
-        targets = torch.stack([self.targets[t][indices[t]] for t in which]).to(self.network.device)
+        self.passes.merged += sum(len(indices[t]) for t in which)
+        targets = torch.stack([self.targets[t][own[t]] for t in which]).to(self.network.device)
         goals, found = by_layer(_in_full_precision(targets), self.blocks), []
         unseen = len(self.network.blocks) - len(self.blocks)
 
@@ -124,7 +136,7 @@ class _Distances:
                 found.append(self.distance(position_mean(rows, inputs).to(goal).view_as(goal), goal))
 
         self.network(inputs, visit)
-        weights = torch.stack([self.weights[t] for t in which]).to(found[0])
+        weights = torch.stack([shares[t][1] * self.weights[t] for t in which]).to(found[0])
         return (torch.stack(found, dim=1) * weights).sum(1)
 
 
@@ -136,14 +148,15 @@ def _losses(distances: _Distances, order: Order, together: bool, step: int) -> I
 
 
 @torch.no_grad()
-def _mean_distance(distances: _Distances, batch_size: int) -> float:
-    """The mean over tasks of the distance on all inputs."""
+def _mean_distance(distances: _Distances, batch_size: int, team: Team) -> float:
+    """The mean over tasks of the distance on all inputs; the processes of the team share the batches."""
     totals = []
     with evaluation_mode(distances.network.module):
         for t, inputs in enumerate(distances.inputs):
-            positions = torch.arange(size(inputs)).split(batch_size)
-            parts = [len(at) * distances({t: at}, [t]) for at in positions]
-            totals.append(torch.cat(parts).sum().item() / size(inputs))
+            positions, before = torch.arange(size(inputs)).split(batch_size), distances.passes.merged
+            parts = team.each(lambda at, t=t: len(at) * distances({t: at}, [t]).cpu(), positions)
+            totals.append(torch.cat(list(parts)).sum().item() / size(inputs))
+            distances.passes.merged = before + size(inputs)
     return sum(totals) / len(totals)
 
 

@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
@@ -15,6 +15,9 @@ from suture.repairs.results import RepairResult
 from suture.repairs.router import ROUTERS, fit_router
 from suture.storage.resume import Resume
 from suture.tasks.given import Given, inputs_of
+
+if TYPE_CHECKING:
+    from suture.core.fabric import Fabric
 
 
 def repair(
@@ -31,6 +34,7 @@ def repair(
     on_step: OnStep | None = None,
     track: Track = untracked,
     base: Mapping[str, Tensor] | None = None,
+    fabric: "Fabric | None" = None,
     **knobs: Any,
 ) -> RepairResult:
     """Fit a repair of a merged module to its experts' features, on unlabelled inputs.
@@ -45,6 +49,9 @@ def repair(
     results. `base` is the pretrained model's state under the module's names, for the kinds that change weights: tensors
     that it lacks stay as they are.
     `on_step(step, losses, modules)` gets the live modules of every layer after each step.
+    The processes of a `fabric`, all of which make this call, share encodings, the inputs of a step (deep, distil) or
+    tasks (calibrate), and have the same result; each has module and experts on its own device. Files are written,
+    `on_step` is called and progress is told by process 0 alone.
 
     Raises `ConfigError` for an unknown kind, knob or value, and for a router where the result is one model for all
     tasks, and `DataError` for a task without inputs or a loss that is
@@ -66,7 +73,10 @@ def repair(
         raise ConfigError(unknown_name("router", str(router), ROUTERS))
     if isinstance(inputs, Mapping):
         inputs = {task: inputs_of(given, task) for task, given in inputs.items()}
-    problem = Problem(module, experts, inputs, forward, cache, encode_batch, resume, on_step, track, base)
+    if fabric is not None and fabric.global_rank > 0:
+        resume, on_step, track = resume and resume.read_only(), None, untracked
+    options = {"resume": resume, "on_step": on_step, "track": track, "base": base, "fabric": fabric}
+    problem = Problem(module, experts, inputs, forward, cache, encode_batch, **options)
     result = chosen.function(problem, **values)
     if router:
         add_router(result.model, problem, "linear" if router is True else router, values.get("seed", 0))

@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from suture.core.fabric import Team
 from suture.errors import DataError
 from suture.repairs.modules import SurgeryModules
 from suture.repairs.network import position_mean
@@ -40,11 +41,19 @@ class Descent:
     - `shared_adam_pairs`: the same in the authors' order, two batches of a task and then two of the next: A1 A2 B1 B2 …
       A3 A4 B3 B4 …. Their 500 iterations are 1,000 steps.
 
-    `groups`: the slices of tasks that share a forward and a backward pass; their gradients are added up.
+    `groups`: the slices of tasks that share a forward and a backward pass; their gradients are added up. So are those
+    of the processes of a `team`, whose losses are of their own share of the inputs.
     """
 
-    def __init__(self, modules: Sequence[SurgeryModules], groups: Sequence[slice], lr: float, optimizer: Optimizer):
-        self.modules, self.groups = list(modules), list(groups)
+    def __init__(
+        self,
+        modules: Sequence[SurgeryModules],
+        groups: Sequence[slice],
+        lr: float,
+        optimizer: Optimizer,
+        team: Team | None = None,
+    ):
+        self.modules, self.groups, self.team = list(modules), list(groups), team or Team()
         self.steps_per_turn = 2 if optimizer == "shared_adam_pairs" else 1
         self.parameters = [p.requires_grad_() for m in modules for p in m.trained]
         self._views: dict[int, list[Tensor]] = {}
@@ -79,10 +88,11 @@ class Descent:
                 view.grad = torch.zeros_like(view)
 
     def _step_of_all(self, losses: Callable[[slice], Tensor]) -> Float[Tensor, " task"]:
-        values = [self._backward(losses(group)) for group in self.groups]
+        values = torch.cat([self._backward(losses(group)) for group in self.groups])
+        self._add_up(values)
         self.adam.step()
         self._drop_gradients()
-        return torch.cat(values).to("cpu", torch.float64)
+        return values.to("cpu", torch.float64)
 
     def _backward(self, loss: Tensor) -> Tensor:
         loss.sum().backward(inputs=self.parameters)
@@ -91,6 +101,7 @@ class Descent:
     def _step_of(self, task: int, losses: Callable[[slice], Tensor]) -> Float[Tensor, "1"]:
         """One step of the shared Adam, after a batch of one task."""
         loss = self._backward(losses(slice(task, task + 1)))
+        self._add_up(loss)
         for other, views in self._views.items():
             for view, parameter in zip(views, self.parameters, strict=True):
                 if other == task and parameter.grad is not None:
@@ -100,6 +111,16 @@ class Descent:
         self.adam.step()
         self._drop_gradients()
         return loss
+
+    def _add_up(self, losses: Tensor) -> None:
+        """Add up gradients and losses of all processes, and mark the units that were active in any of them."""
+        if self.team.world == 1:
+            return
+        fired = [m.fired for m in self.modules if m.fired is not None]
+        counts = [marks.to(losses.dtype) for marks in fired]
+        self.team.add([losses, *(p.grad for p in self.parameters if p.grad is not None), *counts])
+        for marks, count in zip(fired, counts, strict=True):
+            marks.copy_(count > 0)
 
     def _drop_gradients(self) -> None:
         for parameter in self.parameters:

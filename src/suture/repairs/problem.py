@@ -5,7 +5,7 @@ import os
 import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from suture.checkpoints import TensorSpec, allocate_checkpoint, content_hash, open_checkpoint
 from suture.core.batches import Forward, Inputs, ShuffledBatches, ahead, call, device_of, size, split, take, to_device
+from suture.core.fabric import Team
 from suture.core.progress import Track, untracked
 from suture.core.replicas import on_replicas
 from suture.errors import CheckpointError, ConfigError, DataError, IncompatibleModels
@@ -43,7 +44,8 @@ class Problem:
     shared module, but not into `module`. Inputs are encoded `encode_batch` at a time; with a folder `cache` the
     encodings are stored there in memory-mapped files. `base` is the pretrained model's state under the module's names,
     without the tensors that no repair may change because all models share them. Several `devices` share the batches
-    that are encoded, each with a copy of the module.
+    that are encoded, each with a copy of the module. The processes of a `fabric` share the work; each has the module
+    on its own device, and the first one alone writes files.
     """
 
     module: nn.Module
@@ -57,6 +59,7 @@ class Problem:
     track: Track = untracked
     base: Mapping[str, Tensor] | None = None
     devices: Sequence[torch.device] = ()
+    fabric: Any = None
     passes: ForwardPasses = field(default_factory=ForwardPasses)
     _widths: dict[tuple[Block, ...], int] = field(init=False, repr=False, compare=False, default_factory=dict)
 
@@ -77,6 +80,11 @@ class Problem:
             if isinstance(self.experts, Mapping | nn.ModuleDict) and task not in self.experts:
                 found = ", ".join(self.experts) or "none"
                 raise ConfigError(f"Task {task!r} has inputs but no expert (found: {found}). Remedy: name them alike.")
+
+    @cached_property
+    def team(self) -> Team:
+        """The processes that share the work: this one alone without a fabric."""
+        return Team(self.fabric)
 
     @property
     def tasks(self) -> list[str]:
@@ -119,14 +127,15 @@ class Problem:
         if self.cache is not None:
             path = Path(self.cache) / f"{_key(module, self.forward, inputs, blocks)}.safetensors"
         cached = None if path is None else _cached(path, size(inputs))
-        if cached is not None:
+        everywhere = path is not None and None not in self.team.gather(cached if cached is None else ())
+        if cached is not None and everywhere:
             self._check_width(kind, task, cached, inputs, blocks)
             return cached
         description = f"Encoding {task} ({'merged' if kind == 'merged' else 'expert'})"
         check = partial(self._check_width, kind, task, inputs=inputs, blocks=blocks)
         encoded = self._encoded(network, inputs, description, check)
         setattr(self.passes, kind, getattr(self.passes, kind) + size(inputs))
-        if path is None:
+        if path is None or self.team.rank > 0:
             return torch.cat(list(encoded))
         return _stored(path, encoded, size(inputs))
 
@@ -140,12 +149,14 @@ class Problem:
                 advance(len(rows))
 
     def _rows_of_batches(self, network: Network, batches: Iterator[Any]) -> Iterator[Tensor]:
-        """The rows of each batch; with several `devices` they share the batches."""
+        """The rows of each batch; several processes, or else several `devices`, share the batches."""
 
         def rows(copied: nn.Module, batch: Any) -> Tensor:
             assert isinstance(copied, Network)
             return layer_means(copied, to_device(batch, copied.device)).cpu()
 
+        if self.team.world > 1:
+            return self.team.each(partial(rows, network), batches)
         if len(self.devices) > 1:
             return on_replicas(network, self.devices, rows, batches)
         return (rows(network, batch) for batch in ahead(batches, network.device))

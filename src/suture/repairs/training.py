@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from suture.core.fabric import Team
 from suture.errors import ConfigError, DataError
 from suture.repairs.fitting import Saving
 from suture.repairs.problem import OnStep
@@ -33,6 +34,7 @@ def one_cycle(step: int, steps: int) -> float:
 class Training:
     """The state of a training: `weights`, their optimizer, and the best weights so far if there is a `check`.
 
+    The gradients of the processes of a `team` are added up, whose losses are of their own share of the inputs.
     `buffers` are the statistics that change with the weights. `check()` is a loss on inputs that are not learned from;
     it is computed twenty times in a run, and `finish` goes back to the weights where it was smallest.
     """
@@ -44,7 +46,9 @@ class Training:
         *,
         buffers: Sequence[Tensor] = (),
         check: Callable[[], float] | None = None,
+        team: Team | None = None,
     ):
+        self.team = team or Team()
         self.weights, self.optimizer, self.check = list(weights), optimizer, check
         self.tensors = [*self.weights, *buffers]
         self.best: list[Tensor] = []
@@ -61,7 +65,9 @@ class Training:
                 )
             values.append(loss.detach())
             loss.sum().backward(inputs=self.weights)
-        total = torch.cat(values).to("cpu", torch.float64)
+        total = torch.cat(values)
+        self.team.add([total, *(p.grad for p in self.weights if p.grad is not None)])
+        total = total.to("cpu", torch.float64)
         if total.isfinite().all():
             for group in self.optimizer.param_groups:
                 group["lr"] = lr

@@ -5,13 +5,14 @@ again; so is what a throttling server refuses.
 """
 
 import hashlib
+import inspect
 import json
 import re
 import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from fnmatch import fnmatchcase
 from functools import cache, cached_property
 from pathlib import Path
@@ -26,9 +27,13 @@ T = TypeVar("T")
 _ADDRESS = re.compile(r"[a-z][a-z0-9+.]*(::[a-z][a-z0-9+.]*)*://.+", re.DOTALL)
 _TRIES = 6
 _FIRST_WAIT = 0.1  # seconds; doubled after every try
-_BLOCK = 1 << 21
+_HEADER = 1 << 18
+_BLOCK = 1 << 23
 _LEAST_BLOCK = 1 << 16
-_BLOCKS = 32
+_EACH = 3  # blocks of each file that is read beside others: this one, the next one, and one to spare
+_STREAMS = 4
+_READERS = 8
+_PART, _PARTS = 1 << 23, 4  # of a file that is sent; s3fs would hold ten parts of 50 MB
 _FINAL = (FileNotFoundError, PermissionError, NotADirectoryError, IsADirectoryError)
 
 
@@ -164,7 +169,7 @@ class RemotePath:
 
     def open(self, mode: str = "rb") -> IO[bytes]:
         """The file for reading."""
-        return self._system.open(self._path, mode, block_size=_BLOCK)
+        return self._system.open(self._path, mode, block_size=_HEADER)
 
     def range(self, begin: int, end: int) -> bytes:
         """The bytes begin … end; raises `CheckpointError` if they cannot be had."""
@@ -204,7 +209,7 @@ class RemotePath:
         """Write a local file here: in parts if it is large, visible when it is whole. Raises `OutputError`."""
 
         def write() -> None:
-            self._system.put_file(str(file), self._path)
+            self._system.put_file(str(file), self._path, **self._in_parts)
             self._system.invalidate_cache()
             if (found := self._system.info(self._path).get("size")) != file.stat().st_size:
                 raise OSError(None, f"{found} bytes are there of {file.stat().st_size}")
@@ -215,6 +220,12 @@ class RemotePath:
             problem = f"cannot be written: {_reason(error)}"
             remedy = "check the network and your rights there; the same command then sends what is missing"
             raise output_refusal(self.address, problem, remedy) from error
+
+    @property
+    def _in_parts(self) -> dict[str, int]:
+        """The size and number of the parts of a file that are held at a time, where the file system can be told."""
+        known = inspect.signature(getattr(self._system, "_put_file", self._system.put_file)).parameters
+        return {key: value for key, value in {"chunksize": _PART, "max_concurrency": _PARTS}.items() if key in known}
 
     def remove(self) -> None:
         """Remove a file."""
@@ -243,39 +254,62 @@ class RangedFile:
 
 
 class _Blocks:
-    """The blocks of files that were read last; each is asked for by one thread, and the others wait for it."""
+    """The blocks of files that were read last; each is asked for by one thread, and the others wait for it.
+
+    Behind a block that follows the last one of its file, the next one is asked for beside the reader's work.
+    """
 
     def __init__(self):
         self._lock = threading.Lock()
-        self.limit(_BLOCK * _BLOCKS)
+        self.limit(1 << 26)
 
-    def limit(self, memory: int) -> None:
-        """Hold at most about so many bytes."""
-        self.size = max(_LEAST_BLOCK, min(_BLOCK, memory // _BLOCKS))
+    def limit(self, memory: int, streams: int = _STREAMS) -> None:
+        """Hold at most about so many bytes, for so many files that are read side by side."""
+        size = min(_BLOCK, memory // (_EACH * streams))
+        self.size = max(_LEAST_BLOCK, size - size % _LEAST_BLOCK)
         self.count = max(2, memory // self.size)
         self._held: OrderedDict[tuple[str, int], Future[bytes]] = OrderedDict()
+        self._last: dict[tuple[str, int], int] = {}  # file and thread → start of the block that it read last
 
     def block(self, file: RangedFile, at: int) -> tuple[int, bytes]:
         """The first byte, and the bytes, of the block with the byte `at`."""
-        start = at - at % self.size
-        key = (file.path.address, start)
+        start, reader = at - at % self.size, (file.path.address, threading.get_ident())
+        following, ahead = start + self.size, None
         with self._lock:
-            future, mine = self._held.get(key), False
-            if future is None:
-                future, mine = Future(), True
-                self._held[key] = future
-            self._held.move_to_end(key)
-            while len(self._held) > self.count:
-                self._held.popitem(last=False)
-        if mine:
-            try:
-                future.set_result(file.path.range(start, min(start + self.size, file.size)))
-            except BaseException as error:
-                with self._lock:
-                    self._held.pop(key, None)
-                future.set_exception(error)
-                raise
+            future, new = self._entry(file, start)
+            if self._last.get(reader) == start - self.size and following < file.size:
+                ahead, missing = self._entry(file, following)
+                ahead = ahead if missing else None
+            self._last[reader] = start
+        if ahead is not None:
+            _readers().submit(self._fetch, file, following, ahead)
+        if new:
+            self._fetch(file, start, future)
         return start, future.result()
+
+    def _entry(self, file: RangedFile, start: int) -> tuple[Future[bytes], bool]:
+        """The block that begins at `start`, and whether it is still to be fetched."""
+        key = (file.path.address, start)
+        new = key not in self._held
+        future = self._held.setdefault(key, Future())
+        self._held.move_to_end(key)
+        while len(self._held) > self.count:
+            self._held.popitem(last=False)
+        return future, new
+
+    def _fetch(self, file: RangedFile, start: int, future: Future[bytes]) -> None:
+        try:
+            future.set_result(file.path.range(start, min(start + self.size, file.size)))
+        except BaseException as error:
+            with self._lock:
+                self._held.pop((file.path.address, start), None)
+            future.set_exception(error)
+
+
+@cache
+def _readers() -> ThreadPoolExecutor:
+    """The threads that read ahead."""
+    return ThreadPoolExecutor(_READERS, "reading ahead")
 
 
 #: The blocks of all remote files of this process.
