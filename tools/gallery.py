@@ -16,6 +16,7 @@ _ZOO = "modelpool=glyphs8 taskpool=glyphs8"
 _WEIGHTS = "modelpool=glyphs8 taskpool=null"
 _REPAIR = f"method=task_arithmetic repair=deep repair.rank=64 repair.lr=0.003 {_ZOO}"
 _ADAMERGING = f"method=lw_adamerging method.schedule=fast method.max_steps=60 {_ZOO}"
+_STEPS = f"method=task_arithmetic repair=final repair.steps=500 repair.eval_iterations=50 {_ZOO}"
 
 #: Picture → the arguments of suture that draw it, and its file below the output folder.
 PICTURES: dict[str, tuple[str, str]] = {
@@ -30,6 +31,7 @@ PICTURES: dict[str, tuple[str, str]] = {
     "coefficients": (_ADAMERGING, "figures/coefficients_lw_adamerging.svg"),
     "coefficients_over_steps": (_ADAMERGING, "figures/coefficients_over_steps_lw_adamerging.svg"),
     "objective_over_steps": (_ADAMERGING, "figures/objective_over_steps_lw_adamerging.svg"),
+    "accuracy_over_steps": (_STEPS, "figures/accuracy_over_steps_task_arithmetic_final.svg"),
     "l1_by_layer": (_REPAIR, "figures/l1_by_layer_task_arithmetic_deep.svg"),
     "representation": (_REPAIR, "figures/representation_task_arithmetic_deep.svg"),
     "similarity": (f"analyse similarity {_WEIGHTS}", "similarity.svg"),

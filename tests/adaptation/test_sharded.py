@@ -133,7 +133,7 @@ def test_a_process_with_a_part_gives_freed_memory_back():
             del tensors
         return torch.tensor(anonymous() - before)
 
-    assert 10 <= launch(sharded(2), kept) <= 30  # MB, of which three tensors of 4 MB are in use
+    assert 10 <= launch(sharded(2), kept) <= 60  # MB, of which three tensors of 4 MB are in use; else 120 and more
 
 
 def test_layers_are_gathered_one_at_a_time_but_not_those_that_share_a_weight_with_others():

@@ -47,6 +47,77 @@ def test_a_run_leaves_one_folder_with_everything(desk, capsys):
     assert "default-src 'none'" in (out / "report.html").read_text()
 
 
+def files(desk):
+    first, second = desk.models["first"], desk.models["second"]
+    return [f"base={first}", f"models.one={first}", f"models.other={second}"]
+
+
+def test_files_are_checked_without_a_pool_hydra_and_transformers(desk):
+    program = """
+import sys
+from suture.cli.main import main
+code = main(["check", *sys.argv[1:], "method=ties_merging", "output=new", "--json"])
+heavy = {"hydra", "omegaconf", "transformers", "rich", "sympy"} & set(sys.modules)
+sys.exit(code or (", ".join(heavy) if heavy else 0))
+"""
+    command = [sys.executable, "-c", program, *files(desk)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    found, tensors = json.loads(done.stdout), desk.tensors("first")
+    assert (found["problems"], found["tensors"]) == ([], len(tensors))
+    assert found["parameters"] == sum(tensor.numel() for tensor in tensors.values())
+    assert found["bytes_read"] == 2 * 3 * 4 * found["parameters"]  # in two passes
+    assert not (desk.folder / "new").exists()
+
+
+def test_all_problems_of_files_are_found_at_once(desk, capsys):
+    tensors = desk.tensors("second")
+    gone, *_, nan = tensors
+    del tensors[gone]
+    tensors[nan].fill_(float("nan"))
+    desk.replace("second", tensors)
+    assert main(["check", *files(desk), "method=nearswap"]) == 2
+    problems = [line for line in capsys.readouterr().out.splitlines() if line.startswith("problem: ")]
+    assert len(problems) == 3
+    assert f"'{gone}' is missing in 'other'" in problems[0]
+    assert "nearswap merges 1 fine-tuned model beside the base; found 2" in problems[1]
+    assert f"'{nan}' holds NaN or Inf in 'other'" in problems[2]
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        (["base=x"], "Missing argument: models.NAME=…"),
+        (["models.a=x"], "Missing argument: base=…"),
+        (["base=x", "models=y"], "models=y: a model needs a name. Remedy: models.NAME=y"),
+        (["base=x", "models.a=y", "modelpool=z.yaml"], "modelpool: a check of files takes base, models, method and"),
+        (["base=x", "models.a=y"], "'x' does not exist"),
+    ],
+)
+def test_a_check_of_files_that_lacks_one_is_one_line(words, line, capsys):
+    assert main(["check", *words]) == 2
+    assert line in capsys.readouterr().err
+
+
+def test_brackets_of_a_remedy_are_printed(desk, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    (desk.folder / "test.parquet").write_bytes(b"")
+    desk.tasks["first"]["source"] = str(desk.folder)
+    assert main(["check", *desk.words()]) == 2
+    assert "Remedy: pip install 'suture[data]'." in capsys.readouterr().out
+
+
+def test_a_verbose_run_says_what_it_reads_and_how_long_stages_take(desk, capsys):
+    assert main([*desk.words(), "-v"]) == 0
+    said = capsys.readouterr().err.splitlines()
+    assert f"first: {len(desk.tensors('first'))} tensors in {desk.models['first']}" in said
+    assert [line.partition(":")[0] for line in said if line.endswith(" s")].count("merging weights") == 1
+    assert main([*desk.words(), "output=again"]) == 0
+    assert capsys.readouterr().err == ""
+    assert main(["-v", "-q", "pools"]) == 2
+    assert "--quiet does not go with --verbose" in capsys.readouterr().err
+
+
 def test_the_merged_model_loads_in_transformers_with_nothing_of_ours(desk):
     assert main(desk.words(method="task_arithmetic")) == 0
     program = """

@@ -10,6 +10,8 @@ from suture.cli.grammar import EVERYWHERE, VERSION, parse
 from suture.cli.main import main
 from suture.cli.verbs import SHELLS, VERBS
 from suture.errors import ConfigError
+from suture.pipeline.repairs import Repair
+from suture.repairs import get_repair_kind, repair_kinds
 
 OPTIONS = [(verb, option) for verb in VERBS.values() for option in verb.options]
 KEYS = [(verb, key) for verb in VERBS.values() for key in verb.all_keys]
@@ -35,10 +37,25 @@ def test_help_has_every_argument_key_and_option_with_an_example(verb, capsys):
     assert page.startswith(f"Usage: suture {verb.name}")
     assert f"\n{verb.summary}." in page
     assert page.endswith(f"Example:\n  {verb.example}\n")
-    names = [argument.name for argument in verb.arguments] + [f"{key.name}=" for key in verb.all_keys]
+    names = [argument.name for argument in verb.arguments]
+    names += [f"{key.name}=" for key in verb.all_keys if key.name not in verb.unused]
     names += [", ".join(option.names) for option in (*verb.options, *EVERYWHERE)]
     assert [name for name in names if f"\n  {name}" not in page] == []
+    assert [name for name in verb.unused if f"\n  {name}" in page] == []
     assert {printed(capsys, verb.name, "--help"), printed(capsys, "-h", verb.name)} == {page}
+
+
+@pytest.mark.parametrize("kind", repair_kinds())
+def test_a_repair_is_explained_like_a_method_with_all_of_its_keys(kind, capsys):
+    page = printed(capsys, "methods", kind)
+    assert page.startswith(f"repair={kind}\n")
+    assert get_repair_kind(kind).paper in page
+    defaults = {key: value for key, value in Repair.defaults(kind).items() if key != "kind"}
+    shown = dict(re.findall(r"^  repair\.(\w+)=(\S+)", page, re.M))
+    assert list(shown) == list(defaults)
+    assert {key: shown[key] for key in ("num_inputs", "split")} == {"num_inputs": "null", "split": "test"}
+    assert f", {kind}," in ", " + re.search(r"repair=NAME: (.*)\. ", printed(capsys, "methods"))[1] + ","
+    assert kind in printed(capsys, "help", "run")
 
 
 def test_every_help_is_as_wide_as_a_terminal_and_the_first_is_one_screen(capsys):

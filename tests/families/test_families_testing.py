@@ -4,18 +4,23 @@ import pytest
 import torch
 from desk import CLASSES as DIGITS
 from desk import write_idx
+from language_shop import build_shop
 from test_families_image_classification import CLASSES as PICTURES
 from test_families_image_classification import shop  # noqa: F401
 from test_families_module import CODE, NAMES, nets  # noqa: F401
 from test_families_pooled import make_sentence, shelf  # noqa: F401
+from test_families_seq2seq import shop as t5_shop  # noqa: F401
+from test_families_seq2seq import task_of as t5_task
 from tiny_clip import save_tiny_clip
 from tiny_texts import TASKS
 
-from suture.checkpoints import open_checkpoint
+from suture.checkpoints import open_checkpoint, open_fine_tuned
+from suture.families.causal_lm import CausalLM
 from suture.families.clip import Clip
 from suture.families.image_classification import ImageClassification
 from suture.families.module import ModuleFamily
 from suture.families.sentence_encoder import SentenceEncoder
+from suture.families.seq2seq import Seq2Seq
 from suture.families.sequence_classification import SequenceClassification
 from suture.families.testing import check_family
 from suture.tasks import Task
@@ -79,6 +84,25 @@ def test_clip_passes(tmp_path):
     write_idx(tmp_path / "data", torch.Generator().manual_seed(0))
     task = Task("digits", str(tmp_path / "data"), tuple(DIGITS), ("a {}.",))
     check_family(Clip(base), [task], tmp_path / "model")
+
+
+def test_causal_language_models_pass_with_adapters_and_experts_of_their_own(tmp_path):
+    for kind, lora in (("llama", True), ("gemma", False), ("mixtral", False)):
+        folder = build_shop(tmp_path / kind, kind, lora=lora)
+        base = CausalLM(folder / "base")
+        names = ("colour", "animal")
+        experts = {name: base.in_memory(open_fine_tuned(folder / name, base.weights)) for name in names}
+        tasks = [
+            Task(name, str(folder / "data" / name), text_columns=("text",), score="bits_per_byte") for name in names
+        ]
+        check_family(CausalLM(folder / "base", experts=experts), tasks, tmp_path / f"{kind}-model")
+
+
+def test_t5_passes(t5_shop, tmp_path):  # noqa: F811
+    base = open_checkpoint(t5_shop / "base")
+    experts = {name: open_fine_tuned(t5_shop / name, base) for name in ("colour", "animal")}
+    tasks = [t5_task(t5_shop / "data" / name, name) for name in experts]
+    check_family(Seq2Seq(t5_shop / "base", base, experts=experts), tasks, tmp_path / "model")
 
 
 class Shared(ModuleFamily):

@@ -116,6 +116,14 @@ def test_a_task_without_a_gap_is_named_below_the_figure():
     assert "No gap to close on quiz" in drawn["accuracy"].about
 
 
+def test_a_share_that_is_no_accuracy_is_not_called_one():
+    answers = {"metrics": {"sums": "exact_match"}, "samples": {"sums": 100}}
+    rows = [Row(name, {"sums": share}, **answers, role=name) for name, share in (("pretrained", 0.1), ("experts", 0.9))]
+    data = json.loads(json.dumps(Report("a run", rows, *rows).as_data()))
+    drawn = {each.file: each.chart for each in charts_of(FinishedRun("", data))}
+    assert drawn["accuracy"].choices[0].options == ["score (%)", "relative to the expert (%)", "gap closed (%)"]
+
+
 def test_many_bars_become_a_heat_map_and_small_changes_keep_a_readable_axis():
     names = [f"task {i}" for i in range(20)]
     rows = [Row(f"m{i}", dict.fromkeys(names, 0.5), dict.fromkeys(names, 100)) for i in range(5)]

@@ -18,6 +18,8 @@ from tiny_clip import save_tiny_clip
 from suture.checkpoints import open_checkpoint, save_checkpoint
 from suture.cli.main import main
 from suture.families.open_clip import OpenClip
+from suture.families.testing import check_family
+from suture.tasks import Task
 
 VISION = {"layers": 2, "width": 64, "head_width": 64, "patch_size": 4, "image_size": 16}
 TEXT = {"context_length": 77, "vocab_size": 49408, "width": 64, "heads": 1, "layers": 2}
@@ -190,3 +192,10 @@ def test_a_merged_clip_gives_equal_logits_in_transformers_and_open_clip(tmp_path
     with torch.no_grad():
         expected = merged.visual_projection(merged.vision_model(pixel_values=pixels).pooler_output)
         torch.testing.assert_close(theirs.encode_image(pixels), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_the_family_keeps_the_laws_of_families(tmp_path):
+    write_idx(tmp_path / "data", torch.Generator().manual_seed(0))
+    save_checkpoint(clip().state_dict(), tmp_path / "base.pt")
+    task = Task("digits", str(tmp_path / "data"), tuple(CLASSES), ("a {}.",))
+    check_family(OpenClip(None, open_checkpoint(tmp_path / "base.pt")), [task], tmp_path / "model")

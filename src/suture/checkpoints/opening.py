@@ -1,5 +1,6 @@
 """Opening a checkpoint of any kind: a file, a model directory, a hub id, a module or a mapping."""
 
+import logging
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,6 +21,7 @@ from suture.storage.addresses import ZOO_ADDRESS, zoo_path
 from suture.storage.hub import download, is_hub_id
 from suture.storage.remote import RemotePath, is_remote
 
+log = logging.getLogger(__name__)
 Source = str | os.PathLike[str] | nn.Module | Mapping[str, Tensor]
 
 
@@ -53,9 +55,12 @@ def open_checkpoint(
         raise refusal(label or shown(source), problem, "give a path, a hub id, a module or a mapping")
     try:
         check_text(source, label)
-        return _open_path(_locate(source, revision), label or str(source), key)
+        opened = _open_path(_locate(source, revision), label or str(source), key)
     except CheckpointError as error:
         raise CheckpointError(f"'{shown(label)}': {error}" if label else str(error)) from error
+    if label:  # a model that somebody named, not a part that is looked at on the way
+        log.info("%s: %d tensors in %s", label, len(opened), source)
+    return opened
 
 
 def check_text(source: str | os.PathLike[str], label: str | None) -> None:

@@ -1,7 +1,7 @@
 """The action of each verb: one call of a public function of suture, whose result is printed."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -76,9 +76,24 @@ def check(request: Request) -> Answer:
     from suture.cli import tables
     from suture.pipeline.preflight import check
 
-    preflight = check(_composed(request))
+    files = any(word.startswith(("base=", "models.")) for word in request.words)
+    preflight = check(**_named_files(request.words)) if files else check(_composed(request))
     tables.print_preflight(preflight)
     return Answer(asdict(preflight), "\n".join(preflight.problems), 2 if preflight.problems else 0)
+
+
+def _named_files(words: Sequence[str]) -> dict[str, Any]:
+    """The words of a check of files as keywords."""
+    keywords: dict[str, Any] = {"models": {}}
+    for word in words:
+        key, _, value = word.partition("=")
+        if key.startswith("models."):
+            keywords["models"][key.removeprefix("models.")] = value
+        elif key == "models":
+            raise ConfigError(f"{word}: a model needs a name. Remedy: models.NAME={value}")
+        else:
+            keywords[key] = value
+    return keywords
 
 
 def _composed(request: Request) -> dict[str, Any]:
@@ -243,7 +258,7 @@ def reproduce(request: Request) -> Answer:
 
 
 def methods(request: Request) -> Answer:
-    """Every method, or one with what its knobs may be."""
+    """Every method, or one method or repair with what its knobs may be."""
     from suture.cli import method_tables
 
     known = catalogue()
@@ -252,7 +267,7 @@ def methods(request: Request) -> Answer:
         method_tables.print_method(method)
         ranges = {name: knob.range for name, knob in method.knobs.items()}
         return Answer(_method_data(method) | {"ranges": ranges}, method.name)
-    method_tables.print_methods(known.methods.values())
+    method_tables.print_methods(known.methods.values(), known.repairs)
     return Answer(list(map(_method_data, known.methods.values())), "\n".join(known.methods))
 
 

@@ -29,13 +29,14 @@ class KnobEntry:
 
 @dataclass(frozen=True)
 class MethodEntry:
-    """A method: its names, docstring, paper and knobs."""
+    """A method or a kind of repair: its names, docstring, paper and knobs, which are keys of its `group`."""
 
     name: str
     aliases: tuple[str, ...]
     description: str
     paper: str
     knobs: Mapping[str, KnobEntry]
+    group: str = "method"
 
     @property
     def summary(self) -> str:
@@ -59,19 +60,20 @@ class KeyEntry:
 
 @dataclass(frozen=True)
 class Catalogue:
-    """Methods by name; repairs with their knobs and defaults; analyses and their keys; values of other keys."""
+    """Methods and repairs by name; analyses and their keys; values of other keys."""
 
     methods: Mapping[str, MethodEntry]
-    repairs: Mapping[str, Mapping[str, Any]]
+    repairs: Mapping[str, MethodEntry]
     analyses: tuple[str, ...]
     analysis_keys: Mapping[str, KeyEntry]
     choices: Mapping[str, tuple[str, ...]]
     search_defaults: Mapping[str, Any]
 
     def method(self, name: str) -> MethodEntry:
-        """The method of this name or alias; raises `ConfigError` with the nearest names."""
-        known = {each: method for method in self.methods.values() for each in method.names}
-        check_known("method", [name], known)
+        """The method or repair of this name or alias; raises `ConfigError` with the nearest names."""
+        entries = (*self.repairs.values(), *self.methods.values())
+        known = {each: method for method in entries for each in method.names}
+        check_known("method or repair", [name], known)
         return known[name]
 
 
@@ -81,7 +83,7 @@ def catalogue() -> Catalogue:
     data = json.loads(FILE.read_text("utf-8"))
     return Catalogue(
         methods={name: _method(values) for name, values in data["methods"].items()},
-        repairs=data["repairs"],
+        repairs={name: _method(values) for name, values in data["repairs"].items()},
         analyses=tuple(data["analyses"]),
         analysis_keys={
             name: KeyEntry(tuple(key["analyses"]), key["explanation"], key["default"])
@@ -104,14 +106,13 @@ def described() -> Catalogue:
     from suture.analysis import analysis_kinds
     from suture.core.knobs import Knobs
     from suture.pipeline.methods import all_methods
-    from suture.pipeline.repairs import Repair
     from suture.pipeline.searching import search
     from suture.repairs import repair_kinds
 
     searched = Knobs("search", search).defaults
     return Catalogue(
         methods={name: _described(method) for name, method in all_methods().items()},
-        repairs={kind: _plain(Repair.defaults(kind)) for kind in repair_kinds()},
+        repairs={name: _described_repair(kind) for name, kind in repair_kinds().items()},
         analyses=tuple(analysis_kinds()),
         analysis_keys=_analysis_keys(),
         choices=_choices(),
@@ -120,13 +121,28 @@ def described() -> Catalogue:
 
 
 def _described(method: Any) -> MethodEntry:
-    import inspect
     import textwrap
 
-    description = (inspect.getdoc(method.knobs.function) or "").partition(">>>")[0].strip()
+    description = _docstring(method.knobs.function)
     if tensors := getattr(method, "tensors", ""):
         description += "\n\n" + textwrap.fill(tensors, 116)
     return MethodEntry(method.name, tuple(method.aliases), description, method.paper, knob_entries(method.knobs))
+
+
+def _described_repair(kind: Any) -> MethodEntry:
+    from suture.core.knobs import Knobs
+    from suture.pipeline.repairs import RepairOptions
+
+    knobs = knob_entries(kind.knobs) | knob_entries(Knobs(kind.name, RepairOptions))
+    own = {name: knob for name, knob in knobs.items() if name != "seed"}  # it is the run's
+    shared = _docstring(RepairOptions).partition("\n\n")[2]
+    return MethodEntry(kind.name, (), f"{_docstring(kind.function)}\n\n{shared}", kind.paper, own, "repair")
+
+
+def _docstring(function: Any) -> str:
+    import inspect
+
+    return (inspect.getdoc(function) or "").partition(">>>")[0].strip()
 
 
 def knob_entries(knobs: "Knobs") -> dict[str, KnobEntry]:

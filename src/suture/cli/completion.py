@@ -73,8 +73,9 @@ def _methods() -> Iterator[tuple[str, tuple[str, ...]]]:
 def _repairs() -> Iterator[tuple[str, tuple[str, ...]]]:
     for group in ("repair", "surgery"):  # the name, and what it is often called
         yield f"{group}=", ("none", *catalogue().repairs)
-        for kind, knobs in catalogue().repairs.items():
-            yield f"{group}:{kind}", tuple(f"{group}.{knob}=" for knob in knobs if knob != "kind")
+        for kind, repair in catalogue().repairs.items():
+            yield f"{group}:{kind}", tuple(f"{group}.{knob}=" for knob in repair.knobs)
+            yield from ((f"{group}.{name}=", knob.values) for name, knob in repair.knobs.items() if knob.values)
 
 
 def _paths(verbs: Verbs) -> list[Key]:

@@ -72,8 +72,9 @@ class Verb:
 
     `keys` are the verb's own settings, and `found_keys()` those that parts of the package declare. Where it takes a
     configuration too, `configuration` names its YAML file in suture/pipeline/conf; `forwarded` keys belong to the
-    configuration although they are not in the file. `method` is the method of a configuration that does not name one.
-    `defaults()` gives defaults of keys that are not in the file. `text`: the verb prints text and has no JSON.
+    configuration although they are not in the file, and `unused` ones have no effect here. `method` is the method of a
+    configuration that does not name one. `defaults()` gives defaults of keys that are not in the file. `text`: the verb
+    prints text and has no JSON.
     """
 
     name: str
@@ -87,6 +88,7 @@ class Verb:
     options: tuple[Option, ...] = ()
     configuration: str = ""
     method: str = ""
+    unused: tuple[str, ...] = ()
     text: bool = False
     defaults: Callable[[], Mapping[str, Any]] = dict
     found_keys: Callable[[], tuple[Key, ...]] = tuple
@@ -132,6 +134,7 @@ class Request:
 EVERYWHERE = (
     Option("--json", "print one JSON document instead of tables"),
     Option("--quiet", "print only the result: a folder, a page, names", short="-q"),
+    Option("--verbose", "say on standard error what is read, and how long each stage took", short="-v"),
     Option("--traceback", "after an error, show where it came from"),
     Option("--help", "show this help", short="-h", text=True),
 )

@@ -4,6 +4,7 @@ import re
 import textwrap
 from collections.abc import Iterable, Iterator, Mapping
 
+from suture.cli.catalogue import catalogue
 from suture.cli.grammar import EVERYWHERE, VERSION, Argument, Key, Option, Verb, true_or_false
 
 _WIDTH = 80
@@ -13,6 +14,7 @@ _KNOBS = {
     "merging": [("method.KNOB=…", "a knob of the method; `suture methods METHOD` explains them")],
     "config": [
         ("method.KNOB=…", "a knob of the method; `suture methods METHOD` explains them"),
+        ("repair.KNOB=…", "a knob of the repair; `suture methods REPAIR` explains them"),
         ("method.NAME.KNOB=…", "a knob of one method of a sweep; repair.KIND.KNOB=… of one kind of repair"),
     ],
 }  # configuration → keys that its file does not list
@@ -23,7 +25,7 @@ _TITLE = "suture merges fine-tuned models into one, then closes the representati
 
 def overview(verbs: Mapping[str, Verb]) -> str:
     """All verbs on one screen."""
-    everywhere = ", ".join(", ".join(option.names) for option in (*EVERYWHERE, VERSION))
+    everywhere = ", ".join(" ".join(option.names) for option in (*EVERYWHERE, VERSION))
     example = verbs["run"].example.replace("suture run", "suture")
     lines = [_TITLE, "Usage: suture VERB [key=value …] [--option …]", f"       {example}", ""]
     lines += [line for verb in verbs.values() for line in _entry(f"  {verb.name}", verb.summary, 14)]
@@ -34,8 +36,9 @@ def overview(verbs: Mapping[str, Verb]) -> str:
 def page(verb: Verb) -> str:
     """Usage, arguments, keys with their defaults, options and an example of one verb."""
     details = [line for part in verb.details.split("\n\n") if part for line in ("", *_paragraph(part))]
+    knobs = [knob for knob in _KNOBS[verb.configuration] if knob[0].partition(".")[0] not in verb.unused]
     arguments = ((argument.name, _with_values(argument)) for argument in verb.arguments)
-    keys = [_key(key, verb.defaults()) for key in verb.all_keys] + _KNOBS[verb.configuration]
+    keys = [_key(key, verb.defaults()) for key in verb.all_keys if key.name not in verb.unused] + knobs
     return "\n".join(
         [
             *_wrapped("Usage: ", verb.usage),
@@ -55,7 +58,7 @@ def _key(key: Key, defaults: Mapping[str, object]) -> tuple[str, str]:
 
 def _with_values(named: Argument | Key) -> str:
     """The explanation, and the values that can be given where there is a list of them."""
-    values = ", ".join(named.values())
+    values = ", ".join(catalogue().repairs if named.name == "repair" else named.values())
     return f"{named.help} ({values})" if values and named.values is not true_or_false else named.help
 
 

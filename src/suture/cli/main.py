@@ -6,7 +6,7 @@ import signal
 import sys
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from types import FrameType
 from typing import TYPE_CHECKING
 
@@ -44,13 +44,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(arguments: list[str]) -> int:
     from suture.cli.grammar import parse
-    from suture.cli.output import Manner
+    from suture.cli.output import Manner, aloud
     from suture.cli.verbs import VERBS
 
     _check_text(arguments)
     request = parse(VERBS, arguments)
     manner = Manner.of(request)
-    with manner.while_working():
+    with aloud() if "--verbose" in request.everywhere else nullcontext(), manner.while_working():
         answer = _answer(request, manner)
     if answer is None:
         return 0

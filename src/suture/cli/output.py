@@ -3,6 +3,7 @@
 import contextlib
 import io
 import json
+import logging
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -40,7 +41,8 @@ class Manner(Enum):
             return
         other = Manner.QUIET if self is Manner.JSON else Manner.JSON
         texts = [option.name for option in (*request.verb.options, *EVERYWHERE) if option.text]
-        given = [name for name in texts if name in request.everywhere or request.values.get(name)]
+        given = ["--verbose"] if self is Manner.QUIET and "--verbose" in request.everywhere else []
+        given += [name for name in texts if name in request.everywhere or request.values.get(name)]
         given += [other.value] if other.value in request.everywhere else []
         given += [f"suture {request.verb.name}"] if request.verb.text and "--version" not in request.everywhere else []
         if given:
@@ -64,6 +66,20 @@ class Manner(Enum):
             print(json.dumps(plain(answer.data), indent=2, ensure_ascii=False))
         elif self is Manner.QUIET and answer.brief:
             print(answer.brief)
+
+
+@contextlib.contextmanager
+def aloud() -> Iterator[None]:
+    """Inside the block, what suture logs goes to standard error: what is read, and the seconds of every stage."""
+    handler, logger = logging.StreamHandler(), logging.getLogger("suture")
+    before = logger.level
+    logger.setLevel(logging.INFO)
+    logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(before)
 
 
 def plain(data: Any) -> Any:

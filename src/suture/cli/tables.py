@@ -1,6 +1,8 @@
 """Tables for people at a terminal; plain when standard output is not one."""
 
 import math
+import os
+import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -52,7 +54,8 @@ def print_report(report: Report) -> None:
     if not report.rows:
         return
     console = _console()
-    error = ", ± standard error; ↓: less is better" if report.metrics else ""
+    error = ", ± standard error" * bool(report.metrics)
+    error += "; ↓: less is better" * any("↓" in head for head in columns(report))
     caption = f"{unit_of(report.tasks, report.metrics)}{error}; norm.: relative to the experts"
     table = _table(title=report.title, caption=caption, padding=0, title_justify="left")
     if not _models_across(table, report, console.width):
@@ -130,27 +133,32 @@ def _cut(name: str, width: int) -> str:
 
 
 def print_preflight(found: Preflight) -> None:
-    """Sizes, then notes, then problems."""
-    console = _console(soft_wrap=True, highlight=False)
-    console.print(f"{found.tensors} tensors to merge, {found.parameters / 1e6:.1f} M parameters")
-    console.print(f"reads {in_bytes(found.bytes_read)}, writes {in_bytes(found.bytes_written)}", end="")
-    console.print(f", merging holds about {in_bytes(found.memory)} beside the result")
+    """Sizes, then notes, then problems; every line whole, whatever the width."""
+    print(f"{found.tensors} tensors to merge, {found.parameters / 1e6:.1f} M parameters")
+    print(f"reads {in_bytes(found.bytes_read)}, writes {in_bytes(found.bytes_written)}", end="")
+    print(f", merging holds about {in_bytes(found.memory)} beside the result")
     if found.disk_free:
-        console.print(f"free on disk {in_bytes(found.disk_free)}")
+        print(f"free on disk {in_bytes(found.disk_free)}")
     for note in found.notes:
-        console.print(f"note: {note}")
+        print(f"note: {note}")
+    head = "\x1b[31mproblem:\x1b[0m" if _in_colour() else "problem:"
     for problem in found.problems:
-        console.print(f"[red]problem:[/red] {problem}" if console.is_terminal else f"problem: {problem}", markup=True)
+        print(head, problem)
     if not found.problems:
-        console.print("everything fits")
+        print("everything fits")
+
+
+def _in_colour() -> bool:
+    return sys.stdout.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
 
 
 def print_published(figures: Iterable[Published]) -> None:
     """Published figures, each with its tolerance and its command."""
     console = _console(soft_wrap=True, highlight=False)
     for figure in figures:
-        console.print(f"[bold]{figure.id}[/bold]  {figure.mean:.1f} ± {figure.tolerance:.1f} %  ({figure.row})")
-        console.print(f"    {figure.command}", markup=False)
+        console.print(figure.id, style="bold", end="")
+        console.print(f"  {figure.mean:.1f} ± {figure.tolerance:.1f} %  ({figure.row})")
+        console.print(f"    {figure.command}")
 
 
 def print_compared(found: Iterable[Compared]) -> None:
@@ -188,9 +196,10 @@ def _cell(value: Any) -> str:
 
 
 def _console(**how: Any) -> "Console":
+    """Prints text as it is: names and remedies may have brackets, as 'suture[data]' does."""
     from rich.console import Console
 
-    return Console(**how)
+    return Console(markup=False, **how)
 
 
 def _table(**how: Any) -> "Table":

@@ -36,6 +36,9 @@ _HYDRA = (
 
 _PLAN = Option("--plan", "print bytes, passes, memory and time on this machine, and do nothing else")
 
+_BASE = Key("base", "the pretrained model", path=True)
+_MODELS = Key("models.NAME", "a fine-tuned model, under a name of your choice; once for each model", path=True)
+
 _TABLE = (
     Verb(
         "run",
@@ -54,6 +57,9 @@ _TABLE = (
         "Check the models, tasks and disk space of a run",
         "suture check method=ties_merging modelpool=glyphs8 taskpool=glyphs8",
         actions.check,
+        details="Files are checked without a pool, as suture merge takes them: base=… models.NAME=… with method=… and "
+        "output=… alone.",
+        forwarded=(_BASE, _MODELS),
         configuration="config",
         method="simple_average",
     ),
@@ -62,6 +68,7 @@ _TABLE = (
         "Score the models of a pool, and one of your own, on every task",
         "suture evaluate modelpool=glyphs8 taskpool=glyphs8 matrix=true",
         actions.evaluate,
+        unused=("method", "repair"),
         keys=(
             Key("model", "one more model to score: the path of a checkpoint", path=True),
             Key("matrix", "every model on every task; with output=FOLDER a report too", "false", values=true_or_false),
@@ -106,8 +113,8 @@ _TABLE = (
         "A knob is one value, a gradient over the layers (method.scaling_factor=[0.2,0.5]), or a list of filters: "
         "'method.scaling_factor=[{filter:mlp,value:0.5},{value:0.3}]'",
         forwarded=(
-            Key("base", "the pretrained model", path=True),
-            Key("models.NAME", "a fine-tuned model, under a name of your choice; once for each model", path=True),
+            _BASE,
+            _MODELS,
             Key("mergekit", "a mergekit YAML file, in place of base, models and method", path=True),
             Key("output", "a new folder for the merged model", path=True, required=True),
         ),
@@ -145,6 +152,7 @@ _TABLE = (
         actions.analyse,
         details="similarity, layers and trimming look at the weights; interpolation, landscape and bias need a "
         "taskpool=… too. The table is printed; output=FOLDER gets it as files, with the figure.",
+        unused=("repair",),
         arguments=(Argument("ANALYSIS", "the analysis to run", values=lambda: catalogue().analyses),),
         keys=(
             Key("models", "names of models of the pool, with commas between them; by default all"),
@@ -193,10 +201,10 @@ _TABLE = (
     ),
     Verb(
         "methods",
-        "List the methods, or explain one and its knobs",
+        "List the methods and repairs, or explain one and its knobs",
         "suture methods ties_merging",
         actions.methods,
-        arguments=(Argument("METHOD", "the method to explain", required=False),),
+        arguments=(Argument("METHOD", "the method or repair to explain", required=False),),
     ),
     Verb(
         "init",

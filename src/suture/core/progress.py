@@ -1,5 +1,6 @@
 """Progress bars for a person at a terminal or a notebook, and seconds by activity."""
 
+import logging
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -11,6 +12,7 @@ from suture.core.notebooks import in_notebook
 #: track("Decoding mnist", total) opens a progress bar; its block gets the function that counts steps.
 Track = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]
 
+log = logging.getLogger(__name__)
 _PATIENCE = 1.0  # seconds before a progress bar appears
 _shown = ContextVar("shown", default=True)
 
@@ -80,13 +82,19 @@ class Profile:
 
     def __init__(self):
         self.seconds: dict[str, float] = {}
+        self._inside = 0
 
     @contextmanager
     def __call__(self, activity: str) -> Iterator[None]:
-        """Add the time spent inside the block to an activity."""
+        """Add the time spent inside the block to an activity; of those that are in no other, the log has a line."""
         start = time.perf_counter()
         self.seconds.setdefault(activity, 0.0)
+        self._inside += 1
         try:
             yield
         finally:
-            self.seconds[activity] += time.perf_counter() - start
+            took = time.perf_counter() - start
+            self.seconds[activity] += took
+            self._inside -= 1
+            if not self._inside:
+                log.info("%s: %.1f s", activity, took)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from suture.checkpoints import TensorSpec
 from suture.checkpoints.checkpoint import Codes
-from suture.core.progress import bar
+from suture.core.progress import Profile, bar
 from suture.errors import PRETRAINED, ConfigError
 from suture.file_merge.adapters import merge_adapters
 from suture.file_merge.encoding import codes_of, error_line, record_error, write_encoded
@@ -146,7 +146,8 @@ class Job:
             self.inputs.hash_beside()
         published = False
         with self.folder.open(work), self.vectors.workers():
-            self._merge_share()
+            with Profile()("merging files"):
+                self._merge_share()
             self.inputs.check_unchanged()
             self.folder.record_synced()
             with suppress(FileNotFoundError), self.folder.alone():

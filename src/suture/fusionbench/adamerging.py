@@ -95,7 +95,16 @@ def _frozen(base: nn.Module, choice: str) -> list[str]:
 
 
 class TaskWiseAdaMergingAlgorithm(_AdaMergingAlgorithm):
-    """AdaMerging with one coefficient per task (https://arxiv.org/abs/2310.02575, equation 4)."""
+    """AdaMerging with one coefficient per task (https://arxiv.org/abs/2310.02575, equation 4).
+
+    >>> import torch
+    >>> class Mine(TaskWiseAdaMergingAlgorithm):
+    ...     def get_shuffled_test_loader_iter(self, task):
+    ...         while True:
+    ...             yield torch.eye(2)
+    >>> pool = {name: nn.Linear(2, 2) for name in ("_pretrained_", "first", "second")}
+    >>> merged = Mine(max_steps=2).run(pool)
+    """
 
     granularity = "task"
 

@@ -11,12 +11,15 @@ import torch
 from suture import tasks
 from suture.adaptation.objectives import get_objective
 from suture.adaptation.sharded_model import refuse_unsharded
-from suture.checkpoints import Checkpoint
+from suture.checkpoints import Checkpoint, Source, open_checkpoint, open_fine_tuned
+from suture.checkpoints.adapter_bases import base_notes
+from suture.checkpoints.adapters import untied
+from suture.checkpoints.matching import matched
 from suture.core.fabric import SHARDED
 from suture.core.names import in_bytes
 from suture.errors import PRETRAINED, ConfigError, SutureError, unknown_name
 from suture.merging.compatibility import compatibility, merged_names, spec_of
-from suture.merging.registry import MergeMethod
+from suture.merging.registry import MergeMethod, get_method
 from suture.merging.task_vectors import TaskVectors, working_memory
 from suture.merging.tensorwise import Merging
 from suture.pipeline.adamerging import AdaMerging
@@ -60,10 +63,14 @@ def preflight(
     output: Path | None = None,
     bytes_written: int | None = None,
     threads: int = 0,
+    pool: bool = True,
 ) -> Preflight:
-    """Check models, tasks and disk space from headers and a few samples of each tensor; nothing is written."""
+    """Check models, tasks and disk space from headers and a few samples of each tensor; nothing is written.
+
+    With `pool` the keys of a model pool are named as remedies.
+    """
     checked = Preflight()
-    checked.problems += compatibility(base, models, frozen=frozen, mixed_dtypes=mixed_dtypes, pool=True)
+    checked.problems += compatibility(base, models, frozen=frozen, mixed_dtypes=mixed_dtypes, pool=pool)
     if method is not None and (problem := method.check_number(len(models))):
         checked.problems.append(problem)
     names = merged_names(base, frozen)
@@ -96,11 +103,41 @@ def _check_tasks(checked: Preflight, models: Mapping[str, Checkpoint], taskpool:
 
 
 def check(config: Mapping[str, Any] | Sequence[str] | None = None, /, **keywords: Any) -> Preflight:
-    """The preflight of a run, without running it; the configuration is given as for `suture.run`."""
+    """The preflight of a run, without running it; the configuration is given as for `suture.run`.
+
+    With `base` and `models` (name → source) it is that of a merge of files, as `suture.merge_files` takes them; the
+    other keywords are then `method` and `output`, and there is no pool.
+    """
     from suture.pipeline import config as configuration
+
+    if config is None and keywords.keys() & {"base", "models"}:
+        return _check_files(**keywords)
 
     settings = Settings.from_config(configuration.composed(config, keywords, method="simple_average"))
     return preflight_of(open_models(settings.pool, settings.threads), settings)
+
+
+def _check_files(
+    base: Source | None = None,
+    models: Mapping[str, Source] | None = None,
+    method: str = "simple_average",
+    output: str | Path | None = None,
+    **other: Any,
+) -> Preflight:
+    """The preflight of a merge of files, from headers and samples alone."""
+    if other:
+        wanted = "base, models, method and output"
+        raise ConfigError(f"{next(iter(other))}: a check of files takes {wanted} alone. Remedy: leave it out.")
+    if base is None or not models:
+        missing = "base" if base is None else "models.NAME"
+        raise ConfigError(f"Missing argument: {missing}=…, the path of a model.")
+    opened = untied(open_checkpoint(base, label=PRETRAINED), models.values())
+    experts = {name: open_fine_tuned(model, opened, label=name) for name, model in models.items()}
+    found = matched(opened, experts)
+    folder = None if output is None else Path(output)
+    checked = preflight(found.base, found.models, get_method(method), output=folder, pool=False)
+    checked.notes += [*found.notes, *base_notes(experts, opened)]
+    return checked
 
 
 def preflight_of(models: Models, settings: Settings) -> Preflight:

@@ -13,11 +13,13 @@ from suture.tasks.class_names import plain
 
 WEIGHTS = (".safetensors", ".pt", ".pth", ".bin", ".ckpt")
 _BASES = ("pretrained", "base", "basemodel", "original", "init", "zeroshot")  # names, without case and punctuation
-_CONFIGS = ("config.json", "open_clip_config.json", "adapter_config.json")
+_ADAPTER = "adapter_config.json"
+_CONFIGS = ("config.json", "open_clip_config.json", _ADAPTER)
 _DEPTH = 2  # folders below a given one that are looked into
 _SPLITS = ("train", "test", "val")
 _DATA = (*_SPLITS, "validation", "valid")  # names of files of tensors that are data
 _MODULE = "module:  # fill in: package.module:function or path/to/file.py:function, which makes the network and is run"
+_ARGUMENTS = "# arguments: {width: 64}   # of that function, if it takes any"
 
 
 @dataclass(frozen=True)
@@ -38,7 +40,8 @@ def init(
 ) -> Started:
     """Look at folders of models and data, and write `models.yaml` and `tasks.yaml` into `output`.
 
-    `base` is the pretrained model, by default the one whose name says so (pretrained, base, …). `family` is by default
+    `base` is the pretrained model, by default the one whose name says so (pretrained, base, …), or the only one that is
+    no adapter. `family` is by default
     that of the fine-tuned models' configurations. Only names and configurations are read. Raises `ConfigError` if
     there is no model or no base among them, and `OutputError` rather than overwrite a file.
     """
@@ -116,6 +119,9 @@ def _base(models: dict[str, Path], given: str | Path | None) -> Path:
         found = next((each for each in models.values() if each.resolve() == path.resolve()), None)
         return found or models.get(str(given)) or path
     named = [path for name, path in models.items() if plain(name) in _BASES]
+    if not named:  # beside adapters the one whole model
+        named = [path for path in models.values() if not (path / _ADAPTER).is_file()]
+        named = named if len(named) < len(models) else []
     if len(named) != 1:
         known = ", ".join(models) or "no model"
         problem = f"Which is the pretrained model? Found: {known}."
@@ -145,7 +151,7 @@ def _model_pool(chosen: str, base: Path, experts: dict[str, Path]) -> str:
     lines = ["# The models to merge. `suture check modelpool=models.yaml` says whether they fit together.", ""]
     lines += [
         f"family: {chosen}",
-        *([_MODULE] if chosen == "module" else []),
+        *([_MODULE, _ARGUMENTS] if chosen == "module" else []),
         "models:",
         f"  {PRETRAINED}: {quoted(base)}",
     ]

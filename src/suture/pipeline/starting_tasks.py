@@ -16,6 +16,10 @@ _CLASSES = f"    classnames: {FILL_IN}, in the order of the labels: [cat, dog]"
 _COLUMNS = f"    text_columns: {FILL_IN}: one column of the data, or two"
 _HEAD = "# One task for each model of models.yaml, under the same name: its data, and {}."
 _SCORE = "    score: bits_per_byte   # or {metric: acc, choices_column: …}, {metric: exact_match}: docs/language.md"
+_QUESTIONS = ["question", "answer"]
+_ASKED = """    text_columns: ["question"]
+    label_column: answer
+    score: exact_match   # of a greedily generated answer; more kinds of score: docs/language.md"""
 _PROMPTS = '    # templates: ["a photo of a {}."]   # prompts, instead of the usual ones'
 _QUESTION = f'    templates: {FILL_IN}, for example ["question: {{text}} answer:"]'
 
@@ -39,8 +43,11 @@ def _about(chosen: str, name: str, expert: Path, path: Path | None) -> Iterator[
     if known(name):
         yield "    # class names and templates are those of the published benchmark of this name"
         return
+    columns = _text_columns(path) if path and family(chosen).reads == "texts" else []
+    if chosen == "causal_lm" and columns == _QUESTIONS:
+        yield _ASKED
+        return
     if family(chosen).reads == "texts":
-        columns = _text_columns(path) if path else []
         yield f"    text_columns: {json.dumps(columns, ensure_ascii=False)}" if columns else _COLUMNS
     if chosen == "causal_lm":
         yield _SCORE

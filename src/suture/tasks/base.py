@@ -2,7 +2,7 @@
 
 import hashlib
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NoReturn
@@ -225,3 +225,9 @@ def files_identity(paths: Sequence[Path]) -> str:
             raise data_refusal(path, f"cannot be read: {error.strerror}", "replace or remove it") from error
         sha.update(f"{path}\0{stat.st_size}\0{stat.st_mtime_ns}\0".encode())
     return sha.hexdigest()
+
+
+def unknown_column(name: object, found: Iterable[object], keys: str) -> DataError:
+    """The error for a column that a table does not have; `keys` are those of a task that can name it."""
+    known = shown(", ".join(map(str, found)))
+    return DataError(f"there is no column '{name}' (found: {known}). Remedy: name it under {keys}.")

@@ -4,7 +4,7 @@ import re
 from collections.abc import Sequence
 from difflib import get_close_matches
 
-from suture.errors import problem, shown
+from suture.errors import data_refusal, problem, shown
 
 _SHOWN = 5
 
@@ -34,6 +34,23 @@ def whole_number(value: object) -> int | None:
 def places(*names: Sequence[str]) -> dict[str, int]:
     """The label of every plain name; several sequences are several ways of naming the same classes."""
     return {plain(name): label for sequence in names for label, name in enumerate(sequence)}
+
+
+def numbered(labels: Sequence[object], names: Sequence[str], classes: int, where: object) -> list[int]:
+    """Labels as numbers, each that of a class; text is looked up among the names."""
+    known, numbers = places(names), []
+    named = any(isinstance(label, str) for label in labels)
+    for row, label in enumerate(labels):
+        number = known.get(plain(label)) if named and isinstance(label, str) else whole_number(label)
+        if number is None:
+            what = "is not among the class names" if isinstance(label, str) else "is no whole number"
+            found = f"has the label {shown(label)!r} in row {row}, which {what}"
+            raise data_refusal(where, found, "give every row the name or the number of a class")
+        if not 0 <= number < classes:
+            found = f"has the label {number} in row {row} but there are {classes} class names"
+            raise data_refusal(where, found, "list a name for every label")
+        numbers.append(number)
+    return numbers
 
 
 def misnamed(found: Sequence[str], wanted: Sequence[str], where: object) -> list[str]:

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -98,6 +98,8 @@ def _check_task(family: Family, task: Task) -> None:
         head = family.head(task)
         logits = features if head is None else head(features)
     shape, wanted = tuple(logits.shape), (_FEW, len(task.classnames))
+    if task.score is not None:  # logits of tokens
+        wanted = (_FEW, *shape[1:2])
     _law(shape == wanted, f"the head of {task.name!r} gives logits of shape {shape}, not {wanted}")
 
 
@@ -107,7 +109,7 @@ def _check_saved(family: Family, task: Task, folder: Path) -> None:
     state = {name: tensor for name, tensor in encoder.state_dict().items() if name in stored}
     moved = _moved(state)
     family.save(moved, folder)
-    saved = open_checkpoint(folder)
+    saved = family.in_memory(open_checkpoint(folder))
     names = family.canonical_names(saved)
     _law(set(names) == set(stored), "canonical_names finds other names in the saved model than in the pretrained one")
     dtypes = [name for name in names if saved[names[name]].dtype != family.weights[stored[name]].dtype]
@@ -120,9 +122,11 @@ def _check_saved(family: Family, task: Task, folder: Path) -> None:
 
 
 def _inputs(family: Family, task: Task) -> Any:
-    """A few inputs as the encoder takes them."""
-    loaded = data.load(task, "test")
+    """A few inputs as the encoder takes them; of a task with a `score`, its unlabelled prompts."""
+    loaded: Any = data.load(task, "test") if task.score is None else data.passages(task, "test")
     _law(len(loaded) >= _FEW, f"task {task.name!r} has fewer than {_FEW} inputs")
+    if task.score is not None:
+        return cast(Any, family).language_inputs(task, loaded.first(_FEW))[0]
     first = loaded.first(_FEW)
     if isinstance(first, Tensors):
         return first.inputs

@@ -24,6 +24,7 @@ _REFERENCES = {"pretrained": "#8a94a0", "experts": INK}  # by role
 _MANY = 8  # with more models than this, bars would be too thin, so a heat map is drawn
 _MOST_BARS = 90  # with more bars than this, the figure would be longer than a screen
 _MEASURES = ("accuracy (%)", "relative to the expert (%)", "gap closed (%)")
+_SCORE = "score (%)"  # the first of these, where it is no accuracy
 
 
 @figure("accuracy", section="Task by task")
@@ -38,6 +39,9 @@ def accuracy(run: FinishedRun) -> Chart | None:
     rows = [row for task in tasks for row in _on_task(data, task) if row["measure"] in measures]
     if not rows:
         return None
+    if data.get("metrics"):
+        rows = [row | {"measure": _SCORE} if row["measure"] == _MEASURES[0] else row for row in rows]
+        measures = [_SCORE if name == _MEASURES[0] else name for name in measures]
     measure = Choice("measure", "show", measures)
     title = "Scores by task" if data.get("metrics") else "Accuracy by task"
     missing = _without_gap(rows, data["tasks"])

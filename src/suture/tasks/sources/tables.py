@@ -1,7 +1,7 @@
 """Data sets of the Hugging Face `datasets` library: a folder as the hub keeps it, or one that `save_to_disk` wrote.
 
 The hub's folders hold parquet files or WebDataset archives, with a card or without one; texts also come as csv, tsv or
-jsonl files, named after their splits.
+jsonl files; those of one file for each split need no library (`row_files`).
 
 Labels are numbers whose names the data set itself knows. Those names are held against the task's class names: a name
 that stands at another place is refused, since accuracy would be that of a shuffled head.
@@ -19,9 +19,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from suture.errors import DataError, data_refusal, one_line, shown
-from suture.tasks.base import Images, Source, Split, Task, Texts
-from suture.tasks.class_names import misnamed, places, plain, whole_number
+from suture.tasks.base import Images, Source, Split, Task, Texts, unknown_column
+from suture.tasks.class_names import misnamed, numbered
 from suture.tasks.decoding import decoded
+from suture.tasks.sources import row_files
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -54,6 +55,8 @@ class TablePictures(Sequence):
 
 
 def _found(folder: Path) -> bool:
+    if row_files.found(folder):
+        return False  # it needs no library
     return _is_saved(folder) or any(next(folder.rglob(pattern), None) for pattern in _STORED)
 
 
@@ -63,7 +66,7 @@ def _load(folder: Path, split: Split, task: Task) -> Images | Texts:
     contents, label = _columns(table.features, task)
     if task.text_columns is None:
         _check_pictures(table.features, contents[0], folder)
-    labels = torch.tensor(_numbers(table.with_format(None)[label], task, folder), dtype=torch.int64)
+    labels = torch.tensor(_numbered(table.with_format(None)[label], task, folder), dtype=torch.int64)
     names = _names(table.features[label])
     if task.text_columns is None:
         return Images(TablePictures(table, contents[0]), labels, names, table._fingerprint)
@@ -74,6 +77,8 @@ def _load(folder: Path, split: Split, task: Task) -> Images | Texts:
 
 def stored_rows(folder: Path, split: Split, task: Task, wanted: Sequence[str]) -> tuple[list[dict[str, Any]], str]:
     """Rows with the wanted columns of any kind, and their identity; raises `DataError` for a missing column."""
+    if row_files.found(folder):
+        return row_files.rows_of(folder, split, task, wanted)
     if not _found(folder):
         remedy = "put parquet, csv or jsonl files there, or plain texts as test.txt"
         raise data_refusal(folder, "holds no table and no plain text of the split", remedy)
@@ -81,9 +86,7 @@ def stored_rows(folder: Path, split: Split, task: Task, wanted: Sequence[str]) -
         table = _saved(folder, split, task) if _is_saved(folder) else _stored(folder, split, task)
     for name in wanted:
         if name not in table.features:
-            known = shown(", ".join(map(str, table.features)))
-            remedy = "name it under `text_columns`, `label_column` or `score.choices_column`"
-            raise DataError(f"there is no column '{name}' (found: {known}). Remedy: {remedy}.")
+            raise unknown_column(name, table.features, "`text_columns`, `label_column` or `score.choices_column`")
     plain = table.select_columns(list(wanted)).with_format(None)
     return [dict(row) for row in plain], table._fingerprint
 
@@ -101,7 +104,7 @@ def _problems(folder: Path, split: Split, task: Task) -> list[str]:
         if names is not None:
             return misnamed(names, task.own_names, folder)
         with _library():
-            _numbers(_labels_alone(folder, split, task, label), task, folder)
+            _numbered(_labels_alone(folder, split, task, label), task, folder)
     except DataError as error:
         return [str(error)]
     return []
@@ -256,8 +259,7 @@ def _columns(features: Any, task: Task) -> tuple[tuple[str, ...], str]:
     key = "text_columns" if task.text_columns else "image_column"
     for name, told in [*((name, key) for name in contents), (label, "label_column")]:
         if name not in features:
-            found = shown(", ".join(map(str, features)))
-            raise DataError(f"there is no column '{name}' (found: {found}). Remedy: name it under `{told}`.")
+            raise unknown_column(name, features, f"`{told}`")
     return contents, label
 
 
@@ -276,22 +278,8 @@ def _check_pictures(features: Any, column: str, folder: Path) -> None:
         raise data_refusal(folder, found, "name the column of pictures under `image_column`")
 
 
-def _numbers(column: Any, task: Task, folder: Path) -> list[int]:
-    """Labels as numbers, each that of a class; text is looked up among the class names."""
-    labels, known = list(column), places(task.own_names)
-    named = any(isinstance(label, str) for label in labels)
-    numbers = []
-    for row, label in enumerate(labels):
-        number = known.get(plain(label)) if named and isinstance(label, str) else whole_number(label)
-        if number is None:
-            what = "is not among the class names" if isinstance(label, str) else "is no whole number"
-            found = f"has the label {shown(label)!r} in row {row}, which {what}"
-            raise data_refusal(folder, found, "give every row the name or the number of a class")
-        if not 0 <= number < len(task.classnames):
-            found = f"has the label {number} in row {row} but there are {len(task.classnames)} class names"
-            raise data_refusal(folder, found, "list a name for every label")
-        numbers.append(number)
-    return numbers
+def _numbered(labels: Any, task: Task, folder: Path) -> list[int]:
+    return numbered(list(labels), task.own_names, len(task.classnames), folder)
 
 
 @contextmanager
