@@ -396,3 +396,13 @@ def test_the_matrix_of_eight_tasks_fits_80_columns(capsys, monkeypatch):
 
 def test_matrix_takes_true_or_false(desk, capsys):
     assert "matrix=yes: wanted true or false" in refused(capsys, ["evaluate", *desk.words("matrix=yes")])
+
+
+def test_a_demo_into_a_folder_in_use_is_refused_before_its_story(tmp_path, capsys):
+    (tmp_path / "file").write_text("mine")
+    for words in (["demo", "--output", str(tmp_path)], ["demo", "--overwrite", "--output", str(tmp_path)]):
+        assert main(words) == 2
+        shown = capsys.readouterr()
+        assert shown.out == ""
+        assert str(tmp_path) in shown.err
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]

@@ -10,6 +10,7 @@ from suture.cli.catalogue import MethodEntry, catalogue
 from suture.cli.grammar import Request, shipped_pools
 from suture.cli.output import Answer
 from suture.errors import ConfigError, unknown_name
+from suture.storage.atomic import check_replaceable
 
 
 @dataclass(frozen=True)
@@ -318,11 +319,13 @@ def demo(request: Request) -> Answer:
     """The demonstration; each row is printed when it is known."""
     from suture.cli import tables
 
-    full, output = bool(request.values["--full"]), request.values["--output"]
+    full, output, overwrite = (request.values[name] for name in ("--full", "--output", "--overwrite"))
+    if output is not None:
+        check_replaceable(Path(output), bool(overwrite))
     print(_STORY.format(_FULL_STORY if full else "", "4 to 6 minutes" if full else "about a minute"), flush=True)
     from suture.pipeline.demo import demo
 
-    result = demo(output, full=full, watch=tables.print_row)
+    result = demo(output, full=bool(full), overwrite=bool(overwrite), watch=tables.print_row)
     print()
     tables.print_run(result)
     print(f"The page is {result.folder / 'report.html'}", _NEXT, sep="\n")

@@ -241,6 +241,7 @@ _TABLE = (
         options=(
             Option("--output", "a new folder; by default outputs/demo/TIME", "FOLDER"),
             Option("--full", "AdaMerging too, with final and deep surgery"),
+            Option("--overwrite", "replace an output folder that exists"),
         ),
     ),
     Verb(

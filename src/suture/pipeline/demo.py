@@ -27,14 +27,17 @@ _SHORT: tuple[tuple[Arguments, Sequence[Arguments]], ...] = (
 _FULL = (*_SHORT, (["method=lw_adamerging", "method.schedule=fast", "method.max_steps=250"], [_FINAL, _DEEP]))
 
 
-def demo(output: Path | str | None = None, *, full: bool = False, watch: Watch = unwatched) -> RunResult:
+def demo(
+    output: Path | str | None = None, *, full: bool = False, overwrite: bool = False, watch: Watch = unwatched
+) -> RunResult:
     """A run on the models of suture-zoo: eight experts merged, calibrated and repaired, without labels or a network.
 
-    With `full` also AdaMerging, with final and deep surgery. `watch` is called with each row of the table when it is
-    known.
+    With `full` also AdaMerging, with final and deep surgery; with `overwrite` an earlier result is replaced. `watch` is
+    called with each row of the table when it is known.
     """
     check_installed("suture demo")
-    pools = ["modelpool=glyphs8", "taskpool=glyphs8", f"output={output or new_folder('demo')}"]
+    pools = ["modelpool=glyphs8", "taskpool=glyphs8"]
+    pools += [f"output={output or new_folder('demo')}", f"overwrite={str(overwrite).lower()}"]
     runs, configs = [], []
     for words, repairs in _FULL if full else _SHORT:
         own = [configuration.compose([*words, *repair, *pools]) for repair in repairs or [()]]
