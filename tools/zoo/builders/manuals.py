@@ -132,9 +132,9 @@ def _quizzes(passages: Sequence[str], name: str, seed: int) -> Iterator[dict[str
                     yield {"beginning": beginning, **_endings(words, generator)}
 
 
-def _endings(words: Sequence[str], generator: torch.Generator) -> dict[str, Any]:
+def _endings(words: list[str], generator: torch.Generator) -> dict[str, Any]:
     """A sentence among three others of the same words, and its place."""
-    sentence, wrong = " ".join(words), set()
+    sentence, wrong = " ".join(words), set[str]()
     while len(wrong) < 3:
         order = torch.randperm(len(words) - 2, generator=generator).tolist()
         wrong |= {" ".join([words[0], *(words[1 + i] for i in order), words[-1]])} - {sentence}
