@@ -23,10 +23,11 @@ from suture.file_merge.layout import Shard, file_stem, split_into_shards, write_
 from suture.file_merge.masks import write_masks
 from suture.file_merge.options import MergeOptions
 from suture.file_merge.output import write_companions
+from suture.file_merge.records import Digests, TensorRecord
 from suture.file_merge.sharing import SharedStream
 from suture.file_merge.statistic import as_json, from_json, statistic_type
 from suture.file_merge.tensor_knobs import TensorKnobs
-from suture.file_merge.workspace import Digests, TensorRecord, WorkingFolder, bytes_of, damaged, recorded_work
+from suture.file_merge.workspace import WorkingFolder, bytes_of, damaged, recorded_work
 from suture.merging.overflow import refuse_overflow
 from suture.merging.task_vectors import FIXED_BYTES, Piece, TaskVectors, chunk_for, device_chunk_for, memory_of
 from suture.merging.tensorwise import Merging

@@ -9,7 +9,8 @@ from suture.checkpoints import Checkpoint, open_checkpoint
 from suture.core.names import in_bytes
 from suture.errors import ConfigError
 from suture.file_merge.job import Job
-from suture.file_merge.workspace import Digests, bytes_of
+from suture.file_merge.records import Digests
+from suture.file_merge.workspace import bytes_of
 from suture.merging.compatibility import spec_of
 from suture.merging.task_vectors import FIXED_BYTES, Piece, TaskVectors, memory_of
 from suture.merging.tensorwise import Merging

@@ -11,12 +11,10 @@ says "synced" is written when all that the lines before it name has reached the 
 it takes them back.
 """
 
-import hashlib
 import json
 import logging
 import os
 import shutil
-import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
@@ -29,6 +27,7 @@ from torch import Tensor
 from suture.checkpoints.provenance import PROVENANCE
 from suture.errors import OutputError, SutureError, output_refusal
 from suture.file_merge.layout import Location, Shard
+from suture.file_merge.records import Digests, TensorRecord, manifest_lines, record_of
 from suture.storage.atomic import (
     allocate,
     check_replaceable,
@@ -47,35 +46,6 @@ from suture.storage.atomic import (
 _RESUME = "free some space, or move the folder to another disk; the same command then goes on where it stopped"
 _WORK = "work.json"
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class TensorRecord:
-    """A tensor that is written: its votes and waiting slices (see `suture.merge.Votes`), and a hash of its bytes.
-
-    `sha256` is that of the checksums (CRC-32) of its slices of `unit` entries each.
-    """
-
-    name: str
-    unit: int
-    sha256: str
-    votes: int = 0
-    waiting: Sequence[int] = ()
-
-
-class Digests:
-    """The checksums of a tensor's slices, which are written in any order."""
-
-    def __init__(self):
-        self.parts: dict[int, bytes] = {}
-
-    def add(self, start: int, data: bytes | memoryview) -> None:
-        """Take the bytes of the slice that starts at an entry."""
-        self.parts[start] = zlib.crc32(data).to_bytes(4, "little")
-
-    def hexdigest(self) -> str:
-        """One hash for all."""
-        return hashlib.sha256(b"".join(self.parts[start] for start in sorted(self.parts))).hexdigest()
 
 
 @dataclass
@@ -249,7 +219,7 @@ class WorkingFolder:
         records: dict[str, TensorRecord] = {}
         synced: set[str] = set()
         fresh: set[str] = set()
-        for line in _lines(manifest):
+        for line in manifest_lines(manifest):
             if line.get("synced") is True:
                 synced |= fresh
                 fresh = set()
@@ -257,7 +227,7 @@ class WorkingFolder:
                 for name in fresh:
                     del records[name]
                 fresh = set()
-            elif (record := _record(line)) and record.name in self.locations:
+            elif (record := record_of(line)) and record.name in self.locations:
                 records[record.name] = record
                 synced.discard(record.name)
                 fresh.add(record.name)
@@ -390,22 +360,6 @@ def bytes_of(tensor: Tensor) -> memoryview:
     """The memory of a tensor."""
     flat = tensor.contiguous().reshape(-1)
     return flat.view(torch.uint8).numpy().data if flat.numel() else memoryview(b"")
-
-
-def _lines(manifest: Path) -> Iterator[dict[str, Any]]:
-    """The lines that are whole; a kill or a power cut may have torn some."""
-    for text in manifest.read_bytes().splitlines():
-        with suppress(ValueError, RecursionError):
-            line = json.loads(text)
-            if isinstance(line, dict):
-                yield line
-
-
-def _record(line: Mapping[str, Any]) -> TensorRecord | None:
-    match line:
-        case {"name": str(), "unit": int(), "sha256": str(), "votes": int(), "waiting": list(), **rest} if not rest:
-            return TensorRecord(**line)
-    return None
 
 
 def _read_json(path: Path) -> Any:
