@@ -39,7 +39,8 @@ class OutputError(SutureError):
 def unknown_name(kind: str, name: str, known: Iterable) -> str:
     """One line for a name that does not exist: the nearest ones, then all of them, or how many there are."""
     names = sorted(map(str, known))
-    near = get_close_matches(str(name), names, n=2, cutoff=0.5)
+    begun = [each for each in names if len(name) > 2 and each.startswith(name)]
+    near = begun[:2] or get_close_matches(str(name), names, n=2, cutoff=0.5)
     hint = f" Did you mean {' or '.join(repr(n) for n in near)}?" if near else ""
     all_known = ", ".join(names) if len(names) <= _MOST_LISTED else f"{len(names):,} others"
     return f"Unknown {kind} {name!r}.{hint} Known: {all_known}."

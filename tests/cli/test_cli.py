@@ -255,6 +255,7 @@ def test_the_other_verbs_answer(capsys):
     ("word", "says"),
     [
         ("method=ties_mergin", "Did you mean 'ties_merging'"),
+        ("method=ties", "Did you mean 'ties_merging'"),
         ("method.merge_func=avrage", "'sum', 'mean' or 'max'"),
         ("method.threshold=-5", "greater than 0"),
         ("method.scaling_factor=abc", "valid number"),

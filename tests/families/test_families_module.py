@@ -35,8 +35,8 @@ class Named(Net):
 def make(**sizes):
     return Net(**sizes)
 
-def named():
-    return Named()
+def named(**sizes):
+    return Named(**sizes)
 
 def pictures():
     return Net(), lambda image: torch.tensor(list(image.resize((2, 1)).tobytes())).float() / 255
@@ -200,9 +200,7 @@ def test_inputs_of_several_arguments_and_outputs_with_logits(desk_of, nets, tmp_
     tasks = {name: {"source": name, "classnames": ["a", "b", "c"]} for name in NAMES}
     assert main(desk_of()) == 0
     plain = rows_of(tmp_path)
-    code = CODE.replace("def named():\n    return Named()", "def named():\n    return Named(width=32)")
-    (tmp_path / "nets.py").write_text(code)
-    assert main(desk_of("overwrite=true", tasks=tasks, module="nets.py:named", arguments={})) == 0
+    assert main(desk_of("overwrite=true", tasks=tasks, module="nets.py:named", arguments={"width": 32})) == 0
     assert rows_of(tmp_path) == plain
 
 
@@ -238,16 +236,22 @@ def test_images_and_texts_go_through_the_transform_that_came_with_the_module(des
         ({"module": "nets.py:make", "arguments": {"widths": 3}}, "failed (TypeError"),
         ({"module": "nets.py:not_a_module", "arguments": {}}, "gives a int"),
         ({"arguments": {"width": 16}}, "shape"),
-        ({"arguments": {"outputs": 4, "width": 32}}, "4 outputs"),
+        ({"arguments": {"outputs": 4, "width": 32}}, "(3, 32) in '_pretrained_', but (4, 32) in the network"),
         ({"head": "body.0"}, "has 32 classes"),
         ({"head": "tail"}, "'tail' does not exist in the module"),
         ({"head": "body"}, "is a Sequential"),
         ({"heads": {"left": "x.pt"}}, "'x.pt'"),
-        ({"module": "nets.py:named", "arguments": {}}, "the module fails on inputs (2, 6) float32"),
+        ({"module": "nets.py:named", "arguments": {"width": 32}}, "the module fails on inputs (2, 6) float32"),
     ],
 )
 def test_what_does_not_fit_is_refused_in_one_line(desk_of, capsys, pool, message):
     assert message in refused(capsys, desk_of(**pool))
+
+
+def test_check_finds_a_network_of_other_shapes(desk_of, capsys):
+    words = desk_of(arguments={"width": 16})
+    assert main(["check", *words]) == 2
+    assert "Remedy: check module and arguments in the pool" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """`suture search`: the knobs that score best, the run with them, kills, and bad input."""
 
 import json
+import shlex
 
 import pytest
 import torch
@@ -33,6 +34,17 @@ def test_the_best_point_is_run_and_the_report_says_how_it_was_chosen(desk, score
     assert (desk.folder / "out" / "figures" / "search.png").is_file()
     if score == "accuracy":  # all 12 test inputs, so that the score is the accuracy of the run
         assert scores[best] == pytest.approx(row["mean"])
+
+
+def test_the_command_that_repeats_a_search_is_that_of_the_best_run(desk, capsys, monkeypatch):
+    words = desk.words("method.scaling_factor=0.15..0.85", "trials=4", "split=test", method="task_arithmetic")
+    assert main(["search", *words]) == 0
+    report = report_of(desk.folder / "out")
+    best = report["config"]["method"]["scaling_factor"]
+    assert f"Best of 4 points: method.scaling_factor={best:.4g}" in capsys.readouterr().out
+    monkeypatch.chdir(desk.folder / "out")
+    assert main(shlex.split(report["repeat"])[1:]) == 0
+    assert report_of(desk.folder / "out" / "again")["config"]["method"]["scaling_factor"] == best
 
 
 def test_agreement_takes_the_experts_predictions_for_labels(desk):

@@ -142,7 +142,7 @@ def test_a_router_that_harms_is_named():
     repaired = {"role": "repair", "merge": "ties", "routed": True, "routing": {"one": 0.9, "two": 0.2}}
     lines = harms(finished(row("ties", 0.8, 0.8), row("ties + final, routed", 0.75, 0.65, **repaired)))
     assert any("is below its merge without a repair: 70.0 % against 80.0 %" in line for line in lines)
-    assert any("less than half of the inputs of two 20 %" in line for line in lines)
+    assert any("less than half of the inputs: two 20 %" in line for line in lines)
 
 
 def test_warnings_of_rows_and_repairs_are_on_the_page():

@@ -143,6 +143,7 @@ def search(request: Request) -> Answer:
         return _planned(words, verb="search", over=searched, searching={**numbers, **names})
     result = search(words, over=searched, **numbers, **names)
     tables.print_run(result)
+    tables.print_best(result)
     trials = [asdict(trial) for trial in result.trials]
     return Answer(_as_data(result) | {"trials": trials}, str(result.folder))
 

@@ -37,6 +37,12 @@ def print_run(result: Any) -> None:
         print(f"The merged model and the report are in {result.folder}")
 
 
+def print_best(result: Any) -> None:
+    """The point that a search found best, and its score."""
+    values = " ".join(f"method.{knob}={value:.4g}" for knob, value in result.best.point.items())
+    print(f"Best of {len(result.trials)} points: {values}, with a score of {result.best.score:.4g}.")
+
+
 def print_row(row: Row) -> None:
     """One row of a table that is not finished: a model and its mean accuracy."""
     seconds = f"  {row.seconds:5.1f} s" if row.seconds else ""

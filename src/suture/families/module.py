@@ -22,7 +22,7 @@ from suture.errors import CheckpointError, ConfigError, DataError, SutureError, 
 from suture.families.shared.base import Encoder, Family
 from suture.families.shared.code import named_object
 from suture.families.shared.heads import linear_head, save_heads, stored_head
-from suture.families.shared.models import Naming, copy_into, tied_names
+from suture.families.shared.models import Naming, check_fit, copy_into, first_names, tied_names
 from suture.tasks.base import Images, Task, Texts
 
 Transform = Callable[..., Any]
@@ -150,6 +150,10 @@ class ModuleFamily(Family):
         if missing := sorted(self._needed - set(self.canonical_names(self.weights))):
             label = getattr(self.weights, "label", "the base")
             return [f"'{missing[0]}' is missing from '{label}'; wanted the weights of the module of the pool."]
+        try:
+            check_fit(first_names(self._encoder), self.canonical_names(self.weights), self.weights)
+        except SutureError as error:
+            return [f"{error} Remedy: check module and arguments in the pool."]
         try:
             head = self.head(task)
             if tasks.check(task, "test") or not Path(task.source).expanduser().is_dir():

@@ -165,6 +165,11 @@ def _arguments(key: str, value: Any) -> list[str]:
     return [f"{key}={value}" if key in ("method", "repair", *_GROUPS) else f"{key}={_text(value)}"]
 
 
+def with_knobs(command: str, knobs: Mapping[str, Any]) -> str:
+    """A command with some knobs of the method set."""
+    return shlex.join([*shlex.split(command), *(f"method.{knob}={_text(value)}" for knob, value in knobs.items())])
+
+
 def _text(value: Any) -> str:
     """A value in Hydra's grammar."""
     if value is None or isinstance(value, bool | int | float):

@@ -1,8 +1,9 @@
 """Preflight: checks before any slow work, and estimates of the bytes read, written and held in memory."""
 
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -278,8 +279,14 @@ def _expert_problems(models: Mapping[str, Checkpoint], taskpool: TaskPool) -> li
     return problems
 
 
+def _near(task: str, models: Iterable[str]) -> str:
+    near = get_close_matches(task, list(models), n=1)
+    return f" Did you mean '{near[0]}'?" if near else ""
+
+
 def _expert_notes(models: Mapping[str, Checkpoint], taskpool: TaskPool) -> list[str]:
     named = {task.name for task in taskpool.tasks}
     alone = sorted(task.name for task in taskpool.tasks if task.expert not in models)
-    notes = [f"Task '{task}' has no model of its name: no expert to compare with." for task in alone]
+    lone = "has no model of its name: no expert to compare with."
+    notes = [f"Task '{task}' {lone}{_near(task, models)}" for task in alone]
     return notes + [f"Model '{model}' is merged but has no task of its name." for model in sorted(set(models) - named)]

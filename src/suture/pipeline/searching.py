@@ -175,7 +175,8 @@ class Search:
             grouped = self._of_groups(self.scale)
             method = {knob: value for knob, value in method.items() if knob not in grouped}
             method |= {self.scale: 1.0, "after": {"depth_schedule": {"factors": factors}}}
-        return {**self.config, "method": method}
+        changed = {knob: value for knob, value in method.items() if self.config["method"].get(knob) != value}
+        return {**self.config, "method": method, "command": configuration.with_knobs(self.config["command"], changed)}
 
     @cached_property
     def description(self) -> str:

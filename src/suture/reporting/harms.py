@@ -64,4 +64,4 @@ def _routers(data: Data) -> Iterator[str]:
         if shares:
             lost = ", ".join(f"{task} {100 * share:.0f} %" for task, share in list(shares.items())[:_FEW])
             more = f" and {len(shares) - _FEW} more" if len(shares) > _FEW else ""
-            yield f"{row['name']}: the router finds the task of less than half of the inputs of {lost}{more}."
+            yield f"{row['name']}: the router finds the right task for less than half of the inputs: {lost}{more}."

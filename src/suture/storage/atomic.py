@@ -175,7 +175,8 @@ def check_replaceable(path: Path, overwrite: bool, *, inputs: Iterable[str | os.
             if relation := _relation(Path(os.path.realpath(path)), Path(os.path.realpath(source))):
                 raise output_refusal(path, f"{relation} an input, '{source}'", "name another folder for the output")
         if not overwrite:
-            raise output_refusal(path, "already exists and is not empty", "name another folder, or allow overwriting")
+            remedy = "name another folder, or allow overwriting with overwrite=true (merge, demo: --overwrite)"
+            raise output_refusal(path, "already exists and is not empty", remedy)
         if not is_result(path):
             problem = "holds files that suture did not write; overwriting replaces only its own results"
             raise output_refusal(path, problem, "name another folder, or remove this one yourself")

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from suture.checkpoints import Checkpoint
 from suture.errors import CheckpointError, one_line
 from suture.families.shared.pictures import quiet
 
@@ -45,15 +46,26 @@ def copy_into(module: nn.Module, state: Mapping[str, Tensor], naming: Naming) ->
 
     Tied tensors of the module count under their first name. Integer tensors are not copied.
     """
-    stored, label = naming(state), getattr(state, "label", "the model")
-    targets = first_names(module)
+    stored, targets = naming(state), first_names(module)
+    check_fit(targets, stored, state)
+    for name, tensor in targets.items():
+        tensor.copy_(state[stored[name]])
+
+
+def check_fit(targets: Mapping[str, Tensor], stored: Mapping[str, str], state: Mapping[str, Tensor]) -> None:
+    """Raise `CheckpointError` for the first of a module's tensors that a state lacks, or has in another shape.
+
+    Of a checkpoint only headers are read.
+    """
+    label = getattr(state, "label", "the model")
     for name, tensor in targets.items():
         if name not in stored:
             raise CheckpointError(f"'{name}' is missing from '{label}'; wanted a model of the base's architecture.")
-        if (shape := state[stored[name]].shape) != tensor.shape:
-            raise CheckpointError(f"'{name}' has shape {tuple(shape)}, not {tuple(tensor.shape)}, in '{label}'.")
-    for name, tensor in targets.items():
-        tensor.copy_(state[stored[name]])
+        key = stored[name]
+        shape = state.specs[key].shape if isinstance(state, Checkpoint) else state[key].shape
+        if tuple(shape) != tuple(tensor.shape):
+            found = f"'{name}' has shape {tuple(shape)} in '{label}'"
+            raise CheckpointError(f"{found}, but {tuple(tensor.shape)} in the network that the pool names.")
 
 
 def first_names(module: nn.Module) -> dict[str, Tensor]:
