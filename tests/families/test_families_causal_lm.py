@@ -5,6 +5,7 @@ import math
 import shutil
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -22,6 +23,7 @@ from suture.evaluation.language import LanguageScorer
 from suture.evaluation.rows import Row
 from suture.families.causal_lm import CausalLM
 from suture.families.seq2seq import Seq2Seq
+from suture.families.shared.next_token import NextToken
 from suture.pipeline.models import open_models
 from suture.pipeline.pools import ModelPool
 from suture.tasks import Scoring, Task
@@ -487,3 +489,34 @@ def change_the_eyes(model):
         if not name.startswith(("model.language_model.", "lm_head")):
             parameter += 0.1
     return model
+
+
+@pytest.mark.parametrize("name", ["cache", "past_key_values"])
+def test_a_cache_goes_by_the_name_that_the_model_gives_it(name):
+    """transformers 5.24 calls it `cache`, earlier ones `past_key_values`."""
+    seen = {}
+
+    class Model(torch.nn.Module):
+        base_model_prefix, config = "model", None
+
+        def __init__(self):
+            super().__init__()
+            self.model, self.lm_head = torch.nn.Module(), torch.nn.Linear(4, 5, bias=False)
+
+        def get_output_embeddings(self):
+            return self.lm_head
+
+    def renamed(input_ids, attention_mask, use_cache=False, cache=None):
+        seen["cache"] = cache
+        return SimpleNamespace(last_hidden_state=torch.zeros(*input_ids.shape, 4))
+
+    def former(input_ids, attention_mask, use_cache=False, past_key_values=None):
+        seen["past_key_values"] = past_key_values
+        return SimpleNamespace(last_hidden_state=torch.zeros(*input_ids.shape, 4))
+
+    model = Model()
+    model.model.forward = renamed if name == "cache" else former
+    network = NextToken(model, lambda names: {}, 1.0, None)
+    ids = torch.zeros(2, 3, dtype=torch.int64)
+    network(ids, torch.ones_like(ids), past_key_values="kept")
+    assert seen == {name: "kept"}

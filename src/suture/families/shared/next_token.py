@@ -1,6 +1,7 @@
 """Causal language models as encoders: tokens to hidden states, and hidden states to logits of the next token."""
 
 from collections.abc import Callable, Mapping
+from inspect import signature
 from typing import Any
 
 import torch
@@ -39,9 +40,10 @@ class NextToken(Encoder):
             length = int((attention_mask * torch.arange(1, attention_mask.shape[1] + 1).to(attention_mask)).max())
             input_ids, attention_mask = input_ids[:, :length], attention_mask[:, :length]
         more = {} if position_ids is None else {"position_ids": position_ids}
+        base = self.get_submodule(self._base)
         if past_key_values is not None:
-            more["past_key_values"] = past_key_values
-        hidden = self.get_submodule(self._base)(
+            more[_cache_argument(base)] = past_key_values
+        hidden = base(
             input_ids=input_ids, attention_mask=attention_mask, use_cache=past_key_values is not None, **more
         ).last_hidden_state
         if scored is not None:
@@ -66,6 +68,11 @@ class NextToken(Encoder):
         """Copy in the weights of another model of this architecture; raises `CheckpointError` if they do not fit."""
         copy_into(self, state, self._naming)
         return self
+
+
+def _cache_argument(base: nn.Module) -> str:
+    """The name of the argument that takes a cache, which transformers 5.24 changed."""
+    return "cache" if "cache" in signature(base.forward).parameters else "past_key_values"
 
 
 def output_layer(model: Any) -> Callable[[Tensor], Tensor] | None:
