@@ -12,16 +12,16 @@ MEGABYTE = 10**6
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only Linux begins its peak anew")
 def test_a_meter_has_the_peak_since_it_was_made_and_the_process_keeps_the_highest():
-    np.ones(400 * MEGABYTE // 8)
+    np.ones(800 * MEGABYTE // 8)
     highest = peak_memory()["process"]
     meter = Meter()
     before = meter.memory
     assert before is not None
-    assert before < highest - 300 * MEGABYTE
-    np.ones(100 * MEGABYTE // 8)
+    assert before < highest - 600 * MEGABYTE
+    np.ones(300 * MEGABYTE // 8)
     after = meter.memory
     assert after is not None
-    assert 80 * MEGABYTE < after - before < 130 * MEGABYTE
+    assert 200 * MEGABYTE < after - before < 350 * MEGABYTE  # the system may take back pages meanwhile
     assert peak_memory()["process"] == highest
 
 
