@@ -2,38 +2,24 @@
 
 import json
 import re
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
+from tutorial_pages import follow, page, run_block, shown
 
-from suture.cli.main import main
-
-ROOT = Path(__file__).parent.parent.parent
-TEXT = (ROOT / "docs" / "berts.md").read_text("utf-8")
+TEXT = page("berts")
 
 
 @pytest.fixture(scope="module")
 def followed(tmp_path_factory):
     """The folder of someone who has typed the page."""
     folder = tmp_path_factory.mktemp("berts")
-    command = [sys.executable, ROOT / "examples" / "make_berts.py"]
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stderr
-    assert f"    {done.stdout}" in TEXT
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        for command in re.findall(r"^    suture (.*)$", TEXT, re.M):
-            assert main(command.split()) == 0, command
-    return folder
+    return follow(TEXT, "make_berts", folder)
 
 
 def test_init_leaves_nothing_to_fill_in_and_the_file_is_the_one_on_the_page(followed):
     tasks = (followed / "tasks.yaml").read_text("utf-8")
     assert "# fill in" not in tasks
-    shown = re.search(r"^    tasks:\n(?:     .*\n)+", TEXT, re.M)[0]
-    assert re.sub("^    ", "", shown, flags=re.M) in tasks
+    assert shown(TEXT, "tasks:\n") in tasks
 
 
 def test_the_table_on_the_page_is_the_one_that_comes_out(followed):
@@ -45,6 +31,5 @@ def test_the_table_on_the_page_is_the_one_that_comes_out(followed):
 
 def test_the_model_of_a_task_is_used_as_on_the_page(followed, monkeypatch, capsys):
     monkeypatch.chdir(followed)
-    block, shown = re.search(r"```python\n(.*?)```\n\n((?:    [^\n]*\n)+)", TEXT, re.S).groups()
-    exec(compile(block, "berts.md", "exec"), {})
-    assert capsys.readouterr().out == re.sub("^    ", "", shown, flags=re.M)
+    wanted = run_block(TEXT, "berts")
+    assert capsys.readouterr().out == wanted

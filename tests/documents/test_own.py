@@ -2,47 +2,32 @@
 
 import json
 import re
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
+from tutorial_pages import follow, page, shown
 
-from suture.cli.main import main
-
-ROOT = Path(__file__).parent.parent.parent
-WHOLE = (ROOT / "docs" / "own.md").read_text("utf-8")
+WHOLE = page("own")
 TEXT = WHOLE[WHOLE.index("## On the command line") : WHOLE.index("## Other families")]
-
-
-def yaml_on_the_page(first):
-    shown = re.search(rf"^    {first}(?:    .*\n)+", TEXT, re.M)[0]
-    return re.sub("^    ", "", shown, flags=re.M)
 
 
 @pytest.fixture(scope="module")
 def followed(tmp_path_factory):
     """The folder of someone who has typed that part, and filled in the files as it says."""
     folder = tmp_path_factory.mktemp("own")
-    command = [sys.executable, ROOT / "examples" / "make_module.py"]
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stderr
-    assert f"    {done.stdout}" in TEXT
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        for command in re.findall(r"^    suture (.*)$", TEXT, re.M):
-            assert main(command.split()) == 0, command
-            if command.startswith("init"):
-                fill_in(folder)
-    return folder
+
+    def fill_in_after(command):
+        if command.startswith("init"):
+            fill_in(folder)
+
+    return follow(TEXT, "make_module", folder, fill_in_after)
 
 
 def fill_in(folder):
     for file, first in (("models.yaml", "family: module\n"), ("tasks.yaml", "tasks:\n")):
-        written, shown = (folder / file).read_text("utf-8"), yaml_on_the_page(first)
+        written, wanted = (folder / file).read_text("utf-8"), shown(TEXT, first)
         kept = [line for line in written.splitlines() if line and "fill in" not in line and not line.startswith("#")]
-        assert [line for line in kept if line not in shown.splitlines()] == []
-        (folder / file).write_text(shown, "utf-8")
+        assert [line for line in kept if line not in wanted.splitlines()] == []
+        (folder / file).write_text(wanted, "utf-8")
 
 
 def test_the_table_on_the_page_is_the_one_that_comes_out(followed):
