@@ -112,7 +112,7 @@ class _Recording:
 
 
 def recorder_for(model: object, objective_compares: bool, independent: bool) -> Recorder | None:
-    """What records the steps of a model, or None, with a line in the log, where they cannot be recorded."""
+    """The recorder of a model's steps, or None, with a line in the log, where they cannot be recorded."""
     reason = None
     if not isinstance(model, MergedModel) or model.device.type != "cuda":
         reason = "it needs one GPU for each copy of the model"
@@ -147,7 +147,7 @@ def _parts(work: Sequence[Pass]) -> list[Part]:
 
 
 def _shapes(work: Sequence[Pass]) -> Any:
-    """What must be the same for a recording to fit; None for inputs that are more than tensors."""
+    """The shapes, tasks and shares that a recording fits; None for inputs that are more than tensors."""
     shapes = []
     for parts in work:
         for part in parts:

@@ -15,7 +15,7 @@ from suture.storage.atomic import check_replaceable
 
 @dataclass(frozen=True)
 class _Done:
-    """What a sweep keeps of each of its runs: models are left to their folders."""
+    """The part of a run that a sweep keeps: models are left to their folders."""
 
     data: dict[str, Any]
     folder: Path | None

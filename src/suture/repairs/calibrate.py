@@ -145,7 +145,7 @@ class _Calibration:
         return list(dict.fromkeys(line for lines in self.team.gather(self.warnings) for line in lines))
 
     def _shared(self, sums_of: Callable[[int, str], _Found], tasks: Sequence[str]) -> Iterator[_Found]:
-        """What is found on every task, by several processes, or else by several devices."""
+        """The sums of every task, by several processes, or else by several devices."""
         if self.team.world == 1:
             yield from in_turn(len(self.students), sums_of, tasks)
             return

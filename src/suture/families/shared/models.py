@@ -65,7 +65,7 @@ def check_fit(targets: Mapping[str, Tensor], stored: Mapping[str, str], state: M
         shape = state.specs[key].shape if isinstance(state, Checkpoint) else state[key].shape
         if tuple(shape) != tuple(tensor.shape):
             found = f"'{name}' has shape {tuple(shape)} in '{label}'"
-            raise CheckpointError(f"{found}, but {tuple(tensor.shape)} in the network that the pool names.")
+            raise CheckpointError(f"{found}, but {tuple(tensor.shape)} in the network.")
 
 
 def first_names(module: nn.Module) -> dict[str, Tensor]:
