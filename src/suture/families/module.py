@@ -147,9 +147,6 @@ class ModuleFamily(Family):
         """Everything that would fail later, found by running the module on two inputs of the task."""
         if task.score is not None:
             return super().problems(task)
-        if missing := sorted(self._needed - set(self.canonical_names(self.weights))):
-            label = getattr(self.weights, "label", "the base")
-            return [f"'{missing[0]}' is missing from '{label}'; wanted the weights of the module of the pool."]
         try:
             check_fit(first_names(self._encoder), self.canonical_names(self.weights), self.weights)
         except SutureError as error:
@@ -262,12 +259,6 @@ class ModuleFamily(Family):
     @cached_property
     def _names(self) -> dict[str, str]:
         return tied_names(self._encoder)
-
-    @cached_property
-    def _needed(self) -> set[str]:
-        """Canonical names of the floating-point tensors; whole numbers, such as counters, may be missing."""
-        state = self._encoder.state_dict()
-        return {first for first in self._names.values() if state[first].is_floating_point()}
 
     def _two_inputs(self, task: Task) -> Inputs:
         loaded = tasks.load(task, "test").first(2)
