@@ -2,55 +2,16 @@
 
 import pytest
 import torch
+from teams import TASKS, models_and_inputs, processes, repaired
 from torch import nn
 
 from suture import evaluate, repair
-from suture.core.fabric import Team, launch, make_fabric
+from suture.core.fabric import Team, launch
 from suture.errors import ConfigError, DataError
 from suture.evaluation import Scorer, TaskInputs
 
 NUMBERS = [2, pytest.param(4, marks=pytest.mark.slow)]
-TASKS = 3
-
-
-def processes(number):
-    return make_fabric({"accelerator": "cpu", "devices": number})
-
-
-class Blocks(nn.Module):
-    """Three residual blocks and a feature; in float64, so that rounding is far below any difference that matters."""
-
-    def __init__(self, norm=nn.LayerNorm):
-        super().__init__()
-        self.blocks = nn.ModuleList(nn.Sequential(norm(6), nn.Linear(6, 6), nn.GELU()) for _ in range(3))
-        self.feature = nn.Linear(6, 4)
-        self.double().eval()
-
-    def forward(self, x):
-        for block in self.blocks:
-            x = x + block(x)
-        return self.feature(x)
-
-
-def models_and_inputs(norm=nn.LayerNorm):
-    """A merged module, its experts, and inputs of different numbers."""
-    torch.manual_seed(0)
-    merged = Blocks(norm)
-    experts = {f"t{i}": Blocks(norm) for i in range(TASKS)}
-    inputs = {name: torch.randn(21 + i, 6).double() for i, name in enumerate(experts)}
-    return merged, experts, inputs
-
-
-def repaired(kind, knobs, fabric=None, norm=nn.LayerNorm, **options):
-    """Losses, warnings, passes, and the repaired features of other inputs."""
-    merged, experts, inputs = models_and_inputs(norm)
-    given = {"encode_batch": 4, "base": {name: 0.9 * t for name, t in merged.state_dict().items()}, "fabric": fabric}
-    result = repair(merged, experts, inputs, kind, **given, **options, **knobs)
-    rows = torch.randn(9, 6, generator=torch.Generator().manual_seed(2)).double()
-    with torch.no_grad():
-        features = torch.stack([result.model.for_task(task)(rows) for task in experts])
-    return result.losses, features, result.warnings, (result.passes.merged, result.passes.experts)
-
+STRATEGIES = ["ddp_fork", "fsdp"]
 
 CASES = [
     ("final", {"steps": 5}),
@@ -70,10 +31,13 @@ CASES = [
 
 
 @pytest.mark.parametrize("number", NUMBERS)
-@pytest.mark.parametrize(("kind", "knobs"), CASES)
-def test_processes_repair_as_one_does(kind, knobs, number):
+@pytest.mark.parametrize(
+    ("kind", "knobs", "strategy"),
+    [(*case, strategy) for case in CASES for strategy in STRATEGIES if (case[0], strategy) != ("distil", "fsdp")],
+)
+def test_processes_repair_as_one_does(kind, knobs, strategy, number):
     one = repaired(kind, knobs)
-    several = launch(processes(number), lambda fabric: repaired(kind, knobs, fabric))
+    several = launch(processes(number, strategy), lambda fabric: repaired(kind, knobs, fabric))
     torch.testing.assert_close(several[0], one[0], rtol=0, atol=1e-12)
     torch.testing.assert_close(several[1], one[1], rtol=0, atol=1e-11)
     assert several[2:] == one[2:]
@@ -149,13 +113,14 @@ def tasks():
 
 
 @pytest.mark.parametrize("number", NUMBERS)
-def test_processes_score_as_one_does(number):
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_processes_score_as_one_does(strategy, number):
     module = models_and_inputs()[0]
     logits = lambda fabric: Scorer(5, fabric=fabric).each_batch(module, tasks()["a"], lambda logits, labels: logits)
-    one, several = logits(None), launch(processes(number), logits)
+    one, several = logits(None), launch(processes(number, strategy), logits)
     torch.testing.assert_close(several, one, rtol=0, atol=1e-14)
     row = evaluate(module, tasks(), batch_size=5)
-    assert launch(processes(number), lambda f: evaluate(module, tasks(), batch_size=5, fabric=f)) == row
+    assert launch(processes(number, strategy), lambda f: evaluate(module, tasks(), batch_size=5, fabric=f)) == row
     assert 0 < row.accuracies["a"] < 1
 
 

@@ -83,6 +83,7 @@ def test_bits_per_byte_are_those_of_plain_forward_passes(any_shop):
 
 
 def test_a_prompt_that_is_run_once_for_its_choices_gives_the_same_log_likelihoods(any_shop):
+    from suture.core.sharding import Placed
     from suture.evaluation.language import _Run
     from suture.families.shared.next_token import output_layer
 
@@ -90,7 +91,9 @@ def test_a_prompt_that_is_run_once_for_its_choices_gives_the_same_log_likelihood
     model, choices = load(any_shop / "colour"), inputs.requests.choices
     expected = torch.tensor([log_likelihood(model, c.prompt, c.continuation) for c in choices])
     for shared in (True, False):
-        run = _Run(encoder, output_layer(encoder), LanguageScorer(share_prompts=shared, batch_tokens=300), 0)
+        run = _Run(
+            Placed.whole(encoder), output_layer(encoder), LanguageScorer(share_prompts=shared, batch_tokens=300), 0
+        )
         with torch.inference_mode():
             values = torch.tensor(run.choices(choices, ""))
         torch.testing.assert_close(values, expected.float(), rtol=1e-4, atol=1e-4)
@@ -111,8 +114,9 @@ def test_the_best_choice_by_log_likelihood_and_by_byte_is_compared_with_the_answ
         assert score.estimates[metric].error == pytest.approx(math.sqrt(share * (1 - share) / (len(rows) - 1)))
 
 
+@pytest.mark.parametrize("strategy", ["ddp_fork", "fsdp"])
 @pytest.mark.parametrize("kind", ["text", "choice", "answer"])
-def test_processes_score_as_one_does(shop, kind):
+def test_processes_score_as_one_does(shop, kind, strategy):
     from suture.core.fabric import Team, launch, make_fabric
 
     changes = {"score": {"metric": "exact_match", "max_new_tokens": 6}} if kind == "answer" else {}
@@ -122,7 +126,7 @@ def test_processes_score_as_one_does(shop, kind):
         result = LanguageScorer(batch_tokens=60, team=Team(fabric)).score(encoder, inputs.requests)
         return {name: estimate.value for name, estimate in result.estimates.items()}, list(result.answers)
 
-    values, answers = launch(make_fabric({"accelerator": "cpu", "devices": 2}), score)
+    values, answers = launch(make_fabric({"accelerator": "cpu", "devices": 2, "strategy": strategy}), score)
     assert values == pytest.approx({name: estimate.value for name, estimate in one.estimates.items()}, rel=1e-6)
     assert answers == list(one.answers)
 

@@ -3,6 +3,7 @@
 import copy
 import re
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from suture.core.batches import Forward, Inputs, call, device_of, take, to_device
+from suture.core.sharding import has_parts
 from suture.errors import ConfigError, IncompatibleModels
 
 Blocks = str | Sequence[str] | None
@@ -25,7 +27,12 @@ class Block(NamedTuple):
 
 
 def frozen_copy(module: nn.Module) -> nn.Module:
-    """A copy in evaluation mode whose parameters require no gradient and share their memory with the module's."""
+    """A copy in evaluation mode whose parameters require no gradient and share their memory with the module's.
+
+    A module whose weights are split over processes is such a copy already.
+    """
+    if has_parts(module):
+        return module
     memo: dict[int, Any] = {id(p): nn.Parameter(p.detach(), requires_grad=False) for p in module.parameters()}
     return copy.deepcopy(module, memo).eval()
 
@@ -94,9 +101,10 @@ def _longest_lists(names: dict[str, nn.Module], running: Callable[[], set[str]])
 def _running(module: nn.Module, forward: Forward, inputs: Inputs) -> set[str]:
     """The paths of all modules that run for the first input."""
     probe, ran = frozen_copy(module), set[str]()
-    for path, part in probe.named_modules():
-        part.register_forward_hook(lambda module, arguments, output, path=path: ran.add(path))
-    with torch.no_grad():
+    with torch.no_grad(), ExitStack() as hooks:
+        for path, part in probe.named_modules():
+            note = lambda module, arguments, output, path=path: ran.add(path)
+            hooks.enter_context(part.register_forward_hook(note))
         forward(probe, to_device(take(inputs, torch.zeros(1, dtype=torch.long)), device_of(module)))
     return ran
 
@@ -112,9 +120,9 @@ def _shapes(
             raise ConfigError(f"blocks: '{path}' runs twice in one pass; a repair needs blocks that run once.")
         shapes[path] = output_tensor(output, path).shape
 
-    for path in paths:
-        submodule(probe, path).register_forward_hook(partial(record, path))
-    with torch.no_grad():
+    with torch.no_grad(), ExitStack() as hooks:
+        for path in paths:
+            hooks.enter_context(submodule(probe, path).register_forward_hook(partial(record, path)))
         forward(probe, to_device(take(inputs, torch.zeros(count, dtype=torch.long)), device_of(module)))
     return shapes
 

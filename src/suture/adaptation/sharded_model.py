@@ -19,7 +19,7 @@ from suture.adaptation.objectives import Objective
 from suture.adaptation.options import AdaMergingOptions
 from suture.adaptation.vectors import TensorVectors, task_vector_rows
 from suture.core.fabric import Team
-from suture.core.sharding import Sharded, is_sharded, local, part_of
+from suture.core.sharding import Sharded, is_sharded, local, own_rows, part_of
 from suture.errors import ConfigError
 from suture.merging.overflow import refuse_overflow
 from suture.merging.task_vectors import TaskVectors, compute_dtype
@@ -149,8 +149,7 @@ class ShardedModel:
             elif own[name].is_meta:
                 raise ConfigError(f"'{name}' is on the meta device and not in the base. Remedy: give its values.")
             else:
-                part = part_of(tuple(target.shape), self.rank, self.world) if is_sharded(target) else slice(None)
-                local(target).copy_(own[name].detach().reshape(-1)[part].view(local(target).shape))
+                local(target).copy_(own_rows(own[name].detach(), target))
 
 
 def refuse_unsharded(options: AdaMergingOptions, objective: Objective, eval_iterations: int) -> None:

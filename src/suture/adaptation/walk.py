@@ -90,12 +90,23 @@ def new_store(cache: Any = None) -> Iterator[Store]:
 class Walk:
     """The passes of one module over some batches. The module's weights may change between two calls.
 
-    Blocks are visited in order: `run` any number of times, then `keep` what the next one is to start from.
+    Blocks are visited in order: `run` any number of times, then `keep` what the next one is to start from. They run on
+    `device`, by default the module's; what lies before the first block always runs on the module's.
     """
 
-    def __init__(self, module: nn.Module, forward: Forward, plan: Plan, batches: Sequence[Any], store: Store):
+    def __init__(
+        self,
+        module: nn.Module,
+        forward: Forward,
+        plan: Plan,
+        batches: Sequence[Any],
+        store: Store,
+        device: torch.device | None = None,
+    ):
         self.module, self.forward, self.plan = module, forward, plan
         self.batches, self.store = batches, store
+        self._home = device_of(module)
+        self._device = device or self._home
         self._outputs: list[dict[int, Any]] = [{} for _ in batches]
         self._arguments: list[dict[int, tuple[Any, dict[int, Any]]]] = [{} for _ in batches]
 
@@ -119,13 +130,13 @@ class Walk:
             self._arguments[batch][block] = (shape, {leaf: v for leaf, v in values.items() if leaf in kept})
 
     def _arguments_of(self, block: int, batch: int) -> tuple[Any, Any]:
-        known, device = self.plan.sources[block], device_of(self.module)
+        known, device = self.plan.sources[block], self._device
         if known is not None:
             shape, sources = known
             leaves = [self._leaf(source, batch) for source in sources]
             return _rebuilt(shape, iter([_fresh(leaf, device) for leaf in leaves]))
         if block not in self._arguments[batch]:
-            inputs = to_device(self.batches[batch], device)
+            inputs = to_device(self.batches[batch], self._home)
             arguments = _reach(self.module, self.forward, self.plan.paths[block], inputs)
             leaves, shape = _flatten(arguments)
             self._arguments[batch][block] = (shape, {i: self.store.put(leaf) for i, leaf in enumerate(leaves)})
@@ -140,7 +151,7 @@ class Walk:
         return self._arguments[batch][source.block][1][source.leaf]
 
     def _precision(self) -> AbstractContextManager:
-        kind = device_of(self.module).type
+        kind = self._device.type
         return torch.autocast(kind, self.plan.precision) if self.plan.precision else nullcontext()
 
 

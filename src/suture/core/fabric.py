@@ -4,7 +4,7 @@ import logging
 import os
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import islice
@@ -17,6 +17,7 @@ from torch.multiprocessing.spawn import ProcessException
 
 from suture.core.batches import call, channels_last
 from suture.core.machine import give_back_freed_memory
+from suture.core.sharding import Placed
 from suture.errors import ConfigError, SutureError, check_known
 
 if TYPE_CHECKING:
@@ -160,6 +161,7 @@ class Team:
     """The processes of one run: their device and precision, and sums over all of them.
 
     `rank` is the number of this process among `world`. `sharded`: whether weights are split over the processes.
+    `first_of_host`: whether it is the first process of its machine.
     """
 
     def __init__(self, fabric: "Fabric | None" = None):
@@ -167,6 +169,7 @@ class Team:
         self.rank, self.world = (fabric.global_rank, fabric.world_size) if fabric else (0, 1)
         self.device = fabric.device if fabric else None
         self.sharded = self.world > 1 and getattr(fabric and fabric.strategy, "sharded", False)
+        self.first_of_host = fabric is None or fabric.local_rank == 0
         precision = fabric.strategy.precision.precision if fabric else PRECISIONS[0]
         if precision not in PRECISIONS:
             raise ConfigError(f"fabric.precision={precision}: wanted one of {', '.join(PRECISIONS)}.")
@@ -185,6 +188,10 @@ class Team:
             finally:
                 torch.set_autocast_cache_enabled(kept)
 
+    def scoring(self) -> AbstractContextManager:
+        """The context of passes without gradients. Tensors of inference mode could not be gathered into."""
+        return torch.no_grad() if self.sharded else torch.inference_mode()
+
     def share(self, count: int) -> tuple[slice, float]:
         """The positions of this process among `count`, and their weight in a mean over all of them.
 
@@ -198,15 +205,29 @@ class Team:
         own = slice(self.rank, None, self.world)
         return own, len(range(*own.indices(count))) / count
 
-    def each(self, function: "Callable[[S], T]", items: Iterable[S]) -> Iterator[T]:
+    def placed(self, module: Any) -> Placed:
+        """A module, or one that is placed already, where it can run: where weights are split, a frozen copy in parts.
+
+        The copy is on the device of the processes; the module itself may lie in mapped files.
+        """
+        if isinstance(module, Placed):
+            return module
+        if not self.sharded or not isinstance(module, torch.nn.Module):
+            return Placed.whole(module)
+        assert self.device is not None
+        return Placed.in_parts(module, self.device)
+
+    def each(self, function: "Callable[[S], T]", items: Iterable[S], *, together: bool = False) -> Iterator[T]:
         """`function(item)` of every item, in their order, in every process; each process computes its share of them.
 
         Results go from process to process one at a time, so their tensors are to be on the CPU. All processes must take
-        all results.
+        all results. With `together`, for functions that run a module in parts, a process without an item of its own
+        computes the last one too.
         """
         turns = iter(items)
         while turn := list(islice(turns, self.world)):
-            own = function(turn[self.rank]) if self.rank < len(turn) else None
+            last = len(turn) - 1
+            own = function(turn[min(self.rank, last)]) if together or self.rank <= last else None
             for number in range(len(turn)):
                 yield cast("T", self._told(own, number))
             del own  # before the next one is computed
@@ -226,6 +247,10 @@ class Team:
         values: list[Any] = [None] * self.world
         torch.distributed.all_gather_object(values, value)
         return values
+
+    def wait(self) -> None:
+        """Go on when all processes are here."""
+        self.gather(None)
 
     def add(self, tensors: Iterable[Tensor]) -> None:
         """Replace tensors by their sums over all processes, on their device and in their dtype."""

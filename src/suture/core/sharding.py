@@ -3,13 +3,15 @@
 import copy
 from collections.abc import Callable, Collection, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from suture.errors import ConfigError
+
+T = TypeVar("T")
 
 
 class Sharded(nn.Module):
@@ -39,7 +41,9 @@ class Sharded(nn.Module):
         self.device = device
 
     def forward(self, function: Callable[[], Any]) -> Any:
-        return function()
+        result = function()
+        view = isinstance(result, Tensor) and result._is_view()  # whose hook an operation in place would drop
+        return result.clone() if view else result
 
     def call(self, function: Callable[[], Any]) -> Any:
         """`function()` with the parameters outside of the lists of layers gathered."""
@@ -54,6 +58,45 @@ class Sharded(nn.Module):
         parts: list[Any] = [*self._layers, self]
         for part in parts:
             part.reshard()
+
+
+class Placed(NamedTuple):
+    """A module where it can run: `run(function)` gives `function()`, inside which `module` may be called."""
+
+    module: Any
+    run: Callable[[Callable[[], Any]], Any]
+
+    @classmethod
+    def whole(cls, module: Any) -> "Placed":
+        """A module as it is."""
+        return cls(module, lambda function: function())
+
+    @classmethod
+    def in_parts(cls, module: nn.Module, device: torch.device) -> "Placed":
+        """A frozen copy in evaluation mode whose weights are split over the processes, all of which make the same runs.
+
+        Each process reads only its rows of the module's tensors, which may lie in mapped files.
+        """
+        sharded = Sharded(module, (), device)
+        sharded.materialise()
+        own = module.state_dict(keep_vars=True)
+        with torch.no_grad():
+            for name, part in sharded.module.state_dict(keep_vars=True).items():
+                local(part).copy_(own_rows(own[name].detach(), part))
+        return cls(sharded.module.eval(), sharded.call)
+
+
+def own_rows(whole: Tensor, part: Tensor) -> Tensor:
+    """The rows of a tensor that this process has of it in `part`; all of them if that is not split."""
+    if not is_sharded(part):
+        return whole
+    rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    return whole.reshape(-1)[part_of(tuple(part.shape), rank, world)].view(local(part).shape)
+
+
+def has_parts(module: nn.Module) -> bool:
+    """Whether weights of a module are split over processes."""
+    return any(map(is_sharded, module.parameters()))
 
 
 def recompute_layers(module: nn.Module) -> None:

@@ -17,6 +17,7 @@ from suture.core.batches import Forward, ahead, call, device_of, evaluation_mode
 from suture.core.fabric import Team
 from suture.core.progress import Track, untracked
 from suture.core.replicas import on_replicas
+from suture.core.sharding import Placed
 from suture.errors import CheckpointError, ConfigError, DataError
 from suture.evaluation.inputs import TaskInputs, as_task
 from suture.evaluation.language import LanguageScore, LanguageScorer
@@ -39,7 +40,8 @@ class Scorer:
     """Scores models in batches of `batch_size` inputs, through `forward(model, inputs)`.
 
     A module is put in evaluation mode for this, and batches are moved to its device; with several `devices`, copies of
-    it share the batches. So do the processes of a `fabric`, all of which make the same calls and have the results.
+    it share the batches. So do the processes of a `fabric`, all of which make the same calls and have the results; with
+    the strategy fsdp each has a part of the module's weights, which may lie in mapped files.
     """
 
     batch_size: int = BATCH_SIZE
@@ -53,13 +55,13 @@ class Scorer:
         """The processes that share the work: this one alone without a fabric."""
         return Team(self.fabric)
 
-    def correct(self, model: Model, task: TaskInputs, name: str = "Evaluating") -> Tensor:
+    def correct(self, model: Model | Placed, task: TaskInputs, name: str = "Evaluating") -> Tensor:
         """Whether each input's largest logit is at its label: bool (N,), on the CPU. Raises as `evaluate` does."""
         return self.each_batch(model, task, lambda logits, labels: logits.argmax(-1).cpu() == labels, name)
 
     def each_batch(
         self,
-        model: Model,
+        model: Model | Placed,
         task: TaskInputs,
         function: Callable[[Tensor, Tensor], Tensor],
         name: str = "Evaluating",
@@ -71,10 +73,10 @@ class Scorer:
             raise DataError(f"Task {task.name!r} has no inputs to evaluate on.")
         if self.batch_size < 1:
             raise ConfigError(f"batch_size={self.batch_size}: wanted 1 or more.")
-        results = []
-        with torch.inference_mode(), evaluation_mode(model), self.track(f"{name}: {task.name}", len(task)) as advance:
-            starts = range(0, len(task), self.batch_size)
-            for start, output in zip(starts, self._outputs(model, task, starts), strict=True):
+        results, placed = [], self.team.placed(model)
+        described, starts = f"{name}: {task.name}", range(0, len(task), self.batch_size)
+        with self.team.scoring(), evaluation_mode(placed.module), self.track(described, len(task)) as advance:
+            for start, output in zip(starts, self._outputs(placed, task, starts), strict=True):
                 labels = task.labels[start : start + self.batch_size]
                 logits = task.logits(output)
                 _check(task, logits, labels)
@@ -82,8 +84,9 @@ class Scorer:
                 advance(len(labels))
         return torch.cat(results)
 
-    def _outputs(self, model: Model, task: TaskInputs, starts: Iterable[int]) -> Iterator[Tensor]:
+    def _outputs(self, placed: Placed, task: TaskInputs, starts: Iterable[int]) -> Iterator[Tensor]:
         """The model's output for each batch, on its device. Several processes, or else `devices`, share the batches."""
+        model = placed.module
         device = device_of(model) if isinstance(model, nn.Module) else torch.device("cpu")
 
         batches = (take(task.inputs, slice(start, start + self.batch_size)) for start in starts)
@@ -94,20 +97,20 @@ class Scorer:
 
         def own(start: int) -> Tensor:
             batch = take(task.inputs, slice(start, start + self.batch_size))
-            return self.forward(model, to_device(batch, device)).cpu()
+            return placed.run(lambda: self.forward(model, to_device(batch, device))).cpu()
 
         if self.team.world > 1:
-            yield from (rows.to(device) for rows in self.team.each(own, starts))
+            yield from (rows.to(device) for rows in self.team.each(own, starts, together=self.team.sharded))
         elif len(self.devices) > 1 and isinstance(model, nn.Module):
             yield from (rows.to(device) for rows in on_replicas(model, self.devices, output, batches))
         else:
             yield from (self.forward(model, batch) for batch in ahead(batches, device))
 
-    def accuracy(self, model: Model, task: TaskInputs, name: str = "Evaluating") -> Accuracy:
+    def accuracy(self, model: Model | Placed, task: TaskInputs, name: str = "Evaluating") -> Accuracy:
         """The accuracy of a model on one task."""
         return Accuracy(int(self.correct(model, task, name).sum()) / len(task), len(task))
 
-    def language(self, model: Model, task: TaskInputs, name: str = "Evaluating") -> LanguageScore:
+    def language(self, model: Model | Placed, task: TaskInputs, name: str = "Evaluating") -> LanguageScore:
         """The scores of a language model on a task with requests."""
         assert task.requests is not None
         scorer = LanguageScorer(track=self.track, forward=self.forward, team=self.team)
@@ -119,8 +122,10 @@ class Scorer:
         `row` is the name of the new row, or a row to fill in with accuracies.
         """
         row = row if isinstance(row, Row) else Row(row, {})
-        chosen = model.__getitem__ if isinstance(model, Mapping) else (lambda task: model)
-        return self._each(row, chosen, tasks, row.name)
+        if isinstance(model, Mapping):
+            return self._each(row, model.__getitem__, tasks, row.name)
+        placed = self.team.placed(model)
+        return self._each(row, lambda task: placed, tasks, row.name)
 
     def experts(self, expert: Callable[[str], Model], tasks: Mapping[str, TaskInputs]) -> Row:
         """The row of the experts, each on its own task. `expert(task)` may reload one shared module."""
@@ -132,7 +137,9 @@ class Scorer:
         """Every expert on every task: one row for each of `names`, by default those of the tasks."""
         return [self.row(name, expert(name), tasks) for name in (tasks if names is None else names)]
 
-    def _each(self, row: Row, model: Callable[[str], Model], tasks: Mapping[str, TaskInputs], name: str) -> Row:
+    def _each(
+        self, row: Row, model: Callable[[str], Model | Placed], tasks: Mapping[str, TaskInputs], name: str
+    ) -> Row:
         plain = {task: inputs for task, inputs in tasks.items() if inputs.requests is None}
         results = {task: self.accuracy(model(task), inputs, name) for task, inputs in plain.items()}
         asked = {task: inputs for task, inputs in tasks.items() if inputs.requests is not None}

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from suture.core.batches import Forward, call, device_of, evaluation_mode
 from suture.core.fabric import Team
 from suture.core.progress import Track, untracked
+from suture.core.sharding import Placed
 from suture.errors import CheckpointError, ConfigError
 from suture.families.shared.next_token import NextToken, output_layer
 from suture.families.shared.requests import Choice, Requests, Window
@@ -45,7 +46,8 @@ class LanguageScorer:
 
     `share_prompts` runs a prompt once for all of its choices, with a cache of keys and values: the same numbers up to
     rounding. It is left out for models that are not a `NextToken` or one with modules. The processes of a `team` share
-    the batches, and all have the results.
+    the batches, and all have the results. Where weights are split over them, prompts are not shared, and answers are
+    generated alike in each, because all have to make the same passes.
     """
 
     batch_tokens: int = 8192
@@ -56,11 +58,13 @@ class LanguageScorer:
 
     def score(self, model: Any, requests: Requests, name: str = "Evaluating") -> LanguageScore:
         """The scores of a model; raises `ConfigError` for a model without an output layer."""
-        layer = output_layer(model)
+        placed = self.team.placed(model)
+        layer = output_layer(placed.module)
         if layer is None:
-            raise ConfigError(f"A {type(model).__name__} has no output layer; wanted a model of family=causal_lm.")
-        run = _Run(model, layer, self, requests.pad)
-        with torch.inference_mode(), evaluation_mode(model):
+            kind = type(placed.module).__name__
+            raise ConfigError(f"A {kind} has no output layer; wanted a model of family=causal_lm.")
+        run = _Run(placed, layer, self, requests.pad)
+        with self.team.scoring(), evaluation_mode(placed.module):
             if requests.scoring.metric in CHOICE_METRICS:
                 return _choice_score(requests, run.choices(requests.choices, name))
             if requests.scoring.metric == EXACT_MATCH:
@@ -71,11 +75,13 @@ class LanguageScorer:
 class _Run:
     """One model on one task."""
 
-    def __init__(self, model: nn.Module, layer: Callable[[Tensor], Tensor], scorer: LanguageScorer, pad: int):
-        self.model, self.layer, self.scorer, self.pad = model, layer, scorer, pad
-        self.device = device_of(model)
-        networks = [part for part in model.modules() if isinstance(part, NextToken)]
+    def __init__(self, placed: Placed, layer: Callable[[Tensor], Tensor], scorer: LanguageScorer, pad: int):
+        self.placed, self.layer, self.scorer, self.pad = placed, layer, scorer, pad
+        self.model: nn.Module = placed.module
+        self.device = device_of(self.model)
+        networks = [part for part in self.model.modules() if isinstance(part, NextToken)]
         self.caches = scorer.share_prompts and len(networks) == 1
+        self.shares = self.caches and not scorer.team.sharded
 
     def windows(self, windows: Sequence[Window], name: str) -> list[float]:
         """The log-likelihood of the predicted tokens of every window."""
@@ -85,7 +91,7 @@ class _Run:
     def choices(self, choices: Sequence[Choice], name: str) -> list[float]:
         """The log-likelihood of every choice after its prompt."""
         pairs = [(choice.prompt, choice.continuation) for choice in choices]
-        return self._shared(choices, name) if self.caches else self._continuations(pairs, name)
+        return self._shared(choices, name) if self.shares else self._continuations(pairs, name)
 
     def _continuations(self, pairs: Sequence[tuple[Sequence[int], Sequence[int]]], name: str) -> list[float]:
         order = sorted(range(len(pairs)), key=lambda i: (-len(pairs[i][0]) - len(pairs[i][1]), i))
@@ -126,10 +132,17 @@ class _Run:
         batches: Iterable[tuple[B, list[int]]],
         function: Callable[[B], Sequence[R]],
         name: str,
+        alike: bool = False,
     ) -> list[R]:
-        """The `results`, with those of every batch at its numbers; processes share the batches."""
-        batches = list(batches)
-        found = self.scorer.team.each(function, (batch for batch, _ in batches))
+        """The `results`, with those of every batch at its numbers; processes share the batches.
+
+        With `alike`, for a function whose passes differ in number, processes with parts of a model all run each batch.
+        """
+        batches, team = list(batches), self.scorer.team
+        work = lambda batch: self.placed.run(partial(function, batch))
+        found = (work(batch) for batch, _ in batches)
+        if not (alike and team.sharded):
+            found = team.each(work, (batch for batch, _ in batches), together=team.sharded)
         with self.scorer.track(name, len(results)) as advance:
             for (_, numbers), values in zip(batches, found, strict=True):
                 for i, value in zip(numbers, values, strict=True):
@@ -173,7 +186,7 @@ class _Run:
         longest = requests.scoring.longest_answer
         batches = _batches(order, lambda i: len(requests.prompts[i]) + longest, self.scorer.batch_tokens)
         answers = partial(self._answers, requests)
-        return self._each([""] * len(order), ((batch, batch) for batch in batches), answers, name)
+        return self._each([""] * len(order), ((batch, batch) for batch in batches), answers, name, alike=True)
 
     def _answers(self, requests: Requests, batch: Sequence[int]) -> list[str]:
         assert requests.decode is not None

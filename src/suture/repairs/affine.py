@@ -11,6 +11,7 @@ from annotated_types import Gt
 from jaxtyping import Float
 from torch import Tensor
 
+from suture.core.batches import device_of
 from suture.core.random import generator_for
 from suture.errors import DataError
 from suture.merging.task_vectors import compute_dtype
@@ -49,7 +50,7 @@ def affine(problem: Problem, *, ridge: Annotated[float, Gt(0)] | None = None, se
     notes = () if ridge else (f"ridge, by the error on held-out inputs: {said}.",)
     return RepairResult(
         "affine",
-        model.to(problem.device),
+        model.to(device_of(problem.module)),
         torch.zeros(0, len(problem.tasks)),
         warnings=notes,
         added_parameters=model.added_parameters,

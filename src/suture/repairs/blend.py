@@ -10,6 +10,7 @@ import torch
 from annotated_types import Ge, Gt
 from torch import Tensor, nn
 
+from suture.core.batches import device_of
 from suture.errors import DataError
 from suture.merging.task_vectors import compute_dtype
 from suture.repairs.blended_model import BlendModel
@@ -41,7 +42,7 @@ def blend(
     cost = f"A blend runs {1 + len(problem.tasks)} encoders for every input."
     return RepairResult(
         "blend",
-        model.to(problem.device),
+        model.to(device_of(problem.module)),
         history,
         warnings=(cost,),
         added_parameters=model.added_parameters,

@@ -9,6 +9,7 @@ to the model.
 import copy
 from collections import defaultdict
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Annotated, Any
@@ -24,6 +25,7 @@ from suture.adaptation.layer_weights import write_layer
 from suture.adaptation.walk import Store, Walk, make_plan, new_store, probe_of
 from suture.core.batches import device_of, size, split, to_device
 from suture.core.fabric import Team
+from suture.core.hosting import hosted_copy, resident
 from suture.core.knobs import value_between
 from suture.core.replicas import in_turn
 from suture.errors import ConfigError, DataError
@@ -80,7 +82,7 @@ def calibrate(
     warnings: list[str] = []
     if problem.base is None:
         warnings.append("There is no base, so weights are anchored at the merged ones. Remedy: repair(…, base=…).")
-    student = copy.deepcopy(problem.module).eval().requires_grad_(False)
+    student = _student(problem)
     for number in range(num_passes):
         if number:
             settings = replace(settings, anchor=tuple(map(min, *anchors)), mix=second_mix)
@@ -110,7 +112,7 @@ class _Calibration:
         self.problem, self.student, self.blocks = problem, student, blocks
         self.settings, self.store = settings, store
         self.batches = {task: list(split(inputs, problem.encode_batch)) for task, inputs in problem.inputs.items()}
-        probe = to_device(probe_of(problem.inputs), problem.device)
+        probe = to_device(probe_of(problem.inputs), device_of(student))
         self.plan = make_plan(student, problem.forward, [block.path for block in blocks], probe)
         self.experts = ExpertCopies(problem)
         batch_norm = any(isinstance(part, nn.modules.batchnorm._BatchNorm) for part in student.modules())
@@ -127,22 +129,37 @@ class _Calibration:
         experts: dict[str, Walk] = {}
         with self.problem.track("Calibrating", len(self.blocks) * len(tasks)) as advance:
             for i in range(len(self.blocks)):
-                total = LayerSums(ridge=self.settings.ridge, mix=self.settings.mix)
-                seen: dict[Layer, None] = {}
-                states = {}
-                sums_of = partial(self._task, i, students, experts)
-                for task, (sums, state, layers) in zip(tasks, self._shared(sums_of, tasks), strict=True):
-                    states[task] = state
-                    seen.update(layers)
-                    total.add(sums, state)
-                    advance(1)
-                self._solve(i, total, seen)
-                self._measure_batch_norms(i, students, seen, states)
-                self._go_on(i, students)
+                with self._at_work(i):
+                    total = LayerSums(ridge=self.settings.ridge, mix=self.settings.mix)
+                    seen: dict[Layer, None] = {}
+                    states = {}
+                    sums_of = partial(self._task, i, students, experts)
+                    for task, (sums, state, layers) in zip(tasks, self._shared(sums_of, tasks), strict=True):
+                        states[task] = state
+                        seen.update(layers)
+                        total.add(sums, state)
+                        advance(1)
+                    self._solve(i, total, seen)
+                    self._measure_batch_norms(i, students, seen, states)
+                    self._go_on(i, students)
         for task in self.batches:
             self.problem.passes.merged += 2 * size(self.problem.inputs[task])
             self.problem.passes.experts += size(self.problem.inputs[task])
         return list(dict.fromkeys(line for lines in self.team.gather(self.warnings) for line in lines))
+
+    @contextmanager
+    def _at_work(self, i: int) -> Iterator[None]:
+        """Inside the block, a block of a student that lies in a file is on the device; then its solution is written."""
+        part = submodule(self.student, self.blocks[i].path)
+        if not self.team.sharded:
+            yield
+            return
+        with resident(part, self.problem.device) as solved:
+            yield
+        if self.team.first_of_host:
+            for name, tensor in part.named_parameters():
+                tensor.copy_(solved[name])
+        self.team.wait()
 
     def _shared(self, sums_of: Callable[[int, str], _Found], tasks: Sequence[str]) -> Iterator[_Found]:
         """The sums of every task, by several processes, or else by several devices."""
@@ -162,11 +179,14 @@ class _Calibration:
         module = self.experts.on(device_of(student.module), task) if len(self.students) > 1 else self.experts[task]
         path = experts.setdefault(task, self._walk(module, task))
         path.module = module
-        state = _weights_of(module, submodule(student.module, self.blocks[i].path), self.blocks[i])
-        return _moved((self._sums(i, student, path, state, seen, task), state, seen), self.problem.device)
+        block, device = self.blocks[i], self.problem.device
+        with resident(submodule(module, block.path), device) if self.team.sharded else nullcontext():
+            state = _weights_of(module, submodule(student.module, block.path), block)
+            return _moved((self._sums(i, student, path, state, seen, task), state, seen), device)
 
     def _walk(self, module: nn.Module, task: str) -> Walk:
-        return Walk(module, self.problem.forward, self.plan, self.batches[task], self.store)
+        device = self.problem.device if self.team.sharded else None
+        return Walk(module, self.problem.forward, self.plan, self.batches[task], self.store, device)
 
     def _tokens(self, probe: Any) -> tuple[frozenset[Layer], float]:
         """The layers of the last block in which all tokens count, and the weight of the other tokens elsewhere."""
@@ -282,6 +302,16 @@ class _Calibration:
 
         own = list(students.values())[self.team.rank :: self.team.world]
         list(in_turn(len(self.students), pass_on, own))
+
+
+def _student(problem: Problem) -> nn.Module:
+    """The model to calibrate: a copy, or where weights are split over processes, one in a file that they map."""
+    if not problem.team.sharded:
+        return copy.deepcopy(problem.module).eval().requires_grad_(False)
+    if any(isinstance(part, nn.modules.batchnorm._BatchNorm) for part in problem.module.modules()):
+        remedy = "Remedy: leave it out; such models fit one device."
+        raise ConfigError(f"fabric.strategy=fsdp with BatchNorm: calibration measures it in one process. {remedy}")
+    return hosted_copy(problem.module, problem.team, problem.cache)
 
 
 def _moved(found: _Found, device: torch.device) -> _Found:

@@ -57,9 +57,10 @@ def deep(
     `channel_axis`: see `find_blocks`. `concatenate` runs all tasks in one pass; by default where this is exact, but
     on a CPU only for networks below ten million parameters.
     """
-    layout = {"forward": problem.forward, "blocks": blocks, "channel_axis": channel_axis}
-    chosen = find_blocks(problem.module, problem.inputs[problem.tasks[0]], **layout)
-    network = Network(problem.module, problem.forward, chosen)
+    module, forward = problem.running
+    layout = {"forward": forward, "blocks": blocks, "channel_axis": channel_axis}
+    network = problem.network(find_blocks(module, problem.inputs[problem.tasks[0]], **layout))
+    chosen = network.blocks
     together = check_concatenation(concatenate, network.module, None)
     order = Order(problem.inputs, steps, batch_size, seed, whole=problem.cache is not None)
     targets = [problem.expert_rows(task, order.inputs(task), chosen) for task in problem.tasks]

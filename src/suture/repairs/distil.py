@@ -34,7 +34,7 @@ Loss = Literal["l1", "mse"]
 _OPTIMIZERS = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam, "sgd": torch.optim.SGD}
 
 
-@repair_kind(paper="https://arxiv.org/abs/1412.6550", static=True)
+@repair_kind(paper="https://arxiv.org/abs/1412.6550", static=True, whole=True)
 def distil(
     problem: Problem,
     *,

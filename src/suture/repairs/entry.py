@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from suture.core.batches import Forward, call
+from suture.core.batches import Forward, call, device_of
 from suture.core.progress import Track, untracked
 from suture.errors import ConfigError, unknown_name
 from suture.repairs.problem import Experts, OnStep, Problem
@@ -51,11 +51,14 @@ def repair(
     `on_step(step, losses, modules)` gets the live modules of every layer after each step.
     The processes of a `fabric`, all of which make this call, share encodings, the inputs of a step (deep, distil) or
     tasks (calibrate), and have the same result; each has module and experts on its own device. Files are written,
-    `on_step` is called and progress is told by process 0 alone.
+    `on_step` is called and progress is told by process 0 alone. With the strategy fsdp of `make_fabric` the weights of
+    the network that runs are split over the processes, and calibration holds a block at a time; `module` and experts
+    may lie in mapped files, as after `load_state_dict(dict(open_checkpoint(path)), assign=True)`, and so do calibrated
+    weights.
 
-    Raises `ConfigError` for an unknown kind, knob or value, and for a router where the result is one model for all
-    tasks, and `DataError` for a task without inputs or a loss that is
-    not finite.
+    Raises `ConfigError` for an unknown kind, knob or value, for a router where the result is one model for all tasks,
+    and for fsdp with a kind that needs whole weights, and `DataError` for a task without inputs or a loss that is not
+    finite.
 
     >>> import torch
     >>> merged, expert = nn.Linear(3, 4), nn.Linear(3, 4)
@@ -77,6 +80,8 @@ def repair(
         resume, on_step, track = resume and resume.read_only(), None, untracked
     options = {"resume": resume, "on_step": on_step, "track": track, "base": base, "fabric": fabric}
     problem = Problem(module, experts, inputs, forward, cache, encode_batch, **options)
+    if chosen.whole and problem.team.sharded:
+        raise ConfigError(f"fabric.strategy=fsdp with repair={kind}, which needs whole weights. Remedy: leave one out.")
     result = chosen.function(problem, **values)
     if router:
         add_router(result.model, problem, "linear" if router is True else router, values.get("seed", 0))
@@ -86,4 +91,4 @@ def repair(
 def add_router(model: Any, problem: Problem, kind: str, seed: int) -> None:
     """Give a model a router, fitted to the merged module's features of the problem's inputs."""
     features = {task: problem.merged_rows(task, inputs) for task, inputs in problem.inputs.items()}
-    model.router = fit_router(features, kind=kind, seed=seed).to(problem.device)  # type: ignore[arg-type]
+    model.router = fit_router(features, kind=kind, seed=seed).to(device_of(problem.module))  # type: ignore[arg-type]

@@ -104,8 +104,9 @@ def _tokens(
     def visit(i: int, rows: Tensor) -> Tensor:
         if i == len(modules) - 1:
             tokens.append(rows)
-            raise Reached
-        return modules[i](rows, which)
+            if not problem.team.sharded:  # where layers are gathered, passes go to their end
+                raise Reached
+        return modules[i](rows, which) if i < len(modules) - 1 else rows
 
     for batch in split(inputs, problem.encode_batch):
         with suppress(Reached):

@@ -62,6 +62,7 @@ class Problem:
     fabric: Any = None
     passes: ForwardPasses = field(default_factory=ForwardPasses)
     _widths: dict[tuple[Block, ...], int] = field(init=False, repr=False, compare=False, default_factory=dict)
+    _networks: dict[tuple[Block, ...], Network] = field(init=False, repr=False, compare=False, default_factory=dict)
 
     def __post_init__(self):
         if not isinstance(self.inputs, Mapping) or not self.inputs:
@@ -94,7 +95,24 @@ class Problem:
     @property
     def device(self) -> torch.device:
         """The device of the merged module and of its repair."""
-        return device_of(self.module)
+        return self.team.device if self.team.sharded and self.team.device else device_of(self.module)
+
+    @cached_property
+    def running(self) -> tuple[nn.Module, Forward]:
+        """The merged module where it can run, and the function that runs it; see `Team.placed`."""
+        return self._placed(self.module)
+
+    def network(self, blocks: tuple[Block, ...] = ()) -> Network:
+        """The merged module as a network with these blocks."""
+        if blocks not in self._networks:
+            self._networks[blocks] = Network(*self.running, blocks)
+        return self._networks[blocks]
+
+    def _placed(self, module: nn.Module) -> tuple[nn.Module, Forward]:
+        if not self.team.sharded:
+            return module, self.forward
+        placed = self.team.placed(module)
+        return placed.module, lambda part, inputs: placed.run(partial(self.forward, part, inputs))
 
     def expert(self, task: str) -> nn.Module:
         """The task's fine-tuned module."""
@@ -123,7 +141,7 @@ class Problem:
 
         On the CPU; from the cache if these weights have encoded these inputs before.
         """
-        network, path = Network(module, self.forward, blocks), None
+        path = None
         if self.cache is not None:
             path = Path(self.cache) / f"{_key(module, self.forward, inputs, blocks)}.safetensors"
         cached = None if path is None else _cached(path, size(inputs))
@@ -133,6 +151,7 @@ class Problem:
             return cached
         description = f"Encoding {task} ({'merged' if kind == 'merged' else 'expert'})"
         check = partial(self._check_width, kind, task, inputs=inputs, blocks=blocks)
+        network = self.network(blocks) if kind == "merged" else Network(*self._placed(module), blocks)
         encoded = self._encoded(network, inputs, description, check)
         setattr(self.passes, kind, getattr(self.passes, kind) + size(inputs))
         if path is None or self.team.rank > 0:
@@ -156,7 +175,7 @@ class Problem:
             return layer_means(copied, to_device(batch, copied.device)).cpu()
 
         if self.team.world > 1:
-            return self.team.each(partial(rows, network), batches)
+            return self.team.each(partial(rows, network), batches, together=self.team.sharded)
         if len(self.devices) > 1:
             return on_replicas(network, self.devices, rows, batches)
         return (rows(network, batch) for batch in ahead(batches, network.device))
@@ -166,7 +185,7 @@ class Problem:
         if kind == "merged":
             self._widths[blocks] = rows.shape[1]
         elif blocks not in self._widths:
-            network = Network(self.module, self.forward, blocks)
+            network = self.network(blocks)
             first = to_device(take(inputs, slice(0, 1)), network.device)
             self._widths[blocks] = layer_means(network, first).shape[1]
         if rows.shape[1] != self._widths[blocks]:

@@ -23,6 +23,7 @@ class RepairKind:
 
     `scored_while_fitting`: whether a run may score it every few steps, because only its modules change. `static`:
     whether it changes the weights, so that its result is one model for all tasks, which other repairs can start from.
+    `whole`: whether each process needs whole weights, so that `fabric.strategy=fsdp` is refused.
     """
 
     name: str
@@ -30,6 +31,7 @@ class RepairKind:
     paper: str
     scored_while_fitting: bool = False
     static: bool = False
+    whole: bool = False
 
     @cached_property
     def knobs(self) -> Knobs:

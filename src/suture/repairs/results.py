@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from suture.core.batches import device_of
 from suture.core.notebooks import frame
 from suture.repairs.blended_model import BlendModel
 from suture.repairs.comparison import Representation
@@ -126,4 +127,5 @@ def surgery_result(
     for modules in repairs.values():
         modules.fired = None
     model = SurgeryModel(problem.module, repairs, problem.tasks, forward=problem.forward, blocks=blocks)
+    model = model.to(device_of(problem.module))
     return RepairResult(kind, model, losses, active, warnings, model.added_parameters, problem.passes)
