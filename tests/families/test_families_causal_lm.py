@@ -210,6 +210,21 @@ def test_every_architecture_goes_through_the_whole_pipeline(any_shop, tmp_path, 
     assert "Scores" in (tmp_path / "out" / "report.html").read_text()
 
 
+@pytest.mark.parametrize("kind", ["text", "choice"])
+def test_a_run_of_weights_that_are_split_over_processes_is_that_of_one(any_shop, tmp_path, monkeypatch, kind):
+    monkeypatch.chdir(tmp_path)
+    words = ["method=task_arithmetic", "repair=calibrate+deep", "repair.deep.steps=3"]
+    found = []
+    for more in ([], ["fabric.strategy=fsdp", "fabric.devices=2", "fabric.accelerator=cpu", "overwrite=true"]):
+        assert run(any_shop, tmp_path, kind, *words, *more) == 0
+        found.append({row["name"]: row["accuracies"] for row in report_of(tmp_path)["rows"]})
+    one, two = found
+    assert list(two) == list(one)
+    assert len(one) == 5
+    for name, scores in one.items():
+        assert two[name] == pytest.approx(scores, rel=1e-4), name
+
+
 @pytest.mark.parametrize("kind", ["mixtral", "qwen3_moe"])
 def test_experts_that_lie_apart_are_merged_as_stacks_and_written_apart_again(kind, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

@@ -1,5 +1,7 @@
 """Repairs and scores of networks whose weights are split over processes: what one process finds, in a part of it."""
 
+from functools import partial
+
 import pytest
 import torch
 from teams import processes, repaired
@@ -9,6 +11,7 @@ from suture import evaluate, repair
 from suture.checkpoints import open_checkpoint, save_checkpoint
 from suture.core.fabric import Team, launch
 from suture.core.sharding import is_sharded, local
+from suture.core.unread import unread_copy
 from suture.errors import ConfigError
 from suture.evaluation import TaskInputs
 
@@ -112,6 +115,27 @@ def test_each_process_runs_a_network_of_which_it_has_a_part(problem):
     assert second[0]
     assert first[1] + second[1] == whole
     assert first[1] <= 0.51 * whole
+
+
+@pytest.mark.parametrize(("kind", "knobs"), [("deep", {"steps": 3}), ("calibrate", {"num_passes": 2})])
+@pytest.mark.parametrize("problem", [llama], indirect=True)
+def test_models_whose_weights_are_unread_are_repaired_like_those_in_memory(problem, kind, knobs, tmp_path):
+    load, inputs, base, others = problem
+
+    def unread(name):
+        module, state = load(name), open_checkpoint(tmp_path / f"{name}.safetensors")
+        return unread_copy(module, {id(p): partial(state.__getitem__, n) for n, p in module.named_parameters()})
+
+    def work(fabric):
+        given = unread if fabric else load
+        knows = {"forward": feature, "base": base, "fabric": fabric, "cache": tmp_path / f"cache{bool(fabric)}"}
+        result = repair(given("merged"), given, inputs, kind, **knows, **knobs)
+        if kind == "deep":
+            return result.losses
+        with torch.no_grad():
+            return result.model(others)
+
+    torch.testing.assert_close(launch(processes(2, "fsdp"), work), work(None), rtol=0, atol=1e-10)
 
 
 @pytest.mark.parametrize("problem", [llama], indirect=True)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from suture.core.batches import Forward, Inputs, call, device_of, take, to_device
 from suture.core.sharding import has_parts
+from suture.core.unread import is_unread
 from suture.errors import ConfigError, IncompatibleModels
 
 Blocks = str | Sequence[str] | None
@@ -33,7 +34,9 @@ def frozen_copy(module: nn.Module) -> nn.Module:
     """
     if has_parts(module):
         return module
-    memo: dict[int, Any] = {id(p): nn.Parameter(p.detach(), requires_grad=False) for p in module.parameters()}
+    memo: dict[int, Any] = {
+        id(p): p if is_unread(p) else nn.Parameter(p.detach(), requires_grad=False) for p in module.parameters()
+    }
     return copy.deepcopy(module, memo).eval()
 
 

@@ -5,12 +5,15 @@ them. A repair then starts far from the experts' features and can end below a re
 """
 
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
 from suture.core.batches import Forward, Inputs, call, device_of, evaluation_mode, size, take, to_device
+from suture.core.fabric import Team
+from suture.core.sharding import Placed
 from suture.errors import ConfigError, DataError
 
 LIMIT = 1.5  #: the ratio from which a norm counts as drifted
@@ -38,12 +41,14 @@ def feature_norms(
     forward: Forward = call,
     num_inputs: int = 256,
     batch_size: int = 64,
+    fabric: Any = None,
 ) -> dict[str, FeatureNorm]:
     """Task → mean norms of the features of merged `module` and expert, over up to `num_inputs` inputs of each task.
 
     The inputs used are spread evenly over those given. `experts` is a mapping task → module, or a function that returns
     a task's module and may load all of them into one shared module, but not into `module`. All run in evaluation mode,
-    without a graph, and are not changed. Raises `ConfigError` for a task without an expert and `DataError` for a task
+    without a graph, and are not changed. The processes of a `fabric` of the strategy fsdp have a part of each network.
+    Raises `ConfigError` for a task without an expert and `DataError` for a task
     without inputs.
 
     >>> double, single = nn.Linear(2, 2, bias=False), nn.Linear(2, 2, bias=False)
@@ -54,10 +59,12 @@ def feature_norms(
     if num_inputs < 1 or batch_size < 1:
         raise ConfigError(f"num_inputs={num_inputs}, batch_size={batch_size}: wanted 1 or more.")
     batches = {task: _batches(task, rows, num_inputs, batch_size) for task, rows in inputs.items()}
-    merged = {task: _mean_norm(module, parts, forward) for task, parts in batches.items()}
+    team = Team(fabric)
+    own = team.placed(module)
+    merged = {task: _mean_norm(own, parts, forward) for task, parts in batches.items()}
     norms = {}
     for task, parts in batches.items():
-        norms[task] = FeatureNorm(merged[task], _mean_norm(_expert(experts, task), parts, forward))
+        norms[task] = FeatureNorm(merged[task], _mean_norm(team.placed(_expert(experts, task)), parts, forward))
     return norms
 
 
@@ -96,8 +103,10 @@ def _expert(experts: Experts, task: str) -> nn.Module:
 
 
 @torch.no_grad()
-def _mean_norm(module: nn.Module, batches: list[Inputs], forward: Forward) -> float:
-    device = device_of(module)
-    with evaluation_mode(module):
-        norms = [forward(module, to_device(batch, device)).double().flatten(1).norm(dim=1).cpu() for batch in batches]
+def _mean_norm(placed: Placed, batches: list[Inputs], forward: Forward) -> float:
+    device, norms = device_of(placed.module), []
+    with evaluation_mode(placed.module):
+        for batch in batches:
+            features = placed.run(partial(forward, placed.module, to_device(batch, device)))
+            norms.append(features.double().flatten(1).norm(dim=1).cpu())
     return torch.cat(norms).mean().item()

@@ -202,7 +202,7 @@ class _Names:
     def __init__(self, module: nn.Module):
         self._tensors: dict[int, tuple[str, Tensor]] = {}
         for name, tensor in (*module.named_parameters(), *module.named_buffers()):
-            if tensor.numel():
+            if tensor.numel() and not tensor.is_meta:
                 self._tensors.setdefault(tensor.data_ptr(), (name, tensor))
         self._starts = sorted(self._tensors)
 

@@ -6,7 +6,7 @@ the block. Which it is, a plan says that is made and tried on the first inputs.
 """
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from itertools import count
@@ -91,7 +91,8 @@ class Walk:
     """The passes of one module over some batches. The module's weights may change between two calls.
 
     Blocks are visited in order: `run` any number of times, then `keep` what the next one is to start from. They run on
-    `device`, by default the module's; what lies before the first block always runs on the module's.
+    `device`, by default the module's; what lies before the first block always runs on the module's. Where the module
+    runs up to a block, it does so inside `awake(module, block)`.
     """
 
     def __init__(
@@ -102,11 +103,12 @@ class Walk:
         batches: Sequence[Any],
         store: Store,
         device: torch.device | None = None,
+        awake: Callable[[nn.Module, int], AbstractContextManager[Any]] | None = None,
     ):
         self.module, self.forward, self.plan = module, forward, plan
         self.batches, self.store = batches, store
         self._home = device_of(module)
-        self._device = device or self._home
+        self._device, self._awake = device or self._home, awake
         self._outputs: list[dict[int, Any]] = [{} for _ in batches]
         self._arguments: list[dict[int, tuple[Any, dict[int, Any]]]] = [{} for _ in batches]
 
@@ -137,7 +139,8 @@ class Walk:
             return _rebuilt(shape, iter([_fresh(leaf, device) for leaf in leaves]))
         if block not in self._arguments[batch]:
             inputs = to_device(self.batches[batch], self._home)
-            arguments = _reach(self.module, self.forward, self.plan.paths[block], inputs)
+            with self._awake(self.module, block) if self._awake else nullcontext():
+                arguments = _reach(self.module, self.forward, self.plan.paths[block], inputs)
             leaves, shape = _flatten(arguments)
             self._arguments[batch][block] = (shape, {i: self.store.put(leaf) for i, leaf in enumerate(leaves)})
         shape, values = self._arguments[batch][block]

@@ -112,8 +112,8 @@ def concatenate(batches: Sequence[Any]) -> Any:
 
 
 def device_of(module: nn.Module) -> torch.device:
-    """The device of the module's weights, where its inputs must be too; the CPU for a module without weights."""
-    return next((tensor.device for tensor in module.state_dict().values()), torch.device("cpu"))
+    """The device of the module's weights, where its inputs must be too; the CPU for one without any, or none read."""
+    return next((t.device for t in module.state_dict().values() if not t.is_meta), torch.device("cpu"))
 
 
 def to_device(inputs: Any, device: torch.device) -> Any:

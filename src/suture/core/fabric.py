@@ -240,6 +240,10 @@ class Team:
         torch.distributed.broadcast_object_list(told, src=source)
         return told[0]
 
+    def alike(self, function: "Callable[[], T]") -> "T":
+        """`function()`, which the first process computes for all."""
+        return self._told(function() if self.rank == 0 else None, 0)  # type: ignore[arg-type]
+
     def gather(self, value: "T") -> "list[T]":
         """The values of all processes, in their order; tensors among them are to be on the CPU."""
         if self.world == 1:

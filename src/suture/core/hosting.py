@@ -1,9 +1,7 @@
-"""Modules whose weights lie in a mapped file of the host, and of which the part at work is on the device."""
+"""Copies of modules whose weights lie in a file that the processes of a host map."""
 
 import copy
 import secrets
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from tempfile import gettempdir
 from typing import Any
@@ -12,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from suture.core.fabric import Team
+from suture.core.unread import values_of
 
 _ALIGNMENT = 64  # bytes
 
@@ -33,31 +32,10 @@ def hosted_copy(module: nn.Module, team: Team, folder: Any = None) -> nn.Module:
         size = parameter.numel() * parameter.element_size()
         values = memory[start : start + size].view(parameter.dtype).view(parameter.shape)
         if team.first_of_host:
-            values.copy_(parameter.detach())
+            values.copy_(values_of(parameter))
         memo[id(parameter)] = nn.Parameter(values, requires_grad=False)
     team.wait()
     return copy.deepcopy(module, memo).eval()
-
-
-@contextmanager
-def resident(part: nn.Module, device: torch.device) -> Iterator[dict[str, Tensor]]:
-    """Inside the block the parameters of a part of a module are copies on `device`, by their names in the part.
-
-    Afterwards the module has its own again, as they were.
-    """
-    own = [(owner, name, tensor) for owner in part.modules() for name, tensor in owner._parameters.items()]
-    copies = {
-        id(tensor): nn.Parameter(tensor.detach().to(device, copy=True), False)
-        for *_, tensor in own
-        if tensor is not None
-    }
-    try:
-        for owner, name, tensor in own:
-            owner._parameters[name] = None if tensor is None else copies[id(tensor)]
-        yield dict(part.named_parameters())
-    finally:
-        for owner, name, tensor in own:
-            owner._parameters[name] = tensor
 
 
 def _mapped(size: int, team: Team, folder: Any) -> Tensor:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from suture.core.unread import values_of
 from suture.errors import ConfigError
 
 T = TypeVar("T")
@@ -75,14 +76,14 @@ class Placed(NamedTuple):
     def in_parts(cls, module: nn.Module, device: torch.device) -> "Placed":
         """A frozen copy in evaluation mode whose weights are split over the processes, all of which make the same runs.
 
-        Each process reads only its rows of the module's tensors, which may lie in mapped files.
+        Each process reads only its rows of the module's tensors, which may lie in mapped files or be unread.
         """
         sharded = Sharded(module, (), device)
         sharded.materialise()
         own = module.state_dict(keep_vars=True)
         with torch.no_grad():
             for name, part in sharded.module.state_dict(keep_vars=True).items():
-                local(part).copy_(own_rows(own[name].detach(), part))
+                local(part).copy_(own_rows(values_of(own[name]), part))
         return cls(sharded.module.eval(), sharded.call)
 
 

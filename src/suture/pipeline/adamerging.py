@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
+from functools import partial
 from typing import Annotated, Any, Literal
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 
 from suture.adaptation import AdaMergingResult, adapt, layout
 from suture.adaptation.coefficients import initial_values
-from suture.adaptation.feature_norm import feature_norms
+from suture.adaptation.feature_norm import FeatureNorm, feature_norms
 from suture.adaptation.merged_model import matched_tensors
 from suture.adaptation.options import AdaMergingOptions
 from suture.adaptation.schedules import Schedule
@@ -186,15 +187,9 @@ class AdaMerging(MethodBase, AdaMergingOptions):
                 )
 
         learned = context.launch(adapt_on, self.devices)
-        module, other = models.new_encoder(context.device.device), models.new_encoder(context.device.device)
+        few = {name: task.inputs for name, task in tasks.items()}
         with context.profile("evaluation"):
-            norms = feature_norms(
-                module.load(learned.merged),
-                lambda task: other.load(models.experts[task]),
-                {name: task.inputs for name, task in tasks.items()},
-                forward=context.device.call,
-                num_inputs=COMPARED,
-            )
+            norms = context.together(partial(_feature_norms, models, learned.merged, few))
         return replace(learned, feature_norms=norms)
 
     def _work(self, steps: int) -> dict[str, Any]:
@@ -226,3 +221,11 @@ class AdaMergingSurgery(AdaMerging):
         knobs = {"steps": self.surgery_steps, "lr": self.surgery_lr, "rank": self.surgery_rank}
         shared = {"eval_iterations": self.eval_iterations, "split": self.split, "cache_dir": self.cache_dir}
         return (Repair.of("final", {**knobs, **shared}, row="surgery"),)
+
+
+def _feature_norms(
+    models: Models, merged: Mapping[str, Tensor], inputs: Mapping[str, Any], context: Context
+) -> dict[str, FeatureNorm]:
+    load, load_expert = (models.loader(context.device.device, unread=context.sharded) for _ in range(2))
+    options: dict[str, Any] = {"forward": context.device.call, "num_inputs": COMPARED, "fabric": context.group}
+    return feature_norms(load(merged), lambda task: load_expert(models.experts[task]), inputs, **options)

@@ -4,7 +4,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
@@ -12,8 +12,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from suture.core.fabric import OneDevice, launch, make_fabric, make_logger
-from suture.core.progress import Profile, bar
+from suture.core.fabric import SHARDED, OneDevice, launch, make_fabric, make_logger
+from suture.core.progress import Profile, Track, bar, untracked
 from suture.evaluation import Scorer
 from suture.storage.resume import Resume
 
@@ -32,6 +32,7 @@ class Context:
 
     `fingerprint` identifies the run's inputs: hashes of the models, and the tasks' keys. Logs are written below
     `folder`, and encodings are cached in `encodings` during the run. `resumed`: state file → number of resumed steps.
+    `group`: Fabric with the processes that have a part of the weights each, inside `together`.
     """
 
     folder: Path
@@ -43,6 +44,7 @@ class Context:
     profile: Profile = field(default_factory=Profile)
     encodings: Path | None = None
     resumed: dict[Path, int] = field(default_factory=dict)
+    group: Any = None
 
     @cached_property
     def device(self) -> OneDevice:
@@ -52,7 +54,28 @@ class Context:
     @property
     def scorer(self) -> Scorer:
         """The scorer with the run's batch size, device and precision."""
-        return Scorer(self.batch_size, bar, self.device.call, self.device.replicas)
+        return Scorer(self.batch_size, self.track, self.device.call, self.replicas, self.group)
+
+    @property
+    def sharded(self) -> bool:
+        """Whether weights are split over processes wherever models run; see `together`."""
+        devices = str(self.fabric.get("devices"))
+        return self.fabric.get("strategy") == SHARDED and devices not in ("None", "1")
+
+    @property
+    def replicas(self) -> tuple[torch.device, ...]:
+        """The accelerators that copies of a model are on, if they are several."""
+        return () if self.sharded else self.device.replicas
+
+    @property
+    def first(self) -> bool:
+        """Whether this process writes files and tells of progress: all but the others of a group."""
+        return self.group is None or self.group.global_rank == 0
+
+    @property
+    def track(self) -> Track:
+        """The progress bars, which the first process has."""
+        return bar if self.first else untracked
 
     def shortened(self, steps: int) -> int:
         """The number of steps, limited to a few in a fast_dev_run."""
@@ -68,17 +91,27 @@ class Context:
         resume = Resume(Path(cache_dir) / "resume" / f"{digest}.pt", decisive)
         if state := resume.load():
             self.resumed[resume.path] = len(state["losses"])
-        return resume
+        return resume if self.first else resume.read_only()
 
     def launch(self, function: Callable[[Any], T], devices: int = 1) -> T:
         """Run `function(fabric)` on the run's devices, and add the times that it measured to the profile."""
 
-        def measured(fabric: Any) -> tuple[T, dict[str, float]]:
-            return function(fabric), dict(self.profile.seconds)
+        def measured(fabric: Any) -> tuple[T, dict[str, float], dict[Path, int]]:
+            return function(fabric), dict(self.profile.seconds), self.resumed
 
-        value, seconds = launch(make_fabric(self.fabric, devices), measured)
+        value, seconds, resumed = launch(make_fabric(self.fabric, devices), measured)
         self.profile.seconds.update(seconds)
+        self.resumed.update(resumed)
         return value
+
+    def together(self, function: Callable[["Context"], T]) -> T:
+        """`function(context)`, in the processes that have a part of the weights each, if there are such.
+
+        All of them make the call; the result is that of the first.
+        """
+        if self.group is not None or not self.sharded:
+            return function(self)
+        return self.launch(lambda fabric: function(replace(self, group=fabric)))
 
     @contextmanager
     def watch(self, name: str, steps: int, resume: Resume, *, quiet: bool = False) -> Iterator[Watch]:

@@ -1,14 +1,14 @@
 """The models of a pool, opened; weights are read when needed."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from suture.checkpoints import Checkpoint, allocate_checkpoint, open_checkpoint, open_fine_tuned, provenance_of
 from suture.checkpoints.adapter_bases import base_notes
@@ -16,6 +16,7 @@ from suture.checkpoints.adapters import is_adapter
 from suture.checkpoints.matching import Matched, matched
 from suture.errors import PRETRAINED, CheckpointError
 from suture.families import Encoder, Family, family
+from suture.families.shared.unread import unread_encoder
 from suture.merging.selection import Selection, select
 from suture.merging.task_vectors import TaskVectors
 from suture.pipeline.pools import ModelPool
@@ -44,6 +45,21 @@ class Models:
     def new_encoder(self, device: torch.device | str = "cpu") -> Encoder:
         """A module with the pretrained weights, in evaluation mode."""
         return self.family.encoder().eval().to(device)
+
+    def loader(
+        self, device: torch.device | str, *, unread: bool = False
+    ) -> Callable[[Mapping[str, Tensor]], nn.Module]:
+        """A function from merged tensors to an encoder with them, on the device: one module, loaded anew each time.
+
+        With `unread` they are different modules on the CPU, whose weights are read when they are needed.
+        """
+        if unread:
+            return partial(unread_encoder, self._unread)
+        return self.new_encoder(device).load
+
+    @cached_property
+    def _unread(self) -> Any:
+        return unread_encoder(self.new_encoder(), self.base)
 
     def mergeable(self, checkpoint: Checkpoint) -> Checkpoint:
         """The tensors of a checkpoint that are merged, under the family's canonical names."""

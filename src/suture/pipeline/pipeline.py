@@ -16,12 +16,12 @@ from suture.errors import ConfigError
 from suture.evaluation import Row, SplitInputs
 from suture.pipeline import config as configuration
 from suture.pipeline.context import Context
+from suture.pipeline.fitting import fit
 from suture.pipeline.generations import generations
 from suture.pipeline.harness import measure
 from suture.pipeline.model_card import write_card
 from suture.pipeline.models import Models, open_models
 from suture.pipeline.preflight import Preflight, preflight_of
-from suture.pipeline.repairs import fit
 from suture.pipeline.repeating import write_pools
 from suture.pipeline.results import MergeResult, Outcome, RunResult
 from suture.pipeline.saving import merge_into, save_repairs

@@ -182,18 +182,31 @@ def sharding_problems(settings: Settings) -> list[str]:
     """The reason why a run cannot split its weights over processes, if it is to."""
     if settings.fabric.get("strategy") != SHARDED:
         return []
-    given = f"fabric.strategy={SHARDED} works with methods of AdaMerging alone"
-    if not isinstance(settings.method, AdaMerging) or settings.method.weights is not None:
-        return [f"{given}. Remedy: leave it out, for one device that has whole weights."]
-    if settings.repairs:
-        kinds = ", ".join(repair.kind.name for repair in settings.repairs)
-        return [f"{given}; a repair ({kinds}) needs whole weights on one device. Remedy: repair=none, or leave it out."]
+    if wrong := _whole_weights(settings):
+        given = f"fabric.strategy={SHARDED} with {wrong}"
+        return [f"{given}, which needs whole weights on one device. Remedy: leave one out."]
+    if not isinstance(settings.method, AdaMerging):
+        return []
     try:
         options = settings.method.options
         refuse_unsharded(options, get_objective(options.objective), settings.method.eval_iterations)
     except ConfigError as error:
         return [str(error)]
     return []
+
+
+def _whole_weights(settings: Settings) -> str:
+    """The first key of a run that needs whole weights on one device."""
+    method, chain = settings.method, [each for repair in settings.repairs for each in repair.all]
+    if method.static is None and not (isinstance(method, AdaMerging) and method.weights is None):
+        return f"method={method.label}"
+    if kind := next((each.kind.name for each in chain if each.kind.whole), None):
+        return f"repair={kind}"
+    if any(each.options.eval_iterations for each in chain):
+        return "repair.eval_iterations"
+    if settings.harness is not None:
+        return "evaluate.harness"
+    return "generate" if settings.generation is not None else ""
 
 
 def non_finite_samples(models: Mapping[str, Checkpoint], names: list[str]) -> list[str]:

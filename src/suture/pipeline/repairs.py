@@ -1,38 +1,21 @@
 """Repairs for `repair=…`: fitted to a merged model of a pool, on the inputs of its task pool."""
 
 from collections.abc import Iterable, Mapping
-from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from functools import partial
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
 from annotated_types import Ge
-from torch import Tensor, nn
+from torch import Tensor
 
-from suture.checkpoints import content_hash
 from suture.core.batches import Inputs
 from suture.core.knobs import Knobs
-from suture.core.machine import Meter
-from suture.core.progress import bar
 from suture.core.random import generator_for
 from suture.errors import ConfigError, unknown_name
 from suture.evaluation import SplitInputs, TaskInputs
-from suture.pipeline.context import Context
-from suture.pipeline.models import Models
-from suture.pipeline.results import MergeResult
-from suture.pipeline.scoring import repair_rows
 from suture.repairs import (
-    Problem,
     RepairKind,
-    RepairResult,
-    StaticModel,
-    SurgeryModel,
-    SurgeryModules,
-    add_router,
     repair_kinds,
-    representation,
 )
 
 NONE = "none"
@@ -136,96 +119,16 @@ class Repair:
     @property
     def chain(self) -> tuple[str, ...]:
         """The kinds that are fitted one after another, this one last."""
-        return (*(self.after.chain if self.after else ()), self.kind.name)
+        return tuple(each.kind.name for each in self.all)
+
+    @property
+    def all(self) -> "tuple[Repair, ...]":
+        """The repairs that are fitted one after another, this one last."""
+        return (*(self.after.all if self.after else ()), self)
 
     def name(self, label: str) -> str:
         """The name of the row of this repair of the merge `label`."""
         return self.row or " + ".join((label, *self.chain))
-
-
-def fit(
-    repair: Repair, models: Models, merged: MergeResult, inputs: SplitInputs, context: Context
-) -> list[RepairResult]:
-    """Fit a repair to one merged model, after those that it follows; returns their results in this order."""
-    earlier = [] if repair.after is None else fit(repair.after, models, merged, inputs, context)
-    start = merged
-    if earlier:
-        last = earlier[-1]
-        start = replace(merged, tensors=_repaired_weights(merged, last), seconds=last.seconds, memory=last.memory)
-    return [*earlier, _fit_one(repair, models, start, inputs, context)]
-
-
-def _repaired_weights(merged: MergeResult, result: RepairResult) -> dict[str, Tensor]:
-    """The merged model's tensors, those that a static repair has changed replaced."""
-    assert result.tensors is not None
-    return {**merged.tensors, **{name: t for name, t in result.tensors.items() if name in merged.tensors}}
-
-
-def _fit_one(
-    repair: Repair, models: Models, merged: MergeResult, inputs: SplitInputs, context: Context
-) -> RepairResult:
-    """Fit one repair, with a router and a comparison of representations if its options say so."""
-    options, device = repair.options, context.device
-    module = models.new_encoder(device.device).load(merged.tensors)
-    expert = partial(_expert, models, models.new_encoder(device.device))
-    chosen, few = options.select(inputs, models.experts, context.seed)
-    encodings = Path(options.cache_dir) / "encodings" if options.keep_encodings else context.encodings
-    free = models.base.select({name: name for name in models.vectors().names})
-    sizes = {"encode_batch": context.batch_size, "track": bar, "base": free, "devices": device.replicas}
-    problem, meter = Problem(module, expert, few, device.call, encodings, **sizes), Meter()
-    with context.profile(f"repair: {repair.kind.name}"):
-        result = _fitted(repair, problem, merged, inputs, context, encodings)
-        cost = {"seconds": merged.seconds + meter.seconds, "memory": _most(merged.memory, meter.memory)}
-        if result.stream is not None:
-            order = {name: chosen[name][at] for name, at in result.stream.order.items()}
-            result = replace(result, stream=result.stream._replace(order=order))
-        if isinstance(result.model, SurgeryModel | StaticModel) and result.stream is None:
-            if options.router != NONE and isinstance(result.model, SurgeryModel):
-                add_router(result.model, problem, options.router, context.seed)
-            compared = {name: inputs["test"][name].first(options.compare).inputs for name in models.experts}
-            sides: dict[str, Any] = {"merged": module, "forward": device.call, "track": bar}
-            distances = representation(result.model, expert, compared, **sides) if options.compare else None
-            result = replace(result, representation=distances)
-    facts: dict[str, Any] = {"name": repair.name(merged.label), "chain": repair.chain, "split": options.split}
-    facts |= {"inputs": sum(map(len, chosen.values()))} | cost
-    return replace(result, **facts, encodings=encodings)
-
-
-def _most(*peaks: int | None) -> int | None:
-    """The largest of some peaks; None if one is unknown."""
-    return max(known) if len(known := [peak for peak in peaks if peak is not None]) == len(peaks) else None
-
-
-def _fitted(
-    repair: Repair,
-    problem: Problem,
-    merged: MergeResult,
-    inputs: SplitInputs,
-    context: Context,
-    encodings: Path | None,
-) -> RepairResult:
-    """Fit the repair, with its loop resumed, logged, and scored every few steps."""
-    kind, options = repair.kind, repair.options
-    knobs = {**repair.knobs, **({"seed": context.seed} if "seed" in kind.knobs.defaults else {})}
-    with ExitStack() as stack:
-        scores: dict[int, float] = {}
-        if "steps" in knobs:
-            knobs["steps"] = context.shortened(knobs["steps"])
-            work = {"merged": content_hash(merged.tensors), "kind": kind.name, "options": str(options)}
-            resume = context.resume(options.cache_dir, work | {key: str(value) for key, value in knobs.items()})
-            watch = stack.enter_context(context.watch(repair.name(merged.label), knobs["steps"], resume))
-
-            def on_step(step: int, losses: Tensor, modules: Mapping[str, SurgeryModules]) -> None:
-                watch(step, losses.nansum().item(), None)
-                if options.eval_iterations and (step + 1) % options.eval_iterations == 0:
-                    copies = {layer: module.copied() for layer, module in modules.items()}
-                    model = SurgeryModel(problem.module, copies, problem.tasks, forward=problem.forward)
-                    live = RepairResult(kind.name, model, losses[None], encodings=encodings)
-                    scores[step + 1] = repair_rows(live, merged.label, problem.tasks, inputs, context)[0].mean
-
-            problem = replace(problem, resume=resume, on_step=on_step)
-        result = kind.function(problem, **knobs)
-    return replace(result, scores=scores)
 
 
 def _kind(name: str) -> RepairKind:
@@ -237,7 +140,3 @@ def _kind(name: str) -> RepairKind:
 
 def _shared(kind: str) -> Knobs:
     return Knobs(f"repair={kind}", RepairOptions, "repair")
-
-
-def _expert(models: Models, module: Any, task: str) -> nn.Module:
-    return module.load(models.experts[task])

@@ -37,8 +37,9 @@ class Scores:
 
 def score_references(models: Models, inputs: SplitInputs, context: Context, *, reuse: bool = False) -> Scores:
     """Score the pretrained model and the experts; with `reuse` once for all runs that share a cache."""
+    test = inputs["test"]
     with context.profile("evaluation"):
-        pretrained, experts = _references(models, inputs["test"], context, reuse)
+        pretrained, experts = _references(models, test, context, reuse)
     return Scores([pretrained, *([experts] if experts else [])], pretrained, experts)
 
 
@@ -48,23 +49,38 @@ def score_merge(
     """Score a merged model, then each of its repairs."""
     cost: dict[str, Any] = {"learned": result.how, "seconds": result.seconds, "memory": result.memory}
     row = Row(result.label, {}, merge=result.label, split=result.split, **cost)
-    with context.profile("evaluation"):
-        encoder = models.new_encoder(context.device.device)
-        rows = [context.scorer.row(row, encoder.load(result.tensors), inputs["test"])]
+    _ = inputs["test"]  # is decoded once, before processes are forked
+
+    def rows(context: Context) -> list[Row]:
+        load = models.loader(context.device.device, unread=context.sharded)
+        rows = [context.scorer.row(row, load(result.tensors), inputs["test"])]
         for repair in repairs:
             rows += repair_rows(repair, result.label, models.experts, inputs, context)
-    return rows
+        return rows
+
+    with context.profile("evaluation"):
+        return context.together(rows)
 
 
 def score_model(name: str, model: Checkpoint, models: Models, inputs: SplitInputs, context: Context) -> Row:
     """The row of one more model of the same architecture."""
-    return context.scorer.row(name, models.new_encoder(context.device.device).load(model), inputs["test"])
+    test = inputs["test"]
+
+    def row(context: Context) -> Row:
+        return context.scorer.row(name, models.loader(context.device.device, unread=context.sharded)(model), test)
+
+    return context.together(row)
 
 
 def expert_matrix(models: Models, inputs: SplitInputs, context: Context) -> list[Row]:
     """The rows of every fine-tuned model of the pool on every task."""
-    encoder = models.new_encoder(context.device.device)
-    return context.scorer.matrix(lambda task: encoder.load(models.experts[task]), inputs["test"], models.experts)
+    test = inputs["test"]
+
+    def rows(context: Context) -> list[Row]:
+        load = models.loader(context.device.device, unread=context.sharded)
+        return context.scorer.matrix(lambda task: load(models.experts[task]), test, models.experts)
+
+    return context.together(rows)
 
 
 def repair_rows(
@@ -173,10 +189,11 @@ def _references(
     key = str(
         (context.fingerprint, identities, models.pool, *computation, context.seed, __version__, torch.__version__)
     )
+    score = lambda: context.together(partial(_score_references, models, test))
     if not reuse or None in identities.values():
-        return _score_references(models, test, context)
+        return score()
     path = cache_directory() / "references" / f"{hashlib.sha256(key.encode()).hexdigest()}.json"
-    rows = json.loads(once(path, lambda: json.dumps([_data(row) for row in _score_references(models, test, context)])))
+    rows = json.loads(once(path, lambda: json.dumps([_data(row) for row in score()])))
     pretrained, experts = (None if row is None else _from_data(row) for row in rows)
     assert pretrained is not None
     return pretrained, experts
@@ -192,12 +209,12 @@ def _from_data(data: dict[str, Any]) -> Row:
 
 
 def _score_references(models: Models, test: Mapping[str, TaskInputs], context: Context) -> tuple[Row, Row | None]:
-    encoder = models.new_encoder(context.device.device)
+    load = models.loader(context.device.device, unread=context.sharded)
     row = Row("pretrained", {}, role="pretrained")
-    pretrained = context.scorer.row(row, encoder.load(models.base), test)
+    pretrained = context.scorer.row(row, load(models.base), test)
     names = {task: data.expert for task, data in test.items()}
     complete = set(names.values()) <= set(models.experts)
-    experts = context.scorer.experts(lambda task: encoder.load(models.experts[names[task]]), test) if complete else None
+    experts = context.scorer.experts(lambda task: load(models.experts[names[task]]), test) if complete else None
     return pretrained, experts
 
 
@@ -210,8 +227,9 @@ def _correct(result: RepairResult, model: Any, test: Mapping[str, TaskInputs], c
     def repaired(rows: Tensor, *, task: str) -> Tensor:
         return model.repair(rows.to(model.network.device), task)
 
+    alone = replace(_plain(context), fabric=None)  # features are there already
     return {
-        name: _plain(context).correct(partial(repaired, task=task.expert), replace(task, inputs=features[name]))
+        name: alone.correct(partial(repaired, task=task.expert), replace(task, inputs=features[name]))
         for name, task in test.items()
     }
 
@@ -229,7 +247,7 @@ def _features(result: RepairResult, model: Any, test: Mapping[str, TaskInputs], 
     """The merged model's features of all test inputs, encoded once in a run."""
     network, inputs = model.network, {name: task.inputs for name, task in test.items()}
     experts: dict[str, Any] = dict.fromkeys(inputs, network.module)
-    problem = Problem(network.module, experts, inputs, context.device.call, result.encodings)
+    problem = Problem(network.module, experts, inputs, context.device.call, result.encodings, fabric=context.group)
     return {name: problem.merged_rows(name, rows) for name, rows in inputs.items()}
 
 

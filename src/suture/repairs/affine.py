@@ -44,13 +44,13 @@ def affine(problem: Problem, *, ridge: Annotated[float, Gt(0)] | None = None, se
         dtype = compute_dtype(z.dtype)
         chosen[task] = ridge or _best_ridge(z.double(), goal.double(), seed, task)
         fits.append([tensor.to(dtype) for tensor in _Fit.of(z.double(), goal.double()).solve(chosen[task])])
-    maps = AffineMaps(*(torch.stack(tensors) for tensors in zip(*fits, strict=True)))
+    maps = AffineMaps(*(torch.stack(tensors) for tensors in zip(*fits, strict=True))).to(device_of(problem.module))
     model = SurgeryModel(problem.module, {FINAL: maps}, problem.tasks, forward=problem.forward, kind="affine")
     said = ", ".join(f"{task} {value:g}" for task, value in chosen.items())
     notes = () if ridge else (f"ridge, by the error on held-out inputs: {said}.",)
     return RepairResult(
         "affine",
-        model.to(device_of(problem.module)),
+        model,
         torch.zeros(0, len(problem.tasks)),
         warnings=notes,
         added_parameters=model.added_parameters,

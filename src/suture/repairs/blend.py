@@ -10,7 +10,6 @@ import torch
 from annotated_types import Ge, Gt
 from torch import Tensor, nn
 
-from suture.core.batches import device_of
 from suture.errors import DataError
 from suture.merging.task_vectors import compute_dtype
 from suture.repairs.blended_model import BlendModel
@@ -19,7 +18,7 @@ from suture.repairs.registry import repair_kind
 from suture.repairs.results import RepairResult
 
 
-@repair_kind(paper="https://tanganke.github.io/fusion_bench/algorithms/surgery/")
+@repair_kind(paper="https://tanganke.github.io/fusion_bench/algorithms/surgery/", whole=True)
 def blend(
     problem: Problem,
     *,
@@ -42,7 +41,7 @@ def blend(
     cost = f"A blend runs {1 + len(problem.tasks)} encoders for every input."
     return RepairResult(
         "blend",
-        model.to(device_of(problem.module)),
+        model.to(problem.device),
         history,
         warnings=(cost,),
         added_parameters=model.added_parameters,

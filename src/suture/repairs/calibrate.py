@@ -8,8 +8,8 @@ to the model.
 
 import copy
 from collections import defaultdict
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Annotated, Any
@@ -18,20 +18,22 @@ import torch
 from annotated_types import Ge, Gt, Le
 from torch import Tensor, nn
 
-from suture.adaptation.blocks import Block, find_blocks, submodule
+from suture.adaptation.blocks import Block, submodule
 from suture.adaptation.grams import Positions
 from suture.adaptation.layer_calls import Call, Layer, LayerCalls
 from suture.adaptation.layer_weights import write_layer
 from suture.adaptation.walk import Store, Walk, make_plan, new_store, probe_of
 from suture.core.batches import device_of, size, split, to_device
 from suture.core.fabric import Team
-from suture.core.hosting import hosted_copy, resident
+from suture.core.hosting import hosted_copy
 from suture.core.knobs import value_between
 from suture.core.replicas import in_turn
+from suture.core.unread import resident
 from suture.errors import ConfigError, DataError
 from suture.merging.overflow import refuse_overflow
 from suture.repairs.anchored import LayerSums, TaskSums
 from suture.repairs.batch_norm import calibrate_batch_norm
+from suture.repairs.calibrated_blocks import calibrated_blocks, silent_layers
 from suture.repairs.expert_copies import ExpertCopies
 from suture.repairs.problem import Problem
 from suture.repairs.read_tokens import full_layers, reads_first_token_only
@@ -41,7 +43,6 @@ from suture.repairs.static_model import StaticModel
 
 Anchor = Annotated[float, Ge(0)]
 _DOUBLE_BELOW = 1e-3  # the ridge below which sums of float32 products are not exact enough
-_LISTED = 3
 #: A task's sums for a block, its expert's weights there, and the layers that were seen.
 _Found = tuple[TaskSums, dict[str, Tensor], dict[Layer, None]]
 
@@ -76,13 +77,13 @@ def calibrate(
     module without a list of blocks every layer counts as one.
     """
     given = {"anchor": anchor, "second_anchor": second_anchor}
-    chosen = _chosen_blocks(problem, blocks)
+    student = _student(problem)
+    chosen = calibrated_blocks(student, problem, blocks)
     anchors = [_by_block(name, value, len(chosen)) for name, value in given.items()]
     settings = _Settings(anchors[0], ridge, mix, other_tokens, None if full is None else tuple(full))
     warnings: list[str] = []
     if problem.base is None:
         warnings.append("There is no base, so weights are anchored at the merged ones. Remedy: repair(…, base=…).")
-    student = _student(problem)
     for number in range(num_passes):
         if number:
             settings = replace(settings, anchor=tuple(map(min, *anchors)), mix=second_mix)
@@ -154,7 +155,7 @@ class _Calibration:
         if not self.team.sharded:
             yield
             return
-        with resident(part, self.problem.device) as solved:
+        with resident(part, self.problem.device, copied=True) as solved:
             yield
         if self.team.first_of_host:
             for name, tensor in part.named_parameters():
@@ -185,8 +186,15 @@ class _Calibration:
             return _moved((self._sums(i, student, path, state, seen, task), state, seen), device)
 
     def _walk(self, module: nn.Module, task: str) -> Walk:
-        device = self.problem.device if self.team.sharded else None
-        return Walk(module, self.problem.forward, self.plan, self.batches[task], self.store, device)
+        given = (module, self.problem.forward, self.plan, self.batches[task], self.store)
+        if not self.team.sharded:
+            return Walk(*given)
+        return Walk(*given, self.problem.device, self._up_to)
+
+    def _up_to(self, module: nn.Module, i: int) -> AbstractContextManager[Any]:
+        """Inside it, what runs before a block can run where the student lies."""
+        rest = [submodule(module, block.path) for block in self.blocks[i:]]
+        return resident(module, device_of(self.student), without=rest)
 
     def _tokens(self, probe: Any) -> tuple[frozenset[Layer], float]:
         """The layers of the last block in which all tokens count, and the weight of the other tokens elsewhere."""
@@ -244,7 +252,7 @@ class _Calibration:
                 if tensor is not None and name is not None:
                     refuse_overflow(name, tensor, tensor.to(self.student.get_parameter(name).dtype))
             write_layer(layer, self.student, weight, bias)
-        self.warnings += _silent(
+        self.warnings += silent_layers(
             part, self.blocks[i].path, {a for layer in seen for a in self._aliases.get(layer.weight, ())}
         )
 
@@ -361,37 +369,3 @@ def _watched(walk: Walk, i: int, batch: int, *, outputs: bool) -> tuple[dict[Lay
 
     output = walk.run(i, batch, LayerCalls(walk.module, see, with_norms=not outputs))
     return dict(calls), output
-
-
-def _chosen_blocks(problem: Problem, blocks: str | list[str] | None) -> tuple[Block, ...]:
-    """The blocks to calibrate, and the BatchNorm layers outside of them, in the order in which they run."""
-    inputs = problem.inputs[problem.tasks[0]]
-    if blocks is not None:
-        return find_blocks(problem.module, inputs, forward=problem.forward, blocks=blocks)
-    try:
-        found = find_blocks(problem.module, inputs, forward=problem.forward)
-        paths = [block.path for block in found]
-    except ConfigError:
-        paths = [name for name, part in problem.module.named_modules() if name and not list(part.children())]
-        paths = [name for name in paths if any(True for _ in submodule(problem.module, name).parameters())]
-    inside = tuple(f"{path}." for path in paths)
-    norms = [
-        name
-        for name, part in problem.module.named_modules()
-        if isinstance(part, nn.modules.batchnorm._BatchNorm) and name not in paths and not name.startswith(inside)
-    ]
-    return find_blocks(problem.module, inputs, forward=problem.forward, blocks=[*paths, *norms])
-
-
-def _silent(part: nn.Module, path: str, reached: Container[str]) -> Iterator[str]:
-    """One line for the matrices and kernels of a block that no input has reached."""
-    names = {
-        f"{path}.{name}.{own}".replace("..", "."): tensor
-        for name, layer in part.named_modules()
-        for own, tensor in layer.named_parameters(recurse=False)
-        if isinstance(layer, nn.Linear | nn.modules.conv._ConvNd) or tensor.dim() == 3
-    }
-    silent = [name for name, tensor in names.items() if tensor.dim() > 1 and name not in reached]
-    if silent:
-        rest = f" and {len(silent) - _LISTED} more" if len(silent) > _LISTED else ""
-        yield f"No input reaches {', '.join(map(repr, silent[:_LISTED]))}{rest}: left as merged."

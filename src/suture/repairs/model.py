@@ -119,12 +119,10 @@ class SurgeryModel(nn.Module):
         with open_checkpoint(path) as file:
             facts = _facts(file)
             blocks = [Block(*block) for block in facts["blocks"]]
-            repairs = {layer: _read_modules(file, layer, facts) for layer in layers_of(blocks)}
-            router = read_router(file, facts["router"], len(facts["tasks"])) if "router" in facts else None
-        model = cls(
-            backbone, repairs, facts["tasks"], forward=forward, blocks=blocks, router=router, kind=facts["kind"]
-        )
-        return model.to(device_of(backbone))
+            home = device_of(backbone)
+            repairs = {layer: _read_modules(file, layer, facts).to(home) for layer in layers_of(blocks)}
+            router = read_router(file, facts["router"], len(facts["tasks"])).to(home) if "router" in facts else None
+        return cls(backbone, repairs, facts["tasks"], forward=forward, blocks=blocks, router=router, kind=facts["kind"])
 
     def _repaired(self, inputs: Any, which: slice | Tensor) -> Tensor:
         return self.network(inputs, lambda i, rows: self.repairs[i](rows, which))

@@ -18,6 +18,7 @@ from suture.core.batches import Forward, Inputs, ShuffledBatches, ahead, call, d
 from suture.core.fabric import Team
 from suture.core.progress import Track, untracked
 from suture.core.replicas import on_replicas
+from suture.core.unread import values_of
 from suture.errors import CheckpointError, ConfigError, DataError, IncompatibleModels
 from suture.repairs.modules import SurgeryModules
 from suture.repairs.network import Block, Network, position_mean
@@ -143,7 +144,8 @@ class Problem:
         """
         path = None
         if self.cache is not None:
-            path = Path(self.cache) / f"{_key(module, self.forward, inputs, blocks)}.safetensors"
+            key = self.team.alike(lambda: _key(module, self.forward, inputs, blocks))
+            path = Path(self.cache) / f"{key}.safetensors"
         cached = None if path is None else _cached(path, size(inputs))
         everywhere = path is not None and None not in self.team.gather(cached if cached is None else ())
         if cached is not None and everywhere:
@@ -245,7 +247,8 @@ def _check_tensors(task: str, inputs: Any) -> None:
 def _key(module: nn.Module, forward: Forward, inputs: Inputs, blocks: tuple[Block, ...]) -> str:
     """A hash of weights, architecture, `forward`, inputs and blocks."""
     tensors = inputs if isinstance(inputs, Mapping) else {"": inputs}
-    facts = [content_hash(module.state_dict()), repr(module), _described(forward), content_hash(tensors), repr(blocks)]
+    state = {name: values_of(tensor) for name, tensor in module.state_dict(keep_vars=True).items()}
+    facts = [content_hash(state), repr(module), _described(forward), content_hash(tensors), repr(blocks)]
     return hashlib.sha256("\0".join(facts).encode()).hexdigest()
 
 

@@ -126,6 +126,7 @@ def surgery_result(
     active, warnings = active_shares(repairs, problem.tasks), (*notes, *dead_warnings(repairs, problem.tasks))
     for modules in repairs.values():
         modules.fired = None
+    home = device_of(problem.module)
+    repairs = {layer: modules.to(home) for layer, modules in repairs.items()}
     model = SurgeryModel(problem.module, repairs, problem.tasks, forward=problem.forward, blocks=blocks)
-    model = model.to(device_of(problem.module))
     return RepairResult(kind, model, losses, active, warnings, model.added_parameters, problem.passes)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from suture.checkpoints import save_checkpoint
 from suture.core.batches import Forward, call
+from suture.core.unread import values_of
 from suture.errors import check_known
 from suture.repairs.network import Network
 
@@ -36,7 +37,7 @@ class StaticModel(nn.Module):
     @property
     def tensors(self) -> dict[str, Tensor]:
         """The weights under the module's own names."""
-        return dict(self.network.module.state_dict())
+        return {name: values_of(tensor) for name, tensor in self.network.module.state_dict(keep_vars=True).items()}
 
     def forward(self, inputs: Any, task: str | Tensor | None = None) -> Float[Tensor, "row dim"]:
         """The features; `task` changes nothing, but an unknown name raises `ConfigError`."""

@@ -9,8 +9,10 @@ from torch import Tensor
 
 from suture import tasks as data
 from suture.checkpoints import open_checkpoint
-from suture.errors import CheckpointError
+from suture.core.unread import resident
+from suture.errors import CheckpointError, ConfigError
 from suture.families.shared.base import Encoder, Family
+from suture.families.shared.unread import unread_encoder
 from suture.tasks import Task, Tensors, Texts
 
 __all__ = ["check_family"]
@@ -73,6 +75,7 @@ def _check_load(family: Family, encoder: Encoder, state: Mapping[str, Tensor]) -
     _law(_equal(state, encoder.state_dict()), "two encoders share weights; give each its own")
     _law(other.load(state) is other, "load() does not return the encoder")
     _law(_equal(state, other.state_dict()), "load() does not copy in all weights")
+    _law(_is_read_when_needed(encoder, moved), "load() writes other tensors than those it was seen to copy in")
     missing = dict(list(state.items())[1:])
     first = next(iter(state))
     if state[first].is_floating_point():
@@ -155,6 +158,16 @@ def _moved(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def _equal(state: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:
     return all(torch.equal(tensor, other[name]) for name, tensor in state.items())
+
+
+def _is_read_when_needed(encoder: Encoder, state: Mapping[str, Tensor]) -> bool:
+    """Whether the weights of a model that is split over processes are those of `load`, if the family allows for it."""
+    try:
+        unread = unread_encoder(encoder, state)
+    except ConfigError:  # a family that computes weights is refused with fsdp
+        return True
+    with resident(unread, torch.device("cpu")):
+        return _equal(state, unread.state_dict())
 
 
 def _raises(encoder: Encoder, state: Mapping[str, Tensor]) -> bool:
