@@ -105,7 +105,8 @@ def test_a_device_with_a_part_of_the_weights_holds_less_and_gathers_the_rest(des
     whole, split, apart = map(suture.plan, (words, parts, [*parts, "method.concatenate=false"]))
     checked = suture.check(words)
     fixed = lambda plan: plan.memory - plan.slopes.host
-    assert fixed(whole) - fixed(split) == checked.memory - checked.memory // 2
+    network = checked.bytes_written  # is built once, where whole models would be loaded twice
+    assert fixed(whole) - fixed(split) == checked.memory - checked.memory // 2 + network
     assert split.backward == whole.backward == 40
     assert whole.left_out == ()
     for plan, passes in ((split, 5), (apart, 10)):  # weights before and after, and gradients, of the other half

@@ -87,8 +87,7 @@ def make_fabric(config: Mapping[str, Any], devices: int = 1):
     options = {key: config[key] for key in _KEYS if config.get(key) is not None and key not in _OWN_KEYS}
     number = config["devices"] if config.get("devices") is not None else devices
     if sharded := options.get("strategy") == SHARDED:
-        forks = options.get("accelerator") == "cpu" or not torch.cuda.is_available()
-        options["strategy"] = "ddp_fork" if forks else "ddp"
+        options["strategy"] = "ddp_fork" if forks(config) else "ddp"
     if options.get("strategy", "auto") == "auto" and number not in (1, "1"):
         options["strategy"] = "ddp_fork"  # only the adaptation runs in several processes; this one does the rest
     if number in (1, "1") and options.get("strategy") == "ddp_fork":
@@ -99,6 +98,14 @@ def make_fabric(config: Mapping[str, Any], devices: int = 1):
         return fabric
     except Exception as error:  # Lightning raises a different class for each kind of wrong value
         raise ConfigError(f"fabric: {' '.join(str(error).split())}") from None
+
+
+def forks(config: Mapping[str, Any]) -> bool:
+    """Whether the processes of a sharded run are forked, stage by stage, and not started with the whole command."""
+    from lightning_fabric.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
+
+    started = TorchElasticEnvironment.detect() or SLURMEnvironment.detect()
+    return not started and config.get("num_nodes") in (None, 1, "1")
 
 
 def _set_tf32(on: bool) -> None:

@@ -1,6 +1,7 @@
 """Networks whose weights are sharded over the processes of a run, by PyTorch's FSDP2."""
 
 import copy
+import gc
 from collections.abc import Callable, Collection, Sequence
 from functools import partial
 from typing import Any, NamedTuple, TypeVar
@@ -78,6 +79,7 @@ class Placed(NamedTuple):
 
         Each process reads only its rows of the module's tensors, which may lie in mapped files or be unread.
         """
+        gc.collect()  # FSDP's modules refer to themselves, so what was placed before is still in memory
         sharded = Sharded(module, (), device)
         sharded.materialise()
         own = module.state_dict(keep_vars=True)

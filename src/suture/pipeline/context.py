@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from suture.core.fabric import SHARDED, OneDevice, launch, make_fabric, make_logger
+from suture.core.fabric import SHARDED, OneDevice, forks, launch, make_fabric, make_logger
 from suture.core.progress import Profile, Track, bar, untracked
 from suture.evaluation import Scorer
 from suture.storage.resume import Resume
@@ -58,9 +58,12 @@ class Context:
 
     @property
     def sharded(self) -> bool:
-        """Whether weights are split over processes wherever models run; see `together`."""
+        """Whether weights are split over processes wherever models run; see `together`.
+
+        Where the whole command was started for each process, only AdaMerging is in all of them.
+        """
         devices = str(self.fabric.get("devices"))
-        return self.fabric.get("strategy") == SHARDED and devices not in ("None", "1")
+        return self.fabric.get("strategy") == SHARDED and devices not in ("None", "1") and forks(self.fabric)
 
     @property
     def replicas(self) -> tuple[torch.device, ...]:

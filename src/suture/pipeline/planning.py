@@ -1,6 +1,6 @@
 """The plan of a run, an evaluation or a search: bytes, passes, seconds and memory, from slopes of this machine."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, get_args
 
@@ -216,7 +216,7 @@ class _Counting:
 
     def run(self) -> list[Stage]:
         """The stages of `run` after the files are opened."""
-        chain = [each for last in self.settings.repairs for each in _chain(last)]
+        chain = [each for last in self.settings.repairs for each in last.all]
         stages = [*self.references(), *self.merging()]
         stages += [self.scoring("score the merge")] if self.settings.tasks else []
         for repair in chain:
@@ -293,18 +293,21 @@ class _Counting:
 
     @property
     def _parts(self) -> int:
-        """The processes over which the weights of AdaMerging are split."""
+        """The processes over which weights are split."""
         devices = str(self.settings.fabric.get("devices") or getattr(self.settings.method, "devices", 1))
         sharded = self.settings.fabric.get("strategy") == SHARDED
         return int(devices) if sharded and devices.isdecimal() and int(devices) > 0 else 1
 
     def _compared(self, compare: int) -> int:
+        """The inputs of all tasks on which representations are compared: none where weights are split."""
+        if self._parts > 1:
+            return 0
         counts = self.counts("test")
         return sum(min(compare, counts[task]) for task in self.models.experts if task in counts)
 
     def planned(self, stages: Sequence[Stage]) -> JobPlan:
-        """The plan, with the memory of the method and of two loaded models."""
-        models = 2 * self.parameters * _FLOAT
+        """The plan, with the memory of the method and of two loaded models, or of one that is to be split."""
+        models = (2 if self._parts == 1 else 1) * self.parameters * _FLOAT
         learned = isinstance(self.settings.method, AdaMerging)
         held = self.checked.memory // self._parts if learned else 0
         device = self.known.device and self.known.device + held
@@ -315,9 +318,3 @@ class _Counting:
 def _times(stage: Stage, times: int) -> Stage:
     counted = {key: getattr(stage, key) * times for key in ("seconds", "bytes_read", "forward", "backward")}
     return replace(stage, **counted)
-
-
-def _chain(repair: Repair) -> Iterator[Repair]:
-    if repair.after is not None:
-        yield from _chain(repair.after)
-    yield repair

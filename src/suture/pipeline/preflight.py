@@ -16,7 +16,7 @@ from suture.checkpoints import Checkpoint, Source, open_checkpoint, open_fine_tu
 from suture.checkpoints.adapter_bases import base_notes
 from suture.checkpoints.adapters import untied
 from suture.checkpoints.matching import matched
-from suture.core.fabric import SHARDED
+from suture.core.fabric import SHARDED, forks
 from suture.core.names import in_bytes
 from suture.errors import PRETRAINED, ConfigError, SutureError, unknown_name
 from suture.merging.compatibility import compatibility, merged_names, spec_of
@@ -182,6 +182,9 @@ def sharding_problems(settings: Settings) -> list[str]:
     """The reason why a run cannot split its weights over processes, if it is to."""
     if settings.fabric.get("strategy") != SHARDED:
         return []
+    if not forks(settings.fabric) and (settings.repairs or not isinstance(settings.method, AdaMerging)):
+        given = f"fabric.strategy={SHARDED} on several machines, or by torchrun or Slurm, is for AdaMerging alone"
+        return [f"{given}. Remedy: repair=none, or one command on one machine."]
     if wrong := _whole_weights(settings):
         given = f"fabric.strategy={SHARDED} with {wrong}"
         return [f"{given}, which needs whole weights on one device. Remedy: leave one out."]
