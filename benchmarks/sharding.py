@@ -8,7 +8,8 @@ models in its memory, as on a device; mapped files, which several processes read
 Promised are, of n processes: for AdaMerging (T + 2)/n models, because its base is mapped; for `final`, `deep` and
 scores what runs at a time, merged model and expert, or the one that is scored; for `calibrate` a block of the student
 and of an expert, and what lies before the blocks, which do not shrink with n: processes share tasks. Results are
-compared with those of one process. Each row is a process of its own.
+compared with those of one process: coefficients, losses, a calibrated weight, features. Each row is a process of its
+own.
 """
 
 import subprocess
@@ -92,7 +93,7 @@ def repaired(kind: str, **knobs: Any) -> Callable[[Path, int, Any], Tensor]:
         result = repair(load("0"), load, texts(), kind, **options, **knobs)
         if kind == "calibrate":
             return result.model.tensors["model.layers.7.mlp.down_proj.weight"].clone()
-        return torch.cat([tensor.flatten() for tensor in result.model.repairs.state_dict().values()])
+        return result.losses
 
     return work
 

@@ -108,7 +108,7 @@ class Walk:
         self.module, self.forward, self.plan = module, forward, plan
         self.batches, self.store = batches, store
         self._home = device_of(module)
-        self._device, self._awake = device or self._home, awake
+        self.device, self._awake = device or self._home, awake
         self._outputs: list[dict[int, Any]] = [{} for _ in batches]
         self._arguments: list[dict[int, tuple[Any, dict[int, Any]]]] = [{} for _ in batches]
 
@@ -132,7 +132,7 @@ class Walk:
             self._arguments[batch][block] = (shape, {leaf: v for leaf, v in values.items() if leaf in kept})
 
     def _arguments_of(self, block: int, batch: int) -> tuple[Any, Any]:
-        known, device = self.plan.sources[block], self._device
+        known, device = self.plan.sources[block], self.device
         if known is not None:
             shape, sources = known
             leaves = [self._leaf(source, batch) for source in sources]
@@ -154,7 +154,7 @@ class Walk:
         return self._arguments[batch][source.block][1][source.leaf]
 
     def _precision(self) -> AbstractContextManager:
-        kind = self._device.type
+        kind = self.device.type
         return torch.autocast(kind, self.plan.precision) if self.plan.precision else nullcontext()
 
 

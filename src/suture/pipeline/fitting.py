@@ -87,6 +87,9 @@ def _fit_here(
     free = models.base.select({name: name for name in models.vectors().names})
     sizes = {"encode_batch": context.batch_size, "track": context.track, "base": free, "devices": context.replicas}
     expert = lambda task: load_expert(models.experts[task])
+    if repair.kind.static and models.can_be_unread:
+        unread = models.loader("cpu", unread=True)
+        sizes["unread"] = lambda task: unread(models.experts[task])
     encodings = _encodings(options, context)
     problem = Problem(load(merged.tensors), expert, few, device.call, encodings, fabric=context.group, **sizes)
     result = _fitted(repair, problem, merged, inputs, context, encodings)

@@ -14,7 +14,7 @@ from suture.checkpoints import Checkpoint, allocate_checkpoint, open_checkpoint,
 from suture.checkpoints.adapter_bases import base_notes
 from suture.checkpoints.adapters import is_adapter
 from suture.checkpoints.matching import Matched, matched
-from suture.errors import PRETRAINED, CheckpointError
+from suture.errors import PRETRAINED, CheckpointError, ConfigError
 from suture.families import Encoder, Family, family
 from suture.families.shared.unread import unread_encoder
 from suture.merging.selection import Selection, select
@@ -56,6 +56,14 @@ class Models:
         if unread:
             return partial(unread_encoder, self._unread)
         return self.new_encoder(device).load
+
+    @cached_property
+    def can_be_unread(self) -> bool:
+        """Whether the family only copies weights, so that they can be read a part at a time."""
+        try:
+            return self._unread is not None
+        except ConfigError:
+            return False
 
     @cached_property
     def _unread(self) -> Any:

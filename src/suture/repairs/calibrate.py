@@ -9,7 +9,7 @@ to the model.
 import copy
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Annotated, Any
@@ -126,7 +126,8 @@ class _Calibration:
     def run(self) -> list[str]:
         """Calibrate every block; returns warnings, one line each."""
         tasks, workers = list(self.batches), len(self.students)
-        students = {task: self._walk(self.students[i % workers], task) for i, task in enumerate(tasks)}
+        of_task = {task: self.students[i % workers] for i, task in enumerate(tasks)}
+        students = {task: self._walk(each, task, self._device_of(each)) for task, each in of_task.items()}
         experts: dict[str, Walk] = {}
         with self.problem.track("Calibrating", len(self.blocks) * len(tasks)) as advance:
             for i in range(len(self.blocks)):
@@ -176,25 +177,25 @@ class _Calibration:
 
     def _task(self, i: int, students: Mapping[str, Walk], experts: dict[str, Walk], worker: int, task: str) -> _Found:
         """A task's sums for a block, its expert's weights there, and the layers that were seen."""
-        student, seen = students[task], {}
-        module = self.experts.on(device_of(student.module), task) if len(self.students) > 1 else self.experts[task]
-        path = experts.setdefault(task, self._walk(module, task))
+        student, seen, block = students[task], {}, self.blocks[i]
+        module = self.experts.apart(task) if len(self.students) > 1 else self.experts[task]
+        path = experts.setdefault(task, self._walk(module, task, student.device))
         path.module = module
-        block, device = self.blocks[i], self.problem.device
-        with resident(submodule(module, block.path), device) if self.team.sharded else nullcontext():
+        with resident(submodule(module, block.path), student.device):
             state = _weights_of(module, submodule(student.module, block.path), block)
-            return _moved((self._sums(i, student, path, state, seen, task), state, seen), device)
+            return _moved((self._sums(i, student, path, state, seen, task), state, seen), self.problem.device)
 
-    def _walk(self, module: nn.Module, task: str) -> Walk:
-        given = (module, self.problem.forward, self.plan, self.batches[task], self.store)
-        if not self.team.sharded:
-            return Walk(*given)
-        return Walk(*given, self.problem.device, self._up_to)
+    def _walk(self, module: nn.Module, task: str, device: torch.device) -> Walk:
+        return Walk(module, self.problem.forward, self.plan, self.batches[task], self.store, device, self._up_to)
 
     def _up_to(self, module: nn.Module, i: int) -> AbstractContextManager[Any]:
-        """Inside it, what runs before a block can run where the student lies."""
+        """Inside it, what runs before a block can run where the module lies."""
         rest = [submodule(module, block.path) for block in self.blocks[i:]]
-        return resident(module, device_of(self.student), without=rest)
+        return resident(module, device_of(module), without=rest)
+
+    def _device_of(self, student: nn.Module) -> torch.device:
+        """The device on which a student's blocks run."""
+        return self.problem.device if self.team.sharded else device_of(student)
 
     def _tokens(self, probe: Any) -> tuple[frozenset[Layer], float]:
         """The layers of the last block in which all tokens count, and the weight of the other tokens elsewhere."""

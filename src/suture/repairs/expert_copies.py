@@ -1,9 +1,8 @@
 """Frozen copies of the experts of a problem, which share the memory of their weights."""
 
 import copy
-from threading import Lock
+from threading import RLock
 
-import torch
 from torch import nn
 
 from suture.adaptation.blocks import frozen_copy
@@ -12,24 +11,32 @@ from suture.repairs.problem import Problem
 
 
 class ExpertCopies:
-    """Task → a frozen copy of its expert, which shares its memory; loaded anew where tasks share one module."""
+    """Task → a frozen copy of its expert, which shares its memory; loaded anew where tasks share one module.
+
+    The weights are unread if the problem has such experts.
+    """
 
     def __init__(self, problem: Problem):
         self.problem = problem
         self._copies: dict[int, tuple[nn.Module, nn.Module]] = {}
         self._of: dict[str, int] = {}
-        self._lock = Lock()
+        self._lock = RLock()
 
-    def on(self, device: torch.device, task: str) -> nn.Module:
-        """A copy of a task's expert on a device, while other threads may ask for others."""
+    def apart(self, task: str) -> nn.Module:
+        """A copy of a task's expert that stays as it is while other threads ask for others."""
         with self._lock:
-            return copy.deepcopy(self[task]).to(device)
+            loads = self.problem.unread is None and callable(self.problem.experts)
+            return copy.deepcopy(self[task]) if loads else self[task]
 
     def __getitem__(self, task: str) -> nn.Module:
+        with self._lock:
+            return self._found(task)
+
+    def _found(self, task: str) -> nn.Module:
         shared = len(set(self._of.values())) < len(self._of) or len(self._of) < len(self.problem.tasks)
         if task in self._of and not shared:
             return self._copies[self._of[task]][1]
-        module = self.problem.expert(task)
+        module = self.problem.unread(task) if self.problem.unread else self.problem.expert(task)
         if id(module) not in self._copies:
             self._copies[id(module)] = (module, frozen_copy(module))
         if (before := self._of.get(task)) not in (None, id(module)) and list(self._of.values()).count(before) == 1:

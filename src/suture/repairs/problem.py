@@ -46,7 +46,8 @@ class Problem:
     encodings are stored there in memory-mapped files. `base` is the pretrained model's state under the module's names,
     without the tensors that no repair may change because all models share them. Several `devices` share the batches
     that are encoded, each with a copy of the module. The processes of a `fabric` share the work; each has the module
-    on its own device, and the first one alone writes files.
+    on its own device, and the first one alone writes files. `unread(task)` gives the task's expert as a module of its
+    own whose weights are read when they are needed, for repairs that take a block at a time.
     """
 
     module: nn.Module
@@ -61,6 +62,7 @@ class Problem:
     base: Mapping[str, Tensor] | None = None
     devices: Sequence[torch.device] = ()
     fabric: Any = None
+    unread: Callable[[str], nn.Module] | None = None
     passes: ForwardPasses = field(default_factory=ForwardPasses)
     _widths: dict[tuple[Block, ...], int] = field(init=False, repr=False, compare=False, default_factory=dict)
     _networks: dict[tuple[Block, ...], Network] = field(init=False, repr=False, compare=False, default_factory=dict)
