@@ -37,6 +37,9 @@ def test_a_repair_of_weights_that_are_split_is_that_of_one_process(desk, kind):
         for name, tensor in expected.items():
             torch.testing.assert_close(found[name], tensor, rtol=0, atol=1e-4, msg=f"{path.name}: {name}")
     assert not list(two.rglob(".encodings-*"))
+    assert [note for note in report(two)["notes"] if "fsdp" in note] == [
+        "Weights were split over processes (fabric.strategy=fsdp). Representations were not compared."
+    ]
 
 
 def test_a_chain_and_a_learned_merge_are_those_of_one_process(desk):

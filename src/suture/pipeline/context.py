@@ -141,8 +141,10 @@ class Context:
 
     def notes(self) -> list[str]:
         """One line for each resumed loop, and one for each key of `fabric` that changes how passes round."""
-        rounded = [line for key, line in _ROUNDED.items() if self.fabric.get(key)]
-        return rounded + [
+        told = [line for key, line in _ROUNDED.items() if self.fabric.get(key)]
+        if self.sharded:
+            told.append("Weights were split over processes (fabric.strategy=fsdp). Representations were not compared.")
+        return told + [
             f"{count} step{'s' * (count > 1)} of a loop were taken up from {path}."
             for path, count in self.resumed.items()
         ]
