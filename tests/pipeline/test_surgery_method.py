@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+import yaml
 from desk import Desk, refused, struck_and_resumed
 
 import suture
@@ -115,6 +116,29 @@ def test_a_sweep_over_merges_and_repairs_is_one_table_and_is_not_run_twice(desk,
     capsys.readouterr()
     assert main(sweep) == 0
     assert capsys.readouterr().out.count("already holds the result of this run") == 4
+
+
+def test_a_sweep_over_pools_has_a_table_for_each(desk, capsys):
+    words = [word for word in desk.words("hydra.sweep.dir=table", method="task_arithmetic") if "output" not in word]
+    pool = yaml.safe_load((desk.folder / "pool.yaml").read_text())
+    pool["models"]["second"] = pool["models"]["first"]
+    (desk.folder / "other.yaml").write_text(yaml.safe_dump(pool))
+    words = ["-m", *(word.replace("pool.yaml", "pool.yaml,other.yaml") for word in words)]
+    assert main([*words, "method.scaling_factor=0.1,2.0"]) == 0
+    out = capsys.readouterr().out
+    found = [report_of(desk.folder / "table" / f"pools-{number}") for number in (1, 2)]
+    for report, name in zip(found, ("pool", "other"), strict=True):
+        assert report["title"].startswith(f"sweep of 2 runs: {name}")
+        assert [row["name"] for row in report["rows"]] == [
+            "pretrained",
+            "experts",
+            *(f"task_arithmetic scaling_factor={value}" for value in (0.1, 2.0)),
+        ]
+        assert report["title"] in out
+    runs = [report_of(desk.folder / "table" / str(job)) for job in range(4)]
+    tables = [[(row["name"].split()[0], row["accuracies"]) for row in report["rows"]] for report in found]
+    assert tables[1] == [(row["name"], row["accuracies"]) for row in [*runs[2]["rows"], runs[3]["rows"][-1]]]
+    assert not (desk.folder / "table" / "report.json").exists()
 
 
 def test_a_sweep_over_the_number_of_inputs_draws_its_curve(desk):

@@ -41,7 +41,7 @@ def run(request: Request) -> Answer:
         return _planned(config.compose(request.words))
     done = config.run_each([*_for_hydra(request), *request.words], run_one, Settings.from_config)
     folders = [each.folder for each in done if each.folder is not None]
-    if len(folders) > 1 and (summary := summarise(folders)):
+    for summary in summarise(folders) if len(folders) > 1 else ():
         tables.print_sweep(summary.report, summary.folder)
     data = [each.data for each in done]
     code = 2 if any(each.get("problems") for each in data) else 0

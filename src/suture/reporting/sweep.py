@@ -1,5 +1,6 @@
-"""The summary of a sweep: one table of all its runs, and curves of accuracy over the swept knobs."""
+"""The summary of a sweep: a table of all runs on the same pools, and curves of accuracy over the swept knobs."""
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from os.path import commonpath
@@ -19,35 +20,57 @@ Curves = dict[str, dict[str, dict[float, float]]]  # knob → model → value of
 
 @dataclass(frozen=True)
 class Summary:
-    """The report of a sweep, and its folder."""
+    """The report of the runs of a sweep that have the same pools, and its folder."""
 
     report: Report
     folder: Path
 
 
-def summarise(folders: Sequence[Path]) -> Summary | None:
-    """Write one report of finished runs, with the curves, into their common parent folder.
+def summarise(folders: Sequence[Path]) -> list[Summary]:
+    """Write a report of finished runs, with the curves, into their common parent folder.
 
-    Returns None, and writes nothing, if none of the runs was scored.
+    Runs of different models or tasks do not stand in one table: then each set of pools has a report, in the folders
+    pools-1, pools-2, … of the common one. Nothing is written of runs that were not scored.
     """
     known = [(folder, run) for folder, run in ((each, read(each).data) for each in folders) if run["rows"]]
+    if not known:
+        return []
+    shared = Path(commonpath([str(folder) for folder, _ in known]))
+    groups: dict[str, list[tuple[Path, Mapping[str, Any]]]] = {}
+    for folder, run in known:
+        groups.setdefault(_pools(run), []).append((folder, run))
+    if len(groups) == 1:
+        return [_summary(known, shared, shared)]
+    return [_summary(group, shared, shared / f"pools-{i}") for i, group in enumerate(groups.values(), 1)]
+
+
+def _pools(run: Mapping[str, Any]) -> str:
+    return json.dumps([run["config"].get(group) for group in ("modelpool", "taskpool")], sort_keys=True, default=str)
+
+
+def _summary(known: Sequence[tuple[Path, Mapping[str, Any]]], shared: Path, out: Path) -> Summary:
+    """Write the report of runs on the same pools into a folder."""
     folders, runs = [folder for folder, _ in known], [run for _, run in known]
-    if not runs:
-        return None
     references = {row["role"]: _row(row, runs[0]) for row in runs[0]["rows"] if is_reference(row)}
     report = Report(
-        f"sweep of {len(runs)} runs",
+        f"sweep of {len(runs)} run{'s' * (len(runs) > 1)}{'' if out == shared else _of_what(runs[0])}",
         [*references.values(), *_swept(runs).values()],
         references.get("pretrained"),
         references.get("experts"),
         command=runs[0]["command"],
-        repeat=_each_again(runs, folders),
+        repeat=_each_again(runs, folders, shared),
         curves=_curves(runs),
         seeds={name: [Row(name, scores) for scores in several] for name, several in by_seed(runs).items()},
     )
-    shared = Path(commonpath([str(folder) for folder in folders]))
-    write(report, shared)
-    return Summary(report, shared)
+    out.mkdir(parents=True, exist_ok=True)
+    write(report, out)
+    return Summary(report, out)
+
+
+def _of_what(run: Mapping[str, Any]) -> str:
+    """The pools of a run, in words."""
+    names = [run["config"].get("choices", {}).get(group) for group in ("modelpool", "taskpool")]
+    return f": {' on '.join(map(str, filter(None, names)))}"
 
 
 def knobs_that_differ(run: Mapping[str, Any], runs: Sequence[Mapping[str, Any]], row: Mapping[str, Any]) -> str:
@@ -61,9 +84,8 @@ def curves_of(runs: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, list[lis
     return {knob: {name: [list(p) for p in curve.items()] for name, curve in curves.items()} for knob, curves in swept}
 
 
-def _each_again(runs: Sequence[Mapping[str, Any]], folders: Sequence[Path]) -> str:
+def _each_again(runs: Sequence[Mapping[str, Any]], folders: Sequence[Path], shared: Path) -> str:
     """A line for each run, which repeats it from inside the folder of the sweep."""
-    shared = Path(commonpath([str(folder) for folder in folders]))
     lines = zip(folders, runs, strict=True)
     own = [f"(cd {quote(str(folder.relative_to(shared)))} && {run['repeat']})" for folder, run in lines]
     return "\n".join(own) if all(run["repeat"] for run in runs) else ""
