@@ -91,3 +91,11 @@ def test_what_needs_whole_weights_is_refused_before_any_work(desk, capsys, monke
     monkeypatch.setattr(Clip, "decode", lambda *a, **k: pytest.fail("decoded"))
     line = refused(capsys, desk.words(*words, *FSDP, method=method))
     assert f"fabric.strategy=fsdp with {what}, which needs whole weights on one device" in line
+
+
+@pytest.mark.parametrize("verb", [["search"], ["analyse", "interpolation"]])
+def test_a_job_that_has_no_use_for_parts_of_weights_refuses_them(desk, capsys, verb):
+    words = [word for word in desk.words(method="task_arithmetic") if "output" not in word]
+    line = refused(capsys, [*verb, *words, "method.scaling_factor=0.1,0.3" if len(verb) == 1 else "seed=1", *FSDP])
+    assert "fabric.strategy=fsdp with" in line
+    assert "which needs whole weights on one device. Remedy: leave it out." in line

@@ -17,7 +17,7 @@ from suture.pipeline import config as configuration
 from suture.pipeline.context import Context
 from suture.pipeline.models import Models, open_models
 from suture.pipeline.pipeline import prepare
-from suture.pipeline.preflight import preflight_of
+from suture.pipeline.preflight import preflight_of, refuse_split
 from suture.pipeline.repairs import NONE
 from suture.pipeline.settings import Settings
 from suture.storage.atomic import check_writable, new_folder
@@ -50,6 +50,7 @@ def analyse(
     folder = Path(config["output"]) if config["output"] else new_folder(f"analysis/{name}")
     check_writable(folder)
     models = open_models(settings.pool, settings.threads)
+    refuse_split(settings, "an analysis")
     preflight_of(models, settings).refuse()
     context, inputs = prepare(settings, models, folder, Profile())
     finding = _RUNNERS[chosen.reads](chosen.function, knobs, settings, models, inputs, context)

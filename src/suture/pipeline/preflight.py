@@ -198,6 +198,13 @@ def sharding_problems(settings: Settings) -> list[str]:
     return []
 
 
+def refuse_split(settings: Settings, verb: str) -> None:
+    """Raise `ConfigError` if weights are to be split over processes in a job that has no use for parts of them."""
+    if settings.fabric.get("strategy") == SHARDED:
+        given = f"fabric.strategy={SHARDED} with {verb}"
+        raise ConfigError(f"{given}, which needs whole weights on one device. Remedy: leave it out.")
+
+
 def _whole_weights(settings: Settings) -> str:
     """The first key of a run that needs whole weights on one device."""
     method, chain = settings.method, [each for repair in settings.repairs for each in repair.all]

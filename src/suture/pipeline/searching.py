@@ -25,7 +25,7 @@ from suture.pipeline.context import Context
 from suture.pipeline.methods import StaticMerge
 from suture.pipeline.models import Models, open_models
 from suture.pipeline.pipeline import prepare, run_settings
-from suture.pipeline.preflight import preflight_of
+from suture.pipeline.preflight import preflight_of, refuse_split
 from suture.pipeline.results import RunResult
 from suture.pipeline.settings import Settings
 from suture.tasks.base import SPLITS, Split
@@ -188,6 +188,7 @@ class Search:
         """Try every point, and run the best."""
         settings = self.settings({})
         models = open_models(settings.pool, settings.threads)
+        refuse_split(settings, "suture search")
         checked = preflight_of(models, settings)
         checked.problems += [] if checked.problems else models.unmatched(settings.task_names)
         checked.refuse()
