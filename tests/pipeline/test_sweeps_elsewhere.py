@@ -128,6 +128,10 @@ def test_a_sweep_of_24_jobs_with_a_worker_killed_midway_has_the_same_table_and_d
     }
     for key, value in environment.items():
         monkeypatch.setenv(key, value)
+    if launcher == "ray":
+        import ray
+
+        ray.shutdown()  # the workers of another test have its environment
     there += LAUNCHERS[launcher]
     assert main(there) == 0 or main(there) == 0  # Ray starts a lost job again by itself
     done = json.loads((desk.folder / "dead").read_text())
