@@ -85,6 +85,14 @@ def peak_memory() -> dict[str, int]:
     return peaks
 
 
+def free_memory(device: torch.device) -> int | None:
+    """Bytes that tensors can still take on a GPU, what torch holds unused included; None for other devices."""
+    if device.type != "cuda":
+        return None
+    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + unused
+
+
 def give_back_freed_memory() -> None:
     """Let tensors of a megabyte and more have memory of their own for the rest of the process, given back when freed.
 

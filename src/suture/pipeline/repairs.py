@@ -1,5 +1,6 @@
 """Repairs for `repair=…`: fitted to a merged model of a pool, on the inputs of its task pool."""
 
+import math
 from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -34,6 +35,7 @@ from suture.repairs import (
     repair_kinds,
     representation,
 )
+from suture.repairs.problem import READ_EVERY
 
 NONE = "none"
 JOIN = "+"  # between the kinds of a chain
@@ -223,7 +225,8 @@ def _fitted(
                     live = RepairResult(kind.name, model, losses[None], encodings=encodings)
                     scores[step + 1] = repair_rows(live, merged.label, problem.tasks, inputs, context)[0].mean
 
-            problem = replace(problem, resume=resume, on_step=on_step)
+            every = math.gcd(options.eval_iterations, READ_EVERY)  # no block of steps reaches over a score
+            problem = replace(problem, resume=resume, on_step=on_step, look_every=every, profile=context.profile)
         result = kind.function(problem, **knobs)
     return replace(result, scores=scores)
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from suture.checkpoints import TensorSpec, allocate_checkpoint, content_hash, open_checkpoint
 from suture.core.batches import Forward, Inputs, ShuffledBatches, ahead, call, device_of, size, split, take, to_device
 from suture.core.fabric import Team
-from suture.core.progress import Track, untracked
+from suture.core.progress import Profile, Track, untracked
 from suture.core.replicas import on_replicas
 from suture.errors import CheckpointError, ConfigError, DataError, IncompatibleModels
 from suture.repairs.modules import SurgeryModules
@@ -26,6 +26,7 @@ from suture.storage.resume import Resume
 Experts = Callable[[str], nn.Module] | Mapping[str, nn.Module] | nn.ModuleDict
 #: on_step(step, losses (task,), layer → modules) after each step. The modules are live, so copy them to keep a state.
 OnStep = Callable[[int, Tensor, Mapping[str, SurgeryModules]], None]
+READ_EVERY = 100  # steps of which a loss on an accelerator is read at once
 
 
 @dataclass
@@ -45,7 +46,8 @@ class Problem:
     encodings are stored there in memory-mapped files. `base` is the pretrained model's state under the module's names,
     without the tensors that no repair may change because all models share them. Several `devices` share the batches
     that are encoded, each with a copy of the module. The processes of a `fabric` share the work; each has the module
-    on its own device, and the first one alone writes files.
+    on its own device, and the first one alone writes files. On an accelerator `on_step` may be called for
+    `look_every` steps at once, with the modules after the last of them, so that losses are read less often.
     """
 
     module: nn.Module
@@ -56,7 +58,9 @@ class Problem:
     encode_batch: int = 64
     resume: Resume | None = None
     on_step: OnStep | None = None
+    look_every: int = 1
     track: Track = untracked
+    profile: Profile = field(default_factory=Profile)
     base: Mapping[str, Tensor] | None = None
     devices: Sequence[torch.device] = ()
     fabric: Any = None
@@ -95,6 +99,13 @@ class Problem:
     def device(self) -> torch.device:
         """The device of the merged module and of its repair."""
         return device_of(self.module)
+
+    @property
+    def read_every(self) -> int:
+        """The number of steps after which their losses are read from the device."""
+        if self.device.type == "cpu":
+            return 1
+        return READ_EVERY if self.on_step is None else self.look_every
 
     def expert(self, task: str) -> nn.Module:
         """The task's fine-tuned module."""
