@@ -73,6 +73,13 @@ def size(batch: Any) -> int:
     return size(batch[0]) if isinstance(batch, tuple | list) else len(batch)
 
 
+def nbytes(batch: Any) -> int:
+    """The size of the tensors in a batch."""
+    if isinstance(batch, Mapping):
+        return sum(map(nbytes, batch.values()))
+    return sum(map(nbytes, batch)) if isinstance(batch, tuple | list) else batch.nbytes
+
+
 def take(batch: Any, index: Tensor | slice) -> Any:
     """The inputs at some positions."""
     if isinstance(batch, Mapping):

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, overload
 import torch
 from torch import Tensor, nn
 
+from suture.core.batch_sizes import check_batch_size, fitting, fixed_size
 from suture.core.batches import Forward, ahead, call, device_of, evaluation_mode, take, to_device
 from suture.core.fabric import Team
 from suture.core.progress import Track, untracked
@@ -40,9 +41,10 @@ class Scorer:
 
     A module is put in evaluation mode for this, and batches are moved to its device; with several `devices`, copies of
     it share the batches. So do the processes of a `fabric`, all of which make the same calls and have the results.
+    `batch_size` may be "auto": as many inputs as fit in the memory of a GPU, and 256 elsewhere.
     """
 
-    batch_size: int = BATCH_SIZE
+    batch_size: Any = BATCH_SIZE
     track: Track = untracked
     forward: Forward = call
     devices: Sequence[torch.device] = ()
@@ -69,8 +71,9 @@ class Scorer:
             raise ConfigError(f"Task {task.name!r} is scored by {task.requests.scoring.metric}, not by its labels.")
         if len(task) == 0:
             raise DataError(f"Task {task.name!r} has no inputs to evaluate on.")
-        if self.batch_size < 1:
-            raise ConfigError(f"batch_size={self.batch_size}: wanted 1 or more.")
+        check_batch_size("batch_size", self.batch_size)
+        if not isinstance(self.batch_size, int):
+            return self._fitting(model, task).each_batch(model, task, function, name)
         results = []
         with torch.inference_mode(), evaluation_mode(model), self.track(f"{name}: {task.name}", len(task)) as advance:
             starts = range(0, len(task), self.batch_size)
@@ -81,6 +84,14 @@ class Scorer:
                 results.append(function(logits, labels))
                 advance(len(labels))
         return torch.cat(results)
+
+    def _fitting(self, model: Model, task: TaskInputs) -> "Scorer":
+        """The scorer with a batch size for this model and task that fits."""
+        if self.team.world > 1 or not isinstance(model, nn.Module):  # all processes must have the same batches
+            return replace(self, batch_size=fixed_size(self.batch_size))
+        with torch.inference_mode(), evaluation_mode(model):
+            found, forward = fitting(self.batch_size, "scored", self.forward, model, task.inputs, device_of(model))
+        return replace(self, batch_size=found, forward=forward)
 
     def _outputs(self, model: Model, task: TaskInputs, starts: Iterable[int]) -> Iterator[Tensor]:
         """The model's output for each batch, on its device. Several processes, or else `devices`, share the batches."""

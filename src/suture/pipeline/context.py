@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from suture.core.batch_sizes import AUTO, AutoSize, BatchSize, fixed_size
 from suture.core.fabric import OneDevice, launch, make_fabric, make_logger
 from suture.core.progress import Profile, bar
 from suture.evaluation import Scorer
@@ -32,17 +33,19 @@ class Context:
 
     `fingerprint` identifies the run's inputs: hashes of the models, and the tasks' keys. Logs are written below
     `folder`, and encodings are cached in `encodings` during the run. `resumed`: state file → number of resumed steps.
+    `auto_size` finds batch sizes for batch_size=auto.
     """
 
     folder: Path
     fingerprint: str = ""
     fabric: Mapping[str, Any] = field(default_factory=dict)
     seed: int = 0
-    batch_size: int = 256
+    batch_size: BatchSize = 256
     fast: bool = False
     profile: Profile = field(default_factory=Profile)
     encodings: Path | None = None
     resumed: dict[Path, int] = field(default_factory=dict)
+    auto_size: AutoSize = field(default_factory=AutoSize)
 
     @cached_property
     def device(self) -> OneDevice:
@@ -50,9 +53,14 @@ class Context:
         return OneDevice(self.fabric)
 
     @property
+    def sizes(self) -> BatchSize:
+        """The number of inputs that are encoded or scored at once, or the search for it."""
+        return self.auto_size if self.batch_size == AUTO else self.batch_size
+
+    @property
     def scorer(self) -> Scorer:
         """The scorer with the run's batch size, device and precision."""
-        return Scorer(self.batch_size, bar, self.device.call, self.device.replicas)
+        return Scorer(self.sizes, bar, self.device.call, self.device.replicas)
 
     def shortened(self, steps: int) -> int:
         """The number of steps, limited to a few in a fast_dev_run."""
@@ -60,7 +68,8 @@ class Context:
 
     def resume(self, cache_dir: str, work: Mapping[str, Any]) -> Resume:
         """The state file of this work, named by a hash of everything that determines its result."""
-        fast = str(self.batch_size if self.fast else "")  # the number of inputs of each task in a fast_dev_run
+        few = fixed_size(self.batch_size)  # inputs of each task in a fast_dev_run
+        fast = str(few if self.fast else "")
         decisive = {**work, "seed": str(self.seed), "fast_dev_run": fast, "inputs": self.fingerprint}
         decisive |= {"device": self.device.device.type, "precision": self.device.precision}
         decisive |= {"devices": str(self.fabric.get("devices"))}
@@ -104,9 +113,9 @@ class Context:
             logger.finalize("success")
 
     def notes(self) -> list[str]:
-        """One line for each resumed loop, and one for each key of `fabric` that changes how passes round."""
+        """One line for each resumed loop, for batch sizes that were found, and for each key of `fabric` that rounds."""
         rounded = [line for key, line in _ROUNDED.items() if self.fabric.get(key)]
-        return rounded + [
+        return [*rounded, *self.auto_size.notes] + [
             f"{count} step{'s' * (count > 1)} of a loop were taken up from {path}."
             for path, count in self.resumed.items()
         ]

@@ -173,7 +173,7 @@ def _fit_one(
     chosen, few = options.select(inputs, models.experts, context.seed)
     encodings = Path(options.cache_dir) / "encodings" if options.keep_encodings else context.encodings
     free = models.base.select({name: name for name in models.vectors().names})
-    sizes = {"encode_batch": context.batch_size, "track": bar, "base": free, "devices": device.replicas}
+    sizes = {"encode_batch": context.sizes, "track": bar, "base": free, "devices": device.replicas}
     problem, meter = Problem(module, expert, few, device.call, encodings, **sizes), Meter()
     with context.profile(f"repair: {repair.kind.name}"):
         result = _fitted(repair, problem, merged, inputs, context, encodings)

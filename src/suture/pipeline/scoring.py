@@ -13,6 +13,7 @@ from torch import Tensor
 
 from suture import __version__
 from suture.checkpoints import Checkpoint
+from suture.core.batch_sizes import AUTO
 from suture.evaluation import Row, SplitInputs, TaskInputs
 from suture.evaluation.accuracy import with_language_scores
 from suture.pipeline.context import Context
@@ -229,7 +230,8 @@ def _features(result: RepairResult, model: Any, test: Mapping[str, TaskInputs], 
     """The merged model's features of all test inputs, encoded once in a run."""
     network, inputs = model.network, {name: task.inputs for name, task in test.items()}
     experts: dict[str, Any] = dict.fromkeys(inputs, network.module)
-    problem = Problem(network.module, experts, inputs, context.device.call, result.encodings)
+    sizes: dict[str, Any] = {"encode_batch": context.sizes} if context.batch_size == AUTO else {}
+    problem = Problem(network.module, experts, inputs, context.device.call, result.encodings, **sizes)
     return {name: problem.merged_rows(name, rows) for name, rows in inputs.items()}
 
 

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
+from suture.core.batch_sizes import BatchSize
 from suture.core.batches import Forward, call
 from suture.core.progress import Track, untracked
 from suture.errors import ConfigError, unknown_name
@@ -29,7 +30,7 @@ def repair(
     router: bool | str = False,
     forward: Forward = call,
     cache: str | os.PathLike[str] | None = None,
-    encode_batch: int = 64,
+    encode_batch: BatchSize = 64,
     resume: Resume | None = None,
     on_step: OnStep | None = None,
     track: Track = untracked,
@@ -43,6 +44,7 @@ def repair(
     never changed. `inputs[task]` is (N, …), a mapping of such tensors for keyword arguments, a loader of batches, or a
     file of tensors; labels are left out. `experts` is a mapping task → module, or a function that returns a task's
     module and may load all of them into one (but not into `module`).
+    Inputs are encoded `encode_batch` at a time, or with "auto" as many as fit in the memory of a GPU.
     `kind` is a name from `repair_kinds()`, and `knobs` are that kind's. Encodings are cached in the folder `cache`,
     keyed by the content of weights and inputs. With a `router` ("linear", which True means, or "centroids"), fitted on
     the same inputs, the model needs no task's name. With `resume` an interrupted loop continues with bit-identical

@@ -14,6 +14,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from suture.checkpoints import TensorSpec, allocate_checkpoint, content_hash, open_checkpoint
+from suture.core.batch_sizes import BatchSize, check_batch_size, fitting, fixed_size
 from suture.core.batches import Forward, Inputs, ShuffledBatches, ahead, call, device_of, size, split, take, to_device
 from suture.core.fabric import Team
 from suture.core.progress import Profile, Track, untracked
@@ -42,11 +43,11 @@ class Problem:
     """The merged `module`, the `experts`, and each task's unlabelled `inputs`, none of which is changed.
 
     `experts` is a mapping task → module, or a function that returns a task's module and may load all of them into one
-    shared module, but not into `module`. Inputs are encoded `encode_batch` at a time; with a folder `cache` the
-    encodings are stored there in memory-mapped files. `base` is the pretrained model's state under the module's names,
-    without the tensors that no repair may change because all models share them. Several `devices` share the batches
-    that are encoded, each with a copy of the module. The processes of a `fabric` share the work; each has the module
-    on its own device, and the first one alone writes files. On an accelerator `on_step` may be called for
+    shared module, but not into `module`. Inputs are encoded `encode_batch` at a time (a `BatchSize`); with a folder
+    `cache` the encodings are stored there in memory-mapped files. `base` is the pretrained model's state under the
+    module's names, without the tensors that no repair may change because all models share them. Several `devices` share
+    the batches that are encoded, each with a copy of the module. The processes of a `fabric` share the work; each has
+    the module on its own device, and the first one alone writes files. On an accelerator `on_step` may be called for
     `look_every` steps at once, with the modules after the last of them, so that losses are read less often.
     """
 
@@ -55,7 +56,7 @@ class Problem:
     inputs: Mapping[str, Inputs]
     forward: Forward = call
     cache: str | os.PathLike[str] | None = None
-    encode_batch: int = 64
+    encode_batch: BatchSize = 64
     resume: Resume | None = None
     on_step: OnStep | None = None
     look_every: int = 1
@@ -75,8 +76,7 @@ class Problem:
             raise ConfigError(
                 f"experts is a {kind}; wanted a mapping from task to module, or a function that gives it."
             )
-        if self.encode_batch < 1:
-            raise ConfigError(f"encode_batch={self.encode_batch}: wanted 1 or more.")
+        check_batch_size("encode_batch", self.encode_batch)
         for task, inputs in self.inputs.items():
             _check_tensors(task, inputs)
             if size(inputs) == 0:
@@ -153,18 +153,22 @@ class Problem:
     def _encoded(
         self, network: Network, inputs: Inputs, description: str, check: Callable[[Tensor], None]
     ) -> Iterator[Tensor]:
+        number, means = fixed_size(self.encode_batch), layer_means
+        if self.team.world == 1:
+            given = (network, inputs, network.device)
+            number, means = fitting(self.encode_batch, "encoded", layer_means, *given)
         with self.track(description, size(inputs)) as advance:
-            for rows in self._rows_of_batches(network, split(inputs, self.encode_batch)):
+            for rows in self._rows_of_batches(network, split(inputs, number), means):
                 check(rows)
                 yield rows
                 advance(len(rows))
 
-    def _rows_of_batches(self, network: Network, batches: Iterator[Any]) -> Iterator[Tensor]:
+    def _rows_of_batches(self, network: Network, batches: Iterator[Any], means: Forward) -> Iterator[Tensor]:
         """The rows of each batch; several processes, or else several `devices`, share the batches."""
 
         def rows(copied: nn.Module, batch: Any) -> Tensor:
             assert isinstance(copied, Network)
-            return layer_means(copied, to_device(batch, copied.device)).cpu()
+            return means(copied, to_device(batch, copied.device)).cpu()
 
         if self.team.world > 1:
             return self.team.each(partial(rows, network), batches)

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from suture.core.batches import sent, size, take
+from suture.core.batches import nbytes, sent, size, take
 from suture.core.machine import free_memory
 from suture.core.recording import shapes_of
 
@@ -55,7 +55,7 @@ def resident(
         return None
     if any(len({shapes_of(take(task, slice(0, 1))) for task in tasks}) > 1 for tasks in fields):
         return None
-    if sum(_bytes(task) for tasks in fields for task in tasks) > _SHARE * free:
+    if sum(nbytes(task) for tasks in fields for task in tasks) > _SHARE * free:
         return None
     return Resident(fields, batches, steps, device)
 
@@ -70,9 +70,3 @@ def _end_to_end(tasks: Sequence[Any], device: torch.device) -> Any:
     for part, own in zip(whole.split([len(task) for task in tasks]), tasks, strict=True):
         part.copy_(own)
     return whole
-
-
-def _bytes(inputs: Any) -> int:
-    if isinstance(inputs, Mapping):
-        return sum(map(_bytes, inputs.values()))
-    return sum(map(_bytes, inputs)) if isinstance(inputs, tuple | list) else inputs.nbytes
