@@ -22,7 +22,7 @@ T = TypeVar("T")
 FEW = 3  # steps of a fast_dev_run
 _ROUNDED = {
     "tf32": "Products of float32 matrices ran in TF32 (fabric.tf32=true).",
-    "channels_last": "Pictures were passed with channels last (fabric.channels_last=true).",
+    "channels_last": "Pictures and kernels had their channels last (fabric.channels_last=true).",
 }
 Watch = Callable[[int, float, Tensor | None], None]  # step, loss, values
 
