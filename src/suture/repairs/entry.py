@@ -33,6 +33,7 @@ def repair(
     encode_batch: BatchSize = 64,
     resume: Resume | None = None,
     on_step: OnStep | None = None,
+    look_every: int = 1,
     track: Track = untracked,
     base: Mapping[str, Tensor] | None = None,
     fabric: "Fabric | None" = None,
@@ -50,7 +51,8 @@ def repair(
     the same inputs, the model needs no task's name. With `resume` an interrupted loop continues with bit-identical
     results. `base` is the pretrained model's state under the module's names, for the kinds that change weights: tensors
     that it lacks stay as they are.
-    `on_step(step, losses, modules)` gets the live modules of every layer after each step.
+    `on_step(step, losses, modules)` gets the live modules of every layer after each step; on an accelerator, surgery
+    may tell `look_every` steps at once, with the modules after the last of them, and then waits for it less often.
     The processes of a `fabric`, all of which make this call, share encodings, the inputs of a step (deep, distil) or
     tasks (calibrate), and have the same result; each has module and experts on its own device. Files are written,
     `on_step` is called and progress is told by process 0 alone.
@@ -77,7 +79,8 @@ def repair(
         inputs = {task: inputs_of(given, task) for task, given in inputs.items()}
     if fabric is not None and fabric.global_rank > 0:
         resume, on_step, track = resume and resume.read_only(), None, untracked
-    options = {"resume": resume, "on_step": on_step, "track": track, "base": base, "fabric": fabric}
+    telling = {"on_step": on_step, "look_every": look_every, "track": track}
+    options = {"resume": resume, "base": base, "fabric": fabric, **telling}
     problem = Problem(module, experts, inputs, forward, cache, encode_batch, **options)
     result = chosen.function(problem, **values)
     if router:

@@ -77,8 +77,8 @@ class Descent:
             tasks = range(len(self.parameters[0]))
             self._views = {t: [p.detach()[t : t + 1].requires_grad_() for p in self.parameters] for t in tasks}
         leaves = [leaf for views in self._views.values() for leaf in views] or self.parameters
-        on_gpu: dict[str, Any] = {"fused": True, "capturable": capturable} if leaves[0].is_cuda else {}
-        self.adam = torch.optim.Adam(leaves, lr=lr, **on_gpu)
+        fused: dict[str, Any] = {"fused": True, "capturable": capturable} if is_fused(leaves[0].device) else {}
+        self.adam = torch.optim.Adam(leaves, lr=lr, **fused)
 
     def step(self, *losses: Callable[[slice], Tensor]) -> Float[Tensor, "step task"]:
         """Take a step of every task for each function in `losses`; returns the losses before each step, on the device.
@@ -86,7 +86,7 @@ class Descent:
         The gradients of the last step stay until the next one.
         """
         if not self._views:
-            return torch.stack([self._step_of_all(function) for function in losses])
+            return _joined([self._step_of_all(function)[None] for function in losses])
         by_task = [torch.cat([self._step_of(task, function) for function in losses]) for task in self._views]
         return torch.stack(by_task, dim=1)
 
@@ -138,7 +138,7 @@ class Descent:
 
     def _step_of_all(self, losses: Callable[[slice], Tensor]) -> Float[Tensor, " task"]:
         self.drop_gradients()
-        values = torch.cat([self._backward(losses(group)) for group in self.groups])
+        values = _joined([self._backward(losses(group)) for group in self.groups])
         self._add_up(values)
         self.adam.step()
         return values
@@ -170,6 +170,11 @@ class Descent:
         self.team.add([losses, *(p.grad for p in self.parameters if p.grad is not None), *counts])
         for marks, count in zip(fired, counts, strict=True):
             marks.copy_(count > 0)
+
+
+def is_fused(device: torch.device) -> bool:
+    """Whether Adam takes one launch on a device; on a CPU its sums would be rounded in another way than ever."""
+    return device.type == "cuda"
 
 
 @runtime_checkable
@@ -230,20 +235,22 @@ def descend(
     return torch.stack(history)
 
 
+def _joined(parts: Sequence[Tensor]) -> Tensor:
+    """Some tensors end to end; one alone as it is, without a copy."""
+    return torch.cat(list(parts)) if len(parts) > 1 else parts[0]
+
+
 def _plainly(descent: Descent, losses: Losses) -> Callable[[range], Tensor]:
     return lambda steps: descent.step(*(partial(losses, step) for step in steps))
 
 
 def _read(unread: Sequence[Tensor], first: int) -> Tensor:
     """The losses (step, task) of the steps from `first` on, float64 on the CPU; refused if one is not finite."""
-    values = torch.cat(list(unread)).to("cpu", torch.float64)
-    finite = values.isfinite().all(1)
-    if not finite.all():
-        number = int(finite.int().argmin())
-        total = values[number].sum().item()
-        raise DataError(
-            f"The repair's loss is {total} at step {first + number}. Remedy: check the inputs, or lower lr."
-        )
+    values = _joined(unread).to("cpu", torch.float64)
+    if not values.isfinite().all():
+        number = int(values.isfinite().all(1).int().argmin())
+        where = f"{values[number].sum().item()} at step {first + number}"
+        raise DataError(f"The repair's loss is {where}. Remedy: check the inputs, or lower lr.")
     return values
 
 
