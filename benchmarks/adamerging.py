@@ -204,6 +204,11 @@ WORK: dict[str, Callable[..., dict[str, Any]]] = {
     "suture, one pass": lambda *a: suture(*a, concatenate=True),
     AUTOCAST: lambda *a: suture(*a, autocast=True),
 }
+if DEVICE != "cpu":
+    WORK |= {
+        "suture, as a graph": lambda *a: suture(*a, capture=True),
+        "suture, bf16 autocast, as a graph": lambda *a: suture(*a, autocast=True, capture=True),
+    }
 OWN_PAGES = {"MALLOC_MMAP_THRESHOLD_": str(1 << 20)}
 
 

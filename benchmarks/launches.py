@@ -7,17 +7,7 @@ from typing import Any
 VIEWS = ("view", "reshape", "slice", "select", "as_strided", "expand", "transpose", "permute", "unsqueeze", "squeeze")
 VIEWS += ("t", "detach", "alias", "numpy_T", "_unsafe_view", "unflatten", "flatten", "split", "unbind", "narrow")
 NOTHING = (*VIEWS, "empty", "empty_strided", "empty_like", "lift_fresh", "detach_", "_local_scalar_dense", "item")
-NOTHING += (
-    "to",
-    "_reshape_alias",
-    "scalar_tensor",
-    "resolve_conj",
-    "resolve_neg",
-    "result_type",
-    "can_cast",
-    "set_",
-    "resize_",
-)
+NOTHING += ("to", "_reshape_alias", "scalar_tensor", "resolve_conj", "resolve_neg", "result_type", "set_", "resize_")
 PRODUCTS = ("mm", "bmm", "addmm", "baddbmm", "mv", "addmv", "dot", "convolution", "convolution_backward")
 ATTENTION = "_scaled_dot_product_flash_attention_for_cpu"
 COPIES = ("copy", "cat", "index", "gather", "fill", "zero")
