@@ -27,8 +27,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
 import torch
+from launches import counted, line, of_a_step
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 from watching import anonymous, watched
@@ -202,6 +204,11 @@ WORK: dict[str, Callable[..., dict[str, Any]]] = {
     "suture, one pass": lambda *a: suture(*a, concatenate=True),
     AUTOCAST: lambda *a: suture(*a, autocast=True),
 }
+if DEVICE != "cpu":
+    WORK |= {
+        "suture, as a graph": lambda *a: suture(*a, capture=True),
+        "suture, bf16 autocast, as a graph": lambda *a: suture(*a, autocast=True, capture=True),
+    }
 OWN_PAGES = {"MALLOC_MMAP_THRESHOLD_": str(1 << 20)}
 
 
@@ -288,6 +295,23 @@ def compare_operators(folder: Path, options: argparse.Namespace) -> None:
         rows = task_vector_rows(vectors, AdaMergingOptions())
         outside, backward = operators(MergedModel(found.module, vectors, rows, flat=flat), images)
         print(f"{name:20s} {outside:5d} operators for merge and gradient, {backward:5d} in the backward pass")
+    for name, work in whole_steps(folder, options).items():
+        print(line(name, of_a_step(work)), flush=True)
+
+
+def whole_steps(folder: Path, options: argparse.Namespace) -> dict[str, Callable[[int], Any]]:
+    """Loops of so many steps: the textbook's, and suture's as it runs on a CPU and on a GPU."""
+    loop = lambda work, **more: lambda steps: work(problem(options.scale, options.tasks), folder, steps, **more)
+
+    def in_buffers(steps: int) -> None:
+        with patch("suture.adaptation.merged_model.in_buffers", lambda device: True):
+            loop(suture, concatenate=True)(steps)
+
+    return {
+        "textbook": loop(textbook),
+        "suture, task by task and tensor by tensor": loop(suture, concatenate=False),
+        "suture, in one pass and in buffers": in_buffers,
+    }
 
 
 def operators(model: MergedModel, images: Tensor) -> tuple[int, int]:
@@ -298,20 +322,6 @@ def operators(model: MergedModel, images: Tensor) -> tuple[int, int]:
         loss = forward(model.module, images).square().sum()
         backward = counted(lambda: model.backward(loss))
         return outside + counted(model.gradient), backward
-
-
-VIEWS = ("view", "reshape", "slice", "select", "as_strided", "expand", "transpose", "permute", "unsqueeze", "squeeze")
-VIEWS += ("t", "detach", "alias", "numpy_T", "_unsafe_view", "unflatten", "flatten", "split", "unbind", "narrow")
-
-
-def counted(function: Callable[[], Any]) -> int:
-    """The operators that a call runs, without views and without the operators that only call others."""
-    from torch.profiler import ProfilerActivity, profile
-
-    with profile(activities=[ProfilerActivity.CPU]) as found:
-        function()
-    leaves = (event for event in found.events() if event.name.startswith("aten::") and not event.cpu_children)
-    return sum(event.name.removeprefix("aten::") not in (*VIEWS, "empty", "empty_strided") for event in leaves)
 
 
 def compare_memory(folder: Path, options: argparse.Namespace) -> None:

@@ -1,12 +1,13 @@
 """The published benchmark's shape from end to end: CLIP ViT-B/32 with eight fine-tunes, on image folders, by command.
 
-    python benchmarks/published_shape.py [--images 200] [--steps 5] [--folder DIR]
+    python benchmarks/published_shape.py [--images 200] [--steps 5] [--folder DIR] [--device cuda]
 
 The weights are random (151 M parameters, the sizes of openai/clip-vit-base-patch32; fine-tunes 1e-3 away from them),
 the images generated: JPEG files of 256 x 256, eight tasks of ten classes in `<split>/<class>/`. So accuracies mean
 nothing here; what is seen is that the whole way runs at that size, and where its time goes. Three commands: TIES with
 final surgery, layer-wise AdaMerging with final and with deep surgery. The images are decoded by the first. Each
-command's profile is printed with the share of the seconds that each activity took.
+command's profile is printed with the share of the seconds that each activity took. On a GPU the commands run again with
+bf16, channels last, batch sizes that are found, and steps that are recorded as CUDA graphs.
 """
 
 import argparse
@@ -84,11 +85,12 @@ def run(folder: Path, name: str, *overrides: str) -> None:
     start = time.perf_counter()
     subprocess.run([sys.executable, "-m", "suture", *overrides, *pools], check=True, env=environment, cwd=folder)
     seconds = time.perf_counter() - start
-    profile = json.loads((folder / name / "report.json").read_text())["profile_seconds"]
+    report = json.loads((folder / name / "report.json").read_text())
+    profile = report["profile_seconds"]
     print(f"\n{' '.join(overrides)}: {seconds:.0f} s")
     for activity, spent in profile.items():
         print(f"  {activity:28s} {spent:8.1f} s {spent / seconds:6.1%}")
-    print(flush=True)
+    print(*(note for note in report["notes"] if note.startswith("batch_size=auto")), flush=True)
 
 
 def main() -> None:
@@ -96,15 +98,24 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=200, help="of each task and split")
     parser.add_argument("--steps", type=int, default=5, help="of AdaMerging and of deep surgery")
     parser.add_argument("--folder", type=Path, help="keep everything there")
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         folder = (options.folder or Path(temporary)).resolve()
         save_images(folder / "images", options.images)
         write_pools(folder, save_models(folder / "models"))
         adamerging = ["method=lw_adamerging", f"method.max_steps={options.steps}"]
-        run(folder, "ties", "method=ties_merging", "surgery=final")
-        run(folder, "final", *adamerging, "surgery=final")
-        run(folder, "deep", *adamerging, "surgery=deep", f"surgery.steps={options.steps}")
+        deep = ["surgery=deep", f"surgery.steps={options.steps}"]
+        where = [f"fabric.accelerator={options.device}"]
+        run(folder, "ties", "method=ties_merging", "surgery=final", *where)
+        run(folder, "final", *adamerging, "surgery=final", *where)
+        run(folder, "deep", *adamerging, *deep, *where)
+        if options.device != "cpu":
+            where += ["fabric.precision=bf16-mixed", "fabric.channels_last=true", "batch_size=auto"]
+            graphs = ["method.capture=true", "surgery.capture=true"]
+            run(folder, "fast ties", "method=ties_merging", "surgery=final", *where, *graphs[1:])
+            run(folder, "fast final", *adamerging, "surgery=final", *where, *graphs)
+            run(folder, "fast deep", *adamerging, *deep, *where, *graphs)
 
 
 if __name__ == "__main__":

@@ -5,32 +5,14 @@ import logging
 import pytest
 import torch
 from adaptation_problem import network, problem
+from recorders import ON_GPU, StandIn
 from torch import nn
 
 from suture.adaptation import adapt, captured
 from suture.core.progress import Profile
 
 pytestmark = pytest.mark.device
-ON_GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if ON_GPU else "cpu")
-
-
-class StandIn:
-    """Records a function as a graph does: repeated, it reads and writes the same memory and returns nothing."""
-
-    def __init__(self, fault=0.0):
-        self.recorded = self.replayed = 0
-        self.fault = fault
-
-    def __call__(self, function):
-        self.recorded += 1
-        packed = function()
-
-        def repeat():
-            self.replayed += 1
-            packed.copy_(function() * (1 + self.fault))
-
-        return repeat, packed
 
 
 @pytest.fixture

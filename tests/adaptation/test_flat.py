@@ -228,3 +228,31 @@ def test_tf32_and_autocast_are_off_for_the_merge_and_back_on_after_it():
         assert matmul.allow_tf32
     finally:
         matmul.allow_tf32 = before
+
+
+def convolutional():
+    """Kernels of several blocks, of less than one, and of one row and column."""
+    layers = nn.Conv2d(3, 24, 5), nn.ReLU(), nn.Conv2d(24, 4, 2), nn.Conv2d(4, 4, 1), nn.Flatten()
+    return nn.Sequential(*layers, nn.Linear(36, 4))
+
+
+def with_channels_last(module):
+    for part in module:
+        if isinstance(part, nn.Conv2d):
+            part.weight.data = part.weight.data.contiguous(memory_format=torch.channels_last)
+    return module
+
+
+@pytest.mark.parametrize("options", [{}, {"granularity": "task"}, {"vectors_dtype": torch.bfloat16}], ids=str)
+def test_kernels_with_channels_last_stay_so_in_buffers(options, buffers):
+    module, *rest = problem(torch.float64, build=convolutional, shape=(3, 8, 8))
+    seen = []
+    forward = lambda module, x: seen.append(module[0].weight.stride()) or module(x.to(DEVICE))
+    plain = adapt(module, *rest, max_steps=4, lr=0.1, forward=lambda module, x: module(x), **options)
+    buffers()
+    ordered = with_channels_last(module).to(DEVICE)
+    last = adapt(ordered, *rest, max_steps=4, lr=0.1, forward=forward, **options)
+    torch.testing.assert_close(last.history, plain.history, rtol=0, atol=1e-9)
+    assert set(seen) == {(75, 1, 15, 3)}
+    for name, tensor in plain.merged.items():
+        torch.testing.assert_close(last.merged[name], tensor, rtol=0, atol=1e-9)

@@ -60,8 +60,26 @@ def test_convolutions_see_pictures_with_channels_last_where_the_keys_say_so(tmp_
     assert seen == [True, False]
     assert torch.equal(ordered.call(nn.Flatten(), pictures), pictures.flatten(1))
     assert ordered.precision == "32-true, channels last"
-    note = "Pictures were passed with channels last (fabric.channels_last=true)."
+    note = "Pictures and kernels had their channels last (fabric.channels_last=true)."
     assert Context(tmp_path, fabric=ordered.config).notes() == [note]
+
+
+def test_kernels_follow_the_order_of_pictures_once_and_keep_it():
+    kernels = nn.Conv2d(3, 8, 3), nn.ConvTranspose2d(8, 4, 2)
+    module, pictures = nn.Sequential(*kernels, nn.ReLU(), nn.Linear(9, 2)), torch.randn(5, 3, 10, 10)
+    device = OneDevice({"accelerator": "cpu", "channels_last": True})
+    plain, state = module(pictures), {name: tensor.clone() for name, tensor in module.state_dict().items()}
+    assert device.ordered(module) is module
+    ordered = lambda: [kernel.weight.is_contiguous(memory_format=torch.channels_last) for kernel in kernels]
+    assert ordered() == [True, True]
+    assert all(torch.equal(tensor, state[name]) for name, tensor in module.state_dict().items())
+    torch.testing.assert_close(device.call(module, pictures), plain)
+    with torch.no_grad():
+        for name, parameter in module.named_parameters():
+            parameter.copy_(2 * state[name])
+    assert ordered() == [True, True]
+    untouched = OneDevice({"accelerator": "cpu"}).ordered(nn.Conv2d(3, 8, 3))
+    assert untouched.weight.is_contiguous()
 
 
 def test_fabric_s_own_notices_do_not_reach_the_user(caplog):

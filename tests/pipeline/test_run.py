@@ -121,3 +121,15 @@ def test_a_pool_of_one_s_own_is_named_as_it_was_typed(desk):
     assert data["config"]["choices"]["modelpool"] == "pool.yaml"
     assert "modelpool=pool.yaml" in data["command"]
     assert yaml.safe_load((desk.folder / "out" / "config.yaml").read_text())["choices"]["taskpool"] == "tasks.yaml"
+
+
+def test_batch_sizes_that_are_found_give_the_same_table_and_are_in_the_report(desk):
+    words = ["repair=final", "repair.steps=3"]
+    assert main(desk.words(*words)) == 0
+    assert main(desk.words(*words, "batch_size=auto", "output=auto")) == 0
+    given, found = report_of(desk.folder / "out"), report_of(desk.folder / "auto")
+    assert [row["accuracies"] for row in found["rows"]] == [row["accuracies"] for row in given["rows"]]
+    line = next(note for note in found["notes"] if note.startswith("batch_size=auto, inputs at once: "))
+    assert "scored " in line
+    assert "encoded " in line
+    assert main(desk.words("fast_dev_run=true", "batch_size=auto", "output=few")) == 0

@@ -1,11 +1,11 @@
 """A step's work on the device: as it is, or recorded as a CUDA graph and replayed with one launch.
 
-A step of AdaMerging is over a thousand small operations, and a GPU waits for their launches. Where shapes stay the
-same, the whole step can be recorded: the merge, the passes, and the products of gradient and task vectors.
+A step of AdaMerging is over a thousand small operations. Recorded are the merge, the passes, and the products of
+gradient and task vectors.
 """
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -16,15 +16,11 @@ from suture.adaptation.network import Network
 from suture.adaptation.passes import Part, Pass
 from suture.adaptation.sharded_model import ShardedModel
 from suture.core.progress import Profile
+from suture.core.recording import Recorder, Recording, check_replay, cuda_graph, shapes_of
 from suture.errors import one_line
 
 log = logging.getLogger(__name__)
 _PLAIN_FIRST = 2  # plain steps before a recording: libraries choose their kernels in the first ones
-_CLOSE = 1e-3  # the relative distance of a replayed step from a plain one, whose sums may be added in another order
-
-
-#: From a function on the device to one that repeats its operations, and the tensor into which these write its result.
-Recorder = Callable[[Callable[[], Tensor]], tuple[Callable[[], None], Tensor]]
 
 
 class Steps:
@@ -40,14 +36,14 @@ class Steps:
     ):
         self.model, self.network, self.profile, self.recorder = model, network, profile, recorder
         self._seen: dict[Any, int] = {}
-        self._recorded: tuple[Any, _Recording] | None = None
+        self._recorded: tuple[Any, Recording] | None = None
 
     def __call__(self, coefficients: Tensor, work: Sequence[Pass]) -> Tensor:
         """One step with these coefficients (task, tensor) on these inputs."""
         shapes = _shapes(work) if self.recorder else None
         if self._recorded is not None and self._recorded[0] == shapes:
             with self.profile("steps as a CUDA graph"):
-                return self._recorded[1].replay(self._sent(coefficients), work)
+                return self._recorded[1].replay(self._sent(coefficients), _inputs(work))
         with self.profile("merging weights"):
             self.model.write(coefficients)  # θ = θ₀ + Σ λ τ
         packed = self._after_writing(work)
@@ -66,12 +62,16 @@ class Steps:
     def _record(self, coefficients: Tensor, work: Sequence[Pass], shapes: Any, plain: Tensor) -> None:
         """Record a step, replay it on the inputs of the plain one, and keep it if both agree."""
         assert self.recorder is not None
+        outline = _with_inputs(work, [None] * len(_parts(work)))
+
+        def step(sent: Tensor, inputs: Sequence[Any]) -> Tensor:
+            assert isinstance(self.model, MergedModel)
+            self.model.write_sent(sent)
+            return self._after_writing(_with_inputs(outline, inputs))
+
         try:
-            recording = _Recording(self.recorder, self._whole, self._sent(coefficients), work)
-            replayed = recording.replay(self._sent(coefficients), work)
-            distance = float((replayed - plain).norm() / plain.norm().clamp_min(torch.finfo(plain.dtype).tiny))
-            if not distance <= _CLOSE:
-                raise RuntimeError(f"a replayed step is off by {distance:.1e}")
+            recording = Recording(self.recorder, step, self._sent(coefficients), _inputs(work))
+            check_replay(recording.replay(self._sent(coefficients), _inputs(work)), plain)
         except Exception as error:  # whatever a network does that cannot be recorded
             log.warning("AdaMerging runs without a CUDA graph: %s", one_line(error))
             self.recorder = None
@@ -81,34 +81,6 @@ class Steps:
     def _sent(self, coefficients: Tensor) -> Tensor:
         assert isinstance(self.model, MergedModel)
         return self.model.sent(coefficients)
-
-    def _whole(self, sent: Tensor, work: Sequence[Pass]) -> Tensor:
-        assert isinstance(self.model, MergedModel)
-        self.model.write_sent(sent)
-        return self._after_writing(work)
-
-
-class _Recording:
-    """A recorded step with the memory of its coefficients and inputs, which are copied there before each replay."""
-
-    def __init__(
-        self,
-        recorder: Recorder,
-        step: Callable[[Tensor, Sequence[Pass]], Tensor],
-        sent: Tensor,
-        work: Sequence[Pass],
-    ):
-        self._sent = sent.clone()
-        self._work = [[part._replace(inputs=_map(torch.clone, part.inputs)) for part in parts] for parts in work]
-        self._repeat, self._packed = recorder(lambda: step(self._sent, self._work))
-
-    def replay(self, sent: Tensor, work: Sequence[Pass]) -> Tensor:
-        self._sent.copy_(sent)
-        for mine, given in zip(_parts(self._work), _parts(work), strict=True):
-            for kept, tensor in zip(_tensors(mine.inputs), _tensors(given.inputs), strict=True):
-                kept.copy_(tensor)
-        self._repeat()
-        return self._packed
 
 
 def recorder_for(model: object, objective_compares: bool, independent: bool) -> Recorder | None:
@@ -125,25 +97,21 @@ def recorder_for(model: object, objective_compares: bool, independent: bool) -> 
     if reason is not None:
         log.warning("AdaMerging runs without a CUDA graph: %s", reason)
         return None
-    return _cuda_graph
-
-
-def _cuda_graph(function: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
-    torch.cuda.synchronize()
-    torch.cuda.empty_cache()  # the recording keeps memory of its own
-    stream, current = torch.cuda.Stream(), torch.cuda.current_stream()
-    stream.wait_stream(current)
-    with torch.cuda.stream(stream):
-        function()
-    current.wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        packed = function()
-    return graph.replay, packed
+    return cuda_graph
 
 
 def _parts(work: Sequence[Pass]) -> list[Part]:
     return [part for parts in work for part in parts]
+
+
+def _inputs(work: Sequence[Pass]) -> list[Any]:
+    return [part.inputs for part in _parts(work)]
+
+
+def _with_inputs(work: Sequence[Pass], inputs: Iterable[Any]) -> list[Pass]:
+    """The same passes with other inputs."""
+    remaining = iter(inputs)
+    return [[part._replace(inputs=next(remaining)) for part in parts] for parts in work]
 
 
 def _shapes(work: Sequence[Pass]) -> Any:
@@ -151,24 +119,9 @@ def _shapes(work: Sequence[Pass]) -> Any:
     shapes = []
     for parts in work:
         for part in parts:
-            tensors = _tensors(part.inputs)
-            if part.target is not None or not tensors or not all(isinstance(each, Tensor) for each in tensors):
+            own = shapes_of(part.inputs)
+            if part.target is not None or own is None:
                 return None
-            shapes.append((part.task, part.share, *((tuple(each.shape), each.dtype) for each in tensors)))
+            shapes.append((part.task, part.share, *own))
         shapes.append(None)
     return tuple(shapes)
-
-
-def _map(function: Callable[[Tensor], Tensor], inputs: Any) -> Any:
-    if isinstance(inputs, Mapping):
-        return {key: _map(function, value) for key, value in inputs.items()}
-    if isinstance(inputs, tuple | list):
-        return tuple(_map(function, value) for value in inputs)
-    return function(inputs)
-
-
-def _tensors(inputs: Any) -> list[Any]:
-    """The tensors of a batch, in order, and whatever else is in it."""
-    found: list[Any] = []
-    _map(lambda each: found.append(each) or each, inputs)
-    return found

@@ -29,14 +29,28 @@ class Member:
     first: int
     blocks: int
 
+    def __post_init__(self):
+        last = torch.channels_last  # the kernels of convolutions may be so
+        self._channels_last = self.target.ndim == 4 and self.target.is_contiguous(memory_format=last)
+        plain = torch.empty(self.target.shape, device="meta")
+        self._strides = (plain.to(memory_format=last) if self._channels_last else plain).stride()
+
     def view(self, buffer: Tensor) -> Tensor:
-        """The tensor's part of a buffer (block, entry) of one value for each entry."""
-        return buffer[self.first : self.first + self.blocks].view(-1)[: self.target.numel()].view(self.target.shape)
+        """The tensor's part of a buffer (block, entry) of one value for each entry, in the tensor's order in memory."""
+        entries = buffer[self.first : self.first + self.blocks].view(-1)[: self.target.numel()]
+        return entries.as_strided(self.target.shape, self._strides)
 
     def rows(self, buffer: Float[Tensor, "block task width"]) -> Float[Tensor, "task entry"]:
         """The task vectors of the tensor, copied."""
-        blocks = buffer[self.first : self.first + self.blocks]
-        return blocks.transpose(0, 1).flatten(1)[:, : self.target.numel()]
+        entries = buffer[self.first : self.first + self.blocks].transpose(0, 1).flatten(1)
+        tasks = entries.as_strided((len(entries), *self.target.shape), (entries.stride(0), *self._strides))
+        return tasks.flatten(1)
+
+    def in_order(self, rows: Float[Tensor, "task entry"]) -> Float[Tensor, "task entry"]:
+        """Task vectors in the tensor's order in memory."""
+        if not self._channels_last:
+            return rows
+        return rows.view(-1, *self.target.shape).permute(0, 1, 3, 4, 2).flatten(1)
 
 
 class FlatTensors:
@@ -70,7 +84,7 @@ class FlatTensors:
     def _fill(self, member: Member, base: Tensor, held: Held) -> None:
         member.view(self.base).copy_(base)
         padded = self.rows.new_zeros(len(held), member.blocks * BLOCK)
-        padded[:, : member.target.numel()] = held.values.to(padded)
+        padded[:, : member.target.numel()] = member.in_order(held.values).to(padded)
         self.rows[member.first : member.first + member.blocks] = padded.view(len(held), -1, BLOCK).transpose(0, 1)
 
     def _attach(self, buffer: Tensor) -> None:

@@ -164,7 +164,7 @@ class MergedModel:
         if i in self._rows:
             return self._rows[i].combine(self._base[i], column)
         group, member = next((g, m) for g in self._flat for m in g.members if m.index == i)
-        return Held(member.rows(group.rows)).combine(member.view(group.base), column)
+        return Held(member.rows(group.rows)).combine(member.view(group.base).contiguous(), column)
 
     def _take(self, i: int, parameter: Tensor) -> None:
         if self._waiting or parameter.grad is None:

@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
@@ -31,7 +31,7 @@ def interpolation(
     *,
     points: Sequence[float] = POINTS,
     frozen: Sequence[str] = (),
-    batch_size: int = BATCH_SIZE,
+    batch_size: int | Literal["auto"] = BATCH_SIZE,
     track: Track = untracked,
 ) -> Finding:
     """Accuracy from the base (λ = 0) to each model (λ = 1) on its own task, and of their sum on all tasks.
@@ -66,7 +66,7 @@ def landscape(
     *,
     points: Sequence[float] = POINTS,
     frozen: Sequence[str] = (),
-    batch_size: int = BATCH_SIZE,
+    batch_size: int | Literal["auto"] = BATCH_SIZE,
     track: Track = untracked,
 ) -> Finding:
     """Accuracy of base + a τ_first + b τ_second over a grid of (a, b), for two models and their tasks.

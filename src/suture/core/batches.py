@@ -73,6 +73,13 @@ def size(batch: Any) -> int:
     return size(batch[0]) if isinstance(batch, tuple | list) else len(batch)
 
 
+def nbytes(batch: Any) -> int:
+    """The size of the tensors in a batch."""
+    if isinstance(batch, Mapping):
+        return sum(map(nbytes, batch.values()))
+    return sum(map(nbytes, batch)) if isinstance(batch, tuple | list) else batch.nbytes
+
+
 def take(batch: Any, index: Tensor | slice) -> Any:
     """The inputs at some positions."""
     if isinstance(batch, Mapping):
@@ -138,7 +145,7 @@ class Upcoming:
     def prepare(self) -> None:
         """Send the batches of the next step, if there is one; on a CPU they wait until they are asked for."""
         if self.device.type == "cuda" and not self._next:
-            self._next = [_sent(batch, self.device) for batch in islice(self.batches, 1)]
+            self._next = [sent(batch, self.device) for batch in islice(self.batches, 1)]
 
     def __next__(self) -> Any:
         return self._next.pop() if self._next else to_device(next(self.batches), self.device)
@@ -154,7 +161,7 @@ def ahead(batches: Iterable[Any], device: torch.device) -> Iterator[Any]:
         yield from (to_device(batch, device) for batch in batches)
         return
     source = iter(batches)
-    send = lambda: _END if (batch := next(source, _END)) is _END else _sent(batch, device)
+    send = lambda: _END if (batch := next(source, _END)) is _END else sent(batch, device)
     with ThreadPoolExecutor(1) as reader:
         sending = deque(reader.submit(send) for _ in range(_AHEAD))
         while (batch := sending.popleft().result()) is not _END:
@@ -176,13 +183,13 @@ def channels_last(inputs: Any) -> Any:
     return inputs.contiguous(memory_format=torch.channels_last)
 
 
-def _sent(inputs: Any, device: torch.device) -> Any:
-    """As `to_device`, without waiting for the copy."""
+def sent(inputs: Any, device: torch.device) -> Any:
+    """As `to_device`, from pinned memory and without waiting for the copy to a GPU."""
     if isinstance(inputs, Mapping):
-        return {key: _sent(value, device) for key, value in inputs.items()}
+        return {key: sent(value, device) for key, value in inputs.items()}
     if isinstance(inputs, tuple | list):
-        return tuple(_sent(value, device) for value in inputs)
-    if not isinstance(inputs, Tensor) or inputs.device.type != "cpu":
+        return tuple(sent(value, device) for value in inputs)
+    if not isinstance(inputs, Tensor) or inputs.device.type != "cpu" or device.type == "cpu":
         return to_device(inputs, device)
     return inputs.pin_memory().to(device, non_blocking=True)
 

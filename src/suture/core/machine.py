@@ -7,6 +7,7 @@ import platform
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -51,6 +52,7 @@ class Meter:
 
 
 _highest = [0]  # the peak from before the kernel's was begun anew
+_highest_on_device = [0]  # and torch's
 
 
 def _restart_peak() -> bool:
@@ -81,8 +83,29 @@ def peak_memory() -> dict[str, int]:
     if process := max(_resident_peak(), _highest[0]):
         peaks["process"] = process
     if torch.cuda.is_available():
-        peaks["accelerator"] = max(torch.cuda.max_memory_allocated(i) for i in range(torch.cuda.device_count()))
+        peaks["accelerator"] = max(_highest_on_device[0], _device_peak())
     return peaks
+
+
+def _device_peak() -> int:
+    return max((torch.cuda.max_memory_allocated(i) for i in range(torch.cuda.device_count())), default=0)
+
+
+def memory_of(function: Callable[[], Any], device: torch.device) -> int:
+    """Bytes that a call takes on a GPU at its peak, beyond what is allocated before it."""
+    _highest_on_device[0] = max(_highest_on_device[0], _device_peak())
+    before = torch.cuda.memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    function()
+    return torch.cuda.max_memory_allocated(device) - before
+
+
+def free_memory(device: torch.device) -> int | None:
+    """Bytes that tensors can still take on a GPU, what torch holds unused included; None for other devices."""
+    if device.type != "cuda":
+        return None
+    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + unused
 
 
 def give_back_freed_memory() -> None:

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, overload
 import torch
 from torch import Tensor, nn
 
+from suture.core.batch_sizes import check_batch_size, fitting, fixed_size
 from suture.core.batches import Forward, ahead, call, device_of, evaluation_mode, take, to_device
 from suture.core.fabric import Team
 from suture.core.progress import Track, untracked
@@ -41,10 +42,11 @@ class Scorer:
 
     A module is put in evaluation mode for this, and batches are moved to its device; with several `devices`, copies of
     it share the batches. So do the processes of a `fabric`, all of which make the same calls and have the results; with
-    the strategy fsdp each has a part of the module's weights, which may lie in mapped files.
+    the strategy fsdp each has a part of the module's weights, which may lie in mapped files. With `batch_size` "auto"
+    there are as many inputs as fit in the memory of a GPU, and 256 elsewhere.
     """
 
-    batch_size: int = BATCH_SIZE
+    batch_size: Any = BATCH_SIZE
     track: Track = untracked
     forward: Forward = call
     devices: Sequence[torch.device] = ()
@@ -71,8 +73,9 @@ class Scorer:
             raise ConfigError(f"Task {task.name!r} is scored by {task.requests.scoring.metric}, not by its labels.")
         if len(task) == 0:
             raise DataError(f"Task {task.name!r} has no inputs to evaluate on.")
-        if self.batch_size < 1:
-            raise ConfigError(f"batch_size={self.batch_size}: wanted 1 or more.")
+        check_batch_size("batch_size", self.batch_size)
+        if not isinstance(self.batch_size, int):
+            return self._fitting(model, task).each_batch(model, task, function, name)
         results, placed = [], self.team.placed(model)
         described, starts = f"{name}: {task.name}", range(0, len(task), self.batch_size)
         with self.team.scoring(), evaluation_mode(placed.module), self.track(described, len(task)) as advance:
@@ -83,6 +86,15 @@ class Scorer:
                 results.append(function(logits, labels))
                 advance(len(labels))
         return torch.cat(results)
+
+    def _fitting(self, model: Model | Placed, task: TaskInputs) -> "Scorer":
+        """The scorer with a batch size for this model and task that fits."""
+        module = model.module if isinstance(model, Placed) else model
+        if self.team.world > 1 or not isinstance(module, nn.Module):  # all processes must have the same batches
+            return replace(self, batch_size=fixed_size(self.batch_size))
+        with torch.inference_mode(), evaluation_mode(module):
+            found, forward = fitting(self.batch_size, "scored", self.forward, module, task.inputs, device_of(module))
+        return replace(self, batch_size=found, forward=forward)
 
     def _outputs(self, placed: Placed, task: TaskInputs, starts: Iterable[int]) -> Iterator[Tensor]:
         """The model's output for each batch, on its device. Several processes, or else `devices`, share the batches."""

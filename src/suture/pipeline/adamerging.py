@@ -164,7 +164,7 @@ class AdaMerging(MethodBase, AdaMergingOptions):
             test = {name: inputs["test"][name] for name in models.experts}
             return context.scorer.row(f"{self.name} @ {step}", module, test).mean
 
-        encoder = models.new_encoder()  # before processes are forked, so that they share it
+        encoder = context.device.ordered(models.new_encoder())  # before processes are forked, so that they share it
 
         def adapt_on(fabric: Any) -> AdaMergingResult:
             with context.watch(self.name, steps, resume, quiet=fabric.global_rank > 0) as watch:
@@ -226,6 +226,6 @@ class AdaMergingSurgery(AdaMerging):
 def _feature_norms(
     models: Models, merged: Mapping[str, Tensor], inputs: Mapping[str, Any], context: Context
 ) -> dict[str, FeatureNorm]:
-    load, load_expert = (models.loader(context.device.device, unread=context.sharded) for _ in range(2))
+    load, load_expert = (models.loader(context.device, unread=context.sharded) for _ in range(2))
     options: dict[str, Any] = {"forward": context.device.call, "num_inputs": COMPARED, "fabric": context.group}
     return feature_norms(load(merged), lambda task: load_expert(models.experts[task]), inputs, **options)

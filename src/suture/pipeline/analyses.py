@@ -8,6 +8,7 @@ from typing import Any
 from suture.analysis import Finding, save
 from suture.analysis.registry import Analysis, get_analysis
 from suture.checkpoints import open_checkpoint
+from suture.core.batch_sizes import fixed_size
 from suture.core.extras import check_installed
 from suture.core.knobs import Knobs
 from suture.core.progress import Profile, bar
@@ -119,7 +120,7 @@ def _on_features(
 
     few = {task: data.first(INPUTS).inputs for task, data in test.items() if task in models.experts}
     knobs = {key: value for key, value in knobs.items() if key not in _MERGED["features"]}
-    return function(module, expert, few, batch_size=settings.batch_size, track=bar, **knobs)
+    return function(module, expert, few, batch_size=fixed_size(settings.batch_size), track=bar, **knobs)
 
 
 def _frozen(settings: Settings) -> tuple[str, ...]:

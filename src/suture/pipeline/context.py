@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from suture.core.batch_sizes import AUTO, AutoSize, BatchSize, fixed_size
 from suture.core.fabric import SHARDED, OneDevice, forks, launch, make_fabric, make_logger
 from suture.core.progress import Profile, Track, bar, untracked
 from suture.evaluation import Scorer
@@ -21,7 +22,7 @@ T = TypeVar("T")
 FEW = 3  # steps of a fast_dev_run
 _ROUNDED = {
     "tf32": "Products of float32 matrices ran in TF32 (fabric.tf32=true).",
-    "channels_last": "Pictures were passed with channels last (fabric.channels_last=true).",
+    "channels_last": "Pictures and kernels had their channels last (fabric.channels_last=true).",
 }
 Watch = Callable[[int, float, Tensor | None], None]  # step, loss, values
 
@@ -32,18 +33,20 @@ class Context:
 
     `fingerprint` identifies the run's inputs: hashes of the models, and the tasks' keys. Logs are written below
     `folder`, and encodings are cached in `encodings` during the run. `resumed`: state file → number of resumed steps.
-    `group`: Fabric with the processes that have a part of the weights each, inside `together`.
+    `auto_size` finds batch sizes for batch_size=auto. `group`: Fabric with the processes that have a part of the
+    weights each, inside `together`.
     """
 
     folder: Path
     fingerprint: str = ""
     fabric: Mapping[str, Any] = field(default_factory=dict)
     seed: int = 0
-    batch_size: int = 256
+    batch_size: BatchSize = 256
     fast: bool = False
     profile: Profile = field(default_factory=Profile)
     encodings: Path | None = None
     resumed: dict[Path, int] = field(default_factory=dict)
+    auto_size: AutoSize = field(default_factory=AutoSize)
     group: Any = None
 
     @cached_property
@@ -52,9 +55,14 @@ class Context:
         return OneDevice(self.fabric)
 
     @property
+    def sizes(self) -> BatchSize:
+        """The number of inputs that are encoded or scored at once, or the search for it."""
+        return self.auto_size if self.batch_size == AUTO else self.batch_size
+
+    @property
     def scorer(self) -> Scorer:
         """The scorer with the run's batch size, device and precision."""
-        return Scorer(self.batch_size, self.track, self.device.call, self.replicas, self.group)
+        return Scorer(self.sizes, self.track, self.device.call, self.replicas, self.group)
 
     @property
     def sharded(self) -> bool:
@@ -86,7 +94,8 @@ class Context:
 
     def resume(self, cache_dir: str, work: Mapping[str, Any]) -> Resume:
         """The state file of this work, named by a hash of everything that determines its result."""
-        fast = str(self.batch_size if self.fast else "")  # the number of inputs of each task in a fast_dev_run
+        few = fixed_size(self.batch_size)  # inputs of each task in a fast_dev_run
+        fast = str(few if self.fast else "")
         decisive = {**work, "seed": str(self.seed), "fast_dev_run": fast, "inputs": self.fingerprint}
         decisive |= {"device": self.device.device.type, "precision": self.device.precision}
         decisive |= {"devices": str(self.fabric.get("devices"))}
@@ -140,8 +149,8 @@ class Context:
             logger.finalize("success")
 
     def notes(self) -> list[str]:
-        """One line for each resumed loop, and one for each key of `fabric` that changes how passes round."""
-        told = [line for key, line in _ROUNDED.items() if self.fabric.get(key)]
+        """One line for each resumed loop, for batch sizes that were found, and for keys of `fabric` with an effect."""
+        told = [*(line for key, line in _ROUNDED.items() if self.fabric.get(key)), *self.auto_size.notes]
         if self.sharded:
             told.append("Weights were split over processes (fabric.strategy=fsdp). Representations were not compared.")
         return told + [

@@ -1,5 +1,6 @@
 """The fits of repairs to a merged model of a pool, on the inputs of its task pool."""
 
+import math
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import fields, replace
@@ -31,6 +32,7 @@ from suture.repairs import (
     get_repair_kind,
     representation,
 )
+from suture.repairs.problem import READ_EVERY
 
 
 def fit(
@@ -83,12 +85,12 @@ def _fit_here(
 ) -> RepairResult:
     """Fit one repair, with its router, in this process or in each of a group."""
     device, options = context.device, repair.options
-    load, load_expert = (models.loader(device.device, unread=context.sharded) for _ in range(2))
+    load, load_expert = (models.loader(device, unread=context.sharded) for _ in range(2))
     free = models.base.select({name: name for name in models.vectors().names})
-    sizes = {"encode_batch": context.batch_size, "track": context.track, "base": free, "devices": context.replicas}
+    sizes = {"encode_batch": context.sizes, "track": context.track, "base": free, "devices": context.replicas}
     expert = lambda task: load_expert(models.experts[task])
     if repair.kind.static and models.can_be_unread:
-        unread = models.loader("cpu", unread=True)
+        unread = models.loader(context.device, unread=True)
         sizes["unread"] = lambda task: unread(models.experts[task])
     encodings = _encodings(options, context)
     problem = Problem(load(merged.tensors), expert, few, device.call, encodings, fabric=context.group, **sizes)
@@ -116,7 +118,7 @@ def _compared(
     if not isinstance(result.model, SurgeryModel | StaticModel):
         return None
     device = context.device
-    load, load_expert = (models.loader(device.device) for _ in range(2))
+    load, load_expert = (models.loader(device) for _ in range(2))
     few = {name: inputs["test"][name].first(options.compare).inputs for name in models.experts}
     sides: dict[str, Any] = {"merged": load(merged.tensors), "forward": device.call, "track": bar}
     return representation(result.model, lambda task: load_expert(models.experts[task]), few, **sides)
@@ -138,7 +140,7 @@ def _taken_over(
 ) -> RepairResult:
     """The result with its model again, whose weights are read when they are needed."""
     facts, path = handed
-    load, forward = models.loader("cpu", unread=True), context.device.call
+    load, forward = models.loader(context.device, unread=True), context.device.call
     if get_repair_kind(facts["kind"]).static:
         tasks = tuple(models.experts)
         model: Any = StaticModel(load(open_checkpoint(path)), tasks, forward=forward, kind=facts["kind"])
@@ -180,6 +182,7 @@ def _fitted(
                     live = RepairResult(kind.name, model, losses[None], encodings=encodings)
                     scores[step + 1] = repair_rows(live, merged.label, problem.tasks, inputs, context)[0].mean
 
-            problem = replace(problem, resume=resume, on_step=on_step)
+            every = math.gcd(options.eval_iterations, READ_EVERY)  # no block of steps reaches over a score
+            problem = replace(problem, resume=resume, on_step=on_step, look_every=every, profile=context.profile)
         result = kind.function(problem, **knobs)
     return replace(result, scores=scores)

@@ -9,6 +9,7 @@ from annotated_types import Ge, Gt, Le
 from torch import Tensor
 
 from suture.adaptation import InputMerge, esm, fisher, regmean, regmean_pp
+from suture.core.batch_sizes import fixed_size
 from suture.core.progress import bar
 from suture.evaluation import SplitInputs, TaskInputs
 from suture.pipeline.context import Context
@@ -74,7 +75,7 @@ class RegMean(InputMethod):
     off_diagonal: Annotated[float, Ge(0), Le(1)] = 0.95
 
     def _merged(self, given, shared, tasks, context) -> InputMerge:
-        return regmean(*given, off_diagonal=self.off_diagonal, batch_size=context.batch_size, **shared)
+        return regmean(*given, off_diagonal=self.off_diagonal, batch_size=fixed_size(context.batch_size), **shared)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,7 +92,7 @@ class RegMeanPP(InputMethod):
 
     def _merged(self, given, shared, tasks, context) -> InputMerge:
         own = {"off_diagonal": self.off_diagonal, "after_blocks": self.after_blocks, "blocks": self.blocks}
-        sizes = {"batch_size": context.batch_size, "cache": context.encodings}
+        sizes = {"batch_size": fixed_size(context.batch_size), "cache": context.encodings}
         return regmean_pp(*given, **own, **sizes, **shared)
 
 
@@ -107,7 +108,7 @@ class Esm(InputMethod):
     num_inputs: Annotated[int, Ge(1)] = 32
 
     def _merged(self, given, shared, tasks, context) -> InputMerge:
-        return esm(*given, alpha=self.alpha, batch_size=context.batch_size, **shared)
+        return esm(*given, alpha=self.alpha, batch_size=fixed_size(context.batch_size), **shared)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,6 +14,7 @@ from suture.checkpoints import Checkpoint, allocate_checkpoint, open_checkpoint,
 from suture.checkpoints.adapter_bases import base_notes
 from suture.checkpoints.adapters import is_adapter
 from suture.checkpoints.matching import Matched, matched
+from suture.core.fabric import OneDevice
 from suture.errors import PRETRAINED, CheckpointError, ConfigError
 from suture.families import Encoder, Family, family
 from suture.families.shared.unread import unread_encoder
@@ -46,16 +47,14 @@ class Models:
         """A module with the pretrained weights, in evaluation mode."""
         return self.family.encoder().eval().to(device)
 
-    def loader(
-        self, device: torch.device | str, *, unread: bool = False
-    ) -> Callable[[Mapping[str, Tensor]], nn.Module]:
+    def loader(self, device: OneDevice, *, unread: bool = False) -> Callable[[Mapping[str, Tensor]], nn.Module]:
         """A function from merged tensors to an encoder with them, on the device: one module, loaded anew each time.
 
         With `unread` they are different modules on the CPU, whose weights are read when they are needed.
         """
         if unread:
             return partial(unread_encoder, self._unread)
-        return self.new_encoder(device).load
+        return device.ordered(self.new_encoder(device.device)).load
 
     @cached_property
     def can_be_unread(self) -> bool:

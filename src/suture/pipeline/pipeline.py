@@ -9,6 +9,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from suture.checkpoints import open_checkpoint
+from suture.core.batch_sizes import fixed_size
 from suture.core.extras import check_installed
 from suture.core.machine import circumstances
 from suture.core.progress import Profile, bar
@@ -132,7 +133,7 @@ def prepare(
         profile,
         encodings,
     )
-    few = settings.batch_size if settings.fast else None
+    few = fixed_size(settings.batch_size) if settings.fast else None
     return context, SplitInputs(models.family, settings.tasks, first=few, track=bar, profile=profile)
 
 

@@ -6,6 +6,7 @@ from typing import Any, Literal, get_args
 
 from suture import tasks as data
 from suture.adaptation.network import check_concatenation
+from suture.core.batch_sizes import fixed_size
 from suture.core.extras import check_installed
 from suture.core.fabric import SHARDED
 from suture.core.names import in_bytes
@@ -182,7 +183,7 @@ class _Counting:
     def counts(self, split: Split) -> dict[str, int]:
         """The number of inputs of every task."""
         if split not in self._counts:
-            few = self.settings.batch_size if self.settings.fast else None
+            few = fixed_size(self.settings.batch_size) if self.settings.fast else None
             counts = {}
             for task in self.settings.tasks:
                 rows = data.load(task, split) if task.score is None else data.passages(task, split)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from suture import __version__
 from suture.checkpoints import Checkpoint
+from suture.core.batch_sizes import AUTO
 from suture.evaluation import Row, SplitInputs, TaskInputs
 from suture.evaluation.accuracy import with_language_scores
 from suture.pipeline.context import Context
@@ -52,7 +53,7 @@ def score_merge(
     _ = inputs["test"]  # is decoded once, before processes are forked
 
     def rows(context: Context) -> list[Row]:
-        load = models.loader(context.device.device, unread=context.sharded)
+        load = models.loader(context.device, unread=context.sharded)
         rows = [context.scorer.row(row, load(result.tensors), inputs["test"])]
         for repair in repairs:
             rows += repair_rows(repair, result.label, models.experts, inputs, context)
@@ -67,7 +68,7 @@ def score_model(name: str, model: Checkpoint, models: Models, inputs: SplitInput
     test = inputs["test"]
 
     def row(context: Context) -> Row:
-        return context.scorer.row(name, models.loader(context.device.device, unread=context.sharded)(model), test)
+        return context.scorer.row(name, models.loader(context.device, unread=context.sharded)(model), test)
 
     return context.together(row)
 
@@ -77,7 +78,7 @@ def expert_matrix(models: Models, inputs: SplitInputs, context: Context) -> list
     test = inputs["test"]
 
     def rows(context: Context) -> list[Row]:
-        load = models.loader(context.device.device, unread=context.sharded)
+        load = models.loader(context.device, unread=context.sharded)
         return context.scorer.matrix(lambda task: load(models.experts[task]), test, models.experts)
 
     return context.together(rows)
@@ -209,7 +210,7 @@ def _from_data(data: dict[str, Any]) -> Row:
 
 
 def _score_references(models: Models, test: Mapping[str, TaskInputs], context: Context) -> tuple[Row, Row | None]:
-    load = models.loader(context.device.device, unread=context.sharded)
+    load = models.loader(context.device, unread=context.sharded)
     row = Row("pretrained", {}, role="pretrained")
     pretrained = context.scorer.row(row, load(models.base), test)
     names = {task: data.expert for task, data in test.items()}
@@ -247,7 +248,9 @@ def _features(result: RepairResult, model: Any, test: Mapping[str, TaskInputs], 
     """The merged model's features of all test inputs, encoded once in a run."""
     network, inputs = model.network, {name: task.inputs for name, task in test.items()}
     experts: dict[str, Any] = dict.fromkeys(inputs, network.module)
-    problem = Problem(network.module, experts, inputs, context.device.call, result.encodings, fabric=context.group)
+    sizes: dict[str, Any] = {"encode_batch": context.sizes} if context.batch_size == AUTO else {}
+    sizes["fabric"] = context.group
+    problem = Problem(network.module, experts, inputs, context.device.call, result.encodings, **sizes)
     return {name: problem.merged_rows(name, rows) for name, rows in inputs.items()}
 
 

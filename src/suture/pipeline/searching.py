@@ -276,7 +276,7 @@ class _Scoring:
 
     @cached_property
     def encoder(self) -> Any:
-        return self.models.new_encoder(self.context.device.device)
+        return self.context.device.ordered(self.models.new_encoder(self.context.device.device))
 
     @cached_property
     def tasks(self) -> dict[str, TaskInputs]:

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from suture.core.batch_sizes import BatchSize
 from suture.core.fabric import check_fabric
 from suture.errors import ConfigError
 from suture.pipeline.generations import Generation
@@ -15,6 +16,7 @@ from suture.pipeline.repairs import JOIN, Repair
 from suture.storage.atomic import new_folder
 
 _RANGES = {"threads": (0, 4096), "batch_size": (1, 2**31), "seed": (0, 2**63 - 1)}
+_WORDS = {"batch_size": "auto"}  # that may stand for a number
 
 
 @dataclass(frozen=True)
@@ -30,7 +32,7 @@ class Settings:
     reuse: bool = False
     dry_run: bool = False
     threads: int = 0
-    batch_size: int = 256
+    batch_size: BatchSize = 256
     fast: bool = False
     seed: int = 0
     fabric: Mapping[str, Any] = field(default_factory=dict)
@@ -43,8 +45,11 @@ class Settings:
         values = dict(config["method"])
         method = chosen_method(values.pop("name"), values)
         for key, (least, most) in _RANGES.items():
+            if config[key] == _WORDS.get(key, ...):
+                continue
             if not isinstance(config[key], int) or isinstance(config[key], bool) or config[key] < least:
-                raise ConfigError(f"{key}={config[key]!r}: wanted a whole number, {least} or more.")
+                word = f", or {_WORDS[key]}" if key in _WORDS else ""
+                raise ConfigError(f"{key}={config[key]!r}: wanted a whole number, {least} or more{word}.")
             if config[key] > most:
                 raise ConfigError(f"{key}={config[key]}: wanted at most {most}.")
         for key in ("overwrite", "reuse", "dry_run", "fast_dev_run"):

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from suture.core.batch_sizes import fixed_size
 from suture.core.batches import size, take, to_device
 from suture.core.machine import peak_memory
 from suture.errors import OutputError
@@ -86,9 +87,9 @@ def _measured(settings: Settings, models: Models) -> Slopes:
     merging = 0.0 if settings.method.static is None else _merging(settings, models)
     if not settings.tasks or settings.tasks[0].score is not None:
         return Slopes(merging=merging, read=read, write=write)
-    context = Context(settings.output, "", settings.fabric, settings.seed, settings.batch_size)
+    context = Context(settings.output, "", settings.fabric, settings.seed, fixed_size(settings.batch_size))
     encoder = models.new_encoder(context.device.device)
-    count = min(settings.batch_size, _FEW)
+    count = min(fixed_size(settings.batch_size), _FEW)
     task = task_inputs(models.family, settings.tasks[0], first=count)
     learned = isinstance(settings.method, AdaMerging)
     backward = _backward(context, encoder, task, settings.method.batch_size) if learned else 0.0  # type: ignore[union-attr]
@@ -144,4 +145,4 @@ def _merging(settings: Settings, models: Models) -> float:
 
 
 def _on_device() -> int:
-    return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
+    return peak_memory().get("accelerator", 0)

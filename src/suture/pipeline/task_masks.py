@@ -91,7 +91,7 @@ class EmrMerging(MethodBase):
         options = RepairOptions(split=self.split, num_inputs=self.num_inputs, router=self.router)
         chosen, few = options.select(inputs, model.tasks, context.seed)
         module = model.network.module
-        sizes: dict[str, Any] = {"encode_batch": context.batch_size, "track": bar}
+        sizes: dict[str, Any] = {"encode_batch": context.sizes, "track": bar}
         problem = Problem(module, dict.fromkeys(few, module), few, context.device.call, context.encodings, **sizes)
         add_router(model, problem, self.router, context.seed)
         return sum(map(len, chosen.values()))

@@ -23,6 +23,7 @@ from suture.adaptation.grams import Positions
 from suture.adaptation.layer_calls import Call, Layer, LayerCalls
 from suture.adaptation.layer_weights import write_layer
 from suture.adaptation.walk import Store, Walk, make_plan, new_store, probe_of
+from suture.core.batch_sizes import fixed_size
 from suture.core.batches import device_of, size, split, to_device
 from suture.core.fabric import Team
 from suture.core.hosting import hosted_copy
@@ -112,7 +113,8 @@ class _Calibration:
     ):
         self.problem, self.student, self.blocks = problem, student, blocks
         self.settings, self.store = settings, store
-        self.batches = {task: list(split(inputs, problem.encode_batch)) for task, inputs in problem.inputs.items()}
+        number = fixed_size(problem.encode_batch)
+        self.batches = {task: list(split(inputs, number)) for task, inputs in problem.inputs.items()}
         probe = to_device(probe_of(problem.inputs), device_of(student))
         self.plan = make_plan(student, problem.forward, [block.path for block in blocks], probe)
         self.experts = ExpertCopies(problem)

@@ -8,7 +8,7 @@ only gradients of activations are computed.
 Means are over all positions, or, for texts with an `attention_mask`, over those that are not padding.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import groupby
 from typing import Annotated, Any, Literal
 
@@ -20,13 +20,15 @@ from suture.adaptation.network import check_concatenation
 from suture.core.batches import concatenate as concatenated
 from suture.core.batches import joinable, size, take, to_device
 from suture.merging.task_vectors import compute_dtype
+from suture.repairs.captured import capture_of
 from suture.repairs.final import set_means
-from suture.repairs.fitting import Descent, Losses, Optimizer, descend
+from suture.repairs.fitting import BatchLosses, Descent, Optimizer, descend
 from suture.repairs.layerwise import fit_layerwise
 from suture.repairs.modules import SurgeryModules, Variant, auto_variants
 from suture.repairs.network import FINAL, Block, Network, by_layer, find_blocks, layers_of, position_mean
 from suture.repairs.problem import Order, Problem
 from suture.repairs.registry import repair_kind
+from suture.repairs.resident import Batches, resident
 from suture.repairs.results import RepairResult, surgery_result
 
 
@@ -45,6 +47,7 @@ def deep(
     blocks: str | list[str] | None = None,
     channel_axis: int | None = None,
     concatenate: bool | None = None,
+    capture: bool = False,
 ) -> RepairResult:
     """Fit modules after every block and on the final feature, by Adam.
 
@@ -55,7 +58,8 @@ def deep(
     fixed, without a backward pass through the network. It holds all tokens of one block and task in memory. Its steps
     are counted over all layers and tasks, and losses are nan for the tasks that are not being fitted. `blocks` and
     `channel_axis`: see `find_blocks`. `concatenate` runs all tasks in one pass; by default where this is exact, but
-    on a CPU only for networks below ten million parameters.
+    on a CPU only for networks below ten million parameters. With `capture` a step of a joint fit is recorded on a GPU
+    as a CUDA graph and replayed.
     """
     module, forward = problem.running
     layout = {"forward": forward, "blocks": blocks, "channel_axis": channel_axis}
@@ -75,11 +79,13 @@ def deep(
         for modules, *rows in zip(repairs.values(), *(by_layer(task, chosen) for task in merged), strict=True):
             set_means(modules, rows)
     groups = [slice(0, len(targets))] if together else [slice(t, t + 1) for t in range(len(targets))]
-    descent = Descent(list(repairs.values()), groups, lr, optimizer, problem.team)
-    losses = deep_losses(problem, network, list(repairs.values()), targets, order)
+    recorded = capture_of("deep", problem, optimizer) if capture else None
+    descent = Descent(list(repairs.values()), groups, lr, optimizer, problem.team, capturable=recorded is not None)
+    losses = deep_losses(problem, network, list(repairs.values()), targets, order, steps=steps)
     last = -(-max(map(len, targets)) // batch_size)  # the final steps that use every input once
-    options = {"resume": problem.resume, "on_step": problem.on_step}
-    history = descend(descent, steps, losses, repairs, watched=last, **options)
+    options = {"capture": recorded, "read_every": problem.read_every}
+    saving = {"resume": problem.resume, "on_step": problem.on_step}
+    history = descend(descent, steps, losses, repairs, watched=last, **options, **saving)
     return surgery_result("deep", problem, repairs, history, chosen, notes=notes)
 
 
@@ -124,28 +130,43 @@ def deep_losses(
     network: Network,
     repairs: Sequence[SurgeryModules],
     targets: Sequence[Tensor],
-    batches: Callable[[int], Sequence[Tensor]],
-) -> Losses:
+    batches: Batches,
+    *,
+    steps: int | None = None,
+) -> BatchLosses:
     """The losses of some tasks at a step, with a graph through the corrected network: this process's share of them.
 
-    The batches are positions in the `targets`, and in the inputs that these were encoded from.
+    The batches are positions in the `targets`, and in the inputs that these were encoded from. Given the number of
+    `steps`, an accelerator keeps inputs and targets that fit, and draws the batches there.
     """
     used = batches.inputs if isinstance(batches, Order) else problem.inputs.__getitem__
     inputs = [used(task) for task in problem.tasks]
+    kept = resident([inputs, targets], batches, steps, network.device)
+    count = len(batches(0)[0])
+    own, weight = problem.team.share(count)
 
-    def losses(step: int, which: slice) -> Tensor:
-        chosen, everyone = range(which.start, which.stop), batches(step)
-        own, weight = problem.team.share(len(everyone[0]))
-        indices = [at[own] for at in everyone]
+    def batch(step: int, which: slice) -> dict[str, Any]:
+        chosen = range(which.start, which.stop)
+        if kept is not None:
+            problem.passes.merged += count * len(chosen)
+            return {"positions": kept.positions(step)[which][:, own]}
+        indices = [at[own] for at in batches(step)]
         parts = [to_device(take(inputs[t], indices[t]), network.device) for t in chosen]
         if not all(joinable(parts[0], part) for part in parts):  # texts of different lengths: task by task
-            return torch.cat([losses(step, slice(t, t + 1)) for t in chosen])
-        joined = concatenated(parts)
-        problem.passes.merged += sum(len(everyone[t]) for t in chosen)
-        expected = torch.stack([targets[t][indices[t]] for t in chosen]).to(network.device)
-        return weight * _pass_losses(network, repairs, joined, which, by_layer(expected, network.blocks))
+            return {"apart": [batch(step, slice(t, t + 1)) for t in chosen]}
+        problem.passes.merged += count * len(chosen)
+        expected = torch.cat([targets[t][indices[t]] for t in chosen]).to(network.device)
+        return {"rows": (concatenated(parts), expected)}
 
-    return losses
+    def of(given: Mapping[str, Any], which: slice) -> Tensor:
+        if "apart" in given:
+            singly = zip(given["apart"], range(which.start, which.stop), strict=True)
+            return torch.cat([of(one, slice(t, t + 1)) for one, t in singly])
+        joined, expected = given["rows"] if kept is None else kept.take(given["positions"])
+        goals = by_layer(expected.view(which.stop - which.start, -1, expected.shape[-1]), network.blocks)
+        return weight * _pass_losses(network, repairs, joined, which, goals)
+
+    return BatchLosses(batch, of)
 
 
 def _pass_losses(

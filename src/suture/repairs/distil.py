@@ -15,6 +15,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from suture.adaptation.network import check_concatenation
+from suture.core.batch_sizes import fixed_size
 from suture.core.batches import Inputs, evaluation_mode, joinable, size, take, to_device
 from suture.core.batches import concatenate as concatenated
 from suture.core.fabric import Team
@@ -81,7 +82,7 @@ def distil(
     team = Team() if buffers else problem.team  # statistics of a batch need the whole batch
     distances = _Distances(problem, network, {task: order.inputs(task) for task in learned}, chosen, loss, team)
     alone = _Distances(problem, network, kept, (), loss, Team())
-    check = partial(_mean_distance, alone, problem.encode_batch, problem.team)
+    check = partial(_mean_distance, alone, fixed_size(problem.encode_batch), problem.team)
     fused = problem.device.type == "cuda"  # without copies of all weights at once
     chosen_optimizer = _OPTIMIZERS[optimizer](weights, lr=lr, weight_decay=weight_decay, fused=fused)
     training = Training(weights, chosen_optimizer, buffers=buffers, check=check if kept else None, team=team)

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
+from suture.core.batch_sizes import BatchSize
 from suture.core.batches import Forward, call, device_of
 from suture.core.progress import Track, untracked
 from suture.errors import ConfigError, unknown_name
@@ -29,9 +30,10 @@ def repair(
     router: bool | str = False,
     forward: Forward = call,
     cache: str | os.PathLike[str] | None = None,
-    encode_batch: int = 64,
+    encode_batch: BatchSize = 64,
     resume: Resume | None = None,
     on_step: OnStep | None = None,
+    look_every: int = 1,
     track: Track = untracked,
     base: Mapping[str, Tensor] | None = None,
     fabric: "Fabric | None" = None,
@@ -43,12 +45,14 @@ def repair(
     never changed. `inputs[task]` is (N, …), a mapping of such tensors for keyword arguments, a loader of batches, or a
     file of tensors; labels are left out. `experts` is a mapping task → module, or a function that returns a task's
     module and may load all of them into one (but not into `module`).
+    Inputs are encoded `encode_batch` at a time, or with "auto" as many as fit in the memory of a GPU.
     `kind` is a name from `repair_kinds()`, and `knobs` are that kind's. Encodings are cached in the folder `cache`,
     keyed by the content of weights and inputs. With a `router` ("linear", which True means, or "centroids"), fitted on
     the same inputs, the model needs no task's name. With `resume` an interrupted loop continues with bit-identical
     results. `base` is the pretrained model's state under the module's names, for the kinds that change weights: tensors
     that it lacks stay as they are.
-    `on_step(step, losses, modules)` gets the live modules of every layer after each step.
+    `on_step(step, losses, modules)` gets the live modules of every layer after each step; on an accelerator, surgery
+    may tell `look_every` steps at once, with the modules after the last of them, and then waits for it less often.
     The processes of a `fabric`, all of which make this call, share encodings, the inputs of a step (deep, distil) or
     tasks (calibrate), and have the same result; each has module and experts on its own device. Files are written,
     `on_step` is called and progress is told by process 0 alone. With the strategy fsdp of `make_fabric` the weights of
@@ -78,7 +82,8 @@ def repair(
         inputs = {task: inputs_of(given, task) for task, given in inputs.items()}
     if fabric is not None and fabric.global_rank > 0:
         resume, on_step, track = resume and resume.read_only(), None, untracked
-    options = {"resume": resume, "on_step": on_step, "track": track, "base": base, "fabric": fabric}
+    telling = {"on_step": on_step, "look_every": look_every, "track": track}
+    options = {"resume": resume, "base": base, "fabric": fabric, **telling}
     problem = Problem(module, experts, inputs, forward, cache, encode_batch, **options)
     if chosen.whole and problem.team.sharded:
         raise ConfigError(f"fabric.strategy=fsdp with repair={kind}, which needs whole weights. Remedy: leave one out.")

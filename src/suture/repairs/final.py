@@ -13,6 +13,7 @@ from annotated_types import Ge, Gt
 from torch import Tensor
 
 from suture.merging.task_vectors import compute_dtype
+from suture.repairs.captured import capture_of
 from suture.repairs.fitting import Descent, Optimizer, constant_losses, descend
 from suture.repairs.modules import SurgeryModules, Variant, auto_variants
 from suture.repairs.network import FINAL
@@ -34,10 +35,14 @@ def final(
     seed: int = 0,
     optimizer: Optimizer = "adam",
     variant: Variant | Literal["auto"] = "auto",
+    capture: bool = False,
 ) -> RepairResult:
     """Fit ẑ = z − U·ReLU(D·z) to the expert's feature: mean |ẑ − z_expert| over batch and dim, by Adam.
 
     `variant="auto"` is `standard`, or `centred` where nearly all features are non-negative; see `auto_variants`.
+
+    On a GPU the features are kept on the device where they fit; with `capture` a step is recorded there as a CUDA graph
+    and replayed.
 
     Without a cache, only the inputs that some step uses are encoded; with a cache, all of them, so that another rank,
     lr, seed or number of steps needs no forward pass.
@@ -47,14 +52,17 @@ def final(
     targets = [problem.expert_rows(task, order.inputs(task)) for task in problem.tasks]
     dim, dtype = merged[0].shape[1], compute_dtype(merged[0].dtype)
     variants, notes = auto_variants({FINAL: merged}) if variant == "auto" else ({FINAL: variant}, ())
-    options = {"variant": variants[FINAL], "seed": seed, "dtype": dtype}
-    modules = SurgeryModules(problem.tasks, dim, rank, **options).to(problem.device)
+    drawn = {"variant": variants[FINAL], "seed": seed, "dtype": dtype}
+    modules = SurgeryModules(problem.tasks, dim, rank, **drawn).to(problem.device)
     set_means(modules, merged)
 
     tasks, repairs = slice(0, len(merged)), {FINAL: modules}
-    descent = Descent([modules], [tasks], lr, optimizer)
-    losses = constant_losses(modules, tasks, [rows[:, None] for rows in merged], targets, order)
-    history = descend(descent, steps, losses, repairs, small=True, resume=problem.resume, on_step=problem.on_step)
+    recorded = capture_of("final", problem, optimizer) if capture else None
+    descent = Descent([modules], [tasks], lr, optimizer, capturable=recorded is not None)
+    losses = constant_losses(modules, tasks, [rows[:, None] for rows in merged], targets, order, steps=steps)
+    options = {"capture": recorded, "read_every": problem.read_every}
+    saving = {"resume": problem.resume, "on_step": problem.on_step}
+    history = descend(descent, steps, losses, repairs, small=True, **options, **saving)
     record_active(modules, merged)
     return surgery_result("final", problem, repairs, history, notes=notes)
 

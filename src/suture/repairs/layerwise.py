@@ -14,6 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import pad
 
+from suture.core.batch_sizes import fixed_size
 from suture.core.batches import Reached, size, split, to_device
 from suture.errors import ConfigError
 from suture.repairs.fitting import Descent, Optimizer, constant_losses, descend
@@ -108,7 +109,7 @@ def _tokens(
                 raise Reached
         return modules[i](rows, which) if i < len(modules) - 1 else rows
 
-    for batch in split(inputs, problem.encode_batch):
+    for batch in split(inputs, fixed_size(problem.encode_batch)):
         with suppress(Reached):
             network(to_device(batch, network.device), visit)
     problem.passes.merged += size(inputs)

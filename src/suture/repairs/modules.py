@@ -102,8 +102,11 @@ class SurgeryModules(nn.Module):
             target[task] = source[task]
 
     def clear(self) -> None:
-        """Start recording which units are active."""
-        self.fired = torch.zeros(self.down.shape[:2], dtype=torch.bool, device=self.down.device)
+        """Start recording which units are active; a record that is there is emptied in its memory."""
+        if self.fired is None:
+            self.fired = torch.zeros(self.down.shape[:2], dtype=torch.bool, device=self.down.device)
+        else:
+            self.fired.zero_()
 
     def _correction(self, z: Tensor, which: slice | Tensor) -> Tensor:
         down, up = self._of(which, self.down), self._of(which, self.up)

@@ -52,7 +52,7 @@ def prob_surgery(
 
     losses = gaussian_losses(modules, merged, targets, order, noise, divergence)
     descent = Descent([modules], [slice(0, len(merged))], lr, "adam")
-    saving = {"resume": problem.resume, "on_step": problem.on_step}
+    saving = {"resume": problem.resume, "on_step": problem.on_step, "read_every": problem.read_every}
     history = descend(descent, steps, losses, {FINAL: modules}, small=True, **saving)
     final = modules.without_variance()
     record_active(final, merged)

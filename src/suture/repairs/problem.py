@@ -14,9 +14,10 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from suture.checkpoints import TensorSpec, allocate_checkpoint, content_hash, open_checkpoint
+from suture.core.batch_sizes import BatchSize, check_batch_size, fitting, fixed_size
 from suture.core.batches import Forward, Inputs, ShuffledBatches, ahead, call, device_of, size, split, take, to_device
 from suture.core.fabric import Team
-from suture.core.progress import Track, untracked
+from suture.core.progress import Profile, Track, untracked
 from suture.core.replicas import on_replicas
 from suture.core.unread import values_of
 from suture.errors import CheckpointError, ConfigError, DataError, IncompatibleModels
@@ -27,6 +28,7 @@ from suture.storage.resume import Resume
 Experts = Callable[[str], nn.Module] | Mapping[str, nn.Module] | nn.ModuleDict
 #: on_step(step, losses (task,), layer → modules) after each step. The modules are live, so copy them to keep a state.
 OnStep = Callable[[int, Tensor, Mapping[str, SurgeryModules]], None]
+READ_EVERY = 100  # steps of which a loss on an accelerator is read at once
 
 
 @dataclass
@@ -42,12 +44,14 @@ class Problem:
     """The merged `module`, the `experts`, and each task's unlabelled `inputs`, none of which is changed.
 
     `experts` is a mapping task → module, or a function that returns a task's module and may load all of them into one
-    shared module, but not into `module`. Inputs are encoded `encode_batch` at a time; with a folder `cache` the
-    encodings are stored there in memory-mapped files. `base` is the pretrained model's state under the module's names,
-    without the tensors that no repair may change because all models share them. Several `devices` share the batches
-    that are encoded, each with a copy of the module. The processes of a `fabric` share the work; each has the module
-    on its own device, and the first one alone writes files. `unread(task)` gives the task's expert as a module of its
-    own whose weights are read when they are needed, for repairs that take a block at a time.
+    shared module, but not into `module`. Inputs are encoded `encode_batch` at a time (a `BatchSize`); with a folder
+    `cache` the encodings are stored there in memory-mapped files. `base` is the pretrained model's state under the
+    module's names, without the tensors that no repair may change because all models share them. Several `devices` share
+    the batches that are encoded, each with a copy of the module. The processes of a `fabric` share the work; each has
+    the module on its own device, and the first one alone writes files. On an accelerator `on_step` may be called for
+    `look_every` steps at once, with the modules after the last of them, so that losses are read less often.
+    `unread(task)` gives the task's expert as a module of its own whose weights are read when they are needed, for
+    repairs that take a block at a time.
     """
 
     module: nn.Module
@@ -55,10 +59,12 @@ class Problem:
     inputs: Mapping[str, Inputs]
     forward: Forward = call
     cache: str | os.PathLike[str] | None = None
-    encode_batch: int = 64
+    encode_batch: BatchSize = 64
     resume: Resume | None = None
     on_step: OnStep | None = None
+    look_every: int = 1
     track: Track = untracked
+    profile: Profile = field(default_factory=Profile)
     base: Mapping[str, Tensor] | None = None
     devices: Sequence[torch.device] = ()
     fabric: Any = None
@@ -75,8 +81,7 @@ class Problem:
             raise ConfigError(
                 f"experts is a {kind}; wanted a mapping from task to module, or a function that gives it."
             )
-        if self.encode_batch < 1:
-            raise ConfigError(f"encode_batch={self.encode_batch}: wanted 1 or more.")
+        check_batch_size("encode_batch", self.encode_batch)
         for task, inputs in self.inputs.items():
             _check_tensors(task, inputs)
             if size(inputs) == 0:
@@ -116,6 +121,13 @@ class Problem:
             return module, self.forward
         placed = self.team.placed(module)
         return placed.module, lambda part, inputs: placed.run(partial(self.forward, part, inputs))
+
+    @property
+    def read_every(self) -> int:
+        """The number of steps after which their losses are read from the device."""
+        if self.device.type == "cpu":
+            return 1
+        return READ_EVERY if self.on_step is None else self.look_every
 
     def expert(self, task: str) -> nn.Module:
         """The task's fine-tuned module."""
@@ -165,18 +177,22 @@ class Problem:
     def _encoded(
         self, network: Network, inputs: Inputs, description: str, check: Callable[[Tensor], None]
     ) -> Iterator[Tensor]:
+        number, means = fixed_size(self.encode_batch), layer_means
+        if self.team.world == 1:
+            given = (network, inputs, network.device)
+            number, means = fitting(self.encode_batch, "encoded", layer_means, *given)
         with self.track(description, size(inputs)) as advance:
-            for rows in self._rows_of_batches(network, split(inputs, self.encode_batch)):
+            for rows in self._rows_of_batches(network, split(inputs, number), means):
                 check(rows)
                 yield rows
                 advance(len(rows))
 
-    def _rows_of_batches(self, network: Network, batches: Iterator[Any]) -> Iterator[Tensor]:
+    def _rows_of_batches(self, network: Network, batches: Iterator[Any], means: Forward) -> Iterator[Tensor]:
         """The rows of each batch; several processes, or else several `devices`, share the batches."""
 
         def rows(copied: nn.Module, batch: Any) -> Tensor:
             assert isinstance(copied, Network)
-            return layer_means(copied, to_device(batch, copied.device)).cpu()
+            return means(copied, to_device(batch, copied.device)).cpu()
 
         if self.team.world > 1:
             return self.team.each(partial(rows, network), batches, together=self.team.sharded)
