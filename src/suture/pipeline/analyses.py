@@ -50,7 +50,7 @@ def analyse(
         raise ConfigError(f"analyse {name} needs inputs. Remedy: name a taskpool=…")
     folder = Path(config["output"]) if config["output"] else new_folder(f"analysis/{name}")
     check_writable(folder)
-    models = open_models(settings.pool, settings.threads)
+    models = open_models(settings.pool, settings.threads, channels_last=settings.channels_last)
     preflight_of(models, settings).refuse()
     context, inputs = prepare(settings, models, folder, Profile())
     finding = _RUNNERS[chosen.reads](chosen.function, knobs, settings, models, inputs, context)

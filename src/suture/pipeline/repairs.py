@@ -168,8 +168,8 @@ def _fit_one(
 ) -> RepairResult:
     """Fit one repair, with a router and a comparison of representations if its options say so."""
     options, device = repair.options, context.device
-    module = device.ordered(models.new_encoder(device.device)).load(merged.tensors)
-    expert = partial(_expert, models, device.ordered(models.new_encoder(device.device)))
+    module = models.new_encoder(device.device).load(merged.tensors)
+    expert = partial(_expert, models, models.new_encoder(device.device))
     chosen, few = options.select(inputs, models.experts, context.seed)
     encodings = Path(options.cache_dir) / "encodings" if options.keep_encodings else context.encodings
     free = models.base.select({name: name for name in models.vectors().names})

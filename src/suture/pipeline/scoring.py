@@ -16,7 +16,6 @@ from suture.checkpoints import Checkpoint
 from suture.core.batch_sizes import AUTO
 from suture.evaluation import Row, SplitInputs, TaskInputs
 from suture.evaluation.accuracy import with_language_scores
-from suture.families import Encoder
 from suture.pipeline.context import Context
 from suture.pipeline.models import Models
 from suture.pipeline.results import MergeResult
@@ -51,7 +50,7 @@ def score_merge(
     cost: dict[str, Any] = {"learned": result.how, "seconds": result.seconds, "memory": result.memory}
     row = Row(result.label, {}, merge=result.label, split=result.split, **cost)
     with context.profile("evaluation"):
-        encoder = _encoder(models, context)
+        encoder = models.new_encoder(context.device.device)
         rows = [context.scorer.row(row, encoder.load(result.tensors), inputs["test"])]
         for repair in repairs:
             rows += repair_rows(repair, result.label, models.experts, inputs, context)
@@ -60,17 +59,13 @@ def score_merge(
 
 def score_model(name: str, model: Checkpoint, models: Models, inputs: SplitInputs, context: Context) -> Row:
     """The row of one more model of the same architecture."""
-    return context.scorer.row(name, _encoder(models, context).load(model), inputs["test"])
+    return context.scorer.row(name, models.new_encoder(context.device.device).load(model), inputs["test"])
 
 
 def expert_matrix(models: Models, inputs: SplitInputs, context: Context) -> list[Row]:
     """The rows of every fine-tuned model of the pool on every task."""
-    encoder = _encoder(models, context)
+    encoder = models.new_encoder(context.device.device)
     return context.scorer.matrix(lambda task: encoder.load(models.experts[task]), inputs["test"], models.experts)
-
-
-def _encoder(models: Models, context: Context) -> Encoder:
-    return context.device.ordered(models.new_encoder(context.device.device))
 
 
 def repair_rows(
@@ -198,7 +193,7 @@ def _from_data(data: dict[str, Any]) -> Row:
 
 
 def _score_references(models: Models, test: Mapping[str, TaskInputs], context: Context) -> tuple[Row, Row | None]:
-    encoder = _encoder(models, context)
+    encoder = models.new_encoder(context.device.device)
     row = Row("pretrained", {}, role="pretrained")
     pretrained = context.scorer.row(row, encoder.load(models.base), test)
     names = {task: data.expert for task, data in test.items()}
