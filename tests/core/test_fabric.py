@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from suture.core.batches import order_kernels
 from suture.core.fabric import OneDevice, check_fabric, launch, make_fabric
 from suture.errors import ConfigError
 from suture.pipeline.config import compose
@@ -69,7 +70,7 @@ def test_kernels_follow_the_order_of_pictures_once_and_keep_it():
     module, pictures = nn.Sequential(*kernels, nn.ReLU(), nn.Linear(9, 2)), torch.randn(5, 3, 10, 10)
     device = OneDevice({"accelerator": "cpu", "channels_last": True})
     plain, state = module(pictures), {name: tensor.clone() for name, tensor in module.state_dict().items()}
-    assert device.ordered(module) is module
+    assert order_kernels(module) is module
     ordered = lambda: [kernel.weight.is_contiguous(memory_format=torch.channels_last) for kernel in kernels]
     assert ordered() == [True, True]
     assert all(torch.equal(tensor, state[name]) for name, tensor in module.state_dict().items())
@@ -78,8 +79,6 @@ def test_kernels_follow_the_order_of_pictures_once_and_keep_it():
         for name, parameter in module.named_parameters():
             parameter.copy_(2 * state[name])
     assert ordered() == [True, True]
-    untouched = OneDevice({"accelerator": "cpu"}).ordered(nn.Conv2d(3, 8, 3))
-    assert untouched.weight.is_contiguous()
 
 
 def test_fabric_s_own_notices_do_not_reach_the_user(caplog):

@@ -117,12 +117,19 @@ def test_a_resnet_goes_through_the_whole_pipeline(words, shop, tmp_path):
         torch.testing.assert_close(experts, theirs(shop / name, shop, name), rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.parametrize("surgery", ["deep", "calibrate", "distil"])
-def test_a_resnet_with_channels_last_gives_the_same_model(surgery, words, tmp_path):
-    learn = ["method.max_steps=2", "method.batch_size=4", f"surgery={surgery}"]
-    learn += {"deep": ["surgery.steps=3", "surgery.rank=2"], "distil": ["surgery.steps=3"]}.get(surgery, [])
-    assert main(words(*learn, method="lw_adamerging")) == 0
-    assert main(words(*learn, "fabric.channels_last=true", "output=last", method="lw_adamerging")) == 0
+LEARNED = ["method.max_steps=2", "method.batch_size=4"]
+CHANGES = [
+    ("lw_adamerging", [*LEARNED, "surgery=deep", "surgery.steps=3", "surgery.rank=2"]),
+    ("lw_adamerging", [*LEARNED, "surgery=distil", "surgery.steps=3"]),
+    ("ties_merging", ["surgery=calibrate"]),
+    *((method, []) for method in ("regmean", "regmean_pp", "esm", "fisher")),
+]
+
+
+@pytest.mark.parametrize(("method", "more"), CHANGES, ids=str)
+def test_a_resnet_with_channels_last_gives_the_same_model(method, more, words, tmp_path):
+    assert main(words(*more, method=method)) == 0
+    assert main(words(*more, "fabric.channels_last=true", "output=last", method=method)) == 0
     plain, last = (json.loads((tmp_path / out / "report.json").read_text()) for out in ("out", "last"))
     assert [row["name"] for row in last["rows"]] == [row["name"] for row in plain["rows"]]
     assert "Pictures and kernels had their channels last (fabric.channels_last=true)." in last["notes"]

@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import lru_cache
 from itertools import islice
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from jaxtyping import Int
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from suture.core.random import generator_for
 from suture.errors import ConfigError, DataError
 
+M = TypeVar("M", bound=nn.Module)
 Inputs = Tensor | Mapping[str, Tensor]
 Forward = Callable[[Any, Any], Tensor]  # (module, inputs) → (batch, …)
 _AHEAD = 2  # batches that are read and sent while a GPU computes
@@ -181,6 +182,17 @@ def channels_last(inputs: Any) -> Any:
     if not isinstance(inputs, Tensor) or inputs.ndim != 4:
         return inputs
     return inputs.contiguous(memory_format=torch.channels_last)
+
+
+def order_kernels(module: M) -> M:
+    """The module, with the channels of its convolutions' kernels beside one another in memory, as `channels_last` has.
+
+    They stay so whatever is copied into them, so that no call has to turn them around.
+    """
+    kernels = [part.weight for part in module.modules() if isinstance(part, nn.Conv2d | nn.ConvTranspose2d)]
+    for kernel in kernels:
+        kernel.data = kernel.data.contiguous(memory_format=torch.channels_last)
+    return module
 
 
 def sent(inputs: Any, device: torch.device) -> Any:

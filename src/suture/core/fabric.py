@@ -25,10 +25,8 @@ if TYPE_CHECKING:
 
 S = TypeVar("S")
 T = TypeVar("T")
-M = TypeVar("M", bound=torch.nn.Module)
 _KEYS = ("accelerator", "devices", "strategy", "precision", "num_nodes", "loggers", "tf32", "channels_last")
 _OWN_KEYS = ("devices", "loggers", "tf32", "channels_last")  # which Fabric does not take
-_CONVOLUTIONS = (torch.nn.Conv2d, torch.nn.ConvTranspose2d)
 LOGGERS = ("csv", "tensorboard", "mlflow", "wandb", "none")
 PRECISIONS = ("32-true", "bf16-mixed")
 SHARDED = "fsdp"  # the strategy in which each process holds a part of every weight
@@ -73,16 +71,6 @@ class OneDevice:
     def plain_call(self, module: Any, inputs: Any) -> Tensor:
         """The module's output for a batch in the precision of the context around it, pictures in the chosen order."""
         return call(module, channels_last(inputs) if self.config.get("channels_last") else inputs)
-
-    def ordered(self, module: M) -> M:
-        """The module, with the weights of its convolutions in the order that the keys choose for pictures.
-
-        They stay so whatever is copied into them, so that no call has to turn them around.
-        """
-        kernels = [part.weight for part in module.modules() if isinstance(part, _CONVOLUTIONS)]
-        for kernel in kernels if self.config.get("channels_last") else ():
-            kernel.data = kernel.data.contiguous(memory_format=torch.channels_last)
-        return module
 
 
 def make_fabric(config: Mapping[str, Any], devices: int = 1):

@@ -164,7 +164,7 @@ class AdaMerging(MethodBase, AdaMergingOptions):
             test = {name: inputs["test"][name] for name in models.experts}
             return context.scorer.row(f"{self.name} @ {step}", module, test).mean
 
-        encoder = context.device.ordered(models.new_encoder())  # before processes are forked, so that they share it
+        encoder = models.new_encoder()  # before processes are forked, so that they share it
 
         def adapt_on(fabric: Any) -> AdaMergingResult:
             with context.watch(self.name, steps, resume, quiet=fabric.global_rank > 0) as watch:

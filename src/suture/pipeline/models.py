@@ -14,6 +14,7 @@ from suture.checkpoints import Checkpoint, allocate_checkpoint, open_checkpoint,
 from suture.checkpoints.adapter_bases import base_notes
 from suture.checkpoints.adapters import is_adapter
 from suture.checkpoints.matching import Matched, matched
+from suture.core.batches import order_kernels
 from suture.core.fabric import OneDevice
 from suture.errors import PRETRAINED, CheckpointError, ConfigError
 from suture.families import Encoder, Family, family
@@ -38,14 +39,16 @@ class Models:
     experts: Mapping[str, Checkpoint]
     threads: int = 0
     notes: Sequence[str] = ()
+    channels_last: bool = False
 
     def vectors(self, frozen: tuple[str, ...] = ()) -> TaskVectors:
         """The task vectors; the pool's frozen tensors and `frozen` stay at the base."""
         return TaskVectors(self.base, self.experts, (*self.pool.frozen, *frozen), self.threads)
 
     def new_encoder(self, device: torch.device | str = "cpu") -> Encoder:
-        """A module with the pretrained weights, in evaluation mode."""
-        return self.family.encoder().eval().to(device)
+        """A module with the pretrained weights, in evaluation mode; with `channels_last` its kernels have them so."""
+        encoder = self.family.encoder().eval().to(device)
+        return order_kernels(encoder) if self.channels_last else encoder
 
     def loader(self, device: OneDevice, *, unread: bool = False) -> Callable[[Mapping[str, Tensor]], nn.Module]:
         """A function from merged tensors to an encoder with them, on the device: one module, loaded anew each time.
@@ -54,7 +57,7 @@ class Models:
         """
         if unread:
             return partial(unread_encoder, self._unread)
-        return device.ordered(self.new_encoder(device.device)).load
+        return self.new_encoder(device.device).load
 
     @cached_property
     def can_be_unread(self) -> bool:
@@ -127,7 +130,7 @@ def _fine_tuned(
         return chosen.in_memory(open_fine_tuned(source, stored, label=label, canonical_names=canonical_names))
 
 
-def open_models(pool: ModelPool, threads: int = 0) -> Models:
+def open_models(pool: ModelPool, threads: int = 0, *, channels_last: bool = False) -> Models:
     """Open the models of a pool, reading only headers; raises `CheckpointError` for a file that cannot be read."""
     stored_base = open_checkpoint(pool.base, label=PRETRAINED)
     whole_experts: dict[str, Checkpoint] = {}
@@ -154,4 +157,4 @@ def open_models(pool: ModelPool, threads: int = 0) -> Models:
     selected = select(base, found.models, Selection(patterns, pool.keep, pool.only))
     pool = replace(pool, frozen=(*exact, *selected.frozen))
     notes = [*found.notes, *base_notes(whole_experts, whole_base)]
-    return Models(pool, chosen, whole_base, base, selected.models, threads, notes)
+    return Models(pool, chosen, whole_base, base, selected.models, threads, notes, channels_last)

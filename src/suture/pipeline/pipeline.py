@@ -54,7 +54,7 @@ def run(config: Mapping[str, Any] | Sequence[str] | None = None, /, **keywords: 
     settings = Settings.from_config(config)
     if not settings.dry_run:
         check_installed("suture run")
-    models = open_models(settings.pool, settings.threads)
+    models = open_models(settings.pool, settings.threads, channels_last=settings.channels_last)
     if settings.reuse and _is_finished(settings.output, config, models):
         return RunResult(settings.output, unchanged=True)
     checked = preflight_of(models, settings)
@@ -139,7 +139,7 @@ def prepare(
 
 def merge_in_memory(settings: Settings) -> tuple[Models, MergeResult, list[RepairResult]]:
     """Merge and repair without logs, scores or files, except the states of loops."""
-    models = open_models(settings.pool, settings.threads)
+    models = open_models(settings.pool, settings.threads, channels_last=settings.channels_last)
     preflight_of(models, settings).refuse()
     with TemporaryDirectory() as folder:
         quiet = replace(settings, fabric={**settings.fabric, "loggers": {"kind": "none"}})
@@ -166,7 +166,7 @@ def evaluate_pool(
     settings = Settings.from_config(config)
     if not settings.tasks:
         raise ConfigError("There is nothing to evaluate on. Remedy: name a taskpool=…")
-    models = open_models(settings.pool, settings.threads)
+    models = open_models(settings.pool, settings.threads, channels_last=settings.channels_last)
     preflight_of(models, settings).refuse()
     one_more = {} if model is None else {Path(model).name: models.mergeable(open_checkpoint(model))}
     written = matrix and config["output"]

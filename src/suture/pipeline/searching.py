@@ -187,8 +187,8 @@ class Search:
     def run(self) -> SearchResult:
         """Try every point, and run the best."""
         settings = self.settings({})
-        models = open_models(settings.pool, settings.threads)
         refuse_split(settings, "suture search")
+        models = open_models(settings.pool, settings.threads, channels_last=settings.channels_last)
         checked = preflight_of(models, settings)
         checked.problems += [] if checked.problems else models.unmatched(settings.task_names)
         checked.refuse()
@@ -276,7 +276,7 @@ class _Scoring:
 
     @cached_property
     def encoder(self) -> Any:
-        return self.context.device.ordered(self.models.new_encoder(self.context.device.device))
+        return self.models.new_encoder(self.context.device.device)
 
     @cached_property
     def tasks(self) -> dict[str, TaskInputs]:

@@ -81,6 +81,11 @@ class Settings:
         )
 
     @property
+    def channels_last(self) -> bool:
+        """Whether pictures and kernels have their channels last."""
+        return bool(self.fabric.get("channels_last"))
+
+    @property
     def tasks(self) -> tuple[Any, ...]:
         """The tasks on which models are scored; none without a task pool."""
         return self.taskpool.tasks if self.taskpool else ()
