@@ -39,6 +39,23 @@ def test_a_run_from_keywords_equals_the_command_line_and_prints_nothing(desk, ca
     assert all(torch.equal(one[name], two[name]) for name in two)
 
 
+def test_a_run_and_a_search_write_below_the_name_of_the_pool_however_they_are_called(desk):
+    desk.words()
+    (desk.folder / "pool.yaml").rename(desk.folder / "letters.yaml")
+    words = ["method=task_arithmetic", "modelpool=letters.yaml", "taskpool=tasks.yaml"]
+    assert main([*words, "method.scaling_factor=0.2"]) == 0
+    assert main(["search", *words, "method.scaling_factor=0.1,0.4", "num_inputs=4"]) == 0
+    called = suture.run(words)
+    searched = suture.search(words, over={"scaling_factor": [0.3]}, num_inputs=4)
+    assert {each.folder.parent.as_posix() for each in (called, searched)} == {"outputs/letters/task_arithmetic"}
+    assert [path.name for path in (desk.folder / "outputs").iterdir() if path.name != "resume"] == ["letters"]
+
+
+def test_a_pool_that_is_a_mapping_has_no_name(desk):
+    run = suture.run(**keywords(desk, output=None))
+    assert run.folder.parent.as_posix() == "outputs/pool/ties_merging"
+
+
 def test_a_run_takes_words_and_dotted_keys(desk):
     words = desk.words()[:3]
     result = suture.run(words, output="somewhere else", **{"method.scaling_factor": 0.7})

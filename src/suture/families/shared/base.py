@@ -64,6 +64,8 @@ class Family(ABC):
     name: ClassVar[str]
     reads: ClassVar[Literal["pictures", "texts"]] = "pictures"
     known_settings: ClassVar[frozenset[str]] = frozenset()
+    #: Those of them without which there is no model.
+    needed_settings: ClassVar[frozenset[str]] = frozenset()
     #: Endings of the names of transformers' classes, as config.json has them, whose models are of this family.
     architectures: ClassVar[tuple[str, ...]] = ()
 
