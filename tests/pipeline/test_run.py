@@ -1,6 +1,7 @@
 """`suture.run` and its kin: the command line's verbs as calls, with the same results and nothing printed."""
 
 import json
+import re
 import shlex
 from dataclasses import replace
 
@@ -15,6 +16,7 @@ from suture.cli.main import main
 from suture.errors import ConfigError, SutureError
 from suture.pipeline import adamerging
 from suture.pipeline.context import Context
+from suture.pipeline.methods import learned_methods
 
 
 def keywords(desk, **more):
@@ -54,6 +56,13 @@ def test_a_run_and_a_search_write_below_the_name_of_the_pool_however_they_are_ca
 def test_a_pool_that_is_a_mapping_has_no_name(desk):
     run = suture.run(**keywords(desk, output=None))
     assert run.folder.parent.as_posix() == "outputs/pool/ties_merging"
+
+
+@pytest.mark.parametrize("method", learned_methods().values(), ids=lambda method: method.name)
+def test_a_method_without_tasks_is_refused_where_it_says_that_it_needs_inputs(desk, capsys, method):
+    assert main(["check", *desk.words(method=method.name)[:2]]) == (2 if method.inputs else 0)
+    said = " ".join(capsys.readouterr())
+    assert bool(re.search("no inputs to learn from|needs unlabelled inputs", said)) == method.inputs
 
 
 def test_a_run_takes_words_and_dotted_keys(desk):

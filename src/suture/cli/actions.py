@@ -260,22 +260,25 @@ def reproduce(request: Request) -> Answer:
 
 
 def methods(request: Request) -> Answer:
-    """Every method, or one method or repair with what its knobs may be."""
+    """Every method and repair in a line each or with its knobs, or one with what its knobs may be."""
     from suture.cli import method_tables
 
-    known = catalogue()
+    known, all_knobs = catalogue(), bool(request.values["--all"])
     if name := request.values["METHOD"]:
+        if all_knobs:
+            raise ConfigError(f"--all with {name}: wanted one of them. Remedy: leave one out.")
         method = known.method(name)
         method_tables.print_method(method)
         ranges = {name: knob.range for name, knob in method.knobs.items()}
         return Answer(_method_data(method) | {"ranges": ranges}, method.name)
-    method_tables.print_methods(known.methods.values(), known.repairs)
+    show = method_tables.print_methods if all_knobs else method_tables.print_lines
+    show([*known.methods.values(), *known.repairs.values()])
     return Answer(list(map(_method_data, known.methods.values())), "\n".join(known.methods))
 
 
 def _method_data(method: MethodEntry) -> dict[str, Any]:
     data = {"name": method.name, "aliases": method.aliases, "paper": method.paper, "summary": method.summary}
-    return data | {"knobs": {name: knob.default for name, knob in method.knobs.items()}}
+    return data | {"inputs": method.inputs, "knobs": {name: knob.default for name, knob in method.knobs.items()}}
 
 
 def init(request: Request) -> Answer:
