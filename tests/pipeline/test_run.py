@@ -132,13 +132,46 @@ def test_features_that_drift_are_a_note_of_the_report(desk, monkeypatch, capsys)
     assert "Norm drift" in capsys.readouterr().out
 
 
+def time_of_states(folder, seconds):
+    """Let every state in a folder say that its loop took so long."""
+    for path in folder.glob("*.pt"):
+        torch.save({**torch.load(path), "seconds": seconds}, path)
+
+
+def test_the_time_of_a_loop_that_an_earlier_run_did_is_in_its_row(desk, capsys):
+    learned = desk.words("method.max_steps=2", "method.batch_size=4", "repair=final", "repair.steps=3")
+    words = ["method=adamerging", *learned[1:], "overwrite=true"]
+    assert main(words) == 0
+    assert not any("earlier run" in note for note in report_of(desk.folder / "out")["notes"])
+    time_of_states(desk.folder / "outputs" / "resume", 1000.0)
+    assert main(words) == 0
+    report = report_of(desk.folder / "out")
+    merge, repair = "layer_wise_adamerging", "layer_wise_adamerging + final"
+    assert 1000 < report["seconds"][merge] < 1060
+    assert 2000 < report["seconds"][repair] < 2060
+    ends = "done by an earlier run of the same work; the table counts its 1000.0 s."
+    assert report["notes"][-2:] == [f"{merge}: 2 steps were {ends}", f"{repair}: 3 steps were {ends}"]
+    assert ".pt" not in capsys.readouterr().out
+
+
+def test_a_fit_layer_by_layer_that_was_done_before_is_taken_up(desk):
+    fit = ["repair=deep", "repair.fit=layerwise", "repair.steps=2", "overwrite=true"]
+    reports = []
+    for _ in range(2):
+        assert main(desk.words(*fit, method="task_arithmetic")) == 0
+        reports.append(report_of(desk.folder / "out"))
+    assert reports[0]["rows"] == reports[1]["rows"]
+    steps = 2 * 2 * 3  # of every task at two blocks and the final feature
+    assert any(f"task_arithmetic + deep: {steps} steps were" in note for note in reports[1]["notes"])
+
+
 @pytest.mark.parametrize("change", [{"precision": "bf16-mixed"}, {"devices": 2}], ids=["precision", "devices"])
 def test_another_precision_or_number_of_devices_is_other_work(tmp_path, monkeypatch, change):
     monkeypatch.chdir(tmp_path)
     context = Context(tmp_path, "inputs", {"accelerator": "cpu"})
     other = replace(context, fabric={**context.fabric, **change})
-    assert context.resume("cache", {}).path != other.resume("cache", {}).path
-    assert context.resume("cache", {}).path == replace(context).resume("cache", {}).path
+    assert context.resume("loop", "cache", {}).path != other.resume("loop", "cache", {}).path
+    assert context.resume("loop", "cache", {}).path == replace(context).resume("loop", "cache", {}).path
 
 
 def test_a_pool_of_one_s_own_is_named_as_it_was_typed(desk):

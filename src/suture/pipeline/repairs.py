@@ -173,9 +173,11 @@ def _fit_one(
     free = models.base.select({name: name for name in models.vectors().names})
     sizes = {"encode_batch": context.batch_size, "track": bar, "base": free, "devices": device.replicas}
     problem, meter = Problem(module, expert, few, device.call, encodings, **sizes), Meter()
+    before = context.seconds_before
     with context.profile(f"repair: {repair.kind.name}"):
         result = _fitted(repair, problem, merged, inputs, context, encodings)
-        cost = {"seconds": merged.seconds + meter.seconds, "memory": _most(merged.memory, meter.memory)}
+        seconds = merged.seconds + meter.seconds + context.seconds_before - before
+        cost = {"seconds": seconds, "memory": _most(merged.memory, meter.memory)}
         if result.stream is not None:
             order = {name: chosen[name][at] for name, at in result.stream.order.items()}
             result = replace(result, stream=result.stream._replace(order=order))
@@ -212,8 +214,10 @@ def _fitted(
         if "steps" in knobs:
             knobs["steps"] = context.shortened(knobs["steps"])
             work = {"merged": content_hash(merged.tensors), "kind": kind.name, "options": str(options)}
-            resume = context.resume(options.cache_dir, work | {key: str(value) for key, value in knobs.items()})
-            watch = stack.enter_context(context.watch(repair.name(merged.label), knobs["steps"], resume))
+            work |= {key: str(value) for key, value in knobs.items()}
+            name, steps = repair.name(merged.label), knobs["steps"]
+            resume = context.resume(name, options.cache_dir, work, steps)
+            watch = stack.enter_context(context.watch(name, steps, resume))
 
             def on_step(step: int, losses: Tensor, modules: Mapping[str, SurgeryModules]) -> None:
                 watch(step, losses.nansum().item(), None)
