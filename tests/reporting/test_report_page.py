@@ -184,10 +184,8 @@ def on_tasks(count, folder):
     made = lambda name, share, **kind: Row(name, scores(share), dict.fromkeys(tasks, 100), seconds=1.5, **kind)
     rows = [made("pretrained", 0.1, role="pretrained"), made("experts", 0.9, role="experts")]
     rows += [made("lw_adamerging", 0.6), made("lw_adamerging + final, routed", 0.5, learned="modules of rank 16")]
-    return left(
-        Report("a run", rows, rows[0], rows[1], matrix=[made(task, 0.9 * i / count) for i, task in enumerate(tasks)]),
-        folder,
-    )
+    matrix = [made(task, 0.9 * i / count) for i, task in enumerate(tasks)]
+    return left(Report("a run", rows, rows[0], rows[1], matrix=matrix), folder)
 
 
 EDGES = """
