@@ -14,9 +14,12 @@ from suture.adaptation.feature_norm import FeatureNorm
 from suture.checkpoints import open_checkpoint
 from suture.cli.main import main
 from suture.errors import ConfigError, SutureError
-from suture.pipeline import adamerging
+from suture.pipeline import adamerging, config
 from suture.pipeline.context import Context
 from suture.pipeline.methods import learned_methods
+from suture.pipeline.models import open_models
+from suture.pipeline.pipeline import run_settings
+from suture.pipeline.settings import Settings
 
 
 def keywords(desk, **more):
@@ -63,6 +66,14 @@ def test_a_method_without_tasks_is_refused_where_it_says_that_it_needs_inputs(de
     assert main(["check", *desk.words(method=method.name)[:2]]) == (2 if method.inputs else 0)
     said = " ".join(capsys.readouterr())
     assert bool(re.search("no inputs to learn from|needs unlabelled inputs", said)) == method.inputs
+
+
+def test_a_run_of_several_methods_has_a_folder_for_each(desk):
+    configs = [config.compose(desk.words(method=method)) for method in ("simple_average", "ties_merging")]
+    runs = [Settings.from_config(each) for each in configs]
+    result = run_settings(runs, open_models(runs[0].pool), configs[0])
+    folders = {path.parents[1].name for path in result.folder.glob("*/model/model.safetensors")}
+    assert folders == {"simple_average", "ties_merging"}
 
 
 def test_a_run_takes_words_and_dotted_keys(desk):

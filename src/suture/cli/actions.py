@@ -332,7 +332,7 @@ def demo(request: Request) -> Answer:
     result = demo(output, full=bool(full), overwrite=bool(overwrite), watch=tables.print_row)
     print()
     tables.print_run(result)
-    print(f"The page is {result.folder / 'report.html'}", _NEXT, sep="\n")
+    print(f"The page is {result.folder / 'report.html'}", _STATES, _NEXT, sep="\n")
     return Answer(_as_data(result), str(result.folder))
 
 
@@ -342,6 +342,7 @@ repaired with modules for each task (final), ASWUDI in its own weights (calibrat
 Mean accuracy on the eight tasks, as each model is ready:
 """
 _FULL_STORY = " AdaMerging learns its coefficients, and is repaired twice."
+_STATES = "outputs/resume keeps the states of loops, so that no work is done twice; you may remove it."
 _NEXT = "Next: suture methods ties_merging; suture method=ties_merging modelpool=glyphs8 taskpool=glyphs8"
 
 
