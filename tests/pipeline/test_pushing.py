@@ -2,11 +2,13 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import hub_server
 import pytest
@@ -181,6 +183,14 @@ def test_what_cannot_be_pushed_is_one_line_before_anything_is_asked(run, hub, tm
     assert main(["push", str(run), "org/tiny"]) == 2
     assert "without a token. Remedy: hf auth login, or set HF_TOKEN" in line_of(capsys)
     assert hub.made == hub.asked_to_put == hub.commits == []
+
+
+def test_the_example_of_the_reference_uploads_a_run(run, hub, monkeypatch):
+    page = (Path(__file__).parents[2] / "docs" / "api.md").read_text("utf-8")
+    (block,) = [block for block in re.findall(r"```python\n(.*?)```", page, re.S) if "suture.push(" in block]
+    monkeypatch.chdir(run.parent)
+    exec(compile(block, "api.md", "exec"), {})
+    assert len(hub.commits) == 1
 
 
 def test_a_run_of_several_methods_names_them(tmp_path):
