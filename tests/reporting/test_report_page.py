@@ -213,9 +213,9 @@ def test_what_each_model_takes_is_a_table_of_its_own_that_sorts(browser, tmp_pat
     table = browser.find_elements("css selector", "table.sortable")[1]
     lines = lambda: [row.text for row in table.find_elements("css selector", "tbody tr")]
     heads = [head.text for head in table.find_elements("css selector", "thead th")]
-    assert heads == ["model", "task's name", "learned", "added", "seconds", "memory"]
-    assert lines() == ["lw_adamerging – – – 1.5 –", "lw_adamerging + final, routed – modules of rank 16 – 1.5 –"]
-    button = table.find_elements("css selector", "thead button")[2]
+    assert heads == ["model", "learned", "seconds"]  # what is known of any
+    assert lines() == ["lw_adamerging – 1.5", "lw_adamerging + final, routed modules of rank 16 1.5"]
+    button = table.find_elements("css selector", "thead button")[1]
     button.click()
     button.click()
     assert lines()[0].startswith("lw_adamerging + final")

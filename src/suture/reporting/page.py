@@ -7,7 +7,7 @@ except the page's own two, which it lists by their hashes.
 import base64
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from hashlib import sha256
 from html import escape
 from importlib.resources import files
@@ -34,7 +34,6 @@ _ABOUT = """Accuracy in %. Bold: not told apart from the best merge or repair of
 _BOLD_OF_SCORES = """Bold: not told apart from the best merge or repair of the column, because the 95% intervals
 (1.96 standard errors on either side) overlap."""
 _KINDS = {"mean": "mean", "learned from": "text", "task's name": "text", "learned": "text"}  # column → its class
-_COSTS = ("seconds", "memory")  # by name of a row, beside the rows themselves
 _PEAKS = {"process": "Peak memory of the process", "accelerator": "Peak memory of the accelerator"}
 
 
@@ -171,23 +170,30 @@ def _heads(heads: Iterable[tuple[str, str]]) -> str:
 
 
 def _costs_table(data: Mapping[str, Any]) -> str:
-    """What every merge and repair takes, if anything is known of it."""
+    """What every merge and repair takes, as far as anything is known of it."""
     rows = [row for row in data["rows"] if not is_reference(row)]
-    if not any(cell != "–" for row in rows for cell in costs(data, row)):
+    known = [name for i, name in enumerate(COSTS) if any(costs(data, row)[i] != "–" for row in rows)]
+    if not known:
         return ""
-    head = _heads([("", "model"), *((_KINDS.get(name, ""), explained(name)) for name in COSTS)])
-    body = "".join(_costs_row(data, row) for row in rows)
+    head = _heads([("", "model"), *((_KINDS.get(name, ""), explained(name)) for name in known)])
+    body = "".join(_costs_row(data, row, known) for row in rows)
     table = f"<table class=sortable><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
     return f"<h3>What each model takes</h3><div class=wide>{table}</div>"
 
 
-def _costs_row(data: Mapping[str, Any], row: Mapping[str, Any]) -> str:
-    named, learned, added, *taken = map(escape, costs(data, row))
-    cells = f'<td class=text>{named}</td><td class="text long">{learned}</td>'
-    cells += f'<td data-value="{row["added_parameters"]}">{added}</td>'
-    values = [data[key].get(row["name"], "") for key in _COSTS]
-    cells += "".join(f'<td data-value="{value}">{text}</td>' for value, text in zip(values, taken, strict=True))
-    return f"<tr><th scope=row>{explained_name(row['name'])}</th>{cells}</tr>"
+def _costs_row(data: Mapping[str, Any], row: Mapping[str, Any], known: Collection[str]) -> str:
+    numbers = {
+        "added": row["added_parameters"],
+        **{key: data[key].get(row["name"], "") for key in ("seconds", "memory")},
+    }
+    kinds = {"task's name": "text", "learned": "text long"}
+    cells = {
+        name: f'<td data-value="{numbers[name]}">{escape(text)}</td>'
+        if name in numbers
+        else f'<td class="{kinds[name]}">{escape(text)}</td>'
+        for name, text in zip(COSTS, costs(data, row), strict=True)
+    }
+    return f"<tr><th scope=row>{explained_name(row['name'])}</th>{''.join(cells[name] for name in known)}</tr>"
 
 
 def _table_controls(data: Mapping[str, Any]) -> str:
