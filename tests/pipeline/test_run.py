@@ -65,7 +65,8 @@ def test_a_pool_that_is_a_mapping_has_no_name(desk):
 def test_a_method_without_tasks_is_refused_where_it_says_that_it_needs_inputs(desk, capsys, method):
     assert main(["check", *desk.words(method=method.name)[:2]]) == (2 if method.inputs else 0)
     said = " ".join(capsys.readouterr())
-    assert bool(re.search("no inputs to learn from|needs unlabelled inputs", said)) == method.inputs
+    refusal = f"no inputs to learn from|method={method.name} needs unlabelled inputs"
+    assert bool(re.search(refusal, said)) == method.inputs
 
 
 def test_a_run_of_several_methods_has_a_folder_for_each(desk):

@@ -55,9 +55,8 @@ class Settings:
         check_output(config["output"])
         repairs = _repairs(config, method)
         if repairs and not config.get("taskpool"):
-            raise ConfigError(
-                f"repair={JOIN.join(repairs[0].chain)} needs unlabelled inputs. Remedy: name a taskpool=…"
-            )
+            own = f"method={config['method']['name']}" if method.repairs else f"repair={JOIN.join(repairs[0].chain)}"
+            raise ConfigError(f"{own} needs unlabelled inputs. Remedy: name a taskpool=…")
         return cls(
             pool=ModelPool.from_config(config["modelpool"]),
             taskpool=TaskPool.from_config(config["taskpool"]) if config.get("taskpool") else None,
