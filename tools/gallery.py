@@ -15,6 +15,7 @@ IMAGES = Path(__file__).parent.parent / "docs" / "images"
 _ZOO = "modelpool=glyphs8 taskpool=glyphs8"
 _WEIGHTS = "modelpool=glyphs8 taskpool=null"
 _REPAIR = f"method=task_arithmetic repair=deep repair.rank=64 repair.lr=0.003 {_ZOO}"
+_FEATURES = f"method=task_arithmetic repair=final repair.compare=24 {_ZOO}"  # few points, for a small file
 _ADAMERGING = f"method=lw_adamerging method.schedule=fast method.max_steps=60 {_ZOO}"
 _STEPS = f"method=task_arithmetic repair=final repair.steps=500 repair.eval_iterations=50 {_ZOO}"
 
@@ -33,7 +34,7 @@ PICTURES: dict[str, tuple[str, str]] = {
     "objective_over_steps": (_ADAMERGING, "figures/objective_over_steps_lw_adamerging.svg"),
     "accuracy_over_steps": (_STEPS, "figures/accuracy_over_steps_task_arithmetic_final.svg"),
     "l1_by_layer": (_REPAIR, "figures/l1_by_layer_task_arithmetic_deep.svg"),
-    "representation": (_REPAIR, "figures/representation_task_arithmetic_deep.svg"),
+    "representation": (_FEATURES, "figures/representation_task_arithmetic_final.svg"),
     "similarity": (f"analyse similarity {_WEIGHTS}", "similarity.svg"),
     "layers": (f"analyse layers {_WEIGHTS}", "layers.svg"),
     "trimming": (f"analyse trimming threshold=20 {_WEIGHTS}", "trimming.svg"),

@@ -7,7 +7,8 @@ what to do. The command line prints it and exits with code 2.
 from collections.abc import Iterable
 from difflib import get_close_matches
 
-PRETRAINED = "_pretrained_"  # the name of the base in pools and messages
+PRETRAINED = "_pretrained_"  # the name of the base in pools, and in messages on them
+BASE = "base"  # its name in messages where there is no pool: the argument base=…
 _LONGEST = 300
 _MOST_LISTED = 200  # names in one line: more than suture has methods, fewer than a harness has tasks
 

@@ -91,7 +91,7 @@ def test_all_problems_of_files_are_found_at_once(desk, capsys):
         (["models.a=x"], "Missing argument: base=…"),
         (["base=x", "models=y"], "models=y: a model needs a name. Remedy: models.NAME=y"),
         (["base=x", "models.a=y", "modelpool=z.yaml"], "modelpool: a check of files takes base, models, method and"),
-        (["base=x", "models.a=y"], "'x' does not exist"),
+        (["base=x", "models.a=y"], "suture: 'base': 'x' does not exist"),
     ],
 )
 def test_a_check_of_files_that_lacks_one_is_one_line(words, line, capsys):

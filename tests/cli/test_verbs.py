@@ -10,6 +10,7 @@ from suture.cli.grammar import EVERYWHERE, VERSION, parse
 from suture.cli.main import main
 from suture.cli.verbs import SHELLS, VERBS
 from suture.errors import ConfigError
+from suture.pipeline.methods import all_methods
 from suture.pipeline.repairs import Repair
 from suture.repairs import get_repair_kind, repair_kinds
 
@@ -54,7 +55,8 @@ def test_a_repair_is_explained_like_a_method_with_all_of_its_keys(kind, capsys):
     shown = dict(re.findall(r"^  repair\.(\w+)=(\S+)", page, re.M))
     assert list(shown) == list(defaults)
     assert {key: shown[key] for key in ("num_inputs", "split")} == {"num_inputs": "null", "split": "test"}
-    assert f", {kind}," in ", " + re.search(r"repair=NAME: (.*)\. ", printed(capsys, "methods"))[1] + ","
+    listed = printed(capsys, "methods").partition("as repair=NAME:")[2]
+    assert re.search(rf"^  {kind} +{re.escape(page.splitlines()[2])}$", listed, re.M)
     assert kind in printed(capsys, "help", "run")
 
 
@@ -147,6 +149,24 @@ def test_no_explanation_is_written_twice():
     for verb in VERBS.values():
         explanations = [named.help for named in (*verb.arguments, *verb.all_keys, *verb.options) if named.help]
         assert len(set(explanations)) == len(explanations)
+
+
+def test_methods_and_repairs_are_listed_in_a_line_each_under_what_they_need(capsys):
+    groups = [group.splitlines() for group in printed(capsys, "methods").split("\n\n")]
+    listed = [[re.match(r"  (\S+)  +\S", line)[1] for line in group[1:]] for group in groups[:-1]]
+    learned = sorted(name for name, method in all_methods().items() if getattr(method, "inputs", False))
+    assert listed == [sorted({*all_methods()} - {*learned}), learned, sorted(repair_kinds())]
+    assert [group[0].partition(" as ")[2] for group in groups[:-1]] == ["method=NAME:", "method=NAME:", "repair=NAME:"]
+
+
+def test_every_knob_of_every_method_and_repair_is_printed_when_asked_for(capsys):
+    page = printed(capsys, "methods", "--all")
+    blocks = {block[0]: block for block in map(str.splitlines, re.split(r"\n(?=\S)", page))}
+    ties = next(block for first, block in blocks.items() if first.startswith("ties_merging"))
+    assert "    method.threshold=20.0" in ties
+    final = next(block for first, block in blocks.items() if first.startswith("repair=final"))
+    assert "    repair.rank=16" in final
+    assert main(["methods", "ties_merging", "--all"]) == 2
 
 
 def test_a_method_is_explained_with_the_ranges_of_its_knobs(capsys):

@@ -1,7 +1,12 @@
 """Text classifiers: heads as transformers has them, a merge that it loads, AdaMerging by the book, bad input."""
 
 import json
+import os
+import shutil
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -268,6 +273,57 @@ def test_a_check_says_of_the_tokenizers_settings_what_a_run_would(texts, setting
     texts.pool |= setting
     assert main(["check", *texts.words()]) == 2
     assert capsys.readouterr().out.count(message) == 1
+
+
+CHECK = """
+import sys
+from suture.cli.main import main
+code = main(["--json", "check", *sys.argv[1:]])
+print("transformers" in sys.modules, file=sys.stderr)
+sys.exit(code)
+"""
+
+
+def checked(words, cache):
+    """A check in a process of its own: its exit code, its findings, and whether it imported transformers."""
+    environment = {**os.environ, "SUTURE_CACHE": str(cache)}
+    command = [sys.executable, "-c", CHECK, *words]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment, check=False)
+    findings = {key: value for key, value in json.loads(done.stdout).items() if key != "disk_free"}
+    return done.returncode, findings, done.stderr.split()[-1] == "True"
+
+
+def unwritten(texts):
+    return [word for word in texts.words() if not word.startswith("output=")]
+
+
+def test_a_second_check_finds_the_same_without_transformers(texts, tmp_path):
+    words = unwritten(texts)
+    first, second = checked(words, tmp_path), checked(words, tmp_path)
+    assert first == (0, second[1], True)
+    assert second == (0, first[1], False)
+    for file in (tmp_path / "architectures").iterdir():
+        file.write_text("{")
+    assert checked(words, tmp_path) == first
+
+
+def test_a_check_sees_what_has_changed_since_the_last_one(texts, tmp_path):
+    assert checked(unwritten(texts), tmp_path)[0] == 0
+    base = Path(texts.pool["models"]["_pretrained_"])
+    changed = shutil.copytree(base, texts.folder / "changed")
+    config = json.loads((changed / "config.json").read_text())
+    (changed / "config.json").write_text(json.dumps(config | {"num_hidden_layers": config["num_hidden_layers"] + 1}))
+    texts.pool["models"]["_pretrained_"] = str(changed)
+    code, findings, _ = checked(unwritten(texts), tmp_path)
+    assert code == 2
+    assert (
+        "is missing from '_pretrained_'; wanted the weights that its config.json describes" in findings["problems"][0]
+    )
+    shutil.copyfile(base / "config.json", changed / "config.json")
+    (changed / "tokenizer.json").write_text("{")
+    code, findings, _ = checked(unwritten(texts), tmp_path)
+    assert code == 2
+    assert "has no usable tokenizer" in findings["problems"][0]
 
 
 def test_a_check_says_that_there_is_a_class_name_too_few(texts, capsys):

@@ -233,7 +233,8 @@ def test_methods_without_task_vectors_need_no_base(llamas, tmp_path):
         ("dtype=float8", "Unknown dtype 'float8'"),
         ("vocabulary=unoin", "Did you mean 'union'"),
         ("method.density=2", "does not fit dare"),
-        ("models.other=/nowhere/at/all", "does not exist"),
+        ("models.other=/nowhere/at/all", "'other': '/nowhere/at/all' does not exist"),
+        ("base=/nowhere/at/all", "'base': '/nowhere/at/all' does not exist"),
         ("output=", "Missing argument: output=…"),
     ],
 )

@@ -140,7 +140,7 @@ def test_chat_templates_that_differ_are_reported(tmp_path, capsys):
         main(["merge", f"base={tmp_path / 'base'}", *models, "method=simple_average", f"output={tmp_path / 'o'}"]) == 0
     )
     printed = capsys.readouterr().out
-    assert "note: 'other' has a chat template of its own; that of '_pretrained_' is kept." in printed
+    assert "note: 'other' has a chat template of its own; that of 'base' is kept." in printed
     assert "'same' has a chat template" not in printed
 
 

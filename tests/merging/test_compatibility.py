@@ -96,7 +96,7 @@ def test_no_models_is_a_problem():
 def test_samples_find_bad_weights_at_the_ends_and_in_the_middle(where):
     weight = torch.zeros(100_000)
     weight[where] = float("nan")
-    (line,) = non_finite_samples({"mnist": open_checkpoint({"w": weight})}, ["w"])
+    (line,) = non_finite_samples([("mnist", open_checkpoint({"w": weight}))], ["w"])
     assert "'w' holds NaN or Inf in 'mnist'" in line
 
 

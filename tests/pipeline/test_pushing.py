@@ -2,11 +2,13 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import hub_server
 import pytest
@@ -183,10 +185,19 @@ def test_what_cannot_be_pushed_is_one_line_before_anything_is_asked(run, hub, tm
     assert hub.made == hub.asked_to_put == hub.commits == []
 
 
+def test_the_example_of_the_reference_uploads_a_run(run, hub, monkeypatch):
+    page = (Path(__file__).parents[2] / "docs" / "api.md").read_text("utf-8")
+    (block,) = [block for block in re.findall(r"```python\n(.*?)```", page, re.S) if "suture.push(" in block]
+    monkeypatch.chdir(run.parent)
+    exec(compile(block, "api.md", "exec"), {})
+    assert len(hub.commits) == 1
+
+
 def test_a_run_of_several_methods_names_them(tmp_path):
-    (tmp_path / "models" / "ties_merging").mkdir(parents=True)
+    for method in ("aswudi", "ties_merging"):
+        (tmp_path / method / "model").mkdir(parents=True)
     (tmp_path / "report.json").write_text(json.dumps({"title": "", "rows": [], "tasks": []}))
-    with pytest.raises(ConfigError, match="holds the models of several methods"):
+    with pytest.raises(ConfigError, match=r"holds the models of several methods \(.*aswudi, .*ties_merging\)"):
         suture.push(tmp_path, "org/tiny")
 
 

@@ -1,6 +1,7 @@
 """`suture.run` and its kin: the command line's verbs as calls, with the same results and nothing printed."""
 
 import json
+import re
 import shlex
 from dataclasses import replace
 
@@ -13,8 +14,12 @@ from suture.adaptation.feature_norm import FeatureNorm
 from suture.checkpoints import open_checkpoint
 from suture.cli.main import main
 from suture.errors import ConfigError, SutureError
-from suture.pipeline import adamerging
+from suture.pipeline import adamerging, config
 from suture.pipeline.context import Context
+from suture.pipeline.methods import learned_methods
+from suture.pipeline.models import open_models
+from suture.pipeline.pipeline import run_settings
+from suture.pipeline.settings import Settings
 
 
 def keywords(desk, **more):
@@ -37,6 +42,39 @@ def test_a_run_from_keywords_equals_the_command_line_and_prints_nothing(desk, ca
     assert called["rows"] == typed["rows"]
     one, two = (dict(open_checkpoint(desk.folder / name / "model")) for name in ("out", "typed"))
     assert all(torch.equal(one[name], two[name]) for name in two)
+
+
+def test_a_run_and_a_search_write_below_the_name_of_the_pool_however_they_are_called(desk):
+    desk.words()
+    (desk.folder / "pool.yaml").rename(desk.folder / "letters.yaml")
+    words = ["method=task_arithmetic", "modelpool=letters.yaml", "taskpool=tasks.yaml"]
+    assert main([*words, "method.scaling_factor=0.2"]) == 0
+    assert main(["search", *words, "method.scaling_factor=0.1,0.4", "num_inputs=4"]) == 0
+    called = suture.run(words)
+    searched = suture.search(words, over={"scaling_factor": [0.3]}, num_inputs=4)
+    assert {each.folder.parent.as_posix() for each in (called, searched)} == {"outputs/letters/task_arithmetic"}
+    assert [path.name for path in (desk.folder / "outputs").iterdir() if path.name != "resume"] == ["letters"]
+
+
+def test_a_pool_that_is_a_mapping_has_no_name(desk):
+    run = suture.run(**keywords(desk, output=None))
+    assert run.folder.parent.as_posix() == "outputs/pool/ties_merging"
+
+
+@pytest.mark.parametrize("method", learned_methods().values(), ids=lambda method: method.name)
+def test_a_method_without_tasks_is_refused_where_it_says_that_it_needs_inputs(desk, capsys, method):
+    assert main(["check", *desk.words(method=method.name)[:2]]) == (2 if method.inputs else 0)
+    said = " ".join(capsys.readouterr())
+    refusal = f"no inputs to learn from|method={method.name} needs unlabelled inputs"
+    assert bool(re.search(refusal, said)) == method.inputs
+
+
+def test_a_run_of_several_methods_has_a_folder_for_each(desk):
+    configs = [config.compose(desk.words(method=method)) for method in ("simple_average", "ties_merging")]
+    runs = [Settings.from_config(each) for each in configs]
+    result = run_settings(runs, open_models(runs[0].pool), configs[0])
+    folders = {path.parents[1].name for path in result.folder.glob("*/model/model.safetensors")}
+    assert folders == {"simple_average", "ties_merging"}
 
 
 def test_a_run_takes_words_and_dotted_keys(desk):
@@ -106,13 +144,46 @@ def test_features_that_drift_are_a_note_of_the_report(desk, monkeypatch, capsys)
     assert "Norm drift" in capsys.readouterr().out
 
 
+def time_of_states(folder, seconds):
+    """Let every state in a folder say that its loop took so long."""
+    for path in folder.glob("*.pt"):
+        torch.save({**torch.load(path), "seconds": seconds}, path)
+
+
+def test_the_time_of_a_loop_that_an_earlier_run_did_is_in_its_row(desk, capsys):
+    learned = desk.words("method.max_steps=2", "method.batch_size=4", "repair=final", "repair.steps=3")
+    words = ["method=adamerging", *learned[1:], "overwrite=true"]
+    assert main(words) == 0
+    assert not any("earlier run" in note for note in report_of(desk.folder / "out")["notes"])
+    time_of_states(desk.folder / "outputs" / "resume", 1000.0)
+    assert main(words) == 0
+    report = report_of(desk.folder / "out")
+    merge, repair = "layer_wise_adamerging", "layer_wise_adamerging + final"
+    assert 1000 < report["seconds"][merge] < 1060
+    assert 2000 < report["seconds"][repair] < 2060
+    ends = "done by an earlier run of the same work; the table counts its 1000.0 s."
+    assert report["notes"][-2:] == [f"{merge}: 2 steps were {ends}", f"{repair}: 3 steps were {ends}"]
+    assert ".pt" not in capsys.readouterr().out
+
+
+def test_a_fit_layer_by_layer_that_was_done_before_is_taken_up(desk):
+    fit = ["repair=deep", "repair.fit=layerwise", "repair.steps=2", "overwrite=true"]
+    reports = []
+    for _ in range(2):
+        assert main(desk.words(*fit, method="task_arithmetic")) == 0
+        reports.append(report_of(desk.folder / "out"))
+    assert reports[0]["rows"] == reports[1]["rows"]
+    steps = 2 * 2 * 3  # of every task at two blocks and the final feature
+    assert any(f"task_arithmetic + deep: {steps} steps were" in note for note in reports[1]["notes"])
+
+
 @pytest.mark.parametrize("change", [{"precision": "bf16-mixed"}, {"devices": 2}], ids=["precision", "devices"])
 def test_another_precision_or_number_of_devices_is_other_work(tmp_path, monkeypatch, change):
     monkeypatch.chdir(tmp_path)
     context = Context(tmp_path, "inputs", {"accelerator": "cpu"})
     other = replace(context, fabric={**context.fabric, **change})
-    assert context.resume("cache", {}).path != other.resume("cache", {}).path
-    assert context.resume("cache", {}).path == replace(context).resume("cache", {}).path
+    assert context.resume("loop", "cache", {}).path != other.resume("loop", "cache", {}).path
+    assert context.resume("loop", "cache", {}).path == replace(context).resume("loop", "cache", {}).path
 
 
 def test_a_pool_of_one_s_own_is_named_as_it_was_typed(desk):

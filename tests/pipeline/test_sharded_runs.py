@@ -72,7 +72,7 @@ def test_a_repair_that_was_killed_in_its_loop_goes_on_in_the_same_processes(desk
     assert main(words) == 0
     assert rows(desk.folder / "out") == rows(desk.folder / "whole")
     notes = report(desk.folder / "out")["notes"]
-    assert any("of a loop were taken up" in note for note in notes)
+    assert any("done by an earlier run of the same work" in note for note in notes)
 
 
 @pytest.mark.parametrize(

@@ -69,6 +69,24 @@ def test_what_cannot_be_known_is_asked_for_in_one_line(desk):
         suture.init(["models"])
 
 
+def test_every_key_that_is_left_to_fill_in_is_named_at_once(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for name in ("base", "cats", "dogs"):
+        (tmp_path / f"{name}.pt").write_bytes(b"")
+        (tmp_path / "data" / name).mkdir(parents=True)
+        (tmp_path / "data" / name / "test.csv").write_text("first,second,third\na,b,c\n")
+    assert main(["init", ".", "data", "--family", "sequence_classification", "--base", "base.pt"]) == 0
+    pools = ["modelpool=models.yaml", "taskpool=tasks.yaml"]
+    capsys.readouterr()
+    assert main(["check", *pools]) == 2
+    keys = [f"taskpool.tasks.{name}.{key}" for name in ("cats", "dogs") for key in ("classnames", "text_columns")]
+    line = capsys.readouterr().err
+    assert line == f"suture: 4 keys have no value: {', '.join(keys)}. Remedy: fill them in.\n"
+    (tmp_path / "models.yaml").write_text((tmp_path / "models.yaml").read_text().replace("sequence_class", "module #"))
+    assert main(["check", *pools]) == 2
+    assert capsys.readouterr().err.startswith("suture: 5 keys have no value: modelpool.module, taskpool.tasks.cats")
+
+
 def test_nothing_is_written_where_one_file_exists(desk):
     (desk / "tasks.yaml").write_text("mine")
     with pytest.raises(OutputError, match="exists"):

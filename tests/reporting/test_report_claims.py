@@ -307,7 +307,7 @@ def test_a_button_copies_the_table(browser, opened, name, file):
 
 
 def test_a_switch_shows_the_intervals_of_every_task(browser, opened):
-    small = browser.find_element("css selector", "#accuracy tbody td:first-of-type small")
+    small = browser.find_element("css selector", "#accuracy tbody td:nth-of-type(2) small")
     assert not small.is_displayed()
     browser.find_element("id", "intervals").click()
     assert small.is_displayed()

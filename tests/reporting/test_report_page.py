@@ -2,6 +2,8 @@
 
 import io
 import json
+import re
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -10,7 +12,9 @@ from pages import HOSTILE, TASKS, a_report
 from PIL import Image
 
 from suture.cli.main import main
-from suture.reporting import report, write
+from suture.evaluation import Row
+from suture.reporting import Report, report, write
+from suture.reporting.figures import chart_of_run
 from suture.reporting.points import points_of
 
 SETTLED = """
@@ -171,6 +175,72 @@ def test_nothing_is_wider_than_a_phone(browser, run, page):
     visit(browser, run / page, width=390)
     widths = browser.execute_script("return [document.documentElement.scrollWidth, document.body.scrollWidth]")
     assert max(widths) <= 390
+
+
+def on_tasks(count, folder):
+    """A finished run on so many tasks, with names of a usual length."""
+    tasks = [f"data-set_{i:02}" for i in range(count)]
+    scores = lambda share: {task: share + 0.01 * (i % 9) for i, task in enumerate(tasks)}
+    made = lambda name, share, **kind: Row(name, scores(share), dict.fromkeys(tasks, 100), seconds=1.5, **kind)
+    rows = [made("pretrained", 0.1, role="pretrained"), made("experts", 0.9, role="experts")]
+    rows += [made("lw_adamerging", 0.6), made("lw_adamerging + final, routed", 0.5, learned="modules of rank 16")]
+    matrix = [made(task, 0.9 * i / count) for i, task in enumerate(tasks)]
+    return left(Report("a run", rows, rows[0], rows[1], matrix=matrix), folder)
+
+
+EDGES = """
+const edges = (cell) => { const { left, right } = cell.getBoundingClientRect(); return [left, right]; };
+return [...document.querySelector("#accuracy tbody tr:last-child").cells].slice(0, 3).map(edges);
+"""
+
+
+def test_eight_tasks_fit_a_laptop_and_with_twenty_name_and_mean_stay_in_sight(browser, tmp_path):
+    visit(browser, report([on_tasks(8, tmp_path / "8")], tmp_path / "8.html"), width=1280)
+    wide = "const box = document.getElementById('accuracy').parentElement; "
+    assert browser.execute_script(f"{wide} return box.scrollWidth - box.clientWidth") == 0
+    for width in (390, 1280):
+        visit(browser, report([on_tasks(20, tmp_path / f"20-{width}")], tmp_path / f"{width}.html"), width=width)
+        name, mean, first = browser.execute_script(EDGES)
+        assert name[0] >= 0
+        assert mean == pytest.approx([name[1], first[0]], abs=1)  # nothing is covered at first
+        browser.execute_script(f"{wide} box.scrollLeft = 500")
+        assert browser.execute_script(EDGES)[:2] == [name, mean]
+        assert mean[1] < 0.6 * width
+
+
+def test_what_each_model_takes_is_a_table_of_its_own_that_sorts(browser, tmp_path):
+    visit(browser, report([on_tasks(3, tmp_path / "run")], tmp_path / "page.html"))
+    table = browser.find_elements("css selector", "table.sortable")[1]
+    lines = lambda: [row.text for row in table.find_elements("css selector", "tbody tr")]
+    heads = [head.text for head in table.find_elements("css selector", "thead th")]
+    assert heads == ["model", "learned", "seconds"]  # what is known of any
+    assert lines() == ["lw_adamerging – 1.5", "lw_adamerging + final, routed modules of rank 16 1.5"]
+    button = table.find_elements("css selector", "thead button")[1]
+    button.click()
+    button.click()
+    assert lines()[0].startswith("lw_adamerging + final")
+
+
+def test_the_last_number_of_an_axis_is_written_on_a_phone(browser, run):
+    visit(browser, run / "report.html", width=390)
+    numbers = figure(browser, "Accuracy by task").find_elements("css selector", "svg .role-axis-label text")
+    assert {"0", "100"} <= {number.text for number in numbers}
+
+
+def test_numbers_in_cells_can_be_read(tmp_path):
+    picture = ElementTree.fromstring(chart_of_run(on_tasks(8, tmp_path / "run"), "expert_matrix").svg())
+    marks = lambda kind: [g for g in picture.iter() if f"mark-{kind} role-mark" in g.get("class", "")][-1]
+    cells = [luminance(path.get("fill")) for path in marks("rect")]
+    letters = [{"white": 1.0, "black": 0.0}[text.get("fill")] for text in marks("text")]
+    assert len(cells) == len(letters) == 64
+    assert len(set(letters)) == 2
+    assert min((max(pair) + 0.05) / (min(pair) + 0.05) for pair in zip(cells, letters, strict=True)) > 4.4
+
+
+def luminance(colour):
+    """The relative luminance of rgb(…), as WCAG has it."""
+    parts = np.array([int(part) / 255 for part in re.findall(r"\d+", colour)])
+    return np.where(parts <= 0.04045, parts / 12.92, ((parts + 0.055) / 1.055) ** 2.4) @ (0.2126, 0.7152, 0.0722)
 
 
 def test_a_still_page_has_the_pictures(browser, run):

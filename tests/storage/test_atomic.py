@@ -6,7 +6,15 @@ import os
 import pytest
 
 from suture.errors import OutputError
-from suture.storage.atomic import check_replaceable, new_directory, new_file, set_aside, write_bytes, write_text
+from suture.storage.atomic import (
+    check_replaceable,
+    new_directory,
+    new_file,
+    new_folder,
+    set_aside,
+    write_bytes,
+    write_text,
+)
 
 REPORT = json.dumps({"title": "t", "rows": [], "tasks": []})
 
@@ -28,6 +36,16 @@ def test_a_file_is_replaced_whole(tmp_path):
     write_text(tmp_path / "a" / "x.json", "zwölf")
     assert (tmp_path / "a" / "x.json").read_text("utf-8") == "zwölf"
     assert listed(tmp_path / "a") == ["x.json"]
+
+
+def test_two_new_folders_of_one_second_are_not_one(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    folders = []
+    for _ in range(3):
+        folders.append(new_folder("demo"))
+        folders[-1].mkdir(parents=True)
+    assert len(set(folders)) == 3
+    assert {folder.parent.as_posix() for folder in folders} == {"outputs/demo"}
 
 
 def test_a_file_that_fails_leaves_the_old_one(tmp_path):

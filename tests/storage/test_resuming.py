@@ -18,6 +18,20 @@ def test_a_state_comes_back_as_it_was(tmp_path):
     assert state["losses"] == [1.0]
 
 
+def test_the_time_of_a_loop_adds_up_over_its_processes(tmp_path, monkeypatch):
+    clock = iter([100.0, 130.0, 130.0, 500.0, 507.0, 507.0, 900.0])
+    monkeypatch.setattr("suture.storage.resume.time.monotonic", lambda: next(clock))
+    first = Resume(tmp_path / "state.pt", {})
+    assert (first.load(), first.earlier) == (None, 0.0)
+    first.save({"step": 1})
+    second = Resume(tmp_path / "state.pt", {})
+    assert (second.load(), second.earlier) == ({"step": 1}, 30.0)
+    second.save({"step": 2})
+    assert (second.load(), second.earlier) == ({"step": 2}, 30.0)
+    third = Resume(tmp_path / "state.pt", {})
+    assert (third.load(), third.earlier) == ({"step": 2}, 37.0)
+
+
 def test_the_state_of_other_work_is_refused(tmp_path):
     Resume(tmp_path / "state.pt", {"lr": 0.1}).save({})
     with pytest.raises(ConfigError, match=r"left by other work: lr was 0.1 and is now 0.2"):

@@ -94,7 +94,9 @@ def struck_and_resumed(desk, monkeypatch, words, loop, steps):
     monkeypatch.setattr(loop, "step", step)
     assert main(words) == 0
     notes = json.loads((desk.folder / "out" / "report.json").read_text())["notes"]
-    assert any(f"{steps} steps of a loop were taken up" in note for note in notes)
+    assert any(f": {steps} steps were done by an earlier run of the same work; the table" in note for note in notes), (
+        notes
+    )
 
 
 def refused(capsys, words):

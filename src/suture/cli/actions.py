@@ -260,22 +260,25 @@ def reproduce(request: Request) -> Answer:
 
 
 def methods(request: Request) -> Answer:
-    """Every method, or one method or repair with what its knobs may be."""
+    """Every method and repair in a line each or with its knobs, or one with what its knobs may be."""
     from suture.cli import method_tables
 
-    known = catalogue()
+    known, all_knobs = catalogue(), bool(request.values["--all"])
     if name := request.values["METHOD"]:
+        if all_knobs:
+            raise ConfigError(f"--all with {name}: wanted one of them. Remedy: leave one out.")
         method = known.method(name)
         method_tables.print_method(method)
         ranges = {name: knob.range for name, knob in method.knobs.items()}
         return Answer(_method_data(method) | {"ranges": ranges}, method.name)
-    method_tables.print_methods(known.methods.values(), known.repairs)
+    show = method_tables.print_methods if all_knobs else method_tables.print_lines
+    show([*known.methods.values(), *known.repairs.values()])
     return Answer(list(map(_method_data, known.methods.values())), "\n".join(known.methods))
 
 
 def _method_data(method: MethodEntry) -> dict[str, Any]:
     data = {"name": method.name, "aliases": method.aliases, "paper": method.paper, "summary": method.summary}
-    return data | {"knobs": {name: knob.default for name, knob in method.knobs.items()}}
+    return data | {"inputs": method.inputs, "knobs": {name: knob.default for name, knob in method.knobs.items()}}
 
 
 def init(request: Request) -> Answer:
@@ -329,7 +332,7 @@ def demo(request: Request) -> Answer:
     result = demo(output, full=bool(full), overwrite=bool(overwrite), watch=tables.print_row)
     print()
     tables.print_run(result)
-    print(f"The page is {result.folder / 'report.html'}", _NEXT, sep="\n")
+    print(f"The page is {result.folder / 'report.html'}", _STATES, _NEXT, sep="\n")
     return Answer(_as_data(result), str(result.folder))
 
 
@@ -339,6 +342,7 @@ repaired with modules for each task (final), ASWUDI in its own weights (calibrat
 Mean accuracy on the eight tasks, as each model is ready:
 """
 _FULL_STORY = " AdaMerging learns its coefficients, and is repaired twice."
+_STATES = "outputs/resume keeps the states of loops, so that no work is done twice; you may remove it."
 _NEXT = "Next: suture methods ties_merging; suture method=ties_merging modelpool=glyphs8 taskpool=glyphs8"
 
 

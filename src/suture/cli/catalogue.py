@@ -29,7 +29,10 @@ class KnobEntry:
 
 @dataclass(frozen=True)
 class MethodEntry:
-    """A method or a kind of repair: its names, docstring, paper and knobs, which are keys of its `group`."""
+    """A method or a kind of repair: its names, docstring, paper and knobs, which are keys of its `group`.
+
+    `inputs`: it needs unlabelled inputs beside the weights.
+    """
 
     name: str
     aliases: tuple[str, ...]
@@ -37,6 +40,7 @@ class MethodEntry:
     paper: str
     knobs: Mapping[str, KnobEntry]
     group: str = "method"
+    inputs: bool = False
 
     @property
     def summary(self) -> str:
@@ -126,7 +130,8 @@ def _described(method: Any) -> MethodEntry:
     description = _docstring(method.knobs.function)
     if tensors := getattr(method, "tensors", ""):
         description += "\n\n" + textwrap.fill(tensors, 116)
-    return MethodEntry(method.name, tuple(method.aliases), description, method.paper, knob_entries(method.knobs))
+    knobs, inputs = knob_entries(method.knobs), getattr(method, "inputs", False)
+    return MethodEntry(method.name, tuple(method.aliases), description, method.paper, knobs, inputs=inputs)
 
 
 def _described_repair(kind: Any) -> MethodEntry:
@@ -136,7 +141,9 @@ def _described_repair(kind: Any) -> MethodEntry:
     knobs = knob_entries(kind.knobs) | knob_entries(Knobs(kind.name, RepairOptions))
     own = {name: knob for name, knob in knobs.items() if name != "seed"}  # it is the run's
     shared = _docstring(RepairOptions).partition("\n\n")[2]
-    return MethodEntry(kind.name, (), f"{_docstring(kind.function)}\n\n{shared}", kind.paper, own, "repair")
+    return MethodEntry(
+        kind.name, (), f"{_docstring(kind.function)}\n\n{shared}", kind.paper, own, "repair", inputs=True
+    )
 
 
 def _docstring(function: Any) -> str:

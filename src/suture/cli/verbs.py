@@ -205,6 +205,7 @@ _TABLE = (
         "suture methods ties_merging",
         actions.methods,
         arguments=(Argument("METHOD", "the method or repair to explain", required=False),),
+        options=(Option("--all", "every knob of every method and repair"),),
     ),
     Verb(
         "init",

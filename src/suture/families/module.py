@@ -121,6 +121,7 @@ class ModuleFamily(Family):
 
     name = "module"
     known_settings: ClassVar[frozenset[str]] = frozenset({"module", "arguments", "head", "heads"})
+    needed_settings: ClassVar[frozenset[str]] = frozenset({"module"})
 
     def canonical_names(self, names: Iterable[str]) -> dict[str, str]:
         """Name in the module → stored name; tied tensors count under their first name."""

@@ -2,7 +2,7 @@
 
 import json
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -13,7 +13,7 @@ from suture.checkpoints import Checkpoint, content_hash, open_checkpoint, open_f
 from suture.checkpoints.adapter_bases import base_notes
 from suture.checkpoints.adapters import is_adapter, untied
 from suture.checkpoints.matching import matched
-from suture.errors import PRETRAINED, IncompatibleModels, SutureError, refusal
+from suture.errors import BASE, PRETRAINED, IncompatibleModels, SutureError, refusal
 from suture.file_merge.mergekit.chat_template import template_notes
 from suture.file_merge.options import MergeOptions
 from suture.file_merge.vocabulary import fit
@@ -116,7 +116,7 @@ class Inputs:
 
 def open_inputs(options: MergeOptions) -> Inputs:
     """Open all, from headers alone; raises `CheckpointError`, and `IncompatibleModels` for what does not fit."""
-    tied = open_checkpoint(_not_an_adapter(options.base), label=PRETRAINED, key=options.key)
+    tied = open_checkpoint(_not_an_adapter(options.base), label=BASE, key=options.key)
     base = untied(tied, options.models.values())
     key = options.key
     models = {name: open_fine_tuned(model, base, label=name, key=key) for name, model in options.models.items()}
@@ -129,7 +129,7 @@ def open_inputs(options: MergeOptions) -> Inputs:
     if not options.encode:
         config = _plain_weights(config, opened)
     config = None if config is None else {**config, **apart, **fitted.config}
-    notes = [*_read_as(opened), *found.notes, *template_notes(opened), *base_notes(models, base)]
+    notes = [*_read_as(opened.values()), *found.notes, *template_notes(opened.values()), *base_notes(models, base)]
     if base is not tied:
         notes.append("An adapter changes one name of a tied tensor alone, so the result has both, not tied.")
     inputs = Inputs(
@@ -148,10 +148,11 @@ def open_inputs(options: MergeOptions) -> Inputs:
     return inputs
 
 
-def _read_as(opened: Mapping[str, Checkpoint]) -> list[str]:
+def _read_as(opened: Collection[Checkpoint]) -> list[str]:
     """A line for each model that has a prefix before all names, or codes that are decoded."""
-    prefixes = [f"'{n}' has the prefix '{c.prefix}' before all names, left out." for n, c in opened.items() if c.prefix]
-    return prefixes + [f"'{n}' has {c.decoded}, which are decoded." for n, c in opened.items() if c.decoded]
+    prefixed = [c for c in opened if c.prefix]
+    prefixes = [f"'{c.label}' has the prefix '{c.prefix}' before all names, left out." for c in prefixed]
+    return prefixes + [f"'{c.label}' has {c.decoded}, which are decoded." for c in opened if c.decoded]
 
 
 def _plain_weights(config: dict[str, Any] | None, opened: Mapping[str, Checkpoint]) -> dict[str, Any] | None:

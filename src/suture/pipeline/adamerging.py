@@ -158,7 +158,7 @@ class AdaMerging(MethodBase, AdaMergingOptions):
             for name, task in tasks.items()
         }
         steps = self.steps(context.fast)
-        resume = context.resume(self.cache_dir, self._work(steps))
+        resume = context.resume(self.name, self.cache_dir, self._work(steps))
 
         def score(step: int, module: nn.Module) -> float:
             test = {name: inputs["test"][name] for name in models.experts}

@@ -132,10 +132,13 @@ def _for_sweeping(arguments: Sequence[str]) -> list[str]:
 def compose(argv: Sequence[str]) -> dict[str, Any]:
     """The resolved configuration of one run, without running it."""
     import hydra
+    from omegaconf import OmegaConf
 
     store_all()
     with _one_line_errors(), hydra.initialize_config_module("suture.pipeline.conf", version_base="1.3"):
-        return _plain(hydra.compose("config", overrides=_rewritten(argv)), argv)
+        config = hydra.compose("config", overrides=_rewritten(argv), return_hydra_config=True)
+        choices = config.hydra.runtime.choices
+        return _plain(OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"]), argv, choices)
 
 
 def composed(
@@ -215,20 +218,21 @@ def save(config: dict[str, Any], path: Path) -> None:
     OmegaConf.save(OmegaConf.create(config), path)
 
 
-def _plain(config, arguments: Sequence[str] = ()) -> dict[str, Any]:
+def _plain(config, arguments: Sequence[str] = (), choices: Mapping[str, str] | None = None) -> dict[str, Any]:
+    """A resolved configuration, with the choice of each group and the command; in a run of Hydra's both are Hydra's."""
     from hydra.core.hydra_config import HydraConfig
     from omegaconf import OmegaConf
 
     plain: dict[str, Any] = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)  # type: ignore[assignment]
-    if HydraConfig.initialized():
+    if choices is None and HydraConfig.initialized():
         hydra_config = HydraConfig.get()
-        choices = {
-            group: name for group, name in hydra_config.runtime.choices.items() if not group.startswith("hydra/")
-        }
-        plain["choices"] = {group: typed_name(name) for group, name in choices.items()}
+        choices = hydra_config.runtime.choices
         arguments = list(hydra_config.overrides.task)
         if _is_multirun() and plain["output"] is None:
             plain |= {"output": hydra_config.runtime.output_dir, "overwrite": True, "reuse": True}
+    if choices is not None:
+        own = {group: name for group, name in choices.items() if not group.startswith("hydra/")}
+        plain["choices"] = {group: typed_name(name) for group, name in own.items()}
     return plain | {"command": shlex.join(["suture", *(word for each in arguments for word in as_typed(each))])}
 
 

@@ -28,11 +28,25 @@ Watch = Callable[[int, float, Tensor | None], None]  # step, loss, values
 
 
 @dataclass(frozen=True)
+class Resumed:
+    """A loop of which an earlier run of the same work did the first `steps`, in so many seconds; 0: not known."""
+
+    name: str
+    steps: int
+    seconds: float
+
+    def __str__(self) -> str:
+        time = f"the table counts its {self.seconds:.1f} s" if self.seconds else "its time is not in the table"
+        done = f"{self.steps:,} steps were" if self.steps > 1 else "1 step was"
+        return f"{self.name}: {done} done by an earlier run of the same work; {time}."
+
+
+@dataclass(frozen=True)
 class Context:
     """The arguments of every stage of a run besides its models and inputs.
 
     `fingerprint` identifies the run's inputs: hashes of the models, and the tasks' keys. Logs are written below
-    `folder`, and encodings are cached in `encodings` during the run. `resumed`: state file → number of resumed steps.
+    `folder`, and encodings are cached in `encodings` during the run. `resumed` are the loops that earlier runs began.
     `auto_size` finds batch sizes for batch_size=auto. `group`: Fabric with the processes that have a part of the
     weights each, inside `together`.
     """
@@ -45,7 +59,7 @@ class Context:
     fast: bool = False
     profile: Profile = field(default_factory=Profile)
     encodings: Path | None = None
-    resumed: dict[Path, int] = field(default_factory=dict)
+    resumed: list[Resumed] = field(default_factory=list)
     auto_size: AutoSize = field(default_factory=AutoSize)
     group: Any = None
 
@@ -92,8 +106,11 @@ class Context:
         """The number of steps, limited to a few in a fast_dev_run."""
         return min(steps, FEW) if self.fast else steps
 
-    def resume(self, cache_dir: str, work: Mapping[str, Any]) -> Resume:
-        """The state file of this work, named by a hash of everything that determines its result."""
+    def resume(self, name: str, cache_dir: str, work: Mapping[str, Any], steps: int = 0) -> Resume:
+        """The state file of this work, named by a hash of everything that determines its result.
+
+        `name` is what notes call the loop; `steps` is the number of steps of each of its stages, if it has any.
+        """
         few = fixed_size(self.batch_size)  # inputs of each task in a fast_dev_run
         fast = str(few if self.fast else "")
         decisive = {**work, "seed": str(self.seed), "fast_dev_run": fast, "inputs": self.fingerprint}
@@ -102,18 +119,23 @@ class Context:
         digest = hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()[:16]
         resume = Resume(Path(cache_dir) / "resume" / f"{digest}.pt", decisive)
         if state := resume.load():
-            self.resumed[resume.path] = len(state["losses"])
+            self.resumed.append(Resumed(name, _count(state, steps), resume.earlier or 0.0))
         return resume if self.first else resume.read_only()
+
+    @property
+    def seconds_before(self) -> float:
+        """Seconds that earlier runs spent on the loops taken up so far."""
+        return sum(each.seconds for each in self.resumed)
 
     def launch(self, function: Callable[[Any], T], devices: int = 1) -> T:
         """Run `function(fabric)` on the run's devices, and add the times that it measured to the profile."""
 
-        def measured(fabric: Any) -> tuple[T, dict[str, float], dict[Path, int]]:
+        def measured(fabric: Any) -> tuple[T, dict[str, float], list[Resumed]]:
             return function(fabric), dict(self.profile.seconds), self.resumed
 
         value, seconds, resumed = launch(make_fabric(self.fabric, devices), measured)
         self.profile.seconds.update(seconds)
-        self.resumed.update(resumed)
+        self.resumed[:] = resumed
         return value
 
     def together(self, function: Callable[["Context"], T]) -> T:
@@ -153,15 +175,19 @@ class Context:
         told = [*(line for key, line in _ROUNDED.items() if self.fabric.get(key)), *self.auto_size.notes]
         if self.sharded:
             told.append("Weights were split over processes (fabric.strategy=fsdp). Representations were not compared.")
-        return told + [
-            f"{count} step{'s' * (count > 1)} of a loop were taken up from {path}."
-            for path, count in self.resumed.items()
-        ]
+        return told + list(map(str, self.resumed))
+
+
+def _count(state: Mapping[str, Any], steps: int) -> int:
+    """The number of steps in a saved state, of a loop in stages of so many steps those of the earlier stages too."""
+    return len(state["losses"]) if "losses" in state else state["stage"] * steps + len(state["inner"]["losses"])
 
 
 def _steps_done(resume: Resume) -> Iterator[tuple[float, Tensor | None]]:
-    """Loss and coefficients of each step in a saved state."""
-    state = resume.load() or {"losses": []}
+    """Loss and coefficients of each step in a saved state; nothing of a loop in stages, whose last alone is known."""
+    state = resume.load() or {}
+    if "losses" not in state:
+        return
     losses = torch.as_tensor(state["losses"], dtype=torch.float64)
     values = state["history"][1:] if "history" in state else [None] * len(losses)
     for loss, value in zip(losses, values, strict=True):

@@ -57,7 +57,7 @@ def _fit_one(
     repair: Repair, models: Models, merged: MergeResult, inputs: SplitInputs, context: Context
 ) -> RepairResult:
     """Fit one repair, with a router and a comparison of representations if its options say so."""
-    options, meter = repair.options, Meter()
+    options, meter, before = repair.options, Meter(), context.seconds_before
     chosen, few = options.select(inputs, models.experts, context.seed)
     work = partial(_fit_here, repair, models, merged, inputs, few)
     with context.profile(f"repair: {repair.kind.name}"):
@@ -65,7 +65,8 @@ def _fit_one(
             result = _taken_over(context.together(lambda own: _handed_over(work(own), own)), models, merged, context)
         else:
             result = work(context)
-        cost = {"seconds": merged.seconds + meter.seconds, "memory": _most(merged.memory, meter.memory)}
+        seconds = merged.seconds + meter.seconds + context.seconds_before - before
+        cost = {"seconds": seconds, "memory": _most(merged.memory, meter.memory)}
         if result.stream is not None:
             order = {name: chosen[name][at] for name, at in result.stream.order.items()}
             result = replace(result, stream=result.stream._replace(order=order))
@@ -170,9 +171,10 @@ def _fitted(
         if "steps" in knobs:
             knobs["steps"] = context.shortened(knobs["steps"])
             work = {"merged": content_hash(merged.tensors), "kind": kind.name, "options": str(options)}
-            resume = context.resume(options.cache_dir, work | {key: str(value) for key, value in knobs.items()})
-            name = repair.name(merged.label)
-            watch = stack.enter_context(context.watch(name, knobs["steps"], resume, quiet=not context.first))
+            work |= {key: str(value) for key, value in knobs.items()}
+            name, steps = repair.name(merged.label), knobs["steps"]
+            resume = context.resume(name, options.cache_dir, work, steps)
+            watch = stack.enter_context(context.watch(name, steps, resume, quiet=not context.first))
 
             def on_step(step: int, losses: Tensor, modules: Mapping[str, SurgeryModules]) -> None:
                 watch(step, losses.nansum().item(), None)

@@ -100,12 +100,16 @@ class StaticMerge:
 
 @dataclass(frozen=True)
 class LearnedMethod:
-    """A method whose knobs are the fields of a class; `function(**knobs)` returns a `Method`."""
+    """A method whose knobs are the fields of a class; `function(**knobs)` returns a `Method`.
+
+    `inputs`: it learns from unlabelled inputs, and so needs a task pool.
+    """
 
     name: str
     function: type
     paper: str
     aliases: tuple[str, ...] = ()
+    inputs: bool = True
 
     @cached_property
     def knobs(self) -> Knobs:
@@ -117,8 +121,10 @@ def learned_methods() -> dict[str, LearnedMethod]:
     """The methods that learn, or leave a model for each task, by name."""
     paper, surgery = "https://arxiv.org/abs/2310.02575", "surgery/adamerging_surgery"
     return {
-        "emr_merging": LearnedMethod("emr_merging", EmrMerging, "https://arxiv.org/abs/2405.17461", ("emr",)),
-        "tall_masks": LearnedMethod("tall_masks", TallMasks, "https://arxiv.org/abs/2405.07813"),
+        "emr_merging": LearnedMethod(
+            "emr_merging", EmrMerging, "https://arxiv.org/abs/2405.17461", ("emr",), inputs=False
+        ),
+        "tall_masks": LearnedMethod("tall_masks", TallMasks, "https://arxiv.org/abs/2405.07813", inputs=False),
         "adamerging": LearnedMethod("adamerging", AdaMerging, paper, tuple(NAMES)),
         surgery: LearnedMethod(surgery, AdaMergingSurgery, "https://arxiv.org/abs/2402.02705"),
         "regmean": LearnedMethod("regmean", RegMean, "https://arxiv.org/abs/2212.09849"),

@@ -86,7 +86,7 @@ def run_settings(
         scores = score_references(models, inputs, context, reuse=first.reuse) if first.tasks else Scores()
         rows, outcomes = _tell(watch, scores.rows), []
         for settings in runs:
-            part = folder if len(runs) == 1 else folder / "models" / settings.method.label
+            part = folder if len(runs) == 1 else folder / settings.method.label
             own = replace(context, folder=part)
             outcome = _merge_and_repair(settings, models, inputs, own).chosen(how, (search or {}).get("split", ""))
             outcomes.append(outcome)

@@ -11,7 +11,8 @@ from suture.families import family
 from suture.tasks import Task, known
 from suture.tasks.class_names import plain
 
-_TASK_KEYS = {*(key.name for key in fields(Task)), "folders"} - {"name"}
+_TASK_ORDER = [key.name for key in fields(Task) if key.name != "name"]
+_TASK_KEYS = {*_TASK_ORDER, "folders"}
 _CHOICES = ("frozen", "keep", "only")
 
 
@@ -79,6 +80,31 @@ class TaskPool:
         return cls(tasks, config.get("recommended") or {})
 
 
+def check_filled(modelpool: Mapping[str, Any], taskpool: Mapping[str, Any] | None) -> None:
+    """Raise one `ConfigError` that names every key left open in two pools, if there are several.
+
+    A single one is left to whoever reads its pool. Optional keys without a value count only beside needed ones.
+    """
+    open_keys = _open_settings(modelpool)
+    for name, task in _mapping("taskpool.tasks", (taskpool or {}).get("tasks")).items():
+        where = f"taskpool.tasks.{name}"
+        open_keys += [f"{where}.{key}" for key in _open_keys(name, _mapping(where, task), (taskpool or {}).get("root"))]
+    if len(open_keys) > 1:
+        raise ConfigError(f"{len(open_keys)} keys have no value: {', '.join(open_keys)}. Remedy: fill them in.")
+
+
+def _open_settings(modelpool: Mapping[str, Any]) -> list[str]:
+    needed = family(modelpool.get("family", "clip")).needed_settings
+    return [f"modelpool.{key}" for key in sorted(needed) if modelpool.get(key) is None]
+
+
+def _open_keys(name: str, config: Mapping[str, Any], root: str | None) -> list[str]:
+    """Keys of a task that have no value: those it needs, and where one of these lacks, any that stand there empty."""
+    keys = _keys(name, config, root)
+    needed = _missing(keys)
+    return [key for key in _TASK_ORDER if key in needed or (needed and key in config and keys.get(key) is None)]
+
+
 def _patterns(key: str, value: Any) -> tuple[str, ...]:
     """A list of names or patterns; one text is a list of one."""
     values = [value] if isinstance(value, str) else value or ()
@@ -97,16 +123,27 @@ def _under(root: str | None, value: Any) -> Any:
 def _task(name: str, config: Mapping[str, Any], root: str | None) -> Task:
     """The task with its own keys, and the published task's for any that are missing."""
     check_known(f"key of taskpool.tasks.{name}", config, _TASK_KEYS)
-    keys = known(name) | {key: value for key, value in config.items() if value is not None}
-    if root is not None and (folder := _folder_of(Path(root).expanduser(), name, keys)):
-        keys["source"] = str(folder)
-    needed = ("source",) if keys.get("score") is not None else ("source", "classnames")
-    if missing := [key for key in needed if not keys.get(key)]:
+    keys = _keys(name, config, root)
+    if missing := _missing(keys):
         wanted = "source and classnames, or source and score, at least"
         raise ConfigError(f"taskpool.tasks.{name} has no {missing[0]}. Wanted: {wanted}.")
     names = keys.get("classnames") or []
     keys |= {"source": str(keys["source"]), "classnames": list(map(str, names)) if isinstance(names, list) else names}
     return Task(name, **{key: value for key, value in keys.items() if key != "folders"})
+
+
+def _keys(name: str, config: Mapping[str, Any], root: str | None) -> dict[str, Any]:
+    """The keys of a task that have a value, of its own or of the published task of this name."""
+    keys = known(name) | {key: value for key, value in config.items() if value is not None}
+    if root is not None and (folder := _folder_of(Path(root).expanduser(), name, keys)):
+        keys["source"] = str(folder)
+    return keys
+
+
+def _missing(keys: Mapping[str, Any]) -> list[str]:
+    """The keys that a task needs and has no value for."""
+    needed = ("source",) if keys.get("score") is not None else ("source", "classnames")
+    return [key for key in needed if not keys.get(key)]
 
 
 def _folder_of(root: Path, name: str, keys: Mapping[str, Any]) -> Path | None:

@@ -18,7 +18,7 @@ from suture.checkpoints.adapters import untied
 from suture.checkpoints.matching import matched
 from suture.core.fabric import SHARDED, forks
 from suture.core.names import in_bytes
-from suture.errors import PRETRAINED, ConfigError, SutureError, unknown_name
+from suture.errors import BASE, PRETRAINED, ConfigError, SutureError, unknown_name
 from suture.merging.compatibility import compatibility, merged_names, spec_of
 from suture.merging.registry import MergeMethod, get_method
 from suture.merging.task_vectors import TaskVectors, working_memory
@@ -75,11 +75,12 @@ def preflight(
     if method is not None and (problem := method.check_number(len(models))):
         checked.problems.append(problem)
     names = merged_names(base, frozen)
-    checked.problems += non_finite_samples({PRETRAINED: base, **models}, names)
+    labelled = [(PRETRAINED if pool else BASE, base), *models.items()]
+    checked.problems += non_finite_samples(labelled, names)
     checked.notes += _batch_norm_notes(base, models, names)
     checked.notes += [
         f"'{label}' has the prefix '{model.prefix}' before all of its names, which is left out."
-        for label, model in {PRETRAINED: base, **models}.items()
+        for label, model in labelled
         if model.prefix
     ]
     _measure(checked, base, models, names, method, knobs, threads)
@@ -132,7 +133,7 @@ def _check_files(
     if base is None or not models:
         missing = "base" if base is None else "models.NAME"
         raise ConfigError(f"Missing argument: {missing}=…, the path of a model.")
-    opened = untied(open_checkpoint(base, label=PRETRAINED), models.values())
+    opened = untied(open_checkpoint(base, label=BASE), models.values())
     experts = {name: open_fine_tuned(model, opened, label=name) for name, model in models.items()}
     found = matched(opened, experts)
     folder = None if output is None else Path(output)
@@ -219,10 +220,10 @@ def _whole_weights(settings: Settings) -> str:
     return "generate" if settings.generation is not None else ""
 
 
-def non_finite_samples(models: Mapping[str, Checkpoint], names: list[str]) -> list[str]:
+def non_finite_samples(models: Iterable[tuple[str, Checkpoint]], names: list[str]) -> list[str]:
     """One line for each tensor with NaN or Inf in a sample of its first, middle and last entries."""
     problems = []
-    for label, model in models.items():
+    for label, model in models:
         for name in names:
             if name in model and not all(part.isfinite().all() for part in _samples(model, name)):
                 problems.append(

@@ -31,7 +31,7 @@ def _files(folder: Path) -> dict[str, Path | bytes]:
         return {path.relative_to(folder).as_posix(): path for path in _below(folder) if path.name != PROVENANCE}
     run, model = read(folder), folder / "model"
     if not any(model.glob("*.safetensors")):
-        several = [path.as_posix() for path in sorted(folder.glob("models/*"))]
+        several = [path.parent.as_posix() for path in sorted(folder.glob("*/model"))]
         contents = f"the models of several methods ({', '.join(several)})" if several else "no model"
         raise ConfigError(f"'{folder}' holds {contents}. Remedy: name the folder of a run that has one in 'model'.")
     files: dict[str, Path | bytes] = {path.relative_to(model).as_posix(): path for path in _below(model)}

@@ -29,12 +29,13 @@ from suture.repairs import (
 
 def merge_into(folder: Path, method: Method, models: Models, inputs: SplitInputs, context: Context) -> MergeResult:
     """Write the model as its family saves it, and the learned coefficients, if any."""
-    meter = Meter()
+    meter, before = Meter(), context.seconds_before
     with models.new_model(folder / "model") as out:
         merged = method.merge(models, inputs, context, out)
     if merged.learned is not None:
         merged.learned.save(folder, also_as=method.knobs.get("save_merging_weights"))
-    cost: dict[str, Any] = {"seconds": merged.seconds or meter.seconds, "memory": merged.memory or meter.memory}
+    seconds = merged.seconds or meter.seconds + context.seconds_before - before
+    cost: dict[str, Any] = {"seconds": seconds, "memory": merged.memory or meter.memory}
     return replace(merged, tensors=dict(models.mergeable(open_checkpoint(folder / "model"))), **cost)
 
 

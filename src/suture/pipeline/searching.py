@@ -215,7 +215,7 @@ class Search:
         names = ("space", "kind", "trials", "score", "split", "num_inputs")
         work = {name: str(getattr(self, name)) for name in names} | {"method": str(self.config["method"])}
         work |= {"groups": str(self.groups)} if self.groups > 1 else {}
-        resume = context.resume(CACHE, work)
+        resume = context.resume("search", CACHE, work)
         known: list[float] = list((resume.load() or {"losses": []})["losses"])
         score = _Scoring(self, models, context, inputs)
         points = sampler(self.points, self.kind, self.trials, context.seed)

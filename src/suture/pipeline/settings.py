@@ -11,7 +11,7 @@ from suture.errors import ConfigError
 from suture.pipeline.generations import Generation
 from suture.pipeline.harness import Harness
 from suture.pipeline.methods import Method, chosen_method
-from suture.pipeline.pools import ModelPool, TaskPool
+from suture.pipeline.pools import ModelPool, TaskPool, check_filled
 from suture.pipeline.repairs import JOIN, Repair
 from suture.storage.atomic import new_folder
 
@@ -55,13 +55,13 @@ class Settings:
         for key in ("overwrite", "reuse", "dry_run", "fast_dev_run"):
             if not isinstance(config[key], bool):
                 raise ConfigError(f"{key}={config[key]!r}: wanted true or false.")
+        check_filled(config["modelpool"], config.get("taskpool"))
         check_fabric(config["fabric"])
         check_output(config["output"])
         repairs = _repairs(config, method)
         if repairs and not config.get("taskpool"):
-            raise ConfigError(
-                f"repair={JOIN.join(repairs[0].chain)} needs unlabelled inputs. Remedy: name a taskpool=…"
-            )
+            own = f"method={config['method']['name']}" if method.repairs else f"repair={JOIN.join(repairs[0].chain)}"
+            raise ConfigError(f"{own} needs unlabelled inputs. Remedy: name a taskpool=…")
         return cls(
             pool=ModelPool.from_config(config["modelpool"]),
             taskpool=TaskPool.from_config(config["taskpool"]) if config.get("taskpool") else None,
@@ -117,6 +117,6 @@ def check_output(output: Any) -> None:
 
 
 def _default_output(config: Mapping[str, Any], label: str) -> Path:
-    pool = str((config.get("choices") or {}).get("modelpool", "pool")).split("/")[-1]
-    pool = pool.removesuffix(".yaml").removesuffix(".yml")
+    pool = str((config.get("choices") or {}).get("modelpool", "<modelpool>")).split("/")[-1]
+    pool = "pool" if pool.startswith("<") else pool.removesuffix(".yaml").removesuffix(".yml")  # <: a mapping
     return new_folder(f"{pool}/{label}")

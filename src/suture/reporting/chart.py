@@ -35,7 +35,7 @@ _CONFIG: Mapping[str, Any] = {
         **{"titleFontWeight": "normal", "labelFontSize": 11, "titleFontSize": 11, "labelLimit": 110},
     },
     "axisQuantitative": {"labelOverlap": "greedy", "labelSeparation": 8},
-    "axisXQuantitative": {"tickCount": 8},
+    "axisXQuantitative": {"tickCount": {"expr": "narrow ? 4 : 8"}},
     "legend": {"labelColor": INK, "titleColor": INK, "titleFontWeight": "normal"},
     "header": {"labelColor": INK, "labelFontSize": 11, "titleColor": INK},
 }
@@ -238,8 +238,8 @@ def heat_map(
     """Cells coloured by `value`, with its number in them if `numbers` is a format."""
     channel = {"field": "value", "type": "quantitative", "legend": None, **colour}
     layers: list[dict[str, Any]] = [{"mark": "rect", "encoding": {"color": channel, "tooltip": tips}}]
-    if numbers:
-        dark = {"test": "luminance(scale('color', datum.value)) < 0.35", "value": "white"}
+    if numbers:  # at a luminance of 0.18, black and white have the same contrast
+        dark = {"test": "luminance(scale('color', datum.value)) < 0.18", "value": "white"}
         text = {"field": "value", "type": "quantitative", "format": numbers}
         encoding = {"text": text, "color": {"condition": dark, "value": "black"}, "tooltip": tips}
         layers.append({"mark": {"type": "text", "fontSize": 10}, "encoding": encoding})

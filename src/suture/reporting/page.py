@@ -7,7 +7,7 @@ except the page's own two, which it lists by their hashes.
 import base64
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from hashlib import sha256
 from html import escape
 from importlib.resources import files
@@ -146,24 +146,54 @@ def _table(data: Mapping[str, Any]) -> str:
         ("Scores", f"{about_scores(data['tasks'], metrics)} {_BOLD_OF_SCORES}") if metrics else ("Accuracy", _ABOUT)
     )
     chips = [
-        f'<i class=chip style="--colour:{palette[task]}"></i>{escape(head)}'
+        f'<i class=chip style="--colour:{palette[task]}"></i>{escape(head).replace("_", "_<wbr>")}'
         for task, head in zip(data["tasks"], task_heads(data["tasks"], metrics), strict=True)
     ]
-    rest = [(_KINDS.get(name, ""), explained(name)) for name in (*HEADS, *COSTS)]
-    head = "".join(
-        f'<th scope=col class="{kind}"><button type=button>{inside}</button></th>'
-        for kind, inside in [("", "model"), *(("", chip) for chip in chips), *rest]
-    )
+    mean, *rest = [(_KINDS.get(name, ""), explained(name)) for name in HEADS]
+    head = _heads([("", "model"), mean, *(("", chip) for chip in chips), *rest])
     body = "".join(_table_row(data, row, top) for row in data["rows"])
     counts = "".join(f"<td>{_count(data['samples'].get(task))}</td>" for task in data["tasks"])
-    empty = "".join(f'<td class="{kind}"></td>' for kind, _ in rest)
-    foot = f"<tfoot><tr><th scope=row>test inputs</th>{counts}{empty}</tr></tfoot>"
+    empty = "".join("<td></td>" for _ in rest)
+    foot = f"<tfoot><tr><th scope=row>test inputs</th><td class=mean></td>{counts}{empty}</tr></tfoot>"
     names = (part for row in data["rows"] for part in re.split(r" \+ |, ", row["name"]))
     words = list_of(dict.fromkeys((*HEADS, *COSTS, *names)))
     pinned = " pinned" * any(row["mean"] is not None for row in data["rows"])
     return f"""<section><h2>{title}</h2>{_table_controls(data)}
 <div class=wide><table id=accuracy class="sortable{pinned}">
-<thead><tr>{head}</tr></thead><tbody>{body}</tbody>{foot}</table></div><p class=note>{about}</p>{words}</section>"""
+<thead><tr>{head}</tr></thead><tbody>{body}</tbody>{foot}</table></div><p class=note>{about}</p>
+{_costs_table(data)}{words}</section>"""
+
+
+def _heads(heads: Iterable[tuple[str, str]]) -> str:
+    """Column heads that sort, from pairs of a class and what is inside."""
+    return "".join(f'<th scope=col class="{kind}"><button type=button>{inside}</button></th>' for kind, inside in heads)
+
+
+def _costs_table(data: Mapping[str, Any]) -> str:
+    """What every merge and repair takes, as far as anything is known of it."""
+    rows = [row for row in data["rows"] if not is_reference(row)]
+    known = [name for i, name in enumerate(COSTS) if any(costs(data, row)[i] != "–" for row in rows)]
+    if not known:
+        return ""
+    head = _heads([("", "model"), *((_KINDS.get(name, ""), explained(name)) for name in known)])
+    body = "".join(_costs_row(data, row, known) for row in rows)
+    table = f"<table class=sortable><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+    return f"<h3>What each model takes</h3><div class=wide>{table}</div>"
+
+
+def _costs_row(data: Mapping[str, Any], row: Mapping[str, Any], known: Collection[str]) -> str:
+    numbers = {
+        "added": row["added_parameters"],
+        **{key: data[key].get(row["name"], "") for key in ("seconds", "memory")},
+    }
+    kinds = {"task's name": "text", "learned": "text long"}
+    cells = {
+        name: f'<td data-value="{numbers[name]}">{escape(text)}</td>'
+        if name in numbers
+        else f'<td class="{kinds[name]}">{escape(text)}</td>'
+        for name, text in zip(COSTS, costs(data, row), strict=True)
+    }
+    return f"<tr><th scope=row>{explained_name(row['name'])}</th>{''.join(cells[name] for name in known)}</tr>"
 
 
 def _table_controls(data: Mapping[str, Any]) -> str:
@@ -175,20 +205,14 @@ def _table_controls(data: Mapping[str, Any]) -> str:
 
 
 def _table_row(data: Mapping[str, Any], row: Mapping[str, Any], top: Mapping[str, set[str]]) -> str:
-    tasks = [*data["tasks"], "mean"]
-    cells = [_score(data, row, task, row["name"] in top[task]) for task in tasks]
+    cells = [_score(data, row, task, row["name"] in top[task]) for task in ("mean", *data["tasks"])]
     share = min(1.0, max(0.0, row["gap_closed"] or 0.0))
     kind = " class=reference" if is_reference(row) else ""
     norm = _cell(row["normalised_mean"])
     closed = _cell(row["gap_closed"], f' class=bar style="--share: {100 * share:.1f}%"')
     split = escape(row["split"]) if row["split"] and row["learned"] else "–"
-    named, learned, added, *taken = map(escape, costs(data, row))
-    values = [data[key].get(row["name"], "") for key in ("seconds", "memory")]
-    cost = f'<td class=text>{named}</td><td class="text long">{learned}</td>'
-    cost += f'<td data-value="{row["added_parameters"]}">{added}</td>'
-    cost += "".join(f'<td data-value="{value}">{text}</td>' for value, text in zip(values, taken, strict=True))
     name = explained_name(row["name"])
-    return f"<tr{kind}><th scope=row>{name}</th>{''.join(cells)}<td class=text>{split}</td>{norm}{closed}{cost}</tr>"
+    return f"<tr{kind}><th scope=row>{name}</th>{''.join(cells)}<td class=text>{split}</td>{norm}{closed}</tr>"
 
 
 def _score(data: Mapping[str, Any], row: Mapping[str, Any], task: str, best: bool) -> str:

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from datetime import datetime
+from itertools import chain, count
 from pathlib import Path
 
 from suture.errors import output_refusal
@@ -20,8 +21,10 @@ _MARKS = {"suture_merge.json": ("versions", "inputs"), "report.json": ("title", 
 
 
 def new_folder(name: str) -> Path:
-    """A folder below `outputs` that has this moment in its name."""
-    return Path("outputs") / name / datetime.now().strftime("%Y%m%d-%H%M%S")
+    """A folder below `outputs` that has this moment in its name, and does not exist."""
+    first = Path("outputs") / name / datetime.now().strftime("%Y%m%d-%H%M%S")
+    later = (first.with_name(f"{first.name}-{number}") for number in count(2))
+    return next(folder for folder in chain([first], later) if not folder.exists())
 
 
 def write_bytes(path: Path, content: bytes | memoryview) -> None:

@@ -19,7 +19,8 @@ class Resume:
     """The state file of one loop.
 
     `work` says what the loop does (plain data): a file that was left by other work is refused. `every` is the number of
-    seconds between saves; a kill costs at most that much work.
+    seconds between saves; a kill costs at most that much work. `earlier` is the number of seconds that the loop took
+    before this process took it up, 0 for a loop that begins here.
 
     >>> import tempfile
     >>> path = Path(tempfile.mkdtemp()) / "state.pt"
@@ -31,7 +32,8 @@ class Resume:
     def __init__(self, path: str | os.PathLike[str], work: Mapping[str, Any], *, every: float = 10.0):
         self.path, self.work, self.every = Path(path), dict(work), every
         self.writable = True
-        self._saved = time.monotonic()
+        self.earlier: float | None = None
+        self._began = self._saved = time.monotonic()
 
     def load(self) -> dict[str, Any] | None:
         """The last state saved; None if there is none.
@@ -40,14 +42,15 @@ class Resume:
         `ConfigError` for the state of other work and `CheckpointError` for a file that holds something else.
         """
         remove_leftovers(self.path)
-        if not self.path.exists():
-            return None
-        content = self._read()
+        content = self._read() if self.path.exists() else None
         if content is None:
+            self.earlier = self.earlier or 0.0
             return None
         if not isinstance(content, dict) or not all(isinstance(content.get(key), dict) for key in ("work", "state")):
             raise CheckpointError(f"'{self.path}' holds no state to resume from. Remedy: name another file.")
         self._check_work(content["work"])
+        if self.earlier is None:
+            self.earlier = float(content.get("seconds", 0.0))
         return content["state"]
 
     def _read(self) -> Any:
@@ -89,5 +92,6 @@ class Resume:
             disk_errors(self.path),
             open(descriptor, "wb", closefd=False) as file,
         ):
-            torch.save({"work": self.work, "state": dict(state)}, file)  # tensor by tensor
+            seconds = (self.earlier or 0.0) + time.monotonic() - self._began
+            torch.save({"work": self.work, "state": dict(state), "seconds": seconds}, file)  # tensor by tensor
         self._saved = time.monotonic()

@@ -4,14 +4,17 @@ import json
 import shutil
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast
 
 from torch import Tensor, nn
 
+from suture import __version__
 from suture.core.head import Head
 from suture.core.progress import Track, untracked
 from suture.errors import ConfigError, SutureError
+from suture.storage.cache import cache_directory, digest, once
 from suture.tasks.base import Images, Task, Texts
 
 if TYPE_CHECKING:
@@ -35,6 +38,8 @@ _COMPANIONS = (
     "vocab.json",
     "vocab.txt",
 )
+
+_TEXTS = (".json", ".txt", ".model", ".jinja")  # whatever a tokenizer may be made of
 
 
 def companion_files(directory: Path) -> list[Path]:
@@ -64,6 +69,8 @@ class Family(ABC):
     name: ClassVar[str]
     reads: ClassVar[Literal["pictures", "texts"]] = "pictures"
     known_settings: ClassVar[frozenset[str]] = frozenset()
+    #: Those of them without which there is no model.
+    needed_settings: ClassVar[frozenset[str]] = frozenset()
     #: Endings of the names of transformers' classes, as config.json has them, whose models are of this family.
     architectures: ClassVar[tuple[str, ...]] = ()
 
@@ -159,12 +166,21 @@ class Family(ABC):
         return [f"{problem} Remedy: {'name them' if texts else 'leave them out'}, or choose another family."]
 
     def _reader_problems(self) -> list[str]:
-        """Settings of the tokenizer that do not fit the model, one line each."""
+        """Settings of the tokenizer that do not fit the model, one line each; what was found good stays so."""
+        if self.reads != "texts":
+            return []
         try:
-            _ = self.reader if self.reads == "texts" else None
+            versions = [version(name) for name in ("transformers", "tokenizers")]
+            facts = (self.name, str(sorted(self.settings.items())), versions, __version__)
+            files = [path for path in self.directory.iterdir() if path.suffix in _TEXTS and path.is_file()]
+            once(cache_directory() / "tokenizers" / digest({}, files, *facts), self._read)
         except SutureError as error:
             return [str(error)]
         return []
+
+    def _read(self) -> str:
+        """Load the tokenizer, and say so."""
+        return f"{type(self.reader).__name__}\n"
 
     def merged_logits(self) -> Callable[[nn.Module, Any, str], Tensor] | None:
         """A function (encoder, inputs, task) → logits, where a model's own output layer makes them and not a head."""

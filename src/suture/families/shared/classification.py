@@ -13,21 +13,24 @@ from abc import abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from copy import deepcopy
 from functools import cached_property
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from suture import __version__
 from suture.checkpoints import Checkpoint, open_checkpoint, save_checkpoint
 from suture.core.head import Head
 from suture.core.progress import Track, untracked
 from suture.errors import CheckpointError, ConfigError, SutureError
+from suture.families.shared.anatomy import Anatomy
 from suture.families.shared.base import Encoder, Family, companion_files
 from suture.families.shared.models import build, config_of, copy_into, without_memory
 from suture.families.shared.pictures import quiet
-from suture.families.shared.spelling import spelling_of
 from suture.families.shared.taken_apart import Before, Pick, Rest, Split, take_apart
+from suture.storage.cache import digest
 from suture.tasks.base import Task
 
 log = logging.getLogger(__name__)
@@ -69,10 +72,9 @@ class Classification(Family):
 
     def canonical_names(self, names: Iterable[str]) -> dict[str, str]:
         """Name in the classification model → stored name, for the tensors of the backbone."""
-        stored_names = {}
-        for stored in names:
-            name = self._spelling(stored)
-            stored_names |= {c: stored for c in (name, f"{self._prefix}.{name}") if c in self._backbone_names}
+        stored_names, prefix, backbone = {}, self._prefix, self._anatomy.backbone
+        for stored, name in self._anatomy.spelled(names).items():
+            stored_names |= {c: stored for c in (name, f"{prefix}.{name}") if c in backbone}
         return stored_names
 
     def encoder(self, state: Mapping[str, Tensor] | None = None) -> Backbone:
@@ -95,7 +97,8 @@ class Classification(Family):
         return [*super().problems(task), *self._head_problems(task)]
 
     def _head_problems(self, task: Task) -> list[str]:
-        if missing := sorted(self._backbone_names - set(self.canonical_names(self.weights)) - self._counters):
+        known = self._anatomy
+        if missing := sorted(known.backbone - set(self.canonical_names(self.weights)) - known.counters):
             problem = f"'{missing[0]}' is missing from '{getattr(self.weights, 'label', self.directory)}'"
             return [f"{problem}; wanted the weights that its config.json describes."]
         try:
@@ -152,39 +155,15 @@ class Classification(Family):
         return without_memory(self.config, lambda: self._model(classes, self.config))
 
     @cached_property
-    def _two(self) -> Any:
-        """The architecture with two classes, on the meta device."""
-        return self._skeleton(2)
-
-    @cached_property
-    def _spelling(self) -> Callable[[str], str]:
-        return spelling_of(self._two)
+    def _anatomy(self) -> Anatomy:
+        """Names and shapes, by the bytes of config.json and the version of transformers."""
+        versions = {name: version(name) for name in ("transformers", "torch")}
+        files = [path for path in companion_files(self.directory) if path.name == "config.json"]
+        return Anatomy(digest({}, files, self.auto, versions, __version__), self._skeleton)
 
     @property
     def _prefix(self) -> str:
-        return self._two.base_model_prefix
-
-    @cached_property
-    def _backbone_names(self) -> set[str]:
-        return {f"{self._prefix}.{name}" for name in getattr(self._two, self._prefix).state_dict()}
-
-    @cached_property
-    def _counters(self) -> set[str]:
-        """Names of the integer tensors, which a checkpoint may lack."""
-        return {name for name, tensor in self._two.state_dict().items() if not tensor.is_floating_point()}
-
-    @cached_property
-    def _head_shapes(self) -> dict[str, tuple[int | None, ...]]:
-        """Name → shape of the head's tensors, with None for the number of classes.
-
-        That axis is found by building the architecture with two classes and with three.
-        """
-        two, three = self._two.state_dict(), self._skeleton(3).state_dict()
-        return {
-            name: tuple(a if a == b else None for a, b in zip(two[name].shape, three[name].shape, strict=True))
-            for name in two
-            if not name.startswith(f"{self._prefix}.")
-        }
+        return self._anatomy.prefix
 
     @cached_property
     def _split(self) -> Split:
@@ -200,8 +179,8 @@ class Classification(Family):
 
     def _head_tensors(self, name: str) -> dict[str, Tensor]:
         expert = self.experts[name]
-        stored = {self._spelling(key): key for key in expert}
-        return {key: expert[stored[key]] for key in self._head_shapes}
+        stored = {current: key for key, current in self._anatomy.spelled(expert).items()}
+        return {key: expert[stored[key]] for key in self._anatomy.head}
 
     def _classes(self, name: str) -> int:
         """The number of classes of an expert's head, from headers; raises `SutureError` if there is no such head."""
@@ -212,8 +191,8 @@ class Classification(Family):
                 "Remedy: name a model and its task alike."
             )
         expert, classes = self.experts[name], set()
-        stored = {self._spelling(key): key for key in expert}
-        for key, expected in self._head_shapes.items():
+        stored = {current: key for key, current in self._anatomy.spelled(expert).items()}
+        for key, expected in self._anatomy.head.items():
             if key not in stored:
                 raise CheckpointError(f"'{key}' is missing from '{name}'; wanted a model with its classification head.")
             shape = expert.specs[stored[key]].shape
@@ -251,7 +230,7 @@ class Classification(Family):
         index = {"metadata": {"total_size": total}, "weight_map": files}
         (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", "utf-8")
         config = deepcopy(self._own_config(name))
-        config.num_labels, config.architectures = classes, [type(self._two).__name__]
+        config.num_labels, config.architectures = classes, [type(self._anatomy.two).__name__]
         with quiet():
             config.save_pretrained(folder)
         for path in companion_files(self.directory):

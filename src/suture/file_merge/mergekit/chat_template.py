@@ -2,7 +2,7 @@
 
 import json
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,14 +34,16 @@ def choose_template(choice: Any, models: Sequence[Checkpoint]) -> str | None:
     return choice
 
 
-def template_notes(opened: Mapping[str, Checkpoint]) -> list[str]:
+def template_notes(opened: Collection[Checkpoint]) -> list[str]:
     """A line for each model whose chat template is not the one that goes with the result."""
-    texts = {label: next(_templates(model.directory), None) for label, model in opened.items()}
-    first = next((label for label, model in opened.items() if model.directory is not None), None)
-    kept = texts.get(first) if first is not None else None
-    others = [label for label, text in texts.items() if text is not None and text != kept]
-    where = f"that of '{first}' is kept" if kept is not None else f"'{first}', whose files are kept, has none"
-    return [f"'{label}' has a chat template of its own; {where}." for label in others]
+    texts = [(model, next(_templates(model.directory), None)) for model in opened]
+    first, kept = next(((model, text) for model, text in texts if model.directory is not None), (None, None))
+    if first is None:
+        return []
+    others = [model for model, text in texts if text is not None and text != kept]
+    has_none = f"'{first.label}', whose files are kept, has none"
+    where = has_none if kept is None else f"that of '{first.label}' is kept"
+    return [f"'{model.label}' has a chat template of its own; {where}." for model in others]
 
 
 def write_template(folder: Path, template: str) -> None:

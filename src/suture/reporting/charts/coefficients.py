@@ -73,7 +73,7 @@ def by_layer(run: FinishedRun, name: str) -> Chart | None:
     spec = heat_map(
         rows,
         names_across("task", tasks),
-        names_down("layer", sorted(layers, key=sort_key), "(narrow ? 29 : 60)", labelFontSize=8),
+        names_down("layer", sorted(layers, key=sort_key), "(narrow ? 29 : 60)", labelFontSize=9),
         {
             "scale": {"scheme": "redblue", "reverse": True, "domain": [middle - reach, middle + reach]},
             "legend": {"orient": "top", "title": "coefficient", "format": ".3~f", "gradientLength": 180},
