@@ -40,11 +40,25 @@ class OutputError(SutureError):
 def unknown_name(kind: str, name: str, known: Iterable) -> str:
     """One line for a name that does not exist: the nearest ones, then all of them, or how many there are."""
     names = sorted(map(str, known))
-    begun = [each for each in names if len(name) > 2 and each.startswith(name)]
-    near = begun[:2] or get_close_matches(str(name), names, n=2, cutoff=0.5)
+    near = _near(str(name), names)
     hint = f" Did you mean {' or '.join(repr(n) for n in near)}?" if near else ""
     all_known = ", ".join(names) if len(names) <= _MOST_LISTED else f"{len(names):,} others"
     return f"Unknown {kind} {name!r}.{hint} Known: {all_known}."
+
+
+def _near(name: str, names: list[str]) -> list[str]:
+    """Up to two of the names that may be meant: those that begin so, or are nearest.
+
+    >>> _near("glyphs9", ["pools/glyphs8"]), _near("methods.rank", ["method", "seed"])
+    (['glyphs8'], ['method.rank'])
+    """
+    head, dot, rest = name.partition(".")
+    heads = {each.partition(".")[0] for each in names}
+    if dot and head not in heads and (close := get_close_matches(head, heads, n=1, cutoff=0.8)):
+        return [f"{close[0]}.{rest}"]
+    ends = names if "/" in name else [each.rpartition("/")[2] for each in names]
+    begun = [each for each in ends if len(name) > 2 and each.startswith(name)]
+    return begun[:2] or get_close_matches(name, ends, n=2, cutoff=0.5)
 
 
 def check_known(kind: str, names: Iterable, known: Iterable) -> None:

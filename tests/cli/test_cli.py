@@ -408,3 +408,31 @@ def test_a_demo_into_a_folder_in_use_is_refused_before_its_story(tmp_path, capsy
         assert shown.out == ""
         assert str(tmp_path) in shown.err
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_demo_ends_with_commands_that_the_shell_finds(tmp_path, capsys, monkeypatch):
+    import sys
+
+    from suture.cli import tables
+    from suture.pipeline import demo
+    from suture.pipeline.results import RunResult
+
+    monkeypatch.setattr(demo, "demo", lambda output, **options: RunResult(tmp_path / "out"))
+    monkeypatch.setattr(tables, "print_run", lambda result: None)
+    monkeypatch.setattr("suture.cli.actions._as_data", lambda result: {})
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "suture").touch(mode=0o755)
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "bin" / "python"))
+    monkeypatch.chdir(tmp_path)
+    for path, typed in (("bin", "suture"), ("/nowhere", "bin/suture")):
+        monkeypatch.setenv("PATH", str(tmp_path / path))
+        assert main(["demo"]) == 0
+        assert f"Next: {typed} methods ties_merging; {typed} method=" in capsys.readouterr().out
+
+
+def test_a_pool_and_a_key_of_a_group_are_answered_with_the_nearest(desk, capsys):
+    words = desk.words()
+    line = refused(capsys, [*words[:2], "taskpool=glyphs9", *words[3:]])
+    assert "Unknown taskpool 'glyphs9'. Did you mean 'glyphs8'?" in line
+    line = refused(capsys, desk.words("methods.threshold=3"))
+    assert "Unknown key 'methods.threshold'. Did you mean 'method.threshold'?" in line

@@ -32,7 +32,7 @@ def test_a_report_names_tf32_and_states_of_loops_tell_it_apart(tmp_path):
     on, off = (Context(tmp_path, fabric={"accelerator": "cpu", "tf32": value}) for value in (True, False))
     assert on.notes() == ["Products of float32 matrices ran in TF32 (fabric.tf32=true)."]
     assert off.notes() == []
-    assert on.resume(str(tmp_path), {}).path != off.resume(str(tmp_path), {}).path
+    assert on.resume("final", str(tmp_path), {}).path != off.resume("final", str(tmp_path), {}).path
     assert OneDevice({"tf32": True}).precision == "32-true with TF32"
 
 

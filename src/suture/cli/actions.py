@@ -1,9 +1,12 @@
 """The action of each verb: one call of a public function of suture, whose result is printed."""
 
 import json
+import os
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from shutil import which
 from typing import Any
 
 from suture.cli.catalogue import MethodEntry, catalogue
@@ -332,7 +335,9 @@ def demo(request: Request) -> Answer:
     result = demo(output, full=bool(full), overwrite=bool(overwrite), watch=tables.print_row)
     print()
     tables.print_run(result)
-    print(f"The page is {result.folder / 'report.html'}", _STATES, _NEXT, sep="\n")
+    own = _typed()
+    following = f"Next: {own} methods ties_merging; {own} method=ties_merging modelpool=glyphs8 taskpool=glyphs8"
+    print(f"The page is {result.folder / 'report.html'}", _STATES, following, sep="\n")
     return Answer(_as_data(result), str(result.folder))
 
 
@@ -343,7 +348,13 @@ Mean accuracy on the eight tasks, as each model is ready:
 """
 _FULL_STORY = " AdaMerging learns its coefficients, and is repaired twice."
 _STATES = "outputs/resume keeps the states of loops, so that no work is done twice; you may remove it."
-_NEXT = "Next: suture methods ties_merging; suture method=ties_merging modelpool=glyphs8 taskpool=glyphs8"
+
+
+def _typed() -> str:
+    """This command as it can be typed here: by its path where a shell would not find it, or finds another one."""
+    own = Path(sys.executable).parent / "suture"
+    found = which("suture")
+    return "suture" if not own.exists() or (found and Path(found).samefile(own)) else os.path.relpath(own)
 
 
 def completion(request: Request) -> None:

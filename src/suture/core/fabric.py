@@ -317,6 +317,7 @@ def _saved(fabric: "Fabric", function: "Callable[[Fabric], T]", path: Path, refu
     """
     if getattr(fabric.strategy, "sharded", False):
         give_back_freed_memory()
+    Team(fabric).wait()  # the first process has the addresses of all, and may end before the last has asked for them
     try:
         result = function(fabric)
     except SutureError as error:

@@ -19,7 +19,7 @@ WORDS = {
     "from the input. –: one model for all inputs, whatever their task.",
     "learned": "What was learned, by how much work, and from how many inputs of each task, without their labels.",
     "added": "Parameters stored beside those of one model, for all tasks together.",
-    "seconds": "The time to merge and repair, without evaluation.",
+    "seconds": "The time to merge and repair, without evaluation; a loop that an earlier run did counts with its time.",
     "memory": "The largest size of the process in main memory meanwhile, with the libraries and whatever the run held.",
     "experts": "Each fine-tuned model on its own task: one model a task, and the task's name must be known.",
     "pretrained": "The model that all others were fine-tuned from, as it was.",
