@@ -31,6 +31,7 @@ from suture.core.fabric import Team, launch, make_fabric
 from suture.evaluation import Scorer, TaskInputs
 
 STEPS, TASKS, LENGTH, WORDS = 2, 2, 8, 12_000
+DONE = threading.Event()  # until then memory is watched
 
 
 def network() -> nn.Module:
@@ -81,7 +82,8 @@ def adamerging(folder: Path, processes: int, fabric: Any, **options: Any) -> Ten
     module = with_buffers(network() if processes > 1 else network().to_empty(device="cpu"))
     forward = lambda module, inputs: module(**inputs, use_cache=False).logits[:, -1]
     given = (module, folder / "base.safetensors", models, {task: [rows] for task, rows in texts().items()})
-    chosen: dict[str, Any] = {"max_steps": STEPS, "concatenate": False, **options}
+    stop = lambda step, loss, values: DONE.set() if step == STEPS - 1 else None  # then the first process merges
+    chosen: dict[str, Any] = {"max_steps": STEPS, "concatenate": False, "on_step": stop, **options}
     return adapt(*given, forward=forward, fabric=fabric, **chosen).history
 
 
@@ -125,16 +127,16 @@ def measured(name: str, processes: int, folder: Path) -> tuple[Tensor, float, fl
 
     def watched(fabric: Any) -> tuple[Tensor, float, float, float]:
         with_buffers(network())  # imports what the network needs
-        began, before, peak, done = time.perf_counter(), anonymous(), [0], threading.Event()
+        began, before, peak = time.perf_counter(), anonymous(), [0]
 
         def look() -> None:
-            while not done.wait(0.01):
+            while not DONE.wait(0.01):
                 peak[0] = max(peak[0], anonymous())
 
         thread = threading.Thread(target=look, daemon=True)
         thread.start()
         result = ROWS[name][0](folder, processes, fabric)
-        done.set()
+        DONE.set()
         largest = max(Team(fabric).gather((peak[0] - before, before)))
         return result, *largest, time.perf_counter() - began
 
