@@ -210,7 +210,7 @@ def test_every_architecture_goes_through_the_whole_pipeline(any_shop, tmp_path, 
     assert "Scores" in (tmp_path / "out" / "report.html").read_text()
 
 
-@pytest.mark.parametrize("kind", ["text", "choice"])
+@pytest.mark.parametrize("kind", ["text", pytest.param("choice", marks=pytest.mark.slow)])
 def test_a_run_of_weights_that_are_split_over_processes_is_that_of_one(any_shop, tmp_path, monkeypatch, kind):
     monkeypatch.chdir(tmp_path)
     words = ["method=task_arithmetic", "repair=calibrate+deep", "repair.deep.steps=3"]
