@@ -23,7 +23,10 @@ def rows(folder):
     return {row["name"]: {name: row.get(name) for name in names} for row in report(folder)["rows"]}
 
 
-@pytest.mark.parametrize("kind", ["final", "affine", "prob_surgery", "deep", "calibrate"])
+SLOW = [pytest.param(kind, marks=pytest.mark.slow) for kind in ("affine", "prob_surgery")]
+
+
+@pytest.mark.parametrize("kind", ["final", "deep", "calibrate", *SLOW])
 def test_a_repair_of_weights_that_are_split_is_that_of_one_process(desk, kind):
     words = desk.words(f"repair={kind}", *QUICK.get(kind, []), method="task_arithmetic")
     assert main([*words, "output=one"]) == 0
