@@ -2,6 +2,7 @@
 
 import copy
 import secrets
+from itertools import accumulate
 from pathlib import Path
 from tempfile import gettempdir
 from typing import Any
@@ -21,16 +22,12 @@ def hosted_copy(module: nn.Module, team: Team, folder: Any = None) -> nn.Module:
     The file is as large as the parameters, in `folder` or the system's folder for temporary files, and goes with the
     processes. All processes make the call; the first one of each host writes the file.
     """
-    ends = [0]
     parameters = list(module.parameters())
-    for parameter in parameters:
-        size = parameter.numel() * parameter.element_size()
-        ends.append(ends[-1] + -(-size // _ALIGNMENT) * _ALIGNMENT)
-    memory = _mapped(ends[-1], team, folder)
+    starts = list(accumulate((-(-p.nbytes // _ALIGNMENT) * _ALIGNMENT for p in parameters), initial=0))
+    memory = _mapped(starts.pop(), team, folder)
     memo: dict[int, Any] = {}
-    for start, parameter in zip(ends, parameters, strict=False):
-        size = parameter.numel() * parameter.element_size()
-        values = memory[start : start + size].view(parameter.dtype).view(parameter.shape)
+    for start, parameter in zip(starts, parameters, strict=True):
+        values = memory[start : start + parameter.nbytes].view(parameter.dtype).view(parameter.shape)
         if team.first_of_host:
             values.copy_(values_of(parameter))
         memo[id(parameter)] = nn.Parameter(values, requires_grad=False)
@@ -40,16 +37,15 @@ def hosted_copy(module: nn.Module, team: Team, folder: Any = None) -> nn.Module:
 
 def _mapped(size: int, team: Team, folder: Any) -> Tensor:
     """So many bytes of a new file that the processes of a host share."""
-    name = team.gather(f".suture-{secrets.token_hex(8)}")[0]
+    name = team.alike(lambda: f".suture-{secrets.token_hex(8)}")
     path = Path(folder or gettempdir()) / name
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
+        if not team.first_of_host:
+            team.wait()  # until the file is there
+        memory = torch.from_file(str(path), shared=True, size=size, dtype=torch.uint8)
         if team.first_of_host:
-            memory = torch.from_file(str(path), shared=True, size=size, dtype=torch.uint8)
             team.wait()
-        else:
-            team.wait()
-            memory = torch.from_file(str(path), shared=True, size=size, dtype=torch.uint8)
         team.wait()
     finally:
         if team.first_of_host:

@@ -4,7 +4,7 @@ import copy
 import gc
 from collections.abc import Callable, Collection, Sequence
 from functools import partial
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -12,8 +12,6 @@ from torch.utils.checkpoint import checkpoint
 
 from suture.core.unread import values_of
 from suture.errors import ConfigError
-
-T = TypeVar("T")
 
 
 class Sharded(nn.Module):

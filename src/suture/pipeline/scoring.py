@@ -50,11 +50,11 @@ def score_merge(
     """Score a merged model, then each of its repairs."""
     cost: dict[str, Any] = {"learned": result.how, "seconds": result.seconds, "memory": result.memory}
     row = Row(result.label, {}, merge=result.label, split=result.split, **cost)
-    _ = inputs["test"]  # is decoded once, before processes are forked
+    test = inputs["test"]  # decoded once, before processes are forked
 
     def rows(context: Context) -> list[Row]:
         load = models.loader(context.device, unread=context.sharded)
-        rows = [context.scorer.row(row, load(result.tensors), inputs["test"])]
+        rows = [context.scorer.row(row, load(result.tensors), test)]
         for repair in repairs:
             rows += repair_rows(repair, result.label, models.experts, inputs, context)
         return rows

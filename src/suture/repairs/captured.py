@@ -19,7 +19,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Capture:
-    """How the steps of the repair `kind` are recorded; `profile` gets the seconds of the recorded ones."""
+    """The recording of the steps of the repair `kind`; `profile` gets the seconds of the recorded ones."""
 
     kind: str
     recorder: Recorder
@@ -82,7 +82,7 @@ class RecordedSteps:
 
 
 def capture_of(kind: str, problem: Problem, optimizer: Optimizer) -> Capture | None:
-    """How to record the steps of a repair; None, with a line in the log, where that is not possible."""
+    """The recording of a repair's steps; None, with a line in the log, where that is not possible."""
     recorder, reason = recorder_on(problem.device), None
     if recorder is None:
         reason = "it needs a GPU"

@@ -34,7 +34,7 @@ class Resident:
         self._first, self._sent = 0, torch.empty(0)
 
     def positions(self, step: int) -> Int[Tensor, "task batch"]:
-        """Where the batches of a step lie in the fields, on the device."""
+        """The positions of a step's batches in the fields, on the device."""
         if not self._first <= step < self._first + len(self._sent):
             following = range(step, min(step + _STEPS, self.steps))
             block = torch.stack([torch.stack(list(self.batches(each))) + self._starts for each in following])
@@ -42,7 +42,7 @@ class Resident:
         return self._sent[step - self._first]
 
     def take(self, positions: Int[Tensor, "task batch"]) -> list[Any]:
-        """What every field has there, the batches of all tasks end to end."""
+        """The rows of every field at some positions, the batches of all tasks end to end."""
         return [take(field, positions.flatten()) for field in self.fields]
 
 

@@ -170,7 +170,7 @@ def _heads(heads: Iterable[tuple[str, str]]) -> str:
 
 
 def _costs_table(data: Mapping[str, Any]) -> str:
-    """What every merge and repair takes, as far as anything is known of it."""
+    """The costs of every merge and repair, as far as anything is known of them."""
     rows = [row for row in data["rows"] if not is_reference(row)]
     known = [name for i, name in enumerate(COSTS) if any(costs(data, row)[i] != "–" for row in rows)]
     if not known:

@@ -15,7 +15,7 @@ Shape = tuple[int | None, ...]
 
 
 class Anatomy:
-    """What is known of a classification model without its weights.
+    """The facts of a classification model that need no weights.
 
     `build(classes)` makes it on the meta device; it is called where the cache has nothing under `key`, which must say
     everything that the architecture depends on. To import and build one takes transformers seconds.
