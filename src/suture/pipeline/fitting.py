@@ -57,7 +57,7 @@ def _fit_one(
     repair: Repair, models: Models, merged: MergeResult, inputs: SplitInputs, context: Context
 ) -> RepairResult:
     """Fit one repair, with a router and a comparison of representations if its options say so."""
-    options, meter, before = repair.options, Meter(), context.seconds_before
+    options, before = repair.options, context.seconds_before
     chosen, few = options.select(inputs, models.experts, context.seed)
     work = partial(_fit_here, repair, models, merged, inputs, few)
     with context.profile(f"repair: {repair.kind.name}"):
@@ -65,8 +65,8 @@ def _fit_one(
             result = _taken_over(context.together(lambda own: _handed_over(work(own), own)), models, merged, context)
         else:
             result = work(context)
-        seconds = merged.seconds + meter.seconds + context.seconds_before - before
-        cost = {"seconds": seconds, "memory": _most(merged.memory, meter.memory)}
+        seconds = merged.seconds + result.seconds + context.seconds_before - before
+        cost = {"seconds": seconds, "memory": _most(merged.memory, result.memory)}
         if result.stream is not None:
             order = {name: chosen[name][at] for name, at in result.stream.order.items()}
             result = replace(result, stream=result.stream._replace(order=order))
@@ -84,7 +84,7 @@ def _fit_here(
     few: Mapping[str, Inputs],
     context: Context,
 ) -> RepairResult:
-    """Fit one repair, with its router, in this process or in each of a group."""
+    """Fit one repair, with its cost, and then its router, in this process or in each of a group."""
     device, options = context.device, repair.options
     load, load_expert = (models.loader(device, unread=context.sharded) for _ in range(2))
     free = models.base.select({name: name for name in models.vectors().names})
@@ -95,7 +95,9 @@ def _fit_here(
         sizes["unread"] = lambda task: unread(models.experts[task])
     encodings = _encodings(options, context)
     problem = Problem(load(merged.tensors), expert, few, device.call, encodings, fabric=context.group, **sizes)
+    meter = Meter()
     result = _fitted(repair, problem, merged, inputs, context, encodings)
+    result = replace(result, seconds=meter.seconds, memory=meter.memory)
     if options.router != NONE and isinstance(result.model, SurgeryModel) and result.stream is None:
         add_router(result.model, problem, options.router, context.seed)
     return result
