@@ -3,6 +3,7 @@
 import fcntl
 import shutil
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,8 @@ import tiny_llama
 import torch
 
 from suture import merge, merge_files
+from suture.file_merge import workspace
+from suture.file_merge.job import Job
 from suture.file_merge.workspace import WorkingFolder
 from suture.merging.task_vectors import RowStream
 
@@ -77,6 +80,37 @@ def working_folder(tmp_path):
     folder = WorkingFolder(tmp_path / "out", [])
     folder.path.mkdir()
     return folder
+
+
+@pytest.mark.parametrize(
+    "moment",
+    [(Job, "_already_there"), (Job, "_check"), (WorkingFolder, "_lock"), (workspace, "lock")],
+    ids=lambda moment: moment[1],
+)
+def test_a_share_with_nothing_to_do_may_come_at_any_moment(moment, tmp_path, monkeypatch):
+    """A model of one tensor: the first of two shares publishes the result while the second begins."""
+    one = {"weight": torch.arange(6.0)}
+    owner, name = moment
+    begin = getattr(owner, name)
+
+    def first_the_other(*args, **kwargs):
+        monkeypatch.setattr(owner, name, begin)
+        merge_files(one, [one], "simple_average", tmp_path / "out", shard="1/2")
+        return begin(*args, **kwargs)
+
+    monkeypatch.setattr(owner, name, first_the_other)
+    merge_files(one, [one], "simple_average", tmp_path / "out", shard="2/2")
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_shares_that_end_at_once_leave_nothing_behind(tmp_path):
+    one = {f"weight.{i}": torch.arange(6.0) for i in range(3)}
+    for round_ in range(15):
+        out = tmp_path / str(round_) / "out"
+        share = lambda shard, out=out: merge_files(one, [one], "simple_average", out, shard=shard, threads=1)
+        with ThreadPoolExecutor(4) as pool:
+            list(pool.map(share, ["1/4", "2/4", "3/4", "4/4"]))
+        assert [path.name for path in out.parent.iterdir()] == ["out"]
 
 
 @pytest.mark.parametrize("dies", [False, True], ids=["finishes", "dies"])

@@ -12,7 +12,7 @@ from typing import Any
 
 from suture.checkpoints.directories import INDEX_SUFFIX
 from suture.checkpoints.provenance import PROVENANCE, file_sha256
-from suture.errors import output_refusal
+from suture.errors import OutputError, output_refusal
 from suture.file_merge.workspace import recorded_work
 from suture.storage.atomic import held, write_text
 from suture.storage.cache import cache_directory
@@ -43,9 +43,13 @@ class Destination:
 
         Raises `OutputError` for something else that is there, unless it is a merge's and may be replaced.
         """
-        if work is not None and self._work() == work and self._whole():
+        if work is not None and self.has(work):
             return True
-        self._check(overwrite)
+        try:
+            self._check(overwrite)
+        except OutputError:
+            if work is None or not self.has(work):  # sent by another share, in this moment
+                raise
         self._forget_unlike(work)
         if not make():
             return False
@@ -53,6 +57,10 @@ class Destination:
             if self.staging.exists():  # or another share has sent it
                 self._send()
         return True
+
+    def has(self, work: Any) -> bool:
+        """Whether the result of this work is there, whole."""
+        return self._work() == work and self._whole()
 
     def _forget_unlike(self, work: Any) -> None:
         """Remove what a killed sender left of another result."""

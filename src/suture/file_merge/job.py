@@ -3,7 +3,6 @@
 import json
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -15,7 +14,7 @@ from torch import Tensor
 from suture.checkpoints import TensorSpec
 from suture.checkpoints.checkpoint import Codes
 from suture.core.progress import Profile, bar
-from suture.errors import PRETRAINED, ConfigError
+from suture.errors import PRETRAINED, ConfigError, OutputError
 from suture.file_merge.adapters import merge_adapters
 from suture.file_merge.encoding import codes_of, error_line, record_error, write_encoded
 from suture.file_merge.inputs import Inputs, open_inputs
@@ -111,7 +110,7 @@ class Job:
     @cached_property
     def folder(self) -> WorkingFolder:
         """The folder in which the result is made."""
-        return WorkingFolder(self.options.output, self.shards, self.options.part)
+        return WorkingFolder(self.options.output, self.shards, self.options.part, self._is_published)
 
     @cached_property
     def merging(self) -> Merging | Wrapping:
@@ -145,27 +144,41 @@ class Job:
         self._check()
         if self.options.part[0] == 1:
             self.inputs.hash_beside()
-        published = False
-        with self.folder.open(work), self.vectors.workers():
+        with self.folder.open(work) as begun:
+            if begun:
+                self._do_share(work)
+        self.folder.tidy()
+        return self._is_published(work)
+
+    def _already_there(self, work: Mapping[str, Any]) -> bool:
+        """Whether the output is the result of this very merge; `OutputError` if it may not be replaced."""
+        if self._is_published(work):
+            self.folder.discard()  # a kill came after the result got its name
+            return True
+        try:
+            check_replaceable(self.options.output, self.options.overwrite, inputs=self.inputs.paths)
+        except OutputError:
+            if not self._is_published(work):  # by another share, in this moment
+                raise
+        return self._is_published(work)
+
+    def _is_published(self, work: Mapping[str, Any]) -> bool:
+        """Whether the result of this work has its name, or was sent to where it belongs."""
+        destination = self.options.destination
+        if destination is not None and destination.has(_as_json(work)):
+            return True
+        return recorded_work(self.options.output) == _as_json(work)
+
+    def _do_share(self, work: Mapping[str, Any]) -> None:
+        """Merge this process's share, and publish the result if nothing else is missing."""
+        with self.vectors.workers():
             with Profile()("merging files"):
                 self._merge_share()
             self.inputs.check_unchanged()
             self.folder.record_synced()
-            with suppress(FileNotFoundError), self.folder.alone():
+            with self.folder.alone():
                 if self.folder.model.exists():
-                    published = self._finish(work)
-        self.folder.tidy()
-        by_another = not self.folder.path.exists() and self.options.output.exists()
-        return published or by_another
-
-    def _already_there(self, work: Mapping[str, Any]) -> bool:
-        """Whether the output is the result of this very merge; `OutputError` if it may not be replaced."""
-        if recorded_work(self.options.output) == _as_json(work):
-            if self.folder.path.exists():  # a kill after the result got its name
-                self.folder.discard()
-            return True
-        check_replaceable(self.options.output, self.options.overwrite, inputs=self.inputs.paths)
-        return False
+                    self._finish(work)
 
     def _merge_adapters(self) -> bool:
         options = self.options
@@ -271,14 +284,14 @@ class Job:
         self.folder.write(piece.name, piece.start, data)
         self._digests[piece.name].add(piece.start, data)
 
-    def _finish(self, work: Mapping[str, Any]) -> bool:
-        """Settle what waited for all tensors, then publish; False if another process has still to do its share."""
+    def _finish(self, work: Mapping[str, Any]) -> None:
+        """Settle what waited for all tensors, then publish, unless another process has still to do its share."""
         records, synced = self.folder.records()
         if set(records) != set(self.specs) or not set(records) <= synced:
-            return False
+            return
         share = set(self.share())  # which this process has read back
         if not all(whole for _, whole in self._read_back(r for r in records.values() if r.name not in share)):
-            return False  # whoever does that share again mends it
+            return  # whoever does that share again mends it
         self._settle(records)
         write_index(self.folder.model, self.shards, self.stem)
         self.folder.check_headers()
@@ -289,7 +302,6 @@ class Job:
             self.notes.append(error_line(record_error(self.folder.model, folder, self.codes)))
         self.inputs.check_unchanged()
         self.folder.publish(folder, self.options.overwrite, self.inputs.paths)
-        return True
 
     def _encoded(self) -> Path:
         """A folder with the merged weights in the base's codes."""

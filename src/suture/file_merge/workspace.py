@@ -55,6 +55,7 @@ class WorkingFolder:
     output: Path
     shards: Sequence[Shard]
     part: tuple[int, int] = (1, 1)
+    published: Callable[[Any], bool] = field(default=lambda work: False)  # whether the result of this work is there
     locations: dict[str, Location] = field(init=False)
     _files: dict[str, int] = field(default_factory=dict)
     _manifest: int = -1
@@ -75,15 +76,15 @@ class WorkingFolder:
         return self.path / "model"
 
     @contextmanager
-    def open(self, work: Mapping[str, Any]) -> Iterator[None]:
+    def open(self, work: Mapping[str, Any]) -> Iterator[bool]:
         """Begin or resume: the shards at their full size, so that a full disk shows now, and this process's manifest.
 
-        If the block raises before a tensor is finished, or because the merge is refused, the folder is removed.
+        False if there is nothing to do: another process has published the result. If the block raises before a tensor
+        is finished, or because the merge is refused, the folder is removed.
         """
         with disk_errors(self.path, _RESUME):
             try:
-                self._enter(work)
-                yield
+                yield self._enter(work)
             except BaseException as error:
                 self._leave()
                 if self._ours and self._useless_after(error):
@@ -92,11 +93,12 @@ class WorkingFolder:
             finally:
                 self._leave()
 
-    def _enter(self, work: Mapping[str, Any]) -> None:
+    def _enter(self, work: Mapping[str, Any]) -> bool:
         self._ours = not self.path.exists()
         self._new_parents = [folder for folder in self.path.parents if not folder.exists()]
-        self.model.mkdir(parents=True, exist_ok=True)
-        with self.alone():
+        with self.alone(make=True):
+            if self.published(work):
+                return False
             self._claim(work)
             self._ours = True
             self.model.mkdir(exist_ok=True)
@@ -105,6 +107,7 @@ class WorkingFolder:
             sync_directory(self.model)
             sync_directory(self.path)
             sync_directory(self.path.parent)
+        return True
 
     def _leave(self) -> None:
         for descriptor in [*self._files.values(), self._manifest]:
@@ -254,10 +257,33 @@ class WorkingFolder:
                 raise damaged(self.model / shard.file, "its header")
 
     @contextmanager
-    def alone(self) -> Iterator[None]:
-        """One process at a time."""
-        with self._holding("finish.lock", wait=True):
-            yield
+    def alone(self, *, make: bool = False) -> Iterator[bool]:
+        """One process at a time; False if the folder is gone, which `make` makes anew."""
+        descriptor = self._lock(make)
+        try:
+            yield descriptor >= 0
+        finally:
+            if descriptor >= 0:
+                os.close(descriptor)
+
+    def _lock(self, make: bool) -> int:
+        """A descriptor of the folder's lock, held; -1 if the folder is gone.
+
+        While one process waits for the lock, the one that has it may remove the folder, and the lock's file with it.
+        """
+        file = self.path / "finish.lock"
+        while True:
+            if make:
+                self.path.mkdir(parents=True, exist_ok=True)
+            with suppress(FileNotFoundError):
+                descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
+                lock(descriptor, wait=True)
+                with suppress(FileNotFoundError):
+                    if os.path.samestat(os.fstat(descriptor), file.stat()):
+                        return descriptor
+                os.close(descriptor)
+            if not (make or self.path.exists()):
+                return -1
 
     @contextmanager
     def _holding(self, file: str, *, wait: bool) -> Iterator[bool]:
@@ -312,17 +338,22 @@ class WorkingFolder:
         return folder
 
     def publish(self, folder: Path, overwrite: bool, inputs: Iterable[Path]) -> None:
-        """Give the result, `model` or what was made of it, its name in one step, and remove the rest."""
+        """Give the result, `model` or what was made of it, its name in one step, and remove the rest; for `alone`."""
         with disk_errors(self.output, _RESUME):
             sync_tree(folder)
             check_replaceable(self.output, overwrite, inputs=inputs)
             put_in_place(folder, self.output.absolute())
             sync_directory(self.output.absolute().parent)
             shutil.rmtree(self.model, ignore_errors=True)  # another process takes it for unfinished work
-        self.discard()
+        self._remove()
 
     def discard(self) -> None:
         """Remove the folder, unless another process works in it."""
+        with self.alone() as there:
+            if there:
+                self._remove()
+
+    def _remove(self) -> None:
         if any(map(self._locked_by_another, self.path.glob("*-of-*.jsonl"))):
             return
         shutil.rmtree(self.path, ignore_errors=True)
@@ -332,10 +363,9 @@ class WorkingFolder:
 
     def tidy(self) -> None:
         """Remove the folder of a result that is published: the last process to leave does so."""
-        with suppress(FileNotFoundError):
-            if self.path.exists() and not self.model.exists():
-                with self.alone():
-                    self.discard()
+        with self.alone() as there:
+            if there and not self.model.exists():
+                self._remove()
 
     def _locked_by_another(self, manifest: Path) -> bool:
         with suppress(OSError), held(os.open(manifest, os.O_RDWR)) as got:
