@@ -144,8 +144,8 @@ def measured(name: str, processes: int, folder: Path) -> tuple[Tensor, float, fl
 
 
 def main() -> None:
-    if len(sys.argv) == 4:
-        name, processes, folder = sys.argv[1], int(sys.argv[2]), Path(sys.argv[3])
+    if sys.argv[1:2] == ["--one"]:
+        name, processes, folder = sys.argv[2], int(sys.argv[3]), Path(sys.argv[4])
         torch.set_num_threads(max(1, 2 // processes))
         torch.save(measured(name, processes, folder), folder / "measured.pt")
         return
@@ -156,7 +156,7 @@ def main() -> None:
         for name in sys.argv[1:] or ROWS:
             one = None
             for processes in (1, 2, 4):
-                subprocess.run([sys.executable, __file__, name, str(processes), folder], check=True)
+                subprocess.run([sys.executable, __file__, "--one", name, str(processes), folder], check=True)
                 result, memory, before, seconds = torch.load(Path(folder) / "measured.pt")
                 one = result if one is None else one
                 models = ROWS[name][1]

@@ -10,7 +10,7 @@ from torch import nn
 
 from suture.adaptation import adapt
 from suture.core.fabric import launch, make_fabric
-from suture.core.sharding import layer_paths
+from suture.core.sharding import is_sharded, layer_paths, table_paths
 
 NUMBERS = [2, pytest.param(4, marks=pytest.mark.slow)]
 OPTIONS = [
@@ -55,12 +55,16 @@ def vit():
     return model.eval(), lambda module, inputs: module(inputs).logits
 
 
-def llama():
+def llama(tied=True):
     from transformers import LlamaConfig, LlamaForCausalLM
 
     sizes = {"hidden_size": 24, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 40}
-    model = LlamaForCausalLM(LlamaConfig(vocab_size=31, **sizes, tie_word_embeddings=True)).eval()
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=31, **sizes, tie_word_embeddings=tied)).eval()
     return model, lambda module, inputs: module(**inputs).logits[:, -1]
+
+
+def llama_with_two_tables():
+    return llama(tied=False)
 
 
 def of(make):
@@ -72,10 +76,10 @@ def of(make):
     if make is llama:
         base["lm_head.weight"] = base["model.embed_tokens.weight"]
     shift = lambda t: t + 0.05 * torch.randn_like(t)
-    models = {f"t{i}": {name: shift(t) for name, t in base.items() if name != "lm_head.weight"} for i in range(3)}
-    if make is llama:
+    models = {f"t{i}": {name: shift(t) for name, t in base.items()} for i in range(3)}
+    if make is not vit:
         inputs = lambda: {"input_ids": torch.randint(31, (3, 6)), "attention_mask": torch.ones(3, 6).long()}
-        for state in models.values():
+        for state in models.values() if make is llama else ():
             state["lm_head.weight"] = state["model.embed_tokens.weight"]
     else:
         inputs = lambda: torch.randn(3, 3, 8, 8).double()
@@ -89,7 +93,7 @@ def without_weights(module):
 
 
 @pytest.mark.parametrize("number", NUMBERS)
-@pytest.mark.parametrize("make", [vit, llama])
+@pytest.mark.parametrize("make", [vit, llama, llama_with_two_tables])
 def test_a_transformer_without_weights_in_memory_is_learned_from_the_files_alone(make, number):
     arguments, forward = of(make)
     one = learned(arguments, forward=forward)
@@ -143,6 +147,37 @@ def test_layers_are_gathered_one_at_a_time_but_not_those_that_share_a_weight_wit
     assert layer_paths(module) == ["layers.0", "layers.1"]
     module.head.weight = module.layers[1].weight
     assert layer_paths(module) == ["layers.0"]
+
+
+@pytest.mark.parametrize(
+    ("make", "paths"),
+    [(vit, []), (llama, []), (llama_with_two_tables, ["model.embed_tokens", "lm_head"])],
+)
+def test_tables_of_a_vocabulary_are_gathered_apart_unless_they_are_one(make, paths):
+    assert table_paths(make()[0]) == paths
+
+
+def test_a_step_never_has_both_tables_of_a_vocabulary():
+    arguments, forward = of(llama_with_two_tables)
+
+    def gathered(fabric):
+        seen = []
+
+        def watched(module, inputs):
+            tables = (module.model.embed_tokens, module.lm_head)
+            look = lambda *given: seen.append([not is_sharded(table.weight) for table in tables])
+            hooks = [part.register_forward_pre_hook(look) for part in (*tables, module.model.layers[1])]
+            logits = forward(module, inputs)
+            for hook in hooks:
+                hook.remove()
+            return logits
+
+        learned(arguments, fabric, forward=watched)
+        return torch.tensor(seen)
+
+    seen = launch(sharded(2), gathered)
+    assert seen[:3].tolist() == [[True, False], [False, False], [False, True]]
+    assert seen.sum(1).max() == 1
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from suture.core.batches import order_kernels
-from suture.core.fabric import OneDevice, check_fabric, launch, make_fabric
+from suture.core.fabric import OneDevice, check_fabric, forks, launch, make_fabric, started_processes
 from suture.errors import ConfigError
 from suture.pipeline.config import compose
 from suture.pipeline.context import Context
@@ -95,3 +95,32 @@ def test_processes_give_back_more_than_a_pipe_holds(keys):
     fabric = make_fabric({"accelerator": "cpu", **keys})
     result = launch(fabric, lambda f: torch.full((100_000,), float(f.world_size)))
     assert torch.equal(result, torch.full((100_000,), float(keys["devices"])))
+
+
+SLURM = {"SLURM_JOB_ID": "7", "SLURM_JOB_NAME": "merge", "SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NODEID": "0"}
+STARTED = [
+    ({}, None),
+    ({**SLURM, "SLURM_NTASKS": "1"}, None),
+    ({**SLURM, "SLURM_NTASKS": "4", "SLURM_NTASKS_PER_NODE": "4"}, 4),
+    ({"TORCHELASTIC_RUN_ID": "none", "WORLD_SIZE": "3"}, 3),
+]
+
+
+@pytest.fixture
+def started_in(monkeypatch):
+    """Sets the variables of torchrun or Slurm."""
+    return lambda variables: [monkeypatch.setenv(name, value) for name, value in variables.items()]
+
+
+@pytest.mark.parametrize(("variables", "count"), STARTED)
+def test_a_command_of_one_process_forks_in_a_job_of_slurm_too(variables, count, started_in):
+    started_in(variables)
+    assert started_processes() == count
+    assert forks({}) == (count is None)
+
+
+@pytest.mark.parametrize("keys", [{"devices": 2}, {"devices": 2, "strategy": "fsdp"}, {"devices": 1}])
+def test_the_processes_of_a_job_with_one_task_are_as_many_as_the_keys_say(keys, started_in):
+    started_in({**SLURM, "SLURM_NTASKS": "1"})
+    result = launch(make_fabric({"accelerator": "cpu", **keys}), lambda f: torch.tensor(f.world_size))
+    assert int(result) == keys["devices"]

@@ -210,7 +210,13 @@ def test_every_architecture_goes_through_the_whole_pipeline(any_shop, tmp_path, 
     assert "Scores" in (tmp_path / "out" / "report.html").read_text()
 
 
+SPLIT = ("gemma2", "qwen3_moe")  # one tied and with soft caps, one with experts and two tables
+
+
 @pytest.mark.parametrize("kind", ["text", pytest.param("choice", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "any_shop", [k if k in SPLIT else pytest.param(k, marks=pytest.mark.slow) for k in KINDS], indirect=True
+)
 def test_a_run_of_weights_that_are_split_over_processes_is_that_of_one(any_shop, tmp_path, monkeypatch, kind):
     monkeypatch.chdir(tmp_path)
     words = ["method=task_arithmetic", "repair=calibrate+deep", "repair.deep.steps=3"]

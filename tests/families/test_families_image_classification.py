@@ -120,9 +120,10 @@ def test_a_resnet_goes_through_the_whole_pipeline(words, shop, tmp_path):
 LEARNED = ["method.max_steps=2", "method.batch_size=4"]
 CHANGES = [
     ("lw_adamerging", [*LEARNED, "surgery=deep", "surgery.steps=3", "surgery.rank=2"]),
-    ("lw_adamerging", [*LEARNED, "surgery=distil", "surgery.steps=3"]),
     ("ties_merging", ["surgery=calibrate"]),
-    *((method, []) for method in ("regmean", "regmean_pp", "esm", "fisher")),
+    *((method, []) for method in ("regmean", "fisher")),
+    pytest.param("lw_adamerging", [*LEARNED, "surgery=distil", "surgery.steps=3"], marks=pytest.mark.slow),
+    *(pytest.param(method, [], marks=pytest.mark.slow) for method in ("regmean_pp", "esm")),
 ]
 
 

@@ -130,8 +130,9 @@ def gguf_blocks(weights):
 
 
 READ_ONLY = (gguf_blocks, gptq_codes, awq_codes, fused_experts)
-FORMS = [fp8_codes, mxfp4_codes, gguf_blocks, fused_experts]
-FORMS += [pytest.param(each, marks=pytest.mark.slow) for each in (int8_codes, nf4_codes, gptq_codes, awq_codes)]
+FORMS = [mxfp4_codes, gguf_blocks]
+SLOW = (fp8_codes, fused_experts, int8_codes, nf4_codes, gptq_codes, awq_codes)
+FORMS += [pytest.param(each, marks=pytest.mark.slow) for each in SLOW]
 
 
 @pytest.mark.parametrize("form", FORMS, ids=lambda each: each.__name__)

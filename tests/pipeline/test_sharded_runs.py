@@ -23,10 +23,10 @@ def rows(folder):
     return {row["name"]: {name: row.get(name) for name in names} for row in report(folder)["rows"]}
 
 
-SLOW = [pytest.param(kind, marks=pytest.mark.slow) for kind in ("affine", "prob_surgery")]
+SLOW = [pytest.param(kind, marks=pytest.mark.slow) for kind in ("final", "affine", "prob_surgery")]
 
 
-@pytest.mark.parametrize("kind", ["final", "deep", "calibrate", *SLOW])
+@pytest.mark.parametrize("kind", ["deep", "calibrate", *SLOW])
 def test_a_repair_of_weights_that_are_split_is_that_of_one_process(desk, kind):
     words = desk.words(f"repair={kind}", *QUICK.get(kind, []), method="task_arithmetic")
     assert main([*words, "output=one"]) == 0
@@ -59,13 +59,13 @@ def test_a_chain_and_a_learned_merge_are_those_of_one_process(desk):
 
 
 def test_a_repair_that_was_killed_in_its_loop_goes_on_in_the_same_processes(desk, monkeypatch, capsys):
-    words = desk.words("repair=final", "repair.steps=400", "repair.router=none", *FSDP, method="task_arithmetic")
+    words = desk.words("repair=final", "repair.steps=60", "repair.router=none", *FSDP, method="task_arithmetic")
     assert main([*words, "output=whole", "repair.cache_dir=whole-states"]) == 0
     save = Resume.save
 
     def struck(self, state):
         save(self, state)
-        if len(state["losses"]) < 400:
+        if len(state["losses"]) < 60:
             raise RuntimeError("struck")
 
     monkeypatch.setattr(Resume, "due", lambda self: True)
@@ -102,3 +102,16 @@ def test_a_job_that_has_no_use_for_parts_of_weights_refuses_them(desk, capsys, v
     line = refused(capsys, [*verb, *words, "method.scaling_factor=0.1,0.3" if len(verb) == 1 else "seed=1", *FSDP])
     assert "fabric.strategy=fsdp with" in line
     assert "which needs whole weights on one device. Remedy: leave it out." in line
+
+
+@pytest.mark.parametrize(
+    ("method", "words", "line"),
+    [
+        ("task_arithmetic", [], "This command was started 2 times, but only AdaMerging shares a run out."),
+        ("lw_adamerging", ["repair=final", *FSDP], "by torchrun or Slurm, is for AdaMerging alone"),
+    ],
+)
+def test_processes_that_would_all_do_the_same_are_refused(desk, capsys, monkeypatch, method, words, line):
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert line in refused(capsys, desk.words(*words, method=method))

@@ -77,7 +77,7 @@ def sums_of(student, expert, weights, biases, merged, base, layer, *, positions=
         task.add({layer: [mine]}, {layer: [theirs]}, positions or Positions(len(x_s)))
         total.add(task, state)
     anchors = {key: (base[key] + 2.2 * (merged[key] - base[key])) for key in base}
-    return total.solve(anchors, [layer], [])[layer]
+    return total.solve(anchors, [layer])[layer][:2]
 
 
 def apply_layer(x, weight, bias, window):

@@ -14,6 +14,7 @@ from suture.core.sharding import is_sharded, local
 from suture.core.unread import unread_copy
 from suture.errors import ConfigError
 from suture.evaluation import TaskInputs
+from suture.repairs.anchored import LayerSums
 
 NUMBERS = [2, pytest.param(4, marks=pytest.mark.slow)]
 TASKS = ("a", "b", "c")
@@ -115,6 +116,24 @@ def test_each_process_runs_a_network_of_which_it_has_a_part(problem):
     assert second[0]
     assert first[1] + second[1] == whole
     assert first[1] <= 0.51 * whole
+
+
+@pytest.mark.parametrize("strategy", ["ddp_fork", "fsdp"])
+@pytest.mark.parametrize("problem", [llama], indirect=True)
+def test_processes_share_the_equations_of_a_block(problem, strategy, monkeypatch):
+    load, inputs, base, _ = problem
+    factor = LayerSums._factor
+
+    def solved(fabric):
+        seen = []
+        monkeypatch.setattr(LayerSums, "_factor", lambda self, *given: seen.append(given[0]) or factor(self, *given))
+        repair(load("merged"), load, inputs, "calibrate", forward=feature, base=base, fabric=fabric)
+        return Team(fabric).gather(len(seen))
+
+    (alone,), several = solved(None), launch(processes(2, strategy), solved)
+    assert alone == 3 * 4  # attention's three in one, its output, and the two widths of the MLP, in each block
+    assert sum(several) == alone
+    assert min(several) > 0
 
 
 @pytest.mark.parametrize(("kind", "knobs"), [("deep", {"steps": 3}), ("calibrate", {"num_passes": 2})])

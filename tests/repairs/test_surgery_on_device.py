@@ -55,10 +55,11 @@ def room(monkeypatch):
 
 @pytest.fixture
 def recorder(monkeypatch):
-    """The stand-in, or on a GPU its own graphs."""
+    """The stand-in, or on a GPU its own graphs; of the final repair with so many steps in each."""
 
-    def use(fault=0.0):
+    def use(fault=0.0, launch=4):
         stand_in = StandIn(fault)
+        monkeypatch.setattr(final, "_LAUNCH", launch)
         if not ON_GPU:
             monkeypatch.setattr("suture.repairs.captured.recorder_on", lambda device: stand_in)
         return stand_in
@@ -146,7 +147,8 @@ def test_replayed_steps_give_the_same_repair(kind, options, recorder):
     assert replayed.active == plain.active
     if not ON_GPU:
         same(replayed, plain)
-        assert (stand_in.recorded, stand_in.replayed) == (1, 10)  # all steps, and the comparison
+        steps = 2 if kind == "final" else 9  # two launches of four, and a plain step
+        assert (stand_in.recorded, stand_in.replayed) == (1, 1 + steps)  # and the comparison
 
 
 def test_the_profile_says_that_steps_were_replayed(recorder):
@@ -159,6 +161,15 @@ def test_the_profile_says_that_steps_were_replayed(recorder):
 
 class Killed(Exception):
     pass
+
+
+@pytest.mark.parametrize("launch", [1, 5, 20])
+def test_any_number_of_steps_a_launch_gives_the_same_repair(launch, recorder):
+    recorder(launch=launch)
+    replayed, plain = fitted("final", {}, capture=True), fitted("final", {})
+    torch.testing.assert_close(replayed.losses, plain.losses, rtol=0, atol=1e-12)
+    if not ON_GPU:
+        same(replayed, plain)
 
 
 @pytest.mark.parametrize("at", [0, 3, 7])

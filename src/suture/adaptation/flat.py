@@ -14,10 +14,10 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from suture.adaptation.vectors import Held
+from suture.core.autocasting import autocast_dtype, autocast_parameters
 
 BLOCK = 1 << 10  # entries; the last block of a tensor is filled up with zeros
 _WIDENED = 1 << 12  # blocks of task vectors of a narrower dtype that are widened at once
-_CAST = (nn.Linear, nn.modules.conv._ConvNd)  # autocast converts the parameters of these before it uses them
 
 
 @dataclass
@@ -151,8 +151,8 @@ def flat_groups(
     module: nn.Module, targets: Sequence[Tensor], bases: Sequence[Tensor], rows: Sequence[object]
 ) -> list[FlatTensors]:
     """Buffers for all tensors whose task vectors are held in memory; the others stay as they are."""
-    half = _autocast_dtype(targets[0].device) if targets else None
-    cast = _only_in(module, _CAST) if half else set()
+    half = autocast_dtype(targets[0].device) if targets else None
+    cast = autocast_parameters(module) if half else set()
     groups: dict[tuple[torch.dtype, ...], dict[int, Tensor]] = {}
     for i, (target, base, held) in enumerate(zip(targets, bases, rows, strict=True)):
         if isinstance(held, Held) and target.dtype == base.dtype:
@@ -162,20 +162,6 @@ def flat_groups(
     return [
         FlatTensors(members, bases, held_rows, key[2] if key[2] != key[0] else None) for key, members in groups.items()
     ]
-
-
-def _autocast_dtype(device: torch.device) -> torch.dtype | None:
-    """The dtype of autocast, where it is on."""
-    return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
-
-
-def _only_in(module: nn.Module, kinds: tuple[type[nn.Module], ...]) -> set[int]:
-    """The parameters that belong to modules of these kinds and to no others."""
-    inside, outside = set[int](), set[int]()
-    for part in module.modules():
-        own = {id(parameter) for parameter in part.parameters(recurse=False)}
-        (inside if type(part).__module__.startswith("torch.nn.") and isinstance(part, kinds) else outside).update(own)
-    return inside - outside
 
 
 def widest(device: torch.device) -> torch.dtype:

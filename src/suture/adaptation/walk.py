@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from suture.adaptation.blocks import submodule
+from suture.core.autocasting import autocast_dtype
 from suture.core.batches import Forward, Inputs, Reached, device_of, take, to_device
 from suture.errors import ConfigError
 
@@ -230,14 +231,14 @@ def _watch(
     before: dict[str, tuple[list[Any], Any]] = {}
     after: dict[str, list[Any]] = {}
     copies: dict[str, list[Any]] = {}
-    precision: list[torch.dtype] = []
-    kind = device_of(module).type
+    precision: list[torch.dtype | None] = []
+    device = device_of(module)
 
     def enter(path: str, module: nn.Module, args: Any, kwargs: Any) -> None:
         if path in before:
             raise ConfigError(f"blocks: '{path}' runs twice in one pass. Remedy: name blocks that run once.")
         before[path] = _flatten((args, kwargs))
-        precision.extend([torch.get_autocast_dtype(kind)] if torch.is_autocast_enabled(kind) else [])
+        precision.append(autocast_dtype(device))
 
     def leave(path: str, module: nn.Module, args: Any, output: Any) -> None:
         after[path] = _flatten(output)[0]
@@ -256,7 +257,7 @@ def _watch(
     for path in paths:
         if path not in after:
             raise ConfigError(f"blocks: '{path}' does not run when the module does. Remedy: name blocks that do.")
-    return [(*before[path], copies[path], after[path]) for path in paths], precision[0] if precision else None
+    return [(*before[path], copies[path], after[path]) for path in paths], next(filter(None, precision), None)
 
 
 def _sources(seen: Sequence[_Record], block: int, starts: Sequence[int]) -> tuple[Any, tuple[Source, ...]] | None:

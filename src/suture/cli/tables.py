@@ -34,7 +34,7 @@ def print_run(result: Any) -> None:
         print(f"{result.folder} already holds the result of this run.")
     else:
         print_report(result.report)
-        print(f"The merged model and the report are in {result.folder}")
+        print(f"The report and all models are in {result.folder}")
 
 
 def print_best(result: Any) -> None:

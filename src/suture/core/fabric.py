@@ -80,6 +80,7 @@ def make_fabric(config: Mapping[str, Any], devices: int = 1):
     the keys turn it on. Raises `ConfigError` for an invalid key or value.
     """
     from lightning_fabric import Fabric
+    from lightning_fabric.plugins.environments import LightningEnvironment
 
     check_fabric(config)
     logging.getLogger("lightning_fabric").setLevel(logging.WARNING)  # what it tells is in the report
@@ -92,6 +93,8 @@ def make_fabric(config: Mapping[str, Any], devices: int = 1):
         options["strategy"] = "ddp_fork"  # only the adaptation runs in several processes; this one does the rest
     if number in (1, "1") and options.get("strategy") == "ddp_fork":
         options["strategy"] = "auto"
+    if _in_slurm() and started_processes() is None:
+        options["plugins"] = LightningEnvironment()  # Slurm's has as many processes as the job has tasks: one
     try:
         fabric = Fabric(devices=number, **options)
         fabric.strategy.sharded = sharded  # type: ignore[attr-defined]
@@ -102,11 +105,26 @@ def make_fabric(config: Mapping[str, Any], devices: int = 1):
 
 def forks(config: Mapping[str, Any]) -> bool:
     """Whether the processes of a sharded run are forked, stage by stage, and not started with the whole command."""
-    from lightning_fabric.plugins.environments.slurm import SLURMEnvironment
+    return started_processes() is None and config.get("num_nodes") in (None, 1, "1")
+
+
+def started_processes() -> int | None:
+    """The number of processes in which torchrun or Slurm runs this command; None for one process that may fork.
+
+    A Slurm job of one task is such a process.
+    """
     from lightning_fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 
-    started = TorchElasticEnvironment.detect() or SLURMEnvironment.detect()
-    return not started and config.get("num_nodes") in (None, 1, "1")
+    if TorchElasticEnvironment.detect():
+        return int(os.environ["WORLD_SIZE"])
+    tasks = os.environ.get("SLURM_NTASKS", "1") if _in_slurm() else "1"
+    return int(tasks) if tasks != "1" else None
+
+
+def _in_slurm() -> bool:
+    from lightning_fabric.plugins.environments.slurm import SLURMEnvironment
+
+    return SLURMEnvironment.detect()
 
 
 def _set_tf32(on: bool) -> None:

@@ -29,9 +29,9 @@ class Recording:
 
     def replay(self, *arguments: Any) -> Tensor:
         """The function's result for these arguments, in memory that the next replay overwrites."""
-        for own, given in zip(_leaves(self._arguments), _leaves(arguments), strict=True):
-            if isinstance(own, Tensor):
-                own.copy_(given)
+        pairs = zip(_leaves(self._arguments), _leaves(arguments), strict=True)
+        own, given = zip(*(pair for pair in pairs if isinstance(pair[0], Tensor)), strict=True)
+        torch._foreach_copy_(own, given)
         self._repeat()
         return self._result
 

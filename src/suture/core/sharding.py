@@ -3,6 +3,7 @@
 import copy
 import gc
 from collections.abc import Callable, Collection, Sequence
+from contextlib import suppress
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -17,10 +18,10 @@ from suture.errors import ConfigError
 class Sharded(nn.Module):
     """A module on the meta device until `materialise`, each of whose parameters is split by rows over the processes.
 
-    Every list of layers is gathered one layer at a time, what lies outside of lists with the whole. `call(function)`
-    runs a function of the module with that part gathered, so that functions may read its parameters themselves. All
-    processes must make the same calls. Scalars are not split. Parameters of the ids `learned` have gradients: the mean
-    over processes.
+    Every list of layers is gathered one layer at a time, tables of a vocabulary when they are called, and what else
+    lies outside of lists with the whole. `call(function)` runs a function of the module with that part gathered, so
+    that functions may read its parameters themselves. All processes must make the same calls. Scalars are not split.
+    Parameters of the ids `learned` have gradients: the mean over processes.
     """
 
     def __init__(self, module: nn.Module, learned: Collection[int], device: torch.device):
@@ -31,7 +32,8 @@ class Sharded(nn.Module):
         world = torch.distributed.get_world_size()
         mesh = init_device_mesh(device.type, (world,))
         self.module = _empty_copy(module, learned)
-        layers = [self.module.get_submodule(path) for path in layer_paths(self.module)]
+        paths = [*layer_paths(self.module), *table_paths(self.module)]
+        layers = [self.module.get_submodule(path) for path in paths]
         scalars = {parameter for parameter in self.module.parameters() if parameter.ndim == 0}
         options = {"mesh": mesh, "reshard_after_forward": True, **({"ignored_params": scalars} if scalars else {})}
         for layer in layers:
@@ -139,16 +141,36 @@ def layer_paths(module: nn.Module) -> list[str]:
     lists = [name for name, part in named.items() if isinstance(part, nn.ModuleList)]
     lists = lists or [name for name, part in named.items() if isinstance(part, nn.Sequential)]
     paths = [f"{name}.{child}".lstrip(".") for name in lists for child, _ in named[name].named_children()]
+    return sorted(_independent(module, paths), key=lambda path: -path.count("."))
+
+
+def table_paths(module: nn.Module) -> list[str]:
+    """Paths of the input and output embeddings of transformers' models in a module.
+
+    Left out are those that share their weights, as where both are one, and those inside of layers.
+    """
+    tables = []
+    for part in module.modules():
+        for getter in ("get_input_embeddings", "get_output_embeddings"):
+            with suppress(NotImplementedError, AttributeError):
+                tables.append(getattr(part, getter)())
+    of_table = {id(table) for table in tables if isinstance(table, nn.Embedding | nn.Linear)}
+    paths = [name for name, part in module.named_modules() if id(part) in of_table]
+    inside = tuple(f"{path}." for path in layer_paths(module))
+    return [path for path in _independent(module, paths) if path and not path.startswith(inside)]
+
+
+def _independent(module: nn.Module, paths: Sequence[str]) -> list[str]:
+    """The paths below which there are parameters, none of which is used elsewhere in the module."""
     uses: dict[int, set[str]] = {}
     for name, parameter in module.named_parameters(remove_duplicate=False):
         uses.setdefault(id(parameter), set()).add(name)
-    own = [path for path in paths if _is_own(named[path], path, uses)]
-    return sorted(own, key=lambda path: -path.count("."))
 
+    def is_own(path: str) -> bool:
+        parameters = list(module.get_submodule(path).parameters())
+        return bool(parameters) and all(name.startswith(f"{path}.") for p in parameters for name in uses[id(p)])
 
-def _is_own(layer: nn.Module, path: str, uses: dict[int, set[str]]) -> bool:
-    parameters = list(layer.parameters())
-    return bool(parameters) and all(name.startswith(f"{path}.") for p in parameters for name in uses[id(p)])
+    return list(filter(is_own, paths))
 
 
 def _empty_copy(module: nn.Module, learned: Collection[int]) -> nn.Module:

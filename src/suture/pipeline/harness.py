@@ -6,6 +6,7 @@ https://github.com/EleutherAI/lm-evaluation-harness
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
+from functools import cached_property
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -66,7 +67,7 @@ class Harness:
             return ["evaluate.harness=lm_eval needs lm-evaluation-harness. Remedy: pip install 'suture[lm_eval]'."]
         if self.include_path is not None and not Path(self.include_path).is_dir():
             return [f"evaluate.include_path='{self.include_path}' is no folder. Remedy: name one with task files."]
-        known = self._manager().all_tasks
+        known = self._manager.all_tasks
         return [unknown_name("task of lm_eval", task, known) for task in self.tasks if task not in known]
 
     def evaluated(self, device: str, folder: Path, more: Mapping[str, str] | None = None) -> dict[str, Any]:
@@ -77,7 +78,7 @@ class Harness:
             model=self.backend,
             model_args=arguments,
             tasks=list(self.tasks),
-            task_manager=self._manager(),
+            task_manager=self._manager,
             num_fewshot=self.num_fewshot,
             limit=self.limit,
             batch_size=self.batch_size,
@@ -89,7 +90,9 @@ class Harness:
             raise SutureError("lm_eval returned no results. Remedy: run it on one process.")
         return results
 
+    @cached_property
     def _manager(self) -> Any:
+        """The index of all task files, which takes seconds to make."""
         from lm_eval.tasks import TaskManager  # type: ignore[import-not-found]
 
         return TaskManager(include_path=self.include_path)

@@ -16,7 +16,7 @@ from suture.checkpoints import Checkpoint, Source, open_checkpoint, open_fine_tu
 from suture.checkpoints.adapter_bases import base_notes
 from suture.checkpoints.adapters import untied
 from suture.checkpoints.matching import matched
-from suture.core.fabric import SHARDED, forks
+from suture.core.fabric import SHARDED, forks, started_processes
 from suture.core.names import in_bytes
 from suture.errors import BASE, PRETRAINED, ConfigError, SutureError, unknown_name
 from suture.merging.compatibility import compatibility, merged_names, spec_of
@@ -171,12 +171,20 @@ def preflight_of(models: Models, settings: Settings) -> Preflight:
             checked.problems.append(str(error))
     if settings.harness is not None:
         checked.problems += settings.harness.problems()
-    checked.problems += sharding_problems(settings)
+    checked.problems += idle_processes(settings) + sharding_problems(settings)
     if not checked.problems:
         unmatched = models.unmatched(settings.task_names) if settings.repairs else []
         checked.problems += dict.fromkeys([*unmatched, *method.problems(models, settings.task_names)])
         checked.memory = method.memory(models) or checked.memory
     return checked
+
+
+def idle_processes(settings: Settings) -> list[str]:
+    """The reason why processes that were started with the command would all do the same, if they would."""
+    count = started_processes() or 1
+    if count == 1 or isinstance(settings.method, AdaMerging):
+        return []
+    return [f"This command was started {count} times, but only AdaMerging shares a run out. Remedy: start it once."]
 
 
 def sharding_problems(settings: Settings) -> list[str]:

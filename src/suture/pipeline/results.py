@@ -98,7 +98,7 @@ class RunResult:
 
     def _repr_html_(self) -> str:
         where = escape(str(self.folder))
-        return (self.report._repr_html_() if self.report else "") + f"<p>The model and the report are in {where}</p>"
+        return (self.report._repr_html_() if self.report else "") + f"<p>The report and all models are in {where}</p>"
 
     @property
     def _known(self) -> Report:

@@ -5,9 +5,10 @@ own Gram matrix, and are then added to those of the other tasks (`LayerSums`). E
 of float32 inputs may be computed in float32, batch by batch.
 """
 
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -123,22 +124,29 @@ class TaskSums:
 
 
 class LayerSums:
-    """The sums of all tasks for the layers of one block, and their solutions."""
+    """The sums of all tasks for the layers of one block, and their solutions.
 
-    def __init__(self, *, ridge: float, mix: float):
-        self.ridge, self.mix = ridge, mix
+    Of a `world` of processes, each has its share of the matrices, as process `rank`: those with the same inputs go
+    together, and to the process that has the least work yet. All processes add the same tasks.
+    """
+
+    def __init__(self, *, ridge: float, mix: float, rank: int = 0, world: int = 1):
+        self.ridge, self.mix, self.rank = ridge, mix, rank
         self.layers: dict[Layer, MatrixEquations | NormEquations] = {}
         self.grams: dict[Layer, Tensor] = {}
+        self._loads = [0] * world
+        self._processes: dict[Layer, int] = {}
 
     def add(self, task: TaskSums, expert: Mapping[str, Tensor]) -> None:
         """Add the sums of a task, with its expert's weights."""
+        self._deal(task)
         scales: dict[Layer, Tensor] = {}
         for layer, each in task.layers.items():
             sums = self.layers.setdefault(layer, NormEquations() if isinstance(each, Norm) else MatrixEquations())
             if isinstance(each, Norm):
                 assert isinstance(sums, NormEquations)
                 _add_norm(sums, layer, each, expert)
-            elif each.weight > 0:
+            elif each.weight > 0 and self._processes[each.source] == self.rank:
                 assert isinstance(sums, MatrixEquations)
                 if each.source not in scales:
                     covariance = task.grams[each.source] / each.weight
@@ -148,6 +156,17 @@ class LayerSums:
                     self.grams[each.source] = _added(self.grams.get(each.source), weighed)
                 scale = scales[each.source]
                 self._add_matrix(sums, layer, each, task.grams[each.source], scale, expert, task.double)
+
+    def _deal(self, task: TaskSums) -> None:
+        """Give each source that is new, those with the most work first, to a process."""
+        work: dict[Layer, int] = defaultdict(int)
+        for layer, each in task.layers.items():
+            if isinstance(each, Matrix) and each.source in task.grams and each.source not in self._processes:
+                work[each.source] += layer.size * task.grams[each.source].shape[-1] ** 2
+        for source in sorted(work, key=work.__getitem__, reverse=True):
+            process = self._loads.index(min(self._loads))
+            self._processes[source] = process
+            self._loads[process] += work[source]
 
     def _add_matrix(
         self,
@@ -173,24 +192,24 @@ class LayerSums:
         sums.inputs = sums.inputs + scale[:, None] * means
         sums.scale = sums.scale + scale
 
-    def solve(
-        self, anchors: Mapping[str, Tensor], layers: Sequence[Layer], warnings: list[str]
-    ) -> dict[Layer, tuple[Tensor, Tensor | None]]:
-        """Layer → weight (group, out, in) or (channel,), and bias, or None without one."""
+    def solve(self, anchors: Mapping[str, Tensor], layers: Sequence[Layer]) -> "dict[Layer, Solution]":
+        """The solutions of the layers that are this process's; those of norms are every process's."""
         factors: dict[Layer, Tensor | None] = {}
         solved = {}
         for layer in layers:
             sums = self.layers[layer]
             if isinstance(sums, NormEquations):
                 shift = None if layer.bias is None else anchors[layer.bias].double()
-                solved[layer] = sums.solve(anchors[layer.weight].double(), shift, self.ridge)
+                solved[layer] = Solution(*sums.solve(anchors[layer.weight].double(), shift, self.ridge))
                 continue
-            if sums.source is None:  # every row was padding
+            if sums.source is None:  # every row was padding, or another process has it
                 continue
+            warnings: list[str] = []
             if sums.source not in factors:
                 factors[sums.source] = self._factor(sums.source, sums.rows, warnings)
-            if (factor := factors[sums.source]) is not None:
-                solved[layer] = self._solve_matrix(layer, sums, factor, anchors)
+            factor = factors[sums.source]
+            found = (None, None) if factor is None else self._solve_matrix(layer, sums, factor, anchors)
+            solved[layer] = Solution(*found, tuple(warnings))
         return solved
 
     def _factor(self, source: Layer, rows: int, warnings: list[str]) -> Tensor | None:
@@ -219,6 +238,19 @@ class LayerSums:
         anchor = _bias(layer, anchors, weight).double()[:, 0]
         shift = sums.outputs - _times(weight, sums.inputs) + self.ridge * anchor
         return weight, (shift / (sums.scale + self.ridge)[:, None]).flatten()
+
+
+class Solution(NamedTuple):
+    """A layer's weight (group, out, in) or (channel,), None if it stays as it is; its bias if it has one; warnings."""
+
+    weight: Tensor | None
+    bias: Tensor | None
+    warnings: tuple[str, ...] = ()
+
+    def to(self, device: torch.device) -> "Solution":
+        """The same solution on another device."""
+        weight, bias = (None if each is None else each.to(device) for each in self[:2])
+        return Solution(weight, bias, self.warnings)
 
 
 @dataclass

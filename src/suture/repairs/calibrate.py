@@ -32,7 +32,7 @@ from suture.core.replicas import in_turn
 from suture.core.unread import resident
 from suture.errors import ConfigError, DataError
 from suture.merging.overflow import refuse_overflow
-from suture.repairs.anchored import LayerSums, TaskSums
+from suture.repairs.anchored import LayerSums, Solution, TaskSums
 from suture.repairs.batch_norm import calibrate_batch_norm
 from suture.repairs.calibrated_blocks import calibrated_blocks, silent_layers
 from suture.repairs.expert_copies import ExpertCopies
@@ -134,7 +134,8 @@ class _Calibration:
         with self.problem.track("Calibrating", len(self.blocks) * len(tasks)) as advance:
             for i in range(len(self.blocks)):
                 with self._at_work(i):
-                    total = LayerSums(ridge=self.settings.ridge, mix=self.settings.mix)
+                    shared = {"rank": self.team.rank, "world": self.team.world}
+                    total = LayerSums(ridge=self.settings.ridge, mix=self.settings.mix, **shared)
                     seen: dict[Layer, None] = {}
                     states = {}
                     sums_of = partial(self._task, i, students, experts)
@@ -250,14 +251,34 @@ class _Calibration:
         anchors = self._anchors(i)
         own = set(self._own([layer for layer in seen if layer.kind != "batch_norm"], i, anchors))
         solvable = [layer for layer in total.layers if layer in own]
-        for layer, (weight, bias) in total.solve(anchors, solvable, self.warnings).items():
+        solved = self._solved(total, anchors, solvable)
+        for layer in filter(solved.__contains__, solvable):
+            weight, bias, warnings = solved[layer]
+            self.warnings += warnings
             for tensor, name in ((weight, layer.weight), (bias, layer.bias)):
                 if tensor is not None and name is not None:
                     refuse_overflow(name, tensor, tensor.to(self.student.get_parameter(name).dtype))
-            write_layer(layer, self.student, weight, bias)
+            if weight is not None:
+                write_layer(layer, self.student, weight, bias)
         self.warnings += silent_layers(
             part, self.blocks[i].path, {a for layer in seen for a in self._aliases.get(layer.weight, ())}
         )
+
+    def _solved(
+        self, total: LayerSums, anchors: Mapping[str, Tensor], layers: Sequence[Layer]
+    ) -> dict[Layer, Solution]:
+        """The solutions of a block's layers, of which every process finds its share."""
+        if self.team.world == 1:
+            return total.solve(anchors, layers)
+        solved: dict[Layer, Solution] = {}
+
+        def own(rank: int) -> dict[Layer, Solution]:
+            found = total.solve(anchors, layers)
+            return {layer: each.to(torch.device("cpu")) for layer, each in found.items()}
+
+        for found in self.team.each(own, range(self.team.world)):
+            solved |= found
+        return solved
 
     def _anchors(self, i: int) -> dict[str, Tensor]:
         """Pretrained + anchor · (merged − pretrained), in float64, for a block's parameters that the base has."""

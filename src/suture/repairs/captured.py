@@ -1,8 +1,9 @@
-"""Steps of a repair as a CUDA graph: forward and backward pass and Adam's step are replayed with one launch."""
+"""Steps of a repair as a CUDA graph: forward and backward passes and Adam's steps are replayed with one launch."""
 
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,11 +20,12 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Capture:
-    """The recording of the steps of the repair `kind`; `profile` gets the seconds of the recorded ones."""
+    """The recording of the steps of the repair `kind`, so many a launch; `profile` gets the seconds of the recorded."""
 
     kind: str
     recorder: Recorder
     profile: Profile
+    steps_per_launch: int = 1
 
     def steps(self, descent: Descent, losses: BatchLosses, watched: bool) -> Callable[[range], Tensor]:
         """The function that takes steps and returns their losses (step, task), on the device."""
@@ -46,8 +48,7 @@ class RecordedSteps:
         self._shapes: Any = ()  # before it has been tried
 
     def __call__(self, steps: range) -> Tensor:
-        (step,) = steps  # one Adam for each task takes one at a time
-        batches = [self.losses.batch(step, group) for group in self.descent.groups]
+        batches = [[self.losses.batch(step, group) for group in self.descent.groups] for step in steps]
         if self._shapes == ():
             self._record(batches)
         if self._recording is None or shapes_of(batches) != self._shapes:
@@ -55,11 +56,14 @@ class RecordedSteps:
         with self.capture.profile("repair steps as a CUDA graph"):
             return self._recording.replay(batches).clone()
 
-    def _plain(self, batches: Sequence[Any]) -> Tensor:
-        by_start = {group.start: batch for group, batch in zip(self.descent.groups, batches, strict=True)}
-        return self.descent.step(lambda group: self.losses.of(by_start[group.start], group))
+    def _plain(self, batches: Sequence[Sequence[Any]]) -> Tensor:
+        """The steps with these batches, one for each group of tasks."""
+        return self.descent.step(*(partial(self._losses, step) for step in batches))
 
-    def _record(self, batches: Sequence[Any]) -> None:
+    def _losses(self, batches: Sequence[Any], group: slice) -> Tensor:
+        return self.losses.of(batches[self.descent.groups.index(group)], group)
+
+    def _record(self, batches: Sequence[Sequence[Any]]) -> None:
         put_back = self.descent.mark()
         try:
             self._shapes = shapes_of(batches)
@@ -81,7 +85,7 @@ class RecordedSteps:
         return torch.cat([losses.flatten(), *gradients])
 
 
-def capture_of(kind: str, problem: Problem, optimizer: Optimizer) -> Capture | None:
+def capture_of(kind: str, problem: Problem, optimizer: Optimizer, steps_per_launch: int = 1) -> Capture | None:
     """The recording of a repair's steps; None, with a line in the log, where that is not possible."""
     recorder, reason = recorder_on(problem.device), None
     if recorder is None:
@@ -93,7 +97,7 @@ def capture_of(kind: str, problem: Problem, optimizer: Optimizer) -> Capture | N
     if recorder is None or reason is not None:
         log.warning("repair=%s runs without a CUDA graph: %s", kind, reason)
         return None
-    return Capture(kind, recorder, problem.profile)
+    return Capture(kind, recorder, problem.profile, steps_per_launch)
 
 
 def recorder_on(device: torch.device) -> Recorder | None:

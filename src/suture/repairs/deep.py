@@ -17,6 +17,7 @@ from annotated_types import Ge, Gt
 from torch import Tensor
 
 from suture.adaptation.network import check_concatenation
+from suture.core.autocasting import frozen_weights_in
 from suture.core.batches import concatenate as concatenated
 from suture.core.batches import joinable, size, take, to_device
 from suture.merging.task_vectors import compute_dtype
@@ -85,7 +86,8 @@ def deep(
     last = -(-max(map(len, targets)) // batch_size)  # the final steps that use every input once
     options = {"capture": recorded, "read_every": problem.read_every}
     saving = {"resume": problem.resume, "on_step": problem.on_step}
-    history = descend(descent, steps, losses, repairs, watched=last, **options, **saving)
+    with frozen_weights_in(None if problem.team.sharded else network.precision, network.module):
+        history = descend(descent, steps, losses, repairs, watched=last, **options, **saving)
     return surgery_result("deep", problem, repairs, history, chosen, notes=notes)
 
 

@@ -22,6 +22,7 @@ from suture.repairs.registry import repair_kind
 from suture.repairs.results import RepairResult, surgery_result
 
 _CHUNK = 4096
+_LAUNCH = 20  # steps that are recorded together
 
 
 @repair_kind(paper="https://arxiv.org/abs/2402.02705", scored_while_fitting=True)
@@ -41,8 +42,8 @@ def final(
 
     `variant="auto"` is `standard`, or `centred` where nearly all features are non-negative; see `auto_variants`.
 
-    On a GPU the features are kept on the device where they fit; with `capture` a step is recorded there as a CUDA graph
-    and replayed.
+    On a GPU the features are kept on the device where they fit; with `capture` twenty steps are recorded there as a
+    CUDA graph and replayed.
 
     Without a cache, only the inputs that some step uses are encoded; with a cache, all of them, so that another rank,
     lr, seed or number of steps needs no forward pass.
@@ -57,7 +58,7 @@ def final(
     set_means(modules, merged)
 
     tasks, repairs = slice(0, len(merged)), {FINAL: modules}
-    recorded = capture_of("final", problem, optimizer) if capture else None
+    recorded = capture_of("final", problem, optimizer, min(_LAUNCH, steps)) if capture else None
     descent = Descent([modules], [tasks], lr, optimizer, capturable=recorded is not None)
     losses = constant_losses(modules, tasks, [rows[:, None] for rows in merged], targets, order, steps=steps)
     options = {"capture": recorded, "read_every": problem.read_every}

@@ -181,6 +181,8 @@ def is_fused(device: torch.device) -> bool:
 class Captured(Protocol):
     """A way to record steps: `suture.repairs.captured.Capture`."""
 
+    steps_per_launch: int
+
     def steps(self, descent: Descent, losses: BatchLosses, watched: bool) -> Callable[[range], Tensor]: ...
 
 
@@ -202,19 +204,20 @@ def descend(
     `small` steps run on one thread: with more, the threads would wait for each other longer than they work. Losses stay
     on the device until they are read, `read_every` steps or when the state is saved; then `on_step` gets those of each
     step, and the modules of all `layers` as they are after the last. A turn is never cut, which is two steps for
-    `shared_adam_pairs`. With a `capture` steps are recorded and replayed.
+    `shared_adam_pairs`. With a `capture` steps are recorded and replayed, a launch in each turn; those that do not fill
+    the last turn are plain.
     """
     history: list[Tensor] = []
     state = None if resume is None else resume.load()
     if state is not None:
         descent.restore(state)
         history = list(state["losses"])
-    take_steps = _plainly(descent, losses)
+    take_steps, turn = _plainly(descent, losses), descent.steps_per_turn
     if capture is not None and isinstance(losses, BatchLosses):
-        take_steps = capture.steps(descent, losses, watched > 0)
+        take_steps, turn = capture.steps(descent, losses, watched > 0), capture.steps_per_launch
     unread: list[Tensor] = []
-    for start in range(len(history), steps, descent.steps_per_turn):
-        stop = min(start + descent.steps_per_turn, steps)
+    for start in range(len(history), steps, turn):
+        stop = min(start + turn, steps)
         if start <= max(steps - watched, 0) < stop:
             for modules in descent.modules:
                 modules.clear()

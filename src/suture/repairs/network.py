@@ -13,6 +13,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from suture.adaptation.blocks import Block, Blocks, find_blocks, frozen_copy, output_tensor, submodule
+from suture.core.autocasting import autocast_dtype
 from suture.core.batches import Forward, call, device_of
 from suture.errors import ConfigError
 
@@ -27,13 +28,15 @@ Visit = Callable[[int, Tensor], Tensor | None]
 class Network(nn.Module):
     """A copy of a module in evaluation mode, without gradients, that shares its parameters' memory with the original.
 
-    Its layers are the blocks, in the given order, and then the final feature.
+    Its layers are the blocks, in the given order, and then the final feature. `precision` is the dtype of autocast in
+    its last pass through blocks, None without.
     """
 
     def __init__(self, module: nn.Module, forward: Forward = call, blocks: Sequence[Block] = ()):
         super().__init__()
         self.module, self.encode = frozen_copy(module), forward
         self.blocks = tuple(blocks)
+        self.precision: torch.dtype | None = None
         self._visit: Visit | None = None
         for i, block in enumerate(self.blocks):
             submodule(self.module, block.path).register_forward_hook(partial(self._hook, i))
@@ -60,6 +63,7 @@ class Network(nn.Module):
         if self._visit is None:
             return None
         rows, back = _as_rows(output_tensor(output, self.blocks[i].path), self.blocks[i])
+        self.precision = autocast_dtype(rows.device)
         corrected = self._visit(i, rows)
         if corrected is None:
             return None

@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import linear
 
 from suture.families.shared.base import Encoder
 from suture.families.shared.models import Naming, copy_into
@@ -54,9 +53,12 @@ class NextToken(Encoder):
 
     def next_token_logits(self, features: Tensor) -> Tensor:
         """Logits (…, V) of the next token, from hidden states (…, D), by the model's own output layer."""
-        layer: Any = self.get_submodule(self._output)
-        logits = linear(self.scale * features, layer.weight, layer.bias)
+        logits = self.get_output_embeddings()(self.scale * features)
         return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
+
+    def get_output_embeddings(self) -> nn.Module:
+        """The output layer, by the name that transformers' models give it."""
+        return self.get_submodule(self._output)
 
     def new_cache(self) -> Any:
         """An empty cache of keys and values, of the kinds that the layers need."""
