@@ -102,6 +102,7 @@ STARTED = [
     ({}, None),
     ({**SLURM, "SLURM_NTASKS": "1"}, None),
     ({**SLURM, "SLURM_NTASKS": "4", "SLURM_NTASKS_PER_NODE": "4"}, 4),
+    ({**SLURM, "SLURM_NTASKS": "4", "SLURM_STEP_NUM_TASKS": "1"}, None),
     ({"TORCHELASTIC_RUN_ID": "none", "WORLD_SIZE": "3"}, 3),
 ]
 

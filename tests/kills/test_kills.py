@@ -15,7 +15,7 @@ from suture.checkpoints import open_checkpoint
 from suture.cli.main import main
 from suture.errors import SutureError
 
-MOST = {"default": 20, "slow": 500}  # events of each kind
+MOST = {"default": 12, "slow": 500}  # events of each kind
 
 
 LAYERS = {"default": 8, "slow": 70}

@@ -107,7 +107,7 @@ def test_a_job_that_has_no_use_for_parts_of_weights_refuses_them(desk, capsys, v
 @pytest.mark.parametrize(
     ("method", "words", "line"),
     [
-        ("task_arithmetic", [], "This command was started 2 times, but only AdaMerging shares a run out."),
+        ("task_arithmetic", [], "starts this command as 2 processes, but only AdaMerging shares its work"),
         ("lw_adamerging", ["repair=final", *FSDP], "by torchrun or Slurm, is for AdaMerging alone"),
     ],
 )

@@ -76,7 +76,8 @@ def test_a_second_run_takes_the_references_from_the_cache(desk, monkeypatch):
 
 def test_a_sweep_through_submitit_resumes_after_a_killed_worker(desk, monkeypatch, capsys):
     pytest.importorskip("hydra_plugins.hydra_submitit_launcher", reason="pip install 'suture[submitit]'")
-    assert main(words(desk, "here")) == 0
+    two = "method.scaling_factor=0.1,0.2"
+    assert main(words(desk, "here", two)) == 0
     (desk.folder / "dying").mkdir()
     (desk.folder / "dying" / "sitecustomize.py").write_text(DYING)
     environment = {
@@ -85,7 +86,7 @@ def test_a_sweep_through_submitit_resumes_after_a_killed_worker(desk, monkeypatc
     }
     for key, value in environment.items():
         monkeypatch.setenv(key, value)
-    there = words(desk, "there", "hydra/launcher=submitit_local")
+    there = words(desk, "there", two, "hydra/launcher=submitit_local")
     assert main(there) == 2
     assert "A job of the sweep was lost" in capsys.readouterr().err
     first = {path: path.stat().st_mtime_ns for path in (desk.folder / "there").glob("[0-9]*/report.json")}

@@ -80,7 +80,7 @@ def make_fabric(config: Mapping[str, Any], devices: int = 1):
     the keys turn it on. Raises `ConfigError` for an invalid key or value.
     """
     from lightning_fabric import Fabric
-    from lightning_fabric.plugins.environments import LightningEnvironment
+    from lightning_fabric.plugins.environments.lightning import LightningEnvironment
 
     check_fabric(config)
     logging.getLogger("lightning_fabric").setLevel(logging.WARNING)  # what it tells is in the report
@@ -111,13 +111,13 @@ def forks(config: Mapping[str, Any]) -> bool:
 def started_processes() -> int | None:
     """The number of processes in which torchrun or Slurm runs this command; None for one process that may fork.
 
-    A Slurm job of one task is such a process.
+    A task of Slurm that is alone in its step is such a process.
     """
     from lightning_fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 
     if TorchElasticEnvironment.detect():
         return int(os.environ["WORLD_SIZE"])
-    tasks = os.environ.get("SLURM_NTASKS", "1") if _in_slurm() else "1"
+    tasks = os.environ.get("SLURM_STEP_NUM_TASKS", os.environ.get("SLURM_NTASKS", "1")) if _in_slurm() else "1"
     return int(tasks) if tasks != "1" else None
 
 

@@ -31,7 +31,7 @@ class Recording:
         """The function's result for these arguments, in memory that the next replay overwrites."""
         pairs = zip(_leaves(self._arguments), _leaves(arguments), strict=True)
         own, given = zip(*(pair for pair in pairs if isinstance(pair[0], Tensor)), strict=True)
-        torch._foreach_copy_(own, given)
+        torch._foreach_copy_(own, given)  # pyright: ignore[reportPrivateImportUsage]
         self._repeat()
         return self._result
 

@@ -184,7 +184,8 @@ def idle_processes(settings: Settings) -> list[str]:
     count = started_processes() or 1
     if count == 1 or isinstance(settings.method, AdaMerging):
         return []
-    return [f"This command was started {count} times, but only AdaMerging shares a run out. Remedy: start it once."]
+    given = f"torchrun or Slurm starts this command as {count} processes"
+    return [f"{given}, but only AdaMerging shares its work over them. Remedy: one process."]
 
 
 def sharding_problems(settings: Settings) -> list[str]:
