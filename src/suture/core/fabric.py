@@ -3,7 +3,7 @@
 import logging
 import os
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
@@ -277,6 +277,12 @@ class Team:
         values: list[Any] = [None] * self.world
         torch.distributed.all_gather_object(values, value)
         return values
+
+    def scattered(self, parts: "Sequence[T] | None", source: int) -> "T":
+        """The part for this process of those that the process `source` gives; tensors are to be on the CPU."""
+        told: list[Any] = [None]
+        torch.distributed.scatter_object_list(told, None if parts is None else list(parts), src=source)
+        return told[0]
 
     def wait(self) -> None:
         """Go on when all processes are here."""

@@ -76,6 +76,14 @@ class TaskSums:
                     raise ConfigError(f"'{layer.weight}' shares its inputs with other layers only in some batches.")
                 self._add_matrix(layer, sums, calls, expert.get(layer, ()), positions)
 
+    def work(self) -> dict[Layer, int]:
+        """The multiplications that the equations of all layers with one source of inputs take, by source."""
+        work: dict[Layer, int] = defaultdict(int)
+        for layer, each in self.layers.items():
+            if isinstance(each, Matrix) and each.source in self.grams:
+                work[each.source] += layer.size * self.grams[each.source].shape[-1] ** 2
+        return dict(work)
+
     def to(self, device: torch.device) -> "TaskSums":
         """The same sums on another device."""
         for sums in self.layers.values():
@@ -123,30 +131,53 @@ class TaskSums:
                     sums.outputs = sums.outputs + (y if w is None else y * w[:, None]).sum(1).double()
 
 
-class LayerSums:
-    """The sums of all tasks for the layers of one block, and their solutions.
+class Shares:
+    """Which of the processes adds up and solves which matrices of a block.
 
-    Of a `world` of processes, each has its share of the matrices, as process `rank`: those with the same inputs go
-    together, and to the process that has the least work yet. All processes add the same tasks.
+    Those with the same inputs go together, to the process that has the least work yet.
     """
 
-    def __init__(self, *, ridge: float, mix: float, rank: int = 0, world: int = 1):
-        self.ridge, self.mix, self.rank = ridge, mix, rank
-        self.layers: dict[Layer, MatrixEquations | NormEquations] = {}
-        self.grams: dict[Layer, Tensor] = {}
+    def __init__(self, world: int):
         self._loads = [0] * world
         self._processes: dict[Layer, int] = {}
 
+    def deal(self, work: Mapping[Layer, int]) -> None:
+        """Give sources that are new, those with the most work first, to processes; see `TaskSums.work`."""
+        new = (source for source in work if source not in self._processes)
+        for source in sorted(new, key=work.__getitem__, reverse=True):
+            process = self._loads.index(min(self._loads))
+            self._processes[source] = process
+            self._loads[process] += work[source]
+
+    def of(self, process: int, sums: TaskSums, expert: Mapping[str, Tensor]) -> tuple[TaskSums, dict[str, Tensor]]:
+        """What a process needs of a task's sums, and of its expert's weights; all need the sums of norms."""
+        part = TaskSums(double=sums.double, full=sums.full)
+        own = {source for source in sums.grams if self._processes[source] == process}
+        part.grams = {source: sums.grams[source] for source in own}
+        part.layers = {
+            layer: each for layer, each in sums.layers.items() if isinstance(each, Norm) or each.source in own
+        }
+        names = {name for layer in part.layers for name in (layer.weight, layer.bias)}
+        return part, {name: tensor for name, tensor in expert.items() if name in names}
+
+
+class LayerSums:
+    """The sums of all tasks for the layers of one block, and their solutions."""
+
+    def __init__(self, *, ridge: float, mix: float):
+        self.ridge, self.mix = ridge, mix
+        self.layers: dict[Layer, MatrixEquations | NormEquations] = {}
+        self.grams: dict[Layer, Tensor] = {}
+
     def add(self, task: TaskSums, expert: Mapping[str, Tensor]) -> None:
         """Add the sums of a task, with its expert's weights."""
-        self._deal(task)
         scales: dict[Layer, Tensor] = {}
         for layer, each in task.layers.items():
             sums = self.layers.setdefault(layer, NormEquations() if isinstance(each, Norm) else MatrixEquations())
             if isinstance(each, Norm):
                 assert isinstance(sums, NormEquations)
                 _add_norm(sums, layer, each, expert)
-            elif each.weight > 0 and self._processes[each.source] == self.rank:
+            elif each.weight > 0:
                 assert isinstance(sums, MatrixEquations)
                 if each.source not in scales:
                     covariance = task.grams[each.source] / each.weight
@@ -156,17 +187,6 @@ class LayerSums:
                     self.grams[each.source] = _added(self.grams.get(each.source), weighed)
                 scale = scales[each.source]
                 self._add_matrix(sums, layer, each, task.grams[each.source], scale, expert, task.double)
-
-    def _deal(self, task: TaskSums) -> None:
-        """Give each source that is new, those with the most work first, to a process."""
-        work: dict[Layer, int] = defaultdict(int)
-        for layer, each in task.layers.items():
-            if isinstance(each, Matrix) and each.source in task.grams and each.source not in self._processes:
-                work[each.source] += layer.size * task.grams[each.source].shape[-1] ** 2
-        for source in sorted(work, key=work.__getitem__, reverse=True):
-            process = self._loads.index(min(self._loads))
-            self._processes[source] = process
-            self._loads[process] += work[source]
 
     def _add_matrix(
         self,
@@ -193,16 +213,16 @@ class LayerSums:
         sums.scale = sums.scale + scale
 
     def solve(self, anchors: Mapping[str, Tensor], layers: Sequence[Layer]) -> "dict[Layer, Solution]":
-        """The solutions of the layers that are this process's; those of norms are every process's."""
+        """The solutions of those layers of which there are sums."""
         factors: dict[Layer, Tensor | None] = {}
         solved = {}
         for layer in layers:
-            sums = self.layers[layer]
+            sums = self.layers.get(layer)
             if isinstance(sums, NormEquations):
                 shift = None if layer.bias is None else anchors[layer.bias].double()
                 solved[layer] = Solution(*sums.solve(anchors[layer.weight].double(), shift, self.ridge))
                 continue
-            if sums.source is None:  # every row was padding, or another process has it
+            if sums is None or sums.source is None:  # another process has it, or every row was padding
                 continue
             warnings: list[str] = []
             if sums.source not in factors:

@@ -32,7 +32,7 @@ from suture.core.replicas import in_turn
 from suture.core.unread import resident
 from suture.errors import ConfigError, DataError
 from suture.merging.overflow import refuse_overflow
-from suture.repairs.anchored import LayerSums, Solution, TaskSums
+from suture.repairs.anchored import LayerSums, Shares, Solution, TaskSums
 from suture.repairs.batch_norm import calibrate_batch_norm
 from suture.repairs.calibrated_blocks import calibrated_blocks, silent_layers
 from suture.repairs.expert_copies import ExpertCopies
@@ -43,6 +43,7 @@ from suture.repairs.results import RepairResult
 from suture.repairs.static_model import StaticModel
 
 Anchor = Annotated[float, Ge(0)]
+_CPU = torch.device("cpu")
 _DOUBLE_BELOW = 1e-3  # the ridge below which sums of float32 products are not exact enough
 #: A task's sums for a block, its expert's weights there, and the layers that were seen.
 _Found = tuple[TaskSums, dict[str, Tensor], dict[Layer, None]]
@@ -134,8 +135,7 @@ class _Calibration:
         with self.problem.track("Calibrating", len(self.blocks) * len(tasks)) as advance:
             for i in range(len(self.blocks)):
                 with self._at_work(i):
-                    shared = {"rank": self.team.rank, "world": self.team.world}
-                    total = LayerSums(ridge=self.settings.ridge, mix=self.settings.mix, **shared)
+                    total = LayerSums(ridge=self.settings.ridge, mix=self.settings.mix)
                     seen: dict[Layer, None] = {}
                     states = {}
                     sums_of = partial(self._task, i, students, experts)
@@ -167,16 +167,22 @@ class _Calibration:
         self.team.wait()
 
     def _shared(self, sums_of: Callable[[int, str], _Found], tasks: Sequence[str]) -> Iterator[_Found]:
-        """The sums of every task, by several processes, or else by several devices."""
+        """The sums of every task, by several devices; of several processes each gets what it solves."""
         if self.team.world == 1:
             yield from in_turn(len(self.students), sums_of, tasks)
             return
-
-        def of(task: str) -> _Found:
-            return _moved(sums_of(0, task), torch.device("cpu"))
-
-        for found in self.team.each(of, tasks):
-            yield _moved(found, self.problem.device)
+        rank, world, shares = self.team.rank, self.team.world, Shares(self.team.world)
+        for start in range(0, len(tasks), world):
+            turn = tasks[start : start + world]
+            sums, state, seen = sums_of(0, turn[rank]) if rank < len(turn) else (TaskSums(double=False), {}, {})
+            outlines = self.team.gather((sums.work(), seen))
+            for work, _ in outlines:
+                shares.deal(work)
+            sums, state, _ = _moved((sums, state, seen), _CPU)
+            for source, (_, layers) in enumerate(outlines[: len(turn)]):
+                parts = [shares.of(process, sums, state) for process in range(world)] if rank == source else None
+                part = self.team.scattered(parts, source)
+                yield _moved((*part, layers), self.problem.device)
 
     def _task(self, i: int, students: Mapping[str, Walk], experts: dict[str, Walk], worker: int, task: str) -> _Found:
         """A task's sums for a block, its expert's weights there, and the layers that were seen."""
@@ -250,9 +256,9 @@ class _Calibration:
         part = submodule(self.student, self.blocks[i].path)
         anchors = self._anchors(i)
         own = set(self._own([layer for layer in seen if layer.kind != "batch_norm"], i, anchors))
-        solvable = [layer for layer in total.layers if layer in own]
+        solvable = [layer for layer in seen if layer in own]
         solved = self._solved(total, anchors, solvable)
-        for layer in filter(solved.__contains__, solvable):
+        for layer in filter(solved.__contains__, seen):
             weight, bias, warnings = solved[layer]
             self.warnings += warnings
             for tensor, name in ((weight, layer.weight), (bias, layer.bias)):
@@ -274,7 +280,7 @@ class _Calibration:
 
         def own(rank: int) -> dict[Layer, Solution]:
             found = total.solve(anchors, layers)
-            return {layer: each.to(torch.device("cpu")) for layer, each in found.items()}
+            return {layer: each.to(_CPU) for layer, each in found.items()}
 
         for found in self.team.each(own, range(self.team.world)):
             solved |= found
