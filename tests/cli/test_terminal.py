@@ -1,6 +1,7 @@
 """What a terminal shows: tables of the longest names in 80 columns, one JSON document, or the result alone."""
 
 import json
+import os
 
 import pytest
 import torch
@@ -173,3 +174,16 @@ def test_nothing_moves_at_a_terminal_that_asked_for_quiet(monkeypatch):
     with progress.bar("loud", 1) as advance:
         advance(1)
     assert shown == [1]
+
+
+@pytest.mark.parametrize(
+    ("given", "spins"),
+    [({}, "30000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "ACTIVE"}, None)],
+)
+def test_threads_that_wait_give_way_unless_the_user_says_how_they_wait(given, spins, monkeypatch):
+    for name in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    assert main(["--version"]) == 0
+    assert os.environ.get("GOMP_SPINCOUNT") == spins

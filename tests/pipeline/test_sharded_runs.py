@@ -59,13 +59,13 @@ def test_a_chain_and_a_learned_merge_are_those_of_one_process(desk):
 
 
 def test_a_repair_that_was_killed_in_its_loop_goes_on_in_the_same_processes(desk, monkeypatch, capsys):
-    words = desk.words("repair=final", "repair.steps=60", "repair.router=none", *FSDP, method="task_arithmetic")
+    words = desk.words("repair=final", "repair.steps=400", "repair.router=none", *FSDP, method="task_arithmetic")
     assert main([*words, "output=whole", "repair.cache_dir=whole-states"]) == 0
     save = Resume.save
 
     def struck(self, state):
         save(self, state)
-        if len(state["losses"]) < 60:
+        if len(state["losses"]) < 400:
             raise RuntimeError("struck")
 
     monkeypatch.setattr(Resume, "due", lambda self: True)

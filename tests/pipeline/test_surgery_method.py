@@ -160,6 +160,7 @@ def test_a_bad_value_in_a_sweep_is_found_before_its_first_run(desk, capsys):
     [
         (["surgery=fnal"], "Did you mean 'final'"),
         (["surgery=final", "surgery.rank=0"], "repair.rank=0 does not fit repair=final"),
+        (["repair.rank=4"], "repair.rank is given, but no repair. Remedy: name one, such as repair=final."),
         (["surgery=final", "surgery.ranks=3"], "Did you mean 'repair.rank'"),
         (["surgery=deep", "surgery.variant=normalised"], "repair.variant='normalised' does not fit repair=deep"),
         (["surgery=final", "surgery.router=nearest"], "repair.router='nearest' does not fit"),

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 STOPPED, CLOSED = 130, 141  # as a shell reports SIGINT and SIGPIPE
 _LONGEST_WORD = 200
+_SPINS = "30000"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -27,6 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     was closed. Every error is one line on standard error.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
+    _wait_briefly()
     interrupts: list[int] = []
     try:
         with _noting_interrupts(interrupts, until_exit=argv is None):
@@ -40,6 +42,15 @@ def main(argv: Sequence[str] | None = None) -> int:
             traceback.print_exc()
         # An import that is interrupted may raise another exception.
         return _code_and_line(KeyboardInterrupt() if interrupts else error)
+
+
+def _wait_briefly() -> None:
+    """Let threads of OpenMP that wait for each other give way after some microseconds, unless the user has chosen.
+
+    By default they spin for milliseconds: where other work has the cores, small models take several times longer.
+    """
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", _SPINS)
 
 
 def _run(arguments: list[str]) -> int:

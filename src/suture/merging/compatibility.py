@@ -102,7 +102,7 @@ def _missing(base: Checkpoint, model: Checkpoint, label: str, frozen: Sequence[s
         if name not in model:
             yield (
                 f"'{name}' is missing in '{label}' (the base has {_describe(base.specs[name])}). "
-                "Remedy: check that both are of one architecture and saved whole."
+                "Remedy: check that both are of one architecture and saved whole, or name what to merge with only=[…]."
             )
 
 

@@ -325,7 +325,10 @@ def _explain(error: BaseException) -> str:
     for cause in (error, error.__cause__):
         key, parent = getattr(cause, "key", None), getattr(cause, "parent_node", None)
         if key is not None and parent is not None and hasattr(parent, "keys"):
-            return unknown_name("key", getattr(cause, "full_key", None) or str(key), _full_keys(parent))
+            full, known = getattr(cause, "full_key", None) or str(key), _full_keys(parent)
+            if known == ["repair.kind"]:
+                return f"{full} is given, but no repair. Remedy: name one, such as repair=final."
+            return unknown_name("key", full, known)
     return " ".join(str(error).split())
 
 

@@ -93,8 +93,9 @@ def run_settings(
             if first.tasks:
                 rows += _tell(watch, score_merge(outcome.merged, outcome.repairs, models, inputs, own))
         measured = measure(first.harness, models, outcomes, replace(scores, rows=rows), context)
+        of = f"{len(models.experts)} model{'s' * (len(models.experts) > 1)}"
         report = Report(
-            f"{', '.join(outcome.label for outcome in outcomes)} of {len(models.experts)} models",
+            f"{', '.join(outcome.label for outcome in outcomes)} of {of}",
             measured.scores.rows,
             measured.scores.pretrained,
             measured.scores.experts,

@@ -63,7 +63,7 @@ def init(
         folder.mkdir(parents=True, exist_ok=True)
     for name in pools:
         if (folder / name).exists():
-            raise OutputError(f"'{folder / name}' exists. Remedy: name another folder with output=…, or remove it.")
+            raise OutputError(f"'{folder / name}' exists. Remedy: remove it, or name another folder for it (--output).")
     for name, text in pools.items():
         write_text(folder / name, text)
     taskpool = folder / "tasks.yaml" if tasks else None
@@ -148,7 +148,11 @@ def _recognised(path: Path) -> str | None:
 
 
 def _model_pool(chosen: str, base: Path, experts: dict[str, Path]) -> str:
-    lines = ["# The models to merge. `suture check modelpool=models.yaml` says whether they fit together.", ""]
+    lines = [
+        "# The models to merge. `suture check modelpool=models.yaml` says whether they fit together.",
+        "# Paths start from the folder in which a command is typed.",
+        "",
+    ]
     lines += [
         f"family: {chosen}",
         *([_MODULE, _ARGUMENTS] if chosen == "module" else []),
@@ -159,7 +163,7 @@ def _model_pool(chosen: str, base: Path, experts: dict[str, Path]) -> str:
 
 
 def _next_lines(folder: Path, chosen: str, experts: dict[str, Path], data: dict[str, Path], tasks: str) -> list[str]:
-    lines = [f"family {chosen}; {len(experts)} fine-tuned models: {', '.join(experts)}"]
+    lines = [f"family {chosen}; {len(experts)} fine-tuned model{'s' * (len(experts) > 1)}: {', '.join(experts)}"]
     if chosen == "module":
         lines.append(f"fill in `module` in {folder / 'models.yaml'}: the function that makes the network")
     if FILL_IN in tasks:

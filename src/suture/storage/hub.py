@@ -147,6 +147,8 @@ def _refusal(kind: Kind, name: str, revision: str | None, error: Exception) -> S
     elif found in ("RepositoryNotFoundError", "HFValidationError"):
         problem, remedy = f"does not exist: it is no local path and {what} is unknown", "check the spelling"
     else:
-        problem = f"cannot be fetched: it is no local path, and {what} could not be reached ({found})"
+        problem = (
+            f"cannot be fetched: it is no path from the folder where you are, and {what} could not be reached ({found})"
+        )
         remedy = "check the network, or give the path of a local copy"
     return _ERRORS[kind](f"'{name}' {problem}. Remedy: {remedy}.")
