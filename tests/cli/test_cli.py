@@ -430,9 +430,14 @@ def test_a_demo_ends_with_commands_that_the_shell_finds(tmp_path, capsys, monkey
         assert f"Next: {typed} methods ties_merging; {typed} method=" in capsys.readouterr().out
 
 
+def test_a_word_that_is_missing_is_answered_with_those_that_fit(capsys):
+    assert "ANALYSIS is missing: the analysis to run, one of similarity, " in refused(capsys, ["analyse"])
+
+
 def test_a_pool_and_a_key_of_a_group_are_answered_with_the_nearest(desk, capsys):
     words = desk.words()
     line = refused(capsys, [*words[:2], "taskpool=glyphs9", *words[3:]])
     assert "Unknown taskpool 'glyphs9'. Did you mean 'glyphs8'?" in line
+    assert "A file of your own is named with its ending, .yaml." in line
     line = refused(capsys, desk.words("methods.threshold=3"))
     assert "Unknown key 'methods.threshold'. Did you mean 'method.threshold'?" in line

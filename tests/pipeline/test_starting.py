@@ -82,6 +82,12 @@ def test_every_key_that_is_left_to_fill_in_is_named_at_once(tmp_path, monkeypatc
     keys = [f"taskpool.tasks.{name}.{key}" for name in ("cats", "dogs") for key in ("classnames", "text_columns")]
     line = capsys.readouterr().err
     assert line == f"suture: 4 keys have no value: {', '.join(keys)}. Remedy: fill them in.\n"
+    text = (tmp_path / "tasks.yaml").read_text()
+    (tmp_path / "tasks.yaml").write_text(text.replace("source:", "sorce:", 1))
+    assert main(["check", *pools]) == 2
+    line = capsys.readouterr().err
+    assert line.startswith("suture: Unknown key of taskpool.tasks.cats 'sorce'. Did you mean 'source' or")
+    (tmp_path / "tasks.yaml").write_text(text)
     (tmp_path / "models.yaml").write_text((tmp_path / "models.yaml").read_text().replace("sequence_class", "module #"))
     assert main(["check", *pools]) == 2
     assert capsys.readouterr().err.startswith("suture: 5 keys have no value: modelpool.module, taskpool.tasks.cats")

@@ -254,9 +254,10 @@ def _by_position(verb: Verb, words: Sequence[str]) -> dict[str, Any]:
     for argument in verb.arguments:
         taken = left if argument.many else left[:1]
         left = left[len(taken) :]
-        if argument.required and not taken:
-            raise ConfigError(f"{argument.name} is missing: {argument.help}. Usage: {verb.usage}")
         known = list(argument.values())
+        if argument.required and not taken:
+            one_of = f", one of {', '.join(known)}" if known else ""
+            raise ConfigError(f"{argument.name} is missing: {argument.help}{one_of}. Usage: {verb.usage}")
         for word in taken:
             if known and word not in known:
                 raise ConfigError(unknown_name(argument.name.lower(), word, known))

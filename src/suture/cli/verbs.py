@@ -151,7 +151,7 @@ _TABLE = (
         "suture analyse interpolation modelpool=glyphs8 taskpool=glyphs8 points=0,0.5,1",
         actions.analyse,
         details="similarity, layers and trimming look at the weights; interpolation, landscape and bias need a "
-        "taskpool=… too. The table is printed; output=FOLDER gets it as files, with the figure.",
+        "taskpool=… too. The table is printed and, with the figure, written into a folder, output=…",
         unused=("repair",),
         arguments=(Argument("ANALYSIS", "the analysis to run", values=lambda: catalogue().analyses),),
         keys=(

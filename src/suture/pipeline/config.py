@@ -318,7 +318,8 @@ def _explain(error: BaseException) -> str:
 
     if isinstance(error, MissingConfigException) and error.missing_cfg_file and error.options is not None:
         group, _, name = str(error.missing_cfg_file).partition("/")
-        return unknown_name(group, name, _all_names(group, error.options))
+        own = " A file of your own is named with its ending, .yaml." if group in _GROUPS else ""
+        return unknown_name(group, name, _all_names(group, error.options)) + own
     for group in ("method", *_GROUPS):
         if f"You must specify '{group}'" in str(error):
             return f"Missing argument: {group}=…. Known: {', '.join(_all_names(group, list(all_methods())))}."

@@ -88,6 +88,7 @@ def check_filled(modelpool: Mapping[str, Any], taskpool: Mapping[str, Any] | Non
     open_keys = _open_settings(modelpool)
     for name, task in _mapping("taskpool.tasks", (taskpool or {}).get("tasks")).items():
         where = f"taskpool.tasks.{name}"
+        check_known(f"key of {where}", _mapping(where, task), _TASK_KEYS)
         open_keys += [f"{where}.{key}" for key in _open_keys(name, _mapping(where, task), (taskpool or {}).get("root"))]
     if len(open_keys) > 1:
         raise ConfigError(f"{len(open_keys)} keys have no value: {', '.join(open_keys)}. Remedy: fill them in.")
