@@ -45,9 +45,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _wait_briefly() -> None:
-    """Let threads of OpenMP that wait for each other give way after some microseconds, unless the user has chosen.
+    """Let threads of OpenMP that wait for each other give way sooner, unless the user has chosen.
 
-    By default they spin for milliseconds: where other work has the cores, small models take several times longer.
+    By default they spin ten times as often: where other work has the cores, small models then take longer.
     """
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", _SPINS)

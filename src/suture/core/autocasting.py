@@ -1,4 +1,4 @@
-"""What autocast converts in every forward pass, and how frozen weights are converted once instead."""
+"""Autocast's conversions of weights, which for frozen ones are made once and not in every forward pass."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -32,12 +32,12 @@ def frozen_weights_in(dtype: torch.dtype | None, module: nn.Module) -> Iterator[
     Forward passes under autocast give the same bits. It takes half as much memory again. Left as they are: the weights
     of torch's own attention, which has a path of its own for passes without gradients.
     """
-    converted = autocast_parameters(module) if dtype else set()
     fused = {id(weight) for part in module.modules() if isinstance(part, _FUSED) for weight in part.parameters()}
+    converted = autocast_parameters(module) - fused if dtype else set()
     weights = [
         (parameter, parameter.data)
         for parameter in module.parameters()
-        if id(parameter) in converted - fused and parameter.dtype == torch.float32 and not parameter.requires_grad
+        if id(parameter) in converted and parameter.dtype == torch.float32 and not parameter.requires_grad
     ]
     try:
         for parameter, whole in weights:

@@ -88,7 +88,6 @@ def check_filled(modelpool: Mapping[str, Any], taskpool: Mapping[str, Any] | Non
     open_keys = _open_settings(modelpool)
     for name, task in _mapping("taskpool.tasks", (taskpool or {}).get("tasks")).items():
         where = f"taskpool.tasks.{name}"
-        check_known(f"key of {where}", _mapping(where, task), _TASK_KEYS)
         open_keys += [f"{where}.{key}" for key in _open_keys(name, _mapping(where, task), (taskpool or {}).get("root"))]
     if len(open_keys) > 1:
         raise ConfigError(f"{len(open_keys)} keys have no value: {', '.join(open_keys)}. Remedy: fill them in.")
@@ -123,7 +122,6 @@ def _under(root: str | None, value: Any) -> Any:
 
 def _task(name: str, config: Mapping[str, Any], root: str | None) -> Task:
     """The task with its own keys, and the published task's for any that are missing."""
-    check_known(f"key of taskpool.tasks.{name}", config, _TASK_KEYS)
     keys = _keys(name, config, root)
     if missing := _missing(keys):
         wanted = "source and classnames, or source and score, at least"
@@ -134,7 +132,8 @@ def _task(name: str, config: Mapping[str, Any], root: str | None) -> Task:
 
 
 def _keys(name: str, config: Mapping[str, Any], root: str | None) -> dict[str, Any]:
-    """The keys of a task that have a value, of its own or of the published task of this name."""
+    """The keys of a task that have a value, of its own or of the published task of this name; refuses unknown ones."""
+    check_known(f"key of taskpool.tasks.{name}", config, _TASK_KEYS)
     keys = known(name) | {key: value for key, value in config.items() if value is not None}
     if root is not None and (folder := _folder_of(Path(root).expanduser(), name, keys)):
         keys["source"] = str(folder)

@@ -132,9 +132,9 @@ class TaskSums:
 
 
 class Shares:
-    """Which of the processes adds up and solves which matrices of a block.
+    """The shares of processes in adding up and solving the matrices of a block.
 
-    Those with the same inputs go together, to the process that has the least work yet.
+    Matrices with the same inputs go together, to the process that has the least work yet.
     """
 
     def __init__(self, world: int):
@@ -150,7 +150,7 @@ class Shares:
             self._loads[process] += work[source]
 
     def of(self, process: int, sums: TaskSums, expert: Mapping[str, Tensor]) -> tuple[TaskSums, dict[str, Tensor]]:
-        """What a process needs of a task's sums, and of its expert's weights; all need the sums of norms."""
+        """The part of a task's sums and of its expert's weights that a process needs; all need the sums of norms."""
         part = TaskSums(double=sums.double, full=sums.full)
         own = {source for source in sums.grams if self._processes[source] == process}
         part.grams = {source: sums.grams[source] for source in own}

@@ -255,10 +255,9 @@ class _Calibration:
     def _solve(self, i: int, total: LayerSums, seen: Mapping[Layer, None]) -> None:
         part = submodule(self.student, self.blocks[i].path)
         anchors = self._anchors(i)
-        own = set(self._own([layer for layer in seen if layer.kind != "batch_norm"], i, anchors))
-        solvable = [layer for layer in seen if layer in own]
-        solved = self._solved(total, anchors, solvable)
-        for layer in filter(solved.__contains__, seen):
+        own = self._own([layer for layer in seen if layer.kind != "batch_norm"], i, anchors)
+        solved = self._solved(total, anchors, own)
+        for layer in filter(solved.__contains__, own):
             weight, bias, warnings = solved[layer]
             self.warnings += warnings
             for tensor, name in ((weight, layer.weight), (bias, layer.bias)):
